@@ -1,0 +1,1 @@
+"""Python side of the bundle, imported as ``scripts`` with the bundle's root on ``sys.path``."""

@@ -1,0 +1,410 @@
+"""Ignite handlers: metrics under masks, the choice of the best checkpoint, resuming, progress.
+
+Metric handlers are thin: they select from the engine's output and leave the arithmetic to :mod:`scripts.metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import CumulativeIterationMetric
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from scripts import keys
+from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
+from scripts.sampling import EventBatchSampler, seed_epoch
+
+logger = logging.getLogger(__name__)
+
+C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy", "loss"
+LOWER_IS_BETTER = (LOSS,)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------
+def nan_where_unknown(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """``values`` (B, ...) as float with the rows of unlabelled cases NaN, the convention of :mod:`scripts.metrics`."""
+    mask = known.bool().reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(mask, values.float(), torch.full_like(values.float(), math.nan))
+
+
+def survival_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log hazard (B, 1) and [time, event] (B, 2) of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    truth = torch.stack([label[keys.TIME].double(), label[keys.EVENT].double()], dim=1)
+    known = label[keys.SURV_KNOWN].bool()[:, None]
+    return pred[keys.LOG_HAZARD].reshape(-1, 1), truth.masked_fill(~known, math.nan)
+
+
+def mask_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted tumour (B, 1, *roi_size) at probability 0.5 and the true one of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    return (pred[keys.SEG_PROB] > 0.5).float(), nan_where_unknown(label[keys.SEG], label[keys.SEG_KNOWN])
+
+
+def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """HPV probability (B, 1) and status (B, 1) of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    return pred[keys.HPV_PROB].reshape(-1, 1), nan_where_unknown(
+        label[keys.HPV].reshape(-1, 1), label[keys.HPV_KNOWN]
+    )
+
+
+class ConcordanceIndexHandler(IgniteMetricHandler):
+    """C-index (7) over the cases of an epoch whose survival is known."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=ConcordanceIndexMetric(), output_transform=survival_pairs, save_details=False)
+
+
+class DiceHandler(IgniteMetricHandler):
+    """Mean Dice (8) over the cases of an epoch that have a mask."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=MaskedDiceMetric(), output_transform=mask_pairs, save_details=False)
+
+
+class BalancedAccuracyHandler(IgniteMetricHandler):
+    """Balanced accuracy (9) over the cases of an epoch whose HPV status is known."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=BalancedAccuracyMetric(), output_transform=hpv_pairs, save_details=False)
+
+
+class _BatchLoss(CumulativeIterationMetric):
+    """Collects one loss a batch."""
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        return y_pred.reshape(-1, 1)
+
+    def aggregate(self) -> float:
+        """Mean over batches; NaN before the first."""
+        values = self.get_buffer()
+        return float(values.double().mean()) if isinstance(values, torch.Tensor) and values.numel() else math.nan
+
+
+class LossHandler(IgniteMetricHandler):
+    """Training loss of the predictions of an epoch, averaged over batches.
+
+    Args:
+        loss: a :class:`scripts.losses.MultitaskLoss`; predictions are brought back to logits for it.
+    """
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        def batch_loss(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            pred = dict(output["pred"])
+            for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
+                if prob in pred:
+                    pred[logit] = torch.logit(pred[prob], eps=1e-6)
+            value = loss(pred, output["label"]).detach()
+            return value, value
+
+        super().__init__(metric_fn=_BatchLoss(), output_transform=batch_loss, save_details=False)
+
+
+def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
+    """Name of the metric that picks the best checkpoint, by what ``cases`` (the validation set) can tell.
+
+    The C-index where two cases can be ordered by survival, else Dice where a case has a mask, else the loss. The
+    choice is logged with its reason.
+    """
+    known = [c for c in cases if c[keys.SURV_KNOWN]]
+    events = sum(bool(c[keys.EVENT]) for c in known)
+    comparable = len(known) > 1 and not math.isnan(
+        concordance_index([c[keys.TIME] for c in known], [c[keys.EVENT] for c in known], [0.0] * len(known))
+    )
+    masks = sum(bool(c[keys.SEG_KNOWN]) for c in cases)
+    if keys.TASK_SURV in tasks and comparable:
+        logger.info("best checkpoint and early stopping by C-index: %d validation cases, %d events", len(known), events)
+        return C_INDEX
+    why = "survival is not a task" if keys.TASK_SURV not in tasks else f"{events} comparable events among validation cases"
+    if keys.TASK_SEG in tasks and masks:
+        logger.warning("best checkpoint and early stopping by Dice over %d masks, not by C-index: %s", masks, why)
+        return DICE
+    logger.warning("best checkpoint and early stopping by the loss, not by C-index: %s and no masks", why)
+    return LOSS
+
+
+def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Module) -> dict[str, IgniteMetricHandler]:
+    """Metric handlers of ``tasks`` by name, ``key_metric`` first as MONAI's evaluator wants it."""
+    metrics: dict[str, IgniteMetricHandler] = {LOSS: LossHandler(loss)}
+    if keys.TASK_SURV in tasks:
+        metrics[C_INDEX] = ConcordanceIndexHandler()
+    if keys.TASK_SEG in tasks:
+        metrics[DICE] = DiceHandler()
+    if keys.TASK_HPV in tasks:
+        metrics[BALANCED_ACCURACY] = BalancedAccuracyHandler()
+    return {key_metric: metrics.pop(key_metric), **metrics}
+
+
+def is_better(value: float, best: float | None, metric: str) -> bool:
+    """Whether ``value`` of ``metric`` beats ``best``; NaN never does, anything beats ``None``.
+
+    >>> is_better(0.7, 0.6, "c_index"), is_better(0.7, 0.6, "loss"), is_better(math.nan, None, "dice")
+    (True, False, False)
+    """
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+class Comparison:
+    """:func:`is_better` of one metric, as MONAI's engines call it.
+
+    Args:
+        metric: name of the key metric.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def __call__(self, value: float, best: float) -> bool:
+        """Whether ``value`` beats ``best``."""
+        return is_better(float(value), float(best), self.metric)
+
+
+# --- best checkpoint, early stopping, resuming ------------------------------------------------------------------
+class TrainingState:
+    """Keeps a run on disk: the best weights, and after every epoch all that is needed to go on from there.
+
+    Attach *after* the validation handler. At the end of each epoch it compares the validation metric, writes
+    ``<ckpt_dir>/model.pt`` when it is the best so far, ``<ckpt_dir>/resume/last.pt`` always, and
+    ``<output_dir>/history.json``; each file appears under its name only when whole. At the start it continues from
+    ``last.pt``. Each epoch's random numbers follow from ``(seed, epoch)``, so that a run that was killed ends with
+    the metrics of an unbroken one.
+
+    (MONAI's ``CheckpointSaver`` does not write atomically, and forgets the best metric on resuming.)
+
+    Args:
+        ensemble: :class:`scripts.ensemble.FoldEnsemble` around the trained network; written as ``model.pt``.
+        optimizer: its optimiser.
+        scheduler: its learning-rate schedule, stepped here once an epoch.
+        loss: loss module, whose state (a Cox memory) is part of the run.
+        sampler: batches of the training loader.
+        evaluator: validation engine, already run by a ``ValidationHandler`` every ``val_interval`` epochs.
+        val_interval: epochs between validations; the last epoch is always validated.
+        ckpt_dir: where ``model.pt`` goes.
+        output_dir: where ``history.json`` goes.
+        settings: plain dictionary of what defines the run; a ``last.pt`` of other settings is refused.
+        seed: of the run.
+        patience: validations without improvement after which training stops; 0 to never stop early.
+    """
+
+    def __init__(
+        self,
+        ensemble: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        loss: torch.nn.Module,
+        sampler: EventBatchSampler,
+        evaluator: Engine,
+        val_interval: int,
+        ckpt_dir: str,
+        output_dir: str,
+        settings: Mapping[str, Any],
+        seed: int = 0,
+        patience: int = 0,
+    ) -> None:
+        self.parts = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
+        self.sampler = sampler
+        self.evaluator = evaluator
+        self.val_interval = val_interval
+        self.best_path = Path(ckpt_dir) / "model.pt"
+        self.last_path = Path(ckpt_dir) / "resume" / "last.pt"
+        self.history_path = Path(output_dir) / "history.json"
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.seed = seed
+        self.patience = patience
+        self.best: float | None = None
+        self.best_epoch = 0
+        self.stale = 0
+        self.stopped_early = False
+        self.history: list[dict[str, float]] = []
+        self._losses: list[dict[str, float]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer ``engine``."""
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.begin_epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+
+    # -- events ------------------------------------------------------------------------------------------------
+    def resume(self, engine: Engine) -> None:
+        """Go on from the last complete epoch if there is one."""
+        if not self.last_path.is_file():
+            return
+        state = torch.load(self.last_path, map_location="cpu", weights_only=True)
+        self._refuse_other_run(state["settings"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name in ("best", "best_epoch", "stale", "stopped_early", "history"):
+            setattr(self, name, state[name])
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length  # type: ignore[operator]
+        if self.stopped_early or state["epoch"] >= engine.state.max_epochs:  # type: ignore[operator]
+            why = "stopped early" if self.stopped_early else "is complete"
+            logger.info("the run in %s %s after epoch %d; nothing to do", self.last_path.parent.parent, why, state["epoch"])
+            engine.terminate()
+        else:
+            logger.info("going on after epoch %d of %s", state["epoch"], self.last_path)
+
+    def begin_epoch(self, engine: Engine) -> None:
+        """Choose the epoch's batches and random numbers."""
+        self.sampler.set_epoch(engine.state.epoch)
+        seed_epoch(self.seed, engine.state.epoch)
+        self._losses = []
+
+    def record_loss(self, engine: Engine) -> None:
+        """Remember the parts of the loss of one batch."""
+        loss = self.parts["loss"]
+        parts = {name: float(value) for name, value in getattr(loss, "parts", {}).items()}
+        self._losses.append({"loss": float(engine.state.output["loss"]), **parts})  # type: ignore[index,call-overload]
+
+    def end_epoch(self, engine: Engine) -> None:
+        """Judge and save the epoch; stop the run when it has not improved for long."""
+        epoch = engine.state.epoch
+        validated = epoch % self.val_interval == 0
+        if not validated and epoch == engine.state.max_epochs:
+            self.evaluator.run(epoch)
+            validated = True
+        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"], **self._mean_losses()}
+        self.parts["scheduler"].step()
+        improved = False
+        if validated:
+            metrics = {f"val_{k}": float(v) for k, v in self.evaluator.state.metrics.items()}
+            row.update(metrics)
+            improved = self._judge(epoch)
+        self.history.append(row)
+        if _is_first_rank():
+            if improved:
+                save_atomically(self.parts["network"].state_dict(), self.best_path)
+            save_atomically(self._state(epoch), self.last_path)
+            write_text_atomically(json.dumps(self.history, indent=1), self.history_path)
+        if validated:
+            self._report(row)
+        if self.stopped_early:
+            logger.info("no better %s for %d validations: stopping", self._key, self.stale)
+            engine.terminate()
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+    @property
+    def _key(self) -> str:
+        return self.evaluator.state.key_metric_name  # type: ignore[return-value]
+
+    def _judge(self, epoch: int) -> bool:
+        value = float(self.evaluator.state.metrics[self._key])
+        improved = is_better(value, self.best, self._key)
+        if improved:
+            self.best, self.best_epoch, self.stale = value, epoch, 0
+        else:
+            self.stale += 1
+        self.stopped_early = bool(self.patience) and self.stale >= self.patience
+        return improved
+
+    def _mean_losses(self) -> dict[str, float]:
+        names = self._losses[0] if self._losses else {}
+        return {name: sum(row[name] for row in self._losses) / len(self._losses) for name in names}
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        return {
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "settings": self.settings,
+            "epoch": epoch,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "stale": self.stale,
+            "stopped_early": self.stopped_early,
+            "history": self.history,
+        }
+
+    def _report(self, row: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in row.items() if k.startswith("val_"))
+        best = "none yet" if self.best is None else f"{self.best:.3f} at epoch {self.best_epoch}"
+        logger.info("epoch %d  train loss %.3f | %s | best %s: %s", row["epoch"], row["loss"], shown, self._key, best)
+
+    def _refuse_other_run(self, found: Mapping[str, Any]) -> None:
+        differences = [
+            f"{k}: {found.get(k)!r} there, {self.settings.get(k)!r} now"
+            for k in sorted({*found, *self.settings})
+            if found.get(k) != self.settings.get(k)
+        ]
+        if differences:
+            raise RuntimeError(
+                f"{self.last_path} is of a run with other settings ({'; '.join(differences)}): "
+                "give another output_dir, or delete that folder to start anew"
+            )
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def save_atomically(state: Mapping[str, Any], path: Path) -> None:
+    """``torch.save`` so that ``path`` only ever holds a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    """Write ``text`` so that ``path`` only ever holds a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+class Progress:
+    """One bar over all iterations of a run with the time left.
+
+    Args:
+        desc: what is being done.
+        unit: what an iteration is.
+    """
+
+    def __init__(self, desc: str, unit: str = "batch") -> None:
+        self.desc = desc
+        self.unit = unit
+        self.bar: tqdm | None = None
+        self._stack = ExitStack()
+
+    def attach(self, engine: Engine) -> None:
+        """Register with ``engine``."""
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.TERMINATE, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        state = engine.state
+        self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
+        epochs_left = (state.max_epochs or 1) - state.epoch if self.unit == "batch" and state.max_epochs else 1
+        total = max(1, epochs_left) * (state.epoch_length or 0)
+        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not _is_first_rank(), leave=True)
+
+    def _advance(self, engine: Engine) -> None:
+        if self.bar is not None:
+            if self.unit == "batch" and (engine.state.max_epochs or 1) > 1:
+                self.bar.set_description(f"{self.desc}: epoch {engine.state.epoch}/{engine.state.max_epochs}", False)
+            self.bar.update()
+
+    def _close(self, engine: Engine) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+            self._stack.close()

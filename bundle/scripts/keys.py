@@ -1,0 +1,58 @@
+"""Names shared by every module: dictionary keys of a case, label values, task names.
+
+A *case* is one patient's dictionary on its way from :mod:`scripts.cohort` to the network. The keys below
+are spelled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+# --- identity ------------------------------------------------------------------------------------------
+PATIENT_ID = "patient_id"  # str
+CENTRE = "centre"  # str, e.g. "CHUM"
+FINGERPRINT = "fingerprint"  # str, size and time of the case's files: tells a cache when they changed
+PROBLEM = "problem"  # str, "" or why the case cannot be predicted; only in lists made for inference
+
+# --- scans as found (paths), then as loaded (MetaTensor, channel first) ----------------------------------
+CT = "ct"  # HU
+PET = "pet"  # SUV
+MASK = "mask"  # 0 background, 1 GTVp, 2 GTVn, on the CT grid; None where the case has no mask
+
+# --- what the network reads ------------------------------------------------------------------------------
+IMAGE = "image"  # (2, *roi_size) float32: channel 0 CT, channel 1 PET
+CLINICAL = "clinical"  # dict of raw values in a datalist; (F,) float32 once coded
+CLINICAL_FOUND = "clinical_found"  # bool, False where no CSV row belongs to the patient
+
+# --- what it learns from: each label with a flag of its own ---------------------------------------------
+SEG = "seg"  # (1, *roi_size) float32 in {0, 1}; zeros where unknown
+SEG_KNOWN = "seg_known"  # bool; True for an empty mask, False for a missing one
+SEG_INSIDE = "seg_inside"  # float, share of the mask's voxels that lie in the box; NaN where unknown or empty
+HPV = "hpv"  # float in {0, 1}; 0 where unknown
+HPV_KNOWN = "hpv_known"  # bool
+TIME = "time"  # float, days to relapse or to the last visit; 0 where unknown
+EVENT = "event"  # bool, True = relapse
+SURV_KNOWN = "surv_known"  # bool
+
+# --- geometry ----------------------------------------------------------------------------------------------
+CT_SHAPE = "ct_shape"  # (3,) int64, voxels of the CT as read
+CT_AFFINE = "ct_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the CT as read
+BOX_AFFINE = "box_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the network's grid
+CROP_METHOD = "crop_method"  # str, how the box was placed
+CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
+
+# --- network output ----------------------------------------------------------------------------------------
+SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size)
+SEG_PROB = "seg_prob"  # (B, 1, *roi_size)
+HPV_LOGIT = "hpv_logit"  # (B,)
+HPV_PROB = "hpv_prob"  # (B,)
+LOG_HAZARD = "log_hazard"  # (B,)
+HPV_PROB_STD = "hpv_prob_std"  # (B,), spread over the folds
+LOG_HAZARD_STD = "log_hazard_std"  # (B,), spread over the folds
+PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid
+VOLUME_ML = "volume_ml"  # float, volume of that mask
+
+# --- tasks -------------------------------------------------------------------------------------------------
+TASK_SEG, TASK_HPV, TASK_SURV = "seg", "hpv", "surv"
+TASKS = (TASK_SEG, TASK_HPV, TASK_SURV)
+
+# --- mask values -------------------------------------------------------------------------------------------
+BACKGROUND, GTVP, GTVN = 0, 1, 2

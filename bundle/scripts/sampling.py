@@ -1,0 +1,229 @@
+"""Datasets and batches: which case is read when, with which random numbers.
+
+Everything random about an epoch follows from ``(seed, epoch)`` alone, so that a run which was killed and goes on
+draws what the unbroken run would have drawn, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from monai.data import Dataset, PersistentDataset
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, Randomizable
+from torch.utils.data import Sampler
+from tqdm import tqdm
+
+from scripts import keys
+
+logger = logging.getLogger(__name__)
+
+ERROR = "error"
+
+
+class Draw(NamedTuple):
+    """One case of one epoch: its place in the datalist and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+class CaseDataset(PersistentDataset):
+    """MONAI's disk-cached dataset whose augmentation is seeded by the sampler.
+
+    The deterministic part of ``transform`` (up to its first random transform) is computed once and kept in
+    ``cache_dir``; the name of a cached file is a hash of the case and of the transforms with their parameters, so a
+    change of either is never served from an old file.
+
+    Args:
+        data: datalist of :mod:`scripts.cohort`.
+        transform: MONAI ``Compose``.
+        cache_dir: folder of the cache, or ``None`` to compute every time.
+    """
+
+    def __init__(self, data: Sequence[Mapping], transform: Compose, cache_dir: str | None = None) -> None:
+        super().__init__(data=list(data), transform=transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Case ``index``; a :class:`Draw` also seeds the random transforms."""
+        if isinstance(index, Draw):
+            if isinstance(self.transform, Randomizable):
+                self.transform.set_random_state(seed=index.seed)
+            index = index.index
+        return super().__getitem__(index)
+
+    def prepare(self, index: int) -> None:
+        """Fill the cache with case ``index``; augmentation is not drawn."""
+        self._cachecheck(self.data[index])
+
+
+class GuardedDataset(Dataset):
+    """Dataset that turns a case which cannot be prepared into ``{patient_id, "error"}`` instead of raising.
+
+    One unreadable patient must not cost the others their prediction; :class:`scripts.engine.PatientEvaluator`
+    reports the marker.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        """Prepared case ``index`` or its failure."""
+        case = self.data[index]
+        if case.get(keys.PROBLEM):
+            return {keys.PATIENT_ID: case[keys.PATIENT_ID], ERROR: case[keys.PROBLEM]}
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            return {keys.PATIENT_ID: case[keys.PATIENT_ID], ERROR: reason(error)}
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: the innermost cause, without MONAI's wrapping of transform errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+class EventBatchSampler(Sampler[list[Draw]]):
+    """Shuffled batches of equal size, half of each with an event if wanted.
+
+    With ``event_fraction`` 0.5 and ``batch_size`` 4 every batch holds two relapses, as in the paper: a Cox loss over
+    four cases of which none relapsed teaches nothing. Events and other cases come from two shuffled streams; a
+    stream that runs out starts again, so that within an epoch no case comes twice before all of its kind came once.
+
+    Args:
+        cases: datalist with ``event`` and ``surv_known``.
+        batch_size: cases a batch and rank; cut to the number of cases.
+        seed: of the run.
+        event_fraction: share of each batch with a known event; ``None`` for plain shuffling.
+
+    Raises:
+        ValueError: fewer than two cases (batch normalisation has nothing to average over).
+    """
+
+    def __init__(
+        self, cases: Sequence[Mapping], batch_size: int, seed: int = 0, event_fraction: float | None = 0.5
+    ) -> None:
+        if len(cases) < 2:
+            raise ValueError(f"training needs at least two cases and has {len(cases)}: give more data or another fold")
+        if event_fraction is not None and not 0 < event_fraction < 1:
+            raise ValueError(f"event_fraction lies between 0 and 1 or is null; got {event_fraction}")
+        has_event = np.array([bool(c.get(keys.SURV_KNOWN)) and bool(c.get(keys.EVENT)) for c in cases])
+        self.batch_size = min(int(batch_size), len(cases))
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size {batch_size} is too small: batch normalisation needs at least 2 cases")
+        self.seed = int(seed)
+        self.epoch = 1
+        self.groups: list[tuple[np.ndarray, int]] = [(np.arange(len(cases)), self.batch_size)]
+        if event_fraction is not None and has_event.any() and not has_event.all():
+            events = min(max(1, round(self.batch_size * event_fraction)), self.batch_size - 1)
+            self.groups = [
+                (np.flatnonzero(has_event), events),
+                (np.flatnonzero(~has_event), self.batch_size - events),
+            ]
+        elif event_fraction is not None:
+            logger.info("batches are not balanced: %d of %d cases have an event", has_event.sum(), len(cases))
+        self.num_batches = max(1, len(cases) // (self.batch_size * _world_size()))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration gives."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = self.num_batches * _world_size()
+        columns = [_stream(indices, share * total, rng).reshape(total, share) for indices, share in self.groups]
+        batches = np.concatenate(columns, axis=1)
+        seeds = rng.integers(0, 2**31, size=batches.shape)
+        for row, row_seeds in zip(batches[_rank() :: _world_size()], seeds[_rank() :: _world_size()], strict=True):
+            yield [Draw(int(i), int(s)) for i, s in zip(row, row_seeds, strict=True)]
+
+
+def _stream(indices: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """``length`` items of ``indices``, each pass over them in a new order."""
+    passes = -(-length // len(indices))
+    return np.concatenate([rng.permutation(indices) for _ in range(passes)])[:length]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_progress: bool = True) -> None:
+    """Read and preprocess every case once, fill the cache, and take out the cases that cannot be read.
+
+    A case that fails is removed from its dataset, logged, and listed in ``<output_dir>/exclusions.csv``: it neither
+    stops the cohort nor disappears silently.
+
+    Args:
+        datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
+        output_dir: where ``exclusions.csv`` goes.
+        show_progress: draw a bar.
+
+    Raises:
+        RuntimeError: nothing is left of a dataset.
+    """
+    rows = []
+    for name, dataset in datasets.items():
+        if len(dataset) == 0:
+            raise RuntimeError(f"the {name} set is empty: check dataset_dir, protocol, fold and num_folds")
+        failures = _prepare(dataset, name, show_progress and _rank() == 0)
+        for index, why in failures.items():
+            patient = dataset.data[index][keys.PATIENT_ID]
+            logger.warning("%s: left out of the %s set: %s", patient, name, why)
+            rows.append({"PatientID": patient, "set": name, "reason": why})
+        dataset.data = [case for index, case in enumerate(dataset.data) if index not in failures]
+        if len(dataset) == 0:
+            raise RuntimeError(f"no case of the {name} set can be read; the first one: {next(iter(failures.values()))}")
+    if rows and _rank() == 0:
+        _write_exclusions(Path(output_dir) / "exclusions.csv", rows)
+
+
+def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> dict[int, str]:
+    """Index and reason of every case of ``dataset`` that cannot be prepared."""
+
+    def attempt(index: int) -> str:
+        try:
+            dataset.prepare(index)
+        except Exception as error:
+            return reason(error)
+        return ""
+
+    # Threads suffice: decompression and matrix products leave the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        bar = tqdm(
+            pool.map(attempt, range(len(dataset))),
+            total=len(dataset),
+            desc=f"preparing {name} cases",
+            unit="case",
+            disable=not show_progress,
+        )
+        return {index: why for index, why in enumerate(bar) if why}
+
+
+def _write_exclusions(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["PatientID", "set", "reason"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seed what is random inside the network (dropout) for one epoch of one rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, _rank()]).generate_state(1)[0]))

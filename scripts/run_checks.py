@@ -1,0 +1,62 @@
+"""Run every check of the project: style, types, tests, bundle metadata. Ends with 1 if any fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = ROOT.parent / "shared" / "data" / "schema" / "meta_schema_20240725.json"
+
+
+def run_checks(jobs: int = 2) -> None:
+    """Run ruff, mypy, pytest (warnings are errors) and MONAI's metadata check, and print one line for each.
+
+    Args:
+        jobs: test processes at once.
+    """
+    python = [sys.executable, "-m"]
+    checks = {
+        "ruff check": [*python, "ruff", "check", "."],
+        "ruff format": [*python, "ruff", "format", "--check", "."],
+        "mypy": [*python, "mypy"],
+        "pytest": [*python, "pytest", "-n", str(jobs), "--dist", "worksteal", "--durations", "10"],
+    }
+    results = {name: _run(name, command) for name, command in checks.items()}
+    results["metadata"] = _check_metadata()
+    print("\n" + "\n".join(f"{result:<8} {name}" for name, result in results.items()))
+    if "FAILED" in results.values():
+        raise SystemExit(1)
+
+
+def _run(name: str, command: list[str]) -> str:
+    print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
+    start = time.monotonic()
+    # One thread a process: two test processes share two cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    print(f"== {name}: {'passed' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s", flush=True)
+    return "passed" if code == 0 else "FAILED"
+
+
+def _check_metadata() -> str:
+    """``python -m monai.bundle verify_metadata`` against a schema on disk, since it would download one."""
+    if not SCHEMA.is_file():
+        print(f"\n== metadata: skipped, no schema at {SCHEMA}")
+        return "skipped"
+    with tempfile.TemporaryDirectory() as folder:
+        schema = shutil.copy(SCHEMA, folder)
+        metadata = ROOT / "bundle" / "configs" / "metadata.json"
+        command = [sys.executable, "-m", "monai.bundle", "verify_metadata"]
+        return _run("metadata", [*command, "--meta_file", str(metadata), "--filepath", str(schema)])
+
+
+if __name__ == "__main__":
+    fire.Fire(run_checks)

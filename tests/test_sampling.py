@@ -1,0 +1,183 @@
+"""Batches, caching and the handling of cases that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader
+from monai.transforms import Compose, Lambdad, RandShiftIntensityd, Transform
+
+from scripts import keys
+from scripts.sampling import (
+    ERROR,
+    CaseDataset,
+    Draw,
+    EventBatchSampler,
+    GuardedDataset,
+    prepare_datasets,
+    reason,
+    seed_epoch,
+)
+
+
+def case(index: int, event: bool = False, known: bool = True) -> dict:
+    return {keys.PATIENT_ID: f"P-{index:03d}", keys.EVENT: event, keys.SURV_KNOWN: known}
+
+
+def cases(events: int, others: int, unknown: int = 0) -> list[dict]:
+    flags = [(True, True)] * events + [(False, True)] * others + [(True, False)] * unknown
+    return [case(i, event, known) for i, (event, known) in enumerate(flags)]
+
+
+def epoch_of(sampler: EventBatchSampler, epoch: int) -> list[list[Draw]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("events", "others", "unknown", "batch_size", "fraction", "events_a_batch"),
+    [
+        pytest.param(5, 15, 0, 4, 0.5, 2, id="half_events"),
+        pytest.param(5, 15, 0, 8, 0.25, 2, id="a_quarter"),
+        pytest.param(1, 15, 0, 4, 0.5, 2, id="a_single_event_comes_again"),
+        pytest.param(15, 1, 0, 4, 0.9, 3, id="at_least_one_other"),
+        pytest.param(3, 10, 7, 4, 0.5, 2, id="an_event_of_unknown_survival_is_none"),
+    ],
+)
+def test_balanced_batches(events, others, unknown, batch_size, fraction, events_a_batch) -> None:
+    sampler = EventBatchSampler(cases(events, others, unknown), batch_size, seed=1, event_fraction=fraction)
+    batches = epoch_of(sampler, 1)
+    assert len(batches) == len(sampler) == (events + others + unknown) // batch_size
+    assert all(len(batch) == batch_size for batch in batches)
+    assert {sum(draw.index < events for draw in batch) for batch in batches} == {events_a_batch}
+
+
+@pytest.mark.parametrize(
+    ("members", "fraction"),
+    [
+        pytest.param(cases(0, 10), 0.5, id="no_events"),
+        pytest.param(cases(10, 0), 0.5, id="only_events"),
+        pytest.param(cases(3, 7), None, id="not_wanted"),
+    ],
+)
+def test_plain_shuffling_sees_every_case_once(members, fraction) -> None:
+    batches = epoch_of(EventBatchSampler(members, 5, event_fraction=fraction), 3)
+    assert sorted(draw.index for batch in batches for draw in batch) == list(range(10))
+
+
+def test_an_epoch_follows_from_seed_and_epoch_alone() -> None:
+    members = cases(6, 14)
+    first, again = EventBatchSampler(members, 4, seed=7), EventBatchSampler(members, 4, seed=7)
+    epoch_of(first, 1)
+    assert epoch_of(first, 2) == epoch_of(again, 2)
+    assert epoch_of(first, 1) != epoch_of(first, 2)
+    assert epoch_of(first, 1) != epoch_of(EventBatchSampler(members, 4, seed=8), 1)
+
+
+@pytest.mark.parametrize(
+    ("members", "batch_size", "fraction", "match"),
+    [
+        pytest.param(cases(1, 0), 4, 0.5, "at least two cases and has 1", id="one_case"),
+        pytest.param(cases(2, 6), 1, 0.5, "batch_size 1 is too small", id="batch_of_one"),
+        pytest.param(cases(2, 6), 4, 1.5, "event_fraction lies between 0 and 1", id="bad_fraction"),
+    ],
+)
+def test_refusals(members, batch_size, fraction, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        EventBatchSampler(members, batch_size, event_fraction=fraction)
+
+
+class MakeImage(Transform):
+    """Counts its calls, so that a test sees what came from the cache; fails for one patient."""
+
+    calls = 0
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+
+    def __call__(self, data: dict) -> dict:
+        MakeImage.calls += 1
+        if data[keys.PATIENT_ID] == self.fails:
+            raise OSError(f"{self.fails}__CT.nii.gz cannot be read")
+        return {keys.PATIENT_ID: data[keys.PATIENT_ID], keys.IMAGE: torch.zeros(1, 2, 2, 2)}
+
+
+def augmented(fails: str = "") -> Compose:
+    return Compose([MakeImage(fails), RandShiftIntensityd(keys=keys.IMAGE, offsets=1.0, prob=1.0)])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_does_not_depend_on_workers(tmp_path: Path, num_workers: int) -> None:
+    def shifts(workers: int) -> list[float]:
+        dataset = CaseDataset(cases(4, 8), augmented(), cache_dir=str(tmp_path))
+        sampler = EventBatchSampler(dataset.data, 4, seed=3)
+        sampler.set_epoch(5)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+        return [float(x.flatten()[0]) for batch in loader for x in batch[keys.IMAGE]]
+
+    expected = shifts(0)
+    assert len(set(expected)) == 12
+    assert shifts(num_workers) == expected
+
+
+def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:
+    MakeImage.calls = 0
+    for _ in range(2):
+        dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+        [dataset[i] for i in range(3)]
+    assert MakeImage.calls == 3
+    CaseDataset(cases(0, 3), augmented(fails="nobody"), cache_dir=str(tmp_path))[0]
+    assert MakeImage.calls == 4
+
+
+def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = CaseDataset(cases(0, 2), augmented(), cache_dir=str(tmp_path / "cache"))
+    bad = CaseDataset(cases(0, 4), augmented("P-002"), cache_dir=str(tmp_path / "cache"))
+    prepare_datasets({"training": bad, "validation": good}, str(tmp_path), show_progress=False)
+    assert [c[keys.PATIENT_ID] for c in bad.data] == ["P-000", "P-001", "P-003"]
+    assert len(good.data) == 2
+    rows = list(csv.DictReader((tmp_path / "exclusions.csv").read_text().splitlines()))
+    assert rows == [{"PatientID": "P-002", "set": "training", "reason": "P-002__CT.nii.gz cannot be read"}]
+    assert "P-002: left out of the training set" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        pytest.param([], "the validation set is empty", id="no_case"),
+        pytest.param(cases(0, 1), "no case of the validation set can be read.*P-000__CT", id="nothing_readable"),
+    ],
+)
+def test_nothing_left_is_an_error(tmp_path: Path, members, match) -> None:
+    dataset = CaseDataset(members, augmented("P-000"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match=match):
+        prepare_datasets({"validation": dataset}, str(tmp_path), show_progress=False)
+
+
+def test_guarded_dataset_turns_failures_into_markers() -> None:
+    members = [case(0), case(1), {**case(2), keys.PROBLEM: "no PET found"}]
+    dataset = GuardedDataset(members, augmented("P-001"))
+    assert keys.IMAGE in dataset[0]
+    assert dataset[1] == {keys.PATIENT_ID: "P-001", ERROR: "P-001__CT.nii.gz cannot be read"}
+    assert dataset[2] == {keys.PATIENT_ID: "P-002", ERROR: "no PET found"}
+
+
+def test_reason_is_the_innermost_cause() -> None:
+    try:
+        Compose([Lambdad(keys="x", func=lambda v: 1 / v)])({"x": 0})
+    except RuntimeError as error:
+        assert reason(error) == "division by zero"
+    assert reason(KeyError()) == "KeyError"
+
+
+def test_seed_epoch_repeats_and_differs() -> None:
+    drawn = []
+    for seed, epoch in ((1, 1), (1, 1), (1, 2), (2, 1)):
+        seed_epoch(seed, epoch)
+        drawn.append(float(torch.rand(1)))
+    assert drawn[0] == drawn[1]
+    assert len(np.unique(drawn)) == 3
