@@ -1,0 +1,733 @@
+"""Cohorts: layouts, tables as people write them, faults, exclusions and folds."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from scripts.cohort import CohortError, Exclusion
+
+from scripts import cohort, keys
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+HEADER = (
+    "PatientID,CenterID,Age,Gender,Tobacco Consumption,Alcohol Consumption,Performance Status,Treatment,M-stage,"
+    "RFS,Relapse,HPV Status"
+)
+ROWS = (
+    "CHUM-001,1,61,1,1,,1,1,M0,1240,0,1",
+    "CHUS-002,3,55.0,0.0,,1.0,,0,Mx,300,1,0",
+    "MDA-003,5,70,1,,,,,M1,,,",
+)
+
+
+def real_data(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"real data {name} is not beside the repository")
+    return SHARED / name
+
+
+def add_scans(folder: Path, patient: str, kinds: str = "ct pet mask", suffix: str = ".nii.gz") -> None:
+    """Files with the names of one patient's scans; a cohort never opens them."""
+    names = {"ct": f"{patient}__CT", "pet": f"{patient}__PT", "mask": patient}
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in kinds.split():
+        (folder / (names[kind] + suffix)).write_bytes(kind.encode())
+
+
+def add_table(folder: Path, rows=ROWS, name: str = "HECKTOR_2025_Training_Task_2.csv", header: str = HEADER) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("\n".join((header, *rows)) + "\n")
+    return path
+
+
+def add_patients(root: Path, *patients: str) -> Path:
+    for patient in patients or ("CHUM-001", "CHUS-002", "MDA-003"):
+        add_scans(root / patient, patient)
+    return root
+
+
+def ids(cases) -> list[str]:
+    return [case[keys.PATIENT_ID] for case in cases]
+
+
+# --- layouts ---------------------------------------------------------------------------------------------
+
+
+def nested(root: Path) -> Path:
+    add_table(root)
+    return add_patients(root)
+
+
+def in_images(root: Path) -> Path:
+    add_table(root)
+    add_patients(root / "images")
+    return root
+
+
+def images_folder_itself(root: Path) -> Path:
+    return in_images(root) / "images"
+
+
+def several_tasks(root: Path) -> Path:
+    add_patients(root / "Task 1", "CHUM-001", "MDA-003")
+    add_scans(root / "Task 2" / "CHUM-001", "CHUM-001", "ct pet")
+    add_scans(root / "Task 2" / "CHUS-002", "CHUS-002")
+    add_table(
+        root, [row.rsplit(",", 3)[0] for row in ROWS], "HECKTOR_2025_Training_Task_1.csv", HEADER.rsplit(",", 3)[0]
+    )
+    add_table(root)
+    return root
+
+
+def tables_in_the_tasks(root: Path) -> Path:
+    add_patients(root / "Task 2")
+    add_table(root / "Task 2")
+    return root
+
+
+def flat(root: Path) -> Path:
+    for patient in ("CHUM-001", "CHUS-002", "MDA-003"):
+        add_scans(root / "imagesTr", patient, "ct pet")
+        add_scans(root / "labelsTr", patient, "mask")
+    add_table(root)
+    return root
+
+
+def flat_2022_tables(root: Path) -> Path:
+    flat(root)
+    (root / "HECKTOR_2025_Training_Task_2.csv").unlink()
+    add_table(
+        root,
+        ["CHUM-001,0,1,1,M,61,80,1,,1,1,,1", "CHUS-002,1,1,3,F,55,,,1,,0,,0", "MDA-003,0,1,5,M,70,,,,,,,"],
+        "hecktor2022_clinical_info_training.csv",
+        "PatientID,Task 1,Task 2,CenterID,Gender,Age,Weight,Tobacco,Alcohol,Performance status,"
+        '"HPV status (0=-, 1=+)",Surgery,Chemotherapy',
+    )
+    add_table(
+        root,
+        ["CHUM-001,0,1240", "CHUS-002,1,300"],
+        "hecktor2022_endpoint_training.csv",
+        "PatientID,Relapse,RFS",
+    )
+    return root
+
+
+def uncompressed(root: Path) -> Path:
+    add_table(root)
+    for patient in ("CHUM-001", "CHUS-002", "MDA-003"):
+        add_scans(root / patient, patient, suffix=".nii")
+    return root
+
+
+def files_in_the_folder_itself(root: Path) -> Path:
+    add_table(root)
+    for patient in ("CHUM-001", "CHUS-002", "MDA-003"):
+        add_scans(root, patient)
+    return root
+
+
+def other_spelling_of_ids(root: Path) -> Path:
+    add_table(root, [row.replace("-", "_", 1) for row in ROWS])
+    return add_patients(root)
+
+
+def extras_of_hecktor(root: Path) -> Path:
+    nested(root)
+    for name in ("CHUM-001__CTPlanning.nii.gz", "CHUM-001__RTDOSE.nii.gz", "._CHUM-001__CT.nii.gz", "notes.txt"):
+        (root / "CHUM-001" / name).write_bytes(b"x")
+    (root / "__MACOSX").mkdir()
+    add_table(root, ["CHUM-001,0.3"], "truth.csv", "PatientID,log_hazard")
+    return root
+
+
+LAYOUTS = [
+    nested,
+    in_images,
+    images_folder_itself,
+    several_tasks,
+    tables_in_the_tasks,
+    flat,
+    flat_2022_tables,
+    uncompressed,
+    files_in_the_folder_itself,
+    other_spelling_of_ids,
+    extras_of_hecktor,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_every_layout_gives_the_same_cases(tmp_path, layout):
+    found = cohort.load_cohort(layout(tmp_path / "data"))
+    assert ids(found.cases) == ["CHUM-001", "CHUS-002", "MDA-003"]
+    assert found.exclusions == []
+    first, second, third = found.cases
+    for case in found.cases:
+        names = {kind: Path(case[kind]).name.split(".")[0] for kind in (keys.CT, keys.PET, keys.MASK)}
+        patient = case[keys.PATIENT_ID]
+        assert names == {keys.CT: f"{patient}__CT", keys.PET: f"{patient}__PT", keys.MASK: patient}
+        assert case[keys.SEG_KNOWN] is True
+        assert case[keys.CLINICAL_FOUND] is True
+        assert re.fullmatch("[0-9a-f]{16}", case[keys.FINGERPRINT])
+    m_stages = (0.0, None, 1.0) if layout is not flat_2022_tables else (None, None, None)
+    treatment = (1.0, 0.0, None)
+    assert [case[keys.CLINICAL]["m_stage"] for case in found.cases] == list(m_stages)
+    assert [case[keys.CLINICAL]["treatment"] for case in found.cases] == list(treatment)
+    assert first[keys.CLINICAL] | {"m_stage": 0.0} == {
+        "age": 61.0,
+        "gender": 1.0,
+        "tobacco": 1.0,
+        "alcohol": None,
+        "treatment": 1.0,
+        "performance_status": 1.0,
+        "m_stage": 0.0,
+    }
+    assert [case[keys.CENTRE] for case in found.cases] == ["CHUM", "CHUS", "MDA"]
+    labels = (keys.HPV, keys.HPV_KNOWN, keys.TIME, keys.EVENT, keys.SURV_KNOWN)
+    assert [first[label] for label in labels] == [1.0, True, 1240.0, False, True]
+    assert [second[label] for label in labels] == [0.0, True, 300.0, True, True]
+    assert [third[label] for label in labels] == [0.0, False, 0.0, False, False]
+
+
+def test_scans_of_one_folder_stay_together_across_tasks(tmp_path):
+    found = cohort.load_cohort(several_tasks(tmp_path))
+    folders = {Path(found.cases[0][kind]).parent for kind in (keys.CT, keys.PET, keys.MASK)}
+    assert folders == {tmp_path / "Task 1" / "CHUM-001"}
+
+
+def test_single_patient_folder_finds_the_table_above_images(tmp_path):
+    found = cohort.load_cohort(in_images(tmp_path) / "images" / "CHUS-002")
+    assert ids(found.cases) == ["CHUS-002"]
+    assert found.cases[0][keys.TIME] == 300.0
+    assert ids_of(found.exclusions) == ["CHUM-001", "MDA-003"]
+
+
+def ids_of(exclusions: list[Exclusion]) -> list[str]:
+    return [exclusion.patient_id for exclusion in exclusions]
+
+
+def test_table_above_the_folder_must_name_its_patients(tmp_path):
+    add_table(tmp_path, ["CHUV-009,1,61,1,,,,,,100,1,1"])
+    found = cohort.load_cohort(add_patients(tmp_path / "mine"))
+    assert found.files == []
+    assert all(case[keys.CLINICAL_FOUND] for case in found.cases), "without a table no row is missed"
+    assert "no table found" in found.describe()
+
+
+def test_without_a_table_only_cases_with_masks_stay(tmp_path):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001")
+    add_scans(tmp_path / "CHUM-002", "CHUM-002", "ct pet")
+    found = cohort.load_cohort(tmp_path)
+    assert ids(found.cases) == ["CHUM-001"]
+    reason = "scans without a row in a table and without a mask: nothing to learn from"
+    assert found.exclusions == [Exclusion("CHUM-002", reason)]
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["one_path", "list"])
+def test_named_table_is_used_instead_of_the_found_one(tmp_path, as_list):
+    root = nested(tmp_path / "data")
+    mine = add_table(tmp_path, ["CHUM-001,1,61,1,,,,,,77,1,"], "mine.csv")
+    found = cohort.load_cohort(root, ehr_csv=[mine] if as_list else mine)
+    assert found.cases[0][keys.TIME] == 77.0
+    assert found.files == [str(mine)]
+
+
+def test_named_table_may_be_relative_to_the_data_set(tmp_path):
+    root = nested(tmp_path)
+    add_table(root, ["CHUM-001,1,61,1,,,,,,77,1,"], "mine.csv")
+    assert cohort.load_cohort(root, ehr_csv="mine.csv").cases[0][keys.TIME] == 77.0
+
+
+def test_table_alone_is_a_cohort_without_scans(tmp_path):
+    found = cohort.load_cohort(None, add_table(tmp_path), require_images=False)
+    assert ids(found.cases) == ["CHUM-001", "CHUS-002"]
+    assert [case[keys.CT] for case in found.cases] == [None, None]
+    assert ids_of(found.exclusions) == ["MDA-003"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"require_images": False}, {"ehr_csv": "ehr.csv"}], ids=["no_table", "scans_wanted"]
+)
+def test_neither_folder_nor_table(options):
+    with pytest.raises(CohortError, match="without a dataset_dir, a table must be named"):
+        cohort.load_cohort(None, **options)
+
+
+def test_fingerprint_changes_with_a_file(tmp_path):
+    before = cohort.load_cohort(nested(tmp_path)).cases
+    (tmp_path / "CHUM-001" / "CHUM-001__PT.nii.gz").write_bytes(b"another scan")
+    after = cohort.load_cohort(tmp_path).cases
+    assert [a[keys.FINGERPRINT] == b[keys.FINGERPRINT] for a, b in zip(before, after, strict=True)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+# --- tables as people write them ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "centre"),
+    [
+        pytest.param(b"PatientID,Age,Relapse,RFS\nCHUM-001,61,1,300\n", "CHUM", id="plain"),
+        pytest.param("\ufeffPatientID,Age,Relapse,RFS\nCHUM-001,61,1,300\n".encode(), "CHUM", id="bom"),
+        pytest.param("PatientID;Age;Relapse;RFS\r\nCHUM-001;61,0;1;300\r\n".encode("utf-16"), "CHUM", id="utf16_excel"),
+        pytest.param(
+            "Patient ID;Age;Relapse;RFS;Médecin\nCHUM-001;61;1;300;é\n".encode("latin-1"), "CHUM", id="latin1"
+        ),
+        pytest.param(b"sep=;\npatient_id;age;relapse;rfs\nCHUM_001;61;1;300\n", "CHUM", id="sep_line"),
+        pytest.param(b"patientid\tAGE\tRELAPSE\tRfs\nCHUM-001\t61\t1\t300\n", "CHUM", id="tabs"),
+        pytest.param(b"\n\nPatientID,Age,Relapse,RFS\n,,,\nCHUM-001 , 61.0 ,1.0, 300.0\n\n", "CHUM", id="blank_lines"),
+        pytest.param(b'"PatientID","Age","Relapse","RFS"\n"CHUM-001","61","1.0","300"\n', "CHUM", id="quotes"),
+        pytest.param(b"PatientID,Extra,Age,Relapse,RFS\nCHUM-001,a,61,1,300\n", "CHUM", id="extra_column"),
+        pytest.param(b"ID,PatientID,Age,Relapse,RFS\n1,CHUM-001,61,1,300\n", "CHUM", id="number_beside_the_id"),
+        pytest.param(b"PatientID,Age,Relapse,RFS,Note,More\nCHUM-001,61,1,300\n", "CHUM", id="short_row"),
+        pytest.param(b"PatientID,Age,Relapse,RFS,CenterID\nCHUM-001,61,1,300,6.0\n", "HGJ", id="centre_number"),
+        pytest.param(b"PatientID,Age,Relapse,RFS,Center ID\nCHUM-001,61,1,300,hmr\n", "HMR", id="centre_name"),
+        pytest.param(b"PatientID,Age,Relapse,RFS,CenterID\nCHUM-001,61,1,300,4\n", "centre 4", id="centre_unknown"),
+    ],
+)
+def test_table_is_read_however_it_was_saved(tmp_path, data, centre):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001")
+    (tmp_path / "ehr.csv").write_bytes(data)
+    (case,) = cohort.load_cohort(tmp_path).cases
+    assert case[keys.CLINICAL]["age"] == 61.0
+    assert (case[keys.TIME], case[keys.EVENT], case[keys.CENTRE]) == (300.0, True, centre)
+
+
+@pytest.mark.parametrize(
+    ("rows", "messages"),
+    [
+        pytest.param(
+            ["CHUM-001,1,61,1,,,,,,100,1,1", "CHUM_001,1,61,1,,,,,,100,1,1"],
+            ["row 3: CHUM_001 stands in row 2 already"],
+            id="duplicate_id",
+        ),
+        pytest.param(
+            ["", "CHUM-001,1,61,1,,,,,,100,2,1"],
+            ["row 3, column 'Relapse': '2' is no value of relapse; accepted: 0 (no"],
+            id="relapse_2",
+        ),
+        pytest.param(["CHUM-001,1,61,1,,,,,,100,1,7"], ["row 2, column 'HPV Status': '7'"], id="hpv_7"),
+        pytest.param(["CHUM-001,1,61,1,,,,,,soon,1,1"], ["row 2, column 'RFS': 'soon'", "in days"], id="rfs_word"),
+        pytest.param(["CHUM-001,1,61,X,,,,,,9,1,1"], ["row 2, column 'Gender': 'X'", "0 (female/f)"], id="gender"),
+        pytest.param([",1,61,1,,,,,,100,1,1"], ["row 2: no PatientID"], id="no_id"),
+        pytest.param(["CHUM-001,1,6,1,1,,,,,,100,1,1"], ["row 2: 13 cells under 12 column names"], id="stray_comma"),
+        pytest.param(
+            ["CHUM-001,1,61,X,,,,,,9,1,1", "CHUS-002,1,old,1,,,,,,9,3,1"],
+            ["(3 faults)", "row 2, column 'Gender'", "row 3, column 'Age'", "row 3, column 'Relapse'"],
+            id="all_faults_at_once",
+        ),
+    ],
+)
+def test_faults_of_a_table_are_listed_with_file_and_row(tmp_path, rows, messages):
+    add_patients(tmp_path)
+    add_table(tmp_path, rows)
+    with pytest.raises(CohortError) as error:
+        cohort.load_cohort(tmp_path)
+    assert "HECKTOR_2025_Training_Task_2.csv, row" in str(error.value)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_long_lists_of_faults_are_cut(tmp_path):
+    add_patients(tmp_path)
+    add_table(tmp_path, [f"CHUM-{number:03d},1,61,1,,,,,,100,5,1" for number in range(1, 31)])
+    with pytest.raises(CohortError) as error:
+        cohort.load_cohort(tmp_path)
+    lines = str(error.value).splitlines()
+    assert "(30 faults)" in lines[0]
+    assert len(lines) == 22
+    assert lines[-1].strip() == "... and 10 more"
+
+
+def test_tables_that_contradict_each_other_are_an_error(tmp_path):
+    add_patients(tmp_path)
+    add_table(tmp_path, ["CHUM-001,1,61,1,,,,,,100,1,1"], "HECKTOR_2025_Training_Task_1.csv")
+    add_table(tmp_path, ["CHUM_001,2,61,1,1,,,,,101,1,1"])
+    with pytest.raises(CohortError) as error:
+        cohort.load_cohort(tmp_path)
+    assert "column 'RFS': rfs of CHUM-001 is 101, but 100 in HECKTOR_2025_Training_Task_1.csv, row 2" in str(
+        error.value
+    )
+    assert "centre of CHUM-001 is CHUP, but CHUM in HECKTOR_2025_Training_Task_1.csv, row 2" in str(error.value)
+
+
+def test_tables_complete_each_other(tmp_path):
+    add_patients(tmp_path, "CHUM-001")
+    add_table(tmp_path, ["CHUM-001,1,61,1,,,,,,,,1"], "HECKTOR_2025_Training_Task_1.csv")
+    add_table(tmp_path, ["CHUM_001,1,,1,1,,,,,100,1,"])
+    (case,) = cohort.load_cohort(tmp_path).cases
+    assert (case[keys.CLINICAL]["age"], case[keys.CLINICAL]["tobacco"]) == (61.0, 1.0)
+    assert (case[keys.TIME], case[keys.HPV]) == (100.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("Name,Age\nx,1\n", "has no PatientID column; its columns are: Name, Age", id="no_id_column"),
+        pytest.param("", "none (empty file)", id="empty"),
+        pytest.param("PK\x03\x04\0\0", "is not a text file: save the table as CSV", id="excel_file"),
+        pytest.param("PatientID,HPV status (0=-, 1=+)\nCHUM-001,1\n", "cut in two at a comma", id="unquoted_remark"),
+        pytest.param("PatientID,RFS (months),Relapse\nCHUM-001,1,1\n", "is read in days", id="months"),
+    ],
+)
+def test_unusable_named_table(tmp_path, content, message):
+    add_patients(tmp_path)
+    (tmp_path / "mine.csv").write_bytes(content.encode())
+    with pytest.raises(CohortError) as error:
+        cohort.load_cohort(tmp_path, ehr_csv=tmp_path / "mine.csv")
+    assert message in str(error.value)
+    assert "mine.csv" in str(error.value)
+
+
+def test_named_table_that_is_not_there(tmp_path):
+    with pytest.raises(CohortError, match=r"no such table: nowhere\.csv"):
+        cohort.load_cohort(nested(tmp_path), ehr_csv="nowhere.csv")
+
+
+def test_several_tables_that_could_be_meant(tmp_path):
+    add_patients(tmp_path)
+    add_table(tmp_path, name="a.csv")
+    add_table(tmp_path, name="b.csv")
+    with pytest.raises(CohortError, match=r"several tables with a PatientID \(a.csv, b.csv\).*ehr_csv"):
+        cohort.load_cohort(tmp_path)
+
+
+def test_of_several_tables_the_one_with_known_columns_is_meant(tmp_path):
+    add_patients(tmp_path)
+    add_table(tmp_path, name="mine.csv")
+    add_table(tmp_path, ["CHUM-001,5"], "scores.csv", "PatientID,score")
+    assert cohort.load_cohort(tmp_path).files == [str(tmp_path / "mine.csv")]
+
+
+def test_unknown_clinical_feature_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown clinical feature 'weight'; known are age"):
+        cohort.load_cohort(nested(tmp_path), clinical_features=("age", "weight"))
+
+
+def test_only_the_wanted_features_are_read(tmp_path):
+    add_patients(tmp_path)
+    add_table(tmp_path, ["CHUM-001,1,61,neither,,,,,,100,1,1"])
+    (case, *_) = cohort.load_cohort(tmp_path, clinical_features=("m_stage", "age")).cases
+    assert list(case[keys.CLINICAL].items()) == [("m_stage", None), ("age", 61.0)]
+
+
+# --- exclusions --------------------------------------------------------------------------------------------
+
+
+def test_every_patient_is_a_case_or_an_exclusion_with_a_reason(tmp_path):
+    add_table(
+        tmp_path,
+        [
+            "CHUM-001,1,61,1,,,,,,100,1,1",
+            "CHUM-002,1,61,1,,,,,,100,1,1",
+            "CHUM-003,1,61,1,,,,,,100,1,1",
+            "CHUM-004,1,61,1,,,,,,100,1,1",
+            "CHUM-005,1,61,1,,,,,,0,1,1",
+            "CHUM-006,1,61,1,,,,,,-5,0,",
+            "CHUM-009,1,61,1,,,,,,,,",
+            "CHUM-010,1,61,1,,,,,,500,,",
+            "CHUM-011,1,61,1,,,,,,,1,",
+        ],
+    )
+    add_patients(tmp_path, "CHUM-001", "CHUM-005", "CHUM-006", "CHUM-007", "CHUM-010", "CHUM-011")
+    add_scans(tmp_path / "CHUM-003", "CHUM-003", "ct mask")
+    add_scans(tmp_path / "CHUM-004", "CHUM-004", "pet mask")
+    add_scans(tmp_path / "CHUM-008", "CHUM-008", "ct pet")
+    add_scans(tmp_path / "CHUM-009", "CHUM-009", "ct pet")
+    (tmp_path / "CHUM-012").mkdir()
+    found = cohort.load_cohort(tmp_path)
+    table = "HECKTOR_2025_Training_Task_2.csv, row"
+    assert ids(found.cases) == ["CHUM-001", "CHUM-007", "CHUM-010", "CHUM-011"]
+    assert {(item.patient_id, item.reason, item.detail) for item in found.exclusions} == {
+        ("CHUM-002", "row in the table but no scans", f"{table} 3"),
+        ("CHUM-003", "no PET", f"expected {tmp_path}/CHUM-003/CHUM-003__PT.nii.gz"),
+        ("CHUM-004", "no CT", f"expected {tmp_path}/CHUM-004/CHUM-004__CT.nii.gz"),
+        ("CHUM-005", "RFS <= 0", f"{table} 6, column 'RFS'"),
+        ("CHUM-006", "RFS <= 0", f"{table} 7, column 'RFS'"),
+        ("CHUM-008", "scans without a row in a table and without a mask: nothing to learn from", ""),
+        ("CHUM-009", "no mask, HPV status or survival: nothing to learn from", f"{table} 8"),
+        ("CHUM-012", "no scans", ""),
+    }
+    unlabelled = {case[keys.PATIENT_ID]: case for case in found.cases}["CHUM-007"]
+    assert unlabelled[keys.CLINICAL_FOUND] is False
+    assert not (unlabelled[keys.HPV_KNOWN] or unlabelled[keys.SURV_KNOWN])
+    text = found.describe()
+    assert "1 with a mask but no row in a table are kept, all else unknown: CHUM-007" in text
+    assert "2 have only one of RFS and Relapse, so survival is unknown: CHUM-010, CHUM-011" in text
+
+
+def test_no_usable_case_is_an_error_with_the_reasons(tmp_path):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001", "ct pet")
+    with pytest.raises(CohortError, match=r"no case can be used\n.*1 x scans without a row.*CHUM-001"):
+        cohort.load_cohort(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda root: root / "nowhere", "is not there", id="no_folder"),
+        pytest.param(add_table, "is a file, not a folder", id="file"),
+        pytest.param(
+            lambda root: root, r"holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz", id="empty_folder"
+        ),
+    ],
+)
+def test_folder_without_a_cohort(tmp_path, make, message):
+    with pytest.raises(CohortError, match=message):
+        cohort.load_cohort(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        pytest.param("CHUM-001/CHUM-002__CT.nii.gz", "holds scans named for another patient", id="stranger"),
+        pytest.param("CHUM-001/CHUM_001__CT.nii.gz", "are both the ct of CHUM-001", id="two_spellings"),
+        pytest.param("CHUM_001/CHUM_001__CT.nii.gz", "folders of the same patient", id="two_folders"),
+    ],
+)
+def test_image_files_that_contradict_each_other(tmp_path, extra, message):
+    nested(tmp_path)
+    (tmp_path / extra).parent.mkdir(exist_ok=True)
+    (tmp_path / extra).write_bytes(b"ct")
+    with pytest.raises(CohortError, match=message):
+        cohort.load_cohort(tmp_path)
+
+
+def test_what_is_left_alone_is_noted(tmp_path):
+    nested(tmp_path)
+    add_scans(tmp_path / "CHUM-001", "CHUM-001", "ct", suffix=".nii")
+    (tmp_path / "CHUM-001" / "gtv.nii.gz").write_bytes(b"x")
+    add_scans(tmp_path / "old", "CHUM-001")
+    found = cohort.load_cohort(tmp_path)
+    assert found.cases[0][keys.CT].endswith("CHUM-001__CT.nii.gz")
+    text = found.describe()
+    assert (
+        f"note: the .nii.gz is used where a .nii of the same name exists: {tmp_path}/CHUM-001/CHUM-001__CT.nii.gz"
+        in text
+    )
+    assert f"note: not read, since neither CT, PET nor mask by its name: {tmp_path}/CHUM-001/gtv.nii.gz" in text
+    assert f"note: not read, since the folder has no patient's name: {tmp_path}/old" in text
+
+
+def test_copy_of_a_scan_that_differs_is_noted(tmp_path):
+    several_tasks(tmp_path)
+    (tmp_path / "Task 2" / "CHUM-001" / "CHUM-001__CT.nii.gz").write_bytes(b"another one")
+    assert f"which differs: {tmp_path}/Task 2/CHUM-001/CHUM-001__CT.nii.gz" in cohort.load_cohort(tmp_path).describe()
+
+
+def test_months_are_suspected(tmp_path):
+    patients = [f"CHUM-{number:03d}" for number in range(1, 21)]
+    add_patients(tmp_path, *patients)
+    add_table(tmp_path, [f"{patient},1,61,1,,,,,,60,1,1" for patient in patients])
+    assert "the longest RFS is 60, read as days: is it in months or years?" in cohort.load_cohort(tmp_path).describe()
+
+
+def test_description_counts(tmp_path):
+    text = cohort.load_cohort(nested(tmp_path)).describe()
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if re.match(r"(CHUM|CHUS|MDA|all) ", line)}
+    assert rows == {
+        "CHUM": ["1", "1", "1", "1", "1", "0"],
+        "CHUS": ["1", "1", "1", "0", "1", "1"],
+        "MDA": ["1", "1", "0", "0", "0", "0"],
+        "all": ["3", "3", "2", "1", "2", "1"],
+    }
+    assert "age 100 %, gender 100 %, tobacco 33 %, alcohol 33 %, treatment 67 %, performance_status 33 %" in text
+    assert "excluded: 0" in text
+
+
+def test_absent_columns_are_named(tmp_path):
+    root = nested(tmp_path)
+    found = cohort.load_cohort(root, clinical_features=("age", "t_stage", "n_stage"))
+    assert "note: no column for t_stage, n_stage: unknown for every case" in found.describe()
+
+
+# --- prediction --------------------------------------------------------------------------------------------
+
+
+def test_inference_lists_every_patient_and_ignores_faults_in_labels(tmp_path, caplog):
+    add_table(
+        tmp_path,
+        [
+            "CHUM-001,1,61,1,,,,,,-7,1,1",
+            "CHUM-002,1,61,1,,,,,,100,never,9",
+            "CHUM-003,1,61,X,,,,,,100,1,1",
+            "CHUM-004,1,61,1,,,,,,100,1,1",
+            "CHUM-004,1,62,1,,,,,,100,1,1",
+            "CHUM-005,1,61,1,,,,,,100,1,1",
+        ],
+    )
+    add_patients(tmp_path, "CHUM-001", "CHUM-002", "CHUM-003", "CHUM-004")
+    add_scans(tmp_path / "CHUM-006", "CHUM-006", "ct pet")
+    add_scans(tmp_path / "CHUM-007", "CHUM-007", "ct")
+    with caplog.at_level(logging.WARNING):
+        cases = {case[keys.PATIENT_ID]: case for case in cohort.inference_cases(tmp_path)}
+    problems = {patient: case[keys.PROBLEM] for patient, case in cases.items()}
+    assert list(problems) == [f"CHUM-00{number}" for number in range(1, 8)]
+    assert [patient for patient, problem in problems.items() if not problem] == ["CHUM-001", "CHUM-002", "CHUM-006"]
+    assert "row 4, column 'Gender': 'X'" in problems["CHUM-003"]
+    assert "row 6: CHUM-004 stands in row 5 already" in problems["CHUM-004"]
+    assert problems["CHUM-005"] == f"no CT and no PET found in {tmp_path}"
+    assert problems["CHUM-007"] == f"no PET found in {tmp_path / 'CHUM-007'}"
+    assert cases["CHUM-007"][keys.PET] is None
+    assert [patient for patient, case in cases.items() if not case[keys.CLINICAL_FOUND]] == ["CHUM-006", "CHUM-007"]
+    assert not cases["CHUM-001"][keys.SURV_KNOWN]
+    assert "label ignored" in caplog.text
+    assert "column 'Relapse': 'never'" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["single_patient", "table_elsewhere"])
+def test_inference_on_a_part_of_a_cohort_does_not_list_the_rest(tmp_path, where):
+    root = in_images(tmp_path / "data")
+    if where == "single_patient":
+        cases = cohort.inference_cases(root / "images" / "CHUS-002")
+    else:
+        add_patients(tmp_path / "part", "CHUS-002")
+        cases = cohort.inference_cases(tmp_path / "part", root / "HECKTOR_2025_Training_Task_2.csv")
+    assert ids(cases) == ["CHUS-002"]
+    assert (cases[0][keys.PROBLEM], cases[0][keys.CLINICAL]["age"]) == ("", 55.0)
+
+
+def test_inference_without_a_table(tmp_path):
+    add_scans(tmp_path, "CHUM-001", "ct pet")
+    add_scans(tmp_path, "atlas", "mask")
+    (case,) = cohort.inference_cases(tmp_path)
+    assert case[keys.CLINICAL] == dict.fromkeys(cohort.DEFAULT_FEATURES)
+    assert (case[keys.CLINICAL_FOUND], case[keys.SEG_KNOWN], case[keys.PROBLEM]) == (True, False, "")
+
+
+def test_inference_needs_a_readable_table(tmp_path):
+    root = nested(tmp_path)
+    add_table(root, [",1,61,1,,,,,,100,1,1"])
+    with pytest.raises(CohortError, match="row 2: no PatientID"):
+        cohort.inference_cases(root)
+
+
+# --- the demonstration cohort --------------------------------------------------------------------------------
+
+
+def test_demonstration_cohort_is_found_where_it_was_made(tmp_path):
+    add_patients(tmp_path / "data" / "demonstration" / "Task 1")
+    assert cohort.default_dataset_dir(tmp_path) == str(tmp_path / "data" / "demonstration")
+
+
+def test_missing_demonstration_cohort_says_in_one_line_how_to_make_it(tmp_path):
+    (tmp_path / "data" / "demonstration").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as error:
+        cohort.default_dataset_dir(tmp_path)
+    message = str(error.value)
+    assert f"python scripts/make_cohort.py --out {tmp_path}/data/demonstration" in message
+    assert "--dataset_dir" in message
+    assert "\n" not in message
+
+
+# --- folds -------------------------------------------------------------------------------------------------
+
+
+def make_cohort(count: int = 60, full_every: int = 3) -> cohort.Cohort:
+    """Cases with a mix of events, centres and missing labels; every ``full_every``-th lacks mask or HPV status."""
+    cases = []
+    for number in range(count):
+        known = number % 10 != 9
+        cases.append(
+            {
+                keys.PATIENT_ID: f"P-{number:03d}",
+                keys.CENTRE: ("CHUM", "MDA", "MDA", "USZ")[number % 4],
+                keys.SURV_KNOWN: known,
+                keys.EVENT: known and number % 5 == 0,
+                keys.SEG_KNOWN: number % full_every != 0,
+                keys.HPV_KNOWN: number % full_every != 1 or number % 2 == 0,
+            }
+        )
+    return cohort.Cohort("made up", cases)
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_partial_folds_validate_every_case_once_and_are_balanced(num_folds, seed):
+    made = make_cohort()
+    splits = [made.split("partial", num_folds, fold, seed) for fold in range(num_folds)]
+    assert sorted(itertools.chain(*(ids(split.validation) for split in splits))) == ids(made.cases)
+    for split in splits:
+        assert sorted(ids(split.training) + ids(split.validation)) == ids(made.cases)
+    for count in (
+        len,
+        lambda cases: sum(case[keys.EVENT] for case in cases),
+        lambda cases: sum(not case[keys.SURV_KNOWN] for case in cases),
+    ):
+        counts = [count(split.validation) for split in splits]
+        assert max(counts) - min(counts) <= 1
+    for centre in ("CHUM", "MDA", "USZ"):
+        counts = [sum(case[keys.CENTRE] == centre for case in split.validation) for split in splits]
+        assert max(counts) - min(counts) <= 3, "at most one for each of event, censored and unknown"
+
+
+def test_full_folds_train_on_full_labels_and_validate_the_rest_in_every_fold():
+    made = make_cohort()
+    full = {case[keys.PATIENT_ID] for case in made.cases if case[keys.SEG_KNOWN] and case[keys.HPV_KNOWN]}
+    others = set(ids(made.cases)) - full
+    splits = [made.split("full", 5, fold, 0) for fold in range(5)]
+    assert others
+    for split in splits:
+        assert set(ids(split.training)) <= full
+        assert others <= set(ids(split.validation))
+        assert not set(ids(split.training)) & set(ids(split.validation))
+        assert ids(split.validation) == sorted(ids(split.validation))
+        assert set(ids(split.training)) | set(ids(split.validation)) == set(ids(made.cases))
+    folded = [patient for split in splits for patient in ids(split.validation) if patient in full]
+    assert sorted(folded) == sorted(full)
+
+
+def test_folds_depend_on_the_seed_but_not_on_the_order_of_cases():
+    made = make_cohort()
+    turned = cohort.Cohort("made up", made.cases[::-1])
+    first = set(ids(made.split("partial", 3, 0, 7).validation))
+    assert first == set(ids(made.split("partial", 3, 0, 7).validation))
+    assert first == set(ids(turned.split("partial", 3, 0, 7).validation))
+    assert first != set(ids(made.split("partial", 3, 0, 8).validation))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(("half", 3, 0), "unknown protocol 'half'; known are partial, full", id="protocol"),
+        pytest.param(("partial", 1, 0), "num_folds is 1; at least 2", id="one_fold"),
+        pytest.param(("partial", 3, 3), "fold is 3; with num_folds = 3 it must be from 0 to 2", id="fold_too_high"),
+        pytest.param(("full", 3, -1), "fold is -1; with num_folds = 3", id="fold_negative"),
+        pytest.param(("partial", 5, 0), "4 cases cannot be dealt over 5 folds", id="too_few_cases"),
+        pytest.param(("full", 3, 0), "of which there are 1 among 4.*use protocol 'partial'", id="too_few_full"),
+    ],
+)
+def test_impossible_splits(arguments, message):
+    with pytest.raises(CohortError, match=message):
+        make_cohort(40 if "fold is" in message else 4).split(*arguments, seed=0)
+
+
+# --- real data -----------------------------------------------------------------------------------------------
+
+
+def test_real_sarcoma_cohort_has_masks_and_no_other_label():
+    found = cohort.load_cohort(real_data("sts_petct"))
+    assert len(found.cases) == 20
+    assert found.exclusions == []
+    assert all(case[keys.SEG_KNOWN] and case[keys.CLINICAL_FOUND] for case in found.cases)
+    assert not any(case[keys.SURV_KNOWN] or case[keys.HPV_KNOWN] for case in found.cases)
+    assert all(Path(case[kind]).is_file() for case in found.cases for kind in (keys.CT, keys.PET, keys.MASK))
+    split = found.split("partial", 3, 0, 0)
+    assert (len(split.training), len(split.validation)) == (13, 7)
+
+
+def test_real_head_and_neck_table():
+    found = cohort.load_cohort(
+        real_data("hn_clinical"), clinical_features=("age", "t_stage", "n_stage", "hpv"), require_images=False
+    )
+    assert len(found.cases) == 300
+    counts = [line.split() for line in found.describe().splitlines() if line.startswith("all ")]
+    assert counts == [["all", "300", "0", "120", "79", "300", "76"]]
+    assert sum(case[keys.CLINICAL]["t_stage"] is None for case in found.cases) == 10
