@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from monai.inferers import Inferer
 from monai.transforms import Transform
 
 from scripts import keys
-from scripts.sampling import ERROR, reason
+from scripts.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +54,24 @@ def as_roi_size(roi_size: int | Sequence[int]) -> tuple[int, int, int]:
     return size
 
 
-def say(text: str) -> None:
-    """Log ``text`` for the user of a config."""
-    logger.info("%s", text)
+def plain_errors() -> None:
+    """Let a program that runs a config end with one line for an error that this package raised on purpose.
+
+    MONAI wraps what goes wrong in a config expression several times, and the message that says what to do would
+    stand in the middle of a long traceback. Other errors, and all errors with ``TRACEBACK=1`` in the environment,
+    keep theirs. Exceptions themselves are unchanged: who calls the workflow from Python catches what was raised.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = innermost(error)
+        frames = traceback.extract_tb(cause.__traceback__)
+        ours = bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
+        if ours and isinstance(cause, ValueError | RuntimeError | OSError) and not os.environ.get("TRACEBACK"):
+            print(f"error: {cause}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def default_amp(device: torch.device | str) -> bool:

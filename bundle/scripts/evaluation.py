@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 from monai.metrics import compute_dice
 
 from scripts import keys
-from scripts.handlers import write_text_atomically
+from scripts.files import write_text
 from scripts.metrics import concordance_index
 
 logger = logging.getLogger(__name__)
@@ -155,14 +155,14 @@ class CaseTable:
         """Write both files and log the table of metrics."""
         cases = pd.DataFrame(self.rows)
         summary = summarise(cases, self.seed)
-        write_text_atomically(cases.to_csv(index=False), self.output_dir / "cases.csv")
+        write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
         report = {**self.about, "cases": len(cases), "metrics": summary}
         if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
             report["tumour_inside_box"] = {
                 "mean": float(cases[keys.SEG_INSIDE].mean()),
                 "minimum": float(cases[keys.SEG_INSIDE].min()),
             }
-        write_text_atomically(json.dumps(report, indent=2), self.output_dir / "metrics.json")
+        write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2))
         logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(summary))
         logger.info("written: %s, %s", self.output_dir / "cases.csv", self.output_dir / "metrics.json")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts import keys
+from scripts.ensemble import FoldEnsemble, save_weights
+from scripts.files import write_text, written_whole
 from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
 from scripts.sampling import EventBatchSampler, seed_epoch
 
@@ -127,7 +128,8 @@ def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
     if keys.TASK_SURV in tasks and comparable:
         logger.info("best checkpoint and early stopping by C-index: %d validation cases, %d events", len(known), events)
         return C_INDEX
-    why = "survival is not a task" if keys.TASK_SURV not in tasks else f"{events} comparable events among validation cases"
+    no_survival = keys.TASK_SURV not in tasks
+    why = "survival is not a task" if no_survival else f"validation has {events} events and no comparable pair"
     if keys.TASK_SEG in tasks and masks:
         logger.warning("best checkpoint and early stopping by Dice over %d masks, not by C-index: %s", masks, why)
         return DICE
@@ -204,7 +206,7 @@ class TrainingState:
 
     def __init__(
         self,
-        ensemble: torch.nn.Module,
+        ensemble: FoldEnsemble,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         loss: torch.nn.Module,
@@ -217,6 +219,7 @@ class TrainingState:
         seed: int = 0,
         patience: int = 0,
     ) -> None:
+        self.ensemble = ensemble
         self.parts = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
         self.sampler = sampler
         self.evaluator = evaluator
@@ -256,7 +259,7 @@ class TrainingState:
         engine.state.iteration = state["epoch"] * engine.state.epoch_length  # type: ignore[operator]
         if self.stopped_early or state["epoch"] >= engine.state.max_epochs:  # type: ignore[operator]
             why = "stopped early" if self.stopped_early else "is complete"
-            logger.info("the run in %s %s after epoch %d; nothing to do", self.last_path.parent.parent, why, state["epoch"])
+            logger.info("the run of %s %s after epoch %d: nothing to do", self.last_path, why, state["epoch"])
             engine.terminate()
         else:
             logger.info("going on after epoch %d of %s", state["epoch"], self.last_path)
@@ -271,7 +274,7 @@ class TrainingState:
         """Remember the parts of the loss of one batch."""
         loss = self.parts["loss"]
         parts = {name: float(value) for name, value in getattr(loss, "parts", {}).items()}
-        self._losses.append({"loss": float(engine.state.output["loss"]), **parts})  # type: ignore[index,call-overload]
+        self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})  # type: ignore[index,call-overload]
 
     def end_epoch(self, engine: Engine) -> None:
         """Judge and save the epoch; stop the run when it has not improved for long."""
@@ -288,11 +291,12 @@ class TrainingState:
             row.update(metrics)
             improved = self._judge(epoch)
         self.history.append(row)
-        if _is_first_rank():
+        if is_first_rank():
             if improved:
-                save_atomically(self.parts["network"].state_dict(), self.best_path)
-            save_atomically(self._state(epoch), self.last_path)
-            write_text_atomically(json.dumps(self.history, indent=1), self.history_path)
+                save_weights(self.ensemble, self.best_path)
+            with written_whole(self.last_path) as partial:
+                torch.save(self._state(epoch), partial)
+            write_text(self.history_path, json.dumps(self.history, indent=1))
         if validated:
             self._report(row)
         if self.stopped_early:
@@ -348,24 +352,9 @@ class TrainingState:
             )
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Whether this process is the only one, or the first of several: the one that writes files."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """``torch.save`` so that ``path`` only ever holds a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
-def write_text_atomically(text: str, path: Path) -> None:
-    """Write ``text`` so that ``path`` only ever holds a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
@@ -395,7 +384,7 @@ class Progress:
         self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
         epochs_left = (state.max_epochs or 1) - state.epoch if self.unit == "batch" and state.max_epochs else 1
         total = max(1, epochs_left) * (state.epoch_length or 0)
-        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not _is_first_rank(), leave=True)
+        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not is_first_rank(), leave=True)
 
     def _advance(self, engine: Engine) -> None:
         if self.bar is not None:

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 
 from scripts import keys
-from scripts.handlers import write_text_atomically
+from scripts.files import write_text
 from scripts.images import write_mask
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,11 @@ class PredictionWriter:
         """Give a failed patient its row, and keep the table so far."""
         for patient, why in engine.state.failures.items():
             self.rows[patient] = self._row(patient, FAILED, why)
-        write_text_atomically(self._table(), self._partial)
+        write_text(self._partial, self._table())
 
     def write_table(self, engine: Engine) -> None:
         """Write ``predictions.csv`` and log what became of the cohort."""
-        write_text_atomically(self._table(), self._partial)
+        write_text(self._partial, self._table())
         self._partial.replace(self.output_dir / "predictions.csv")
         counts = {status: sum(r["status"] == status for r in self.rows.values()) for status in (OK, INCOMPLETE, FAILED)}
         logger.info(

@@ -86,10 +86,15 @@ class GuardedDataset(Dataset):
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line: the innermost cause, without MONAI's wrapping of transform errors."""
-    while error.__cause__ is not None:
+    cause = innermost(error)
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception at the start of a chain of ``raise ... from ...`` that stands for the others."""
+    while error.__cause__ is not None and isinstance(error, RuntimeError):
         error = error.__cause__
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return error
 
 
 class EventBatchSampler(Sampler[list[Draw]]):

@@ -1,0 +1,259 @@
+"""Every config, run on a tiny cohort with the commands of the README, and what the configs promise each other."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE, TINY, make_tiny_cohort
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
+SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
+
+
+def config(name: str) -> dict:
+    return json.loads((BUNDLE / "configs" / name).read_text())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+# --- what they promise each other -----------------------------------------------------------------------------
+@pytest.mark.parametrize("item", ["network_def", "settings"])
+def test_training_and_inference_define_the_same_network(item: str) -> None:
+    assert config("train.json")[item] == config("inference.json")[item]
+
+
+def test_training_and_inference_preprocess_alike() -> None:
+    train, inference = config("train.json"), config("inference.json")
+    assert train["validate"]["preprocessing"] == inference["preprocessing"]
+    for name in ("load", "box_on_head_and_neck", "resample", "intensity", "clinical"):
+        assert train["transforms"][name] == inference["transforms"][name]
+
+
+def test_inference_defaults_are_those_of_training() -> None:
+    train = config("train.json")
+    assert config("inference.json")["default_settings"] == {k: train[k] for k in config("train.json")["settings"]}
+
+
+@pytest.mark.parametrize("overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json"])
+def test_overlays_change_only_what_exists(overlay: str) -> None:
+    """An id that train.json does not have would be ignored in silence."""
+    parser = ConfigParser(config("train.json"))
+    own = {"evaluate.json": {"checkpoint", "saved", "evaluating"}, "multi_gpu_train.json": {"backend", "local_rank"}}
+    unknown = [key for key in config(overlay) if key not in parser and key not in own.get(overlay, set())]
+    assert not unknown
+
+
+# --- training -------------------------------------------------------------------------------------------------
+def test_training_leaves_what_it_promises(trained: Path) -> None:
+    assert (trained / "models" / "model.pt").is_file()
+    assert list((trained / "tensorboard").glob("events.*"))
+    history = json.loads((trained / "history.json").read_text())
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert {"loss", "val_c_index", "val_dice", "val_balanced_accuracy", "val_loss", "lr"} <= set(history[0])
+    assert all(np.isfinite(row["loss"]) for row in history)
+
+
+def test_training_does_not_touch_the_shipped_model(trained: Path) -> None:
+    assert not (BUNDLE / "models" / "resume").exists()
+
+
+def test_started_again_a_complete_run_has_nothing_to_do(trained: Path, tiny_cohort: Path, run_bundle) -> None:
+    arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(trained), *SMALL_RUN]
+    result = run_bundle("training", "--config_file", TRAIN, *arguments)
+    assert "is complete after epoch 2: nothing to do" in result.stdout + result.stderr
+
+
+def test_a_broken_off_run_ends_as_an_unbroken_one(trained: Path, tiny_cohort: Path, tmp_path: Path, run_bundle) -> None:
+    """One epoch, then the same command for two: losses, metrics and weights equal those of the unbroken run."""
+    arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN]
+    run_bundle("training", "--config_file", TRAIN, *arguments, "--epochs", "1")
+    result = run_bundle("run", "--config_file", TRAIN, *arguments)
+    assert "going on after epoch 1" in result.stdout + result.stderr
+    broken, unbroken = (json.loads((p / "history.json").read_text()) for p in (tmp_path, trained))
+    for a, b in zip(broken, unbroken, strict=True):
+        assert a == pytest.approx(b, nan_ok=True)
+    states = [
+        torch.load(p / "models" / "resume" / "last.pt", weights_only=True)["network"] for p in (tmp_path, trained)
+    ]
+    for name, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, states[1][name])
+
+
+def test_another_run_in_the_same_folder_is_refused(trained: Path, tiny_cohort: Path, run_bundle) -> None:
+    arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(trained), *SMALL_RUN, "--fold", "1"]
+    result = run_bundle("training", "--config_file", TRAIN, *arguments, code=1)
+    assert "error: " in result.stderr
+    assert "fold: 0 there, 1 now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tasks", "overlay"),
+    [
+        pytest.param("['surv']", [], id="surv"),
+        pytest.param("seg,surv", [], id="seg_surv"),
+        pytest.param("['seg','hpv','surv']", ["configs/paper.json"], id="paper"),
+    ],
+)
+def test_ablations_and_the_paper_overlay_train_and_evaluate(tmp_path, tiny_cohort, run_bundle, tasks, overlay) -> None:
+    files = [TRAIN, *overlay]
+    common = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), "--num_folds", "2"]
+    arguments = [*common, *SMALL_RUN, "--epochs", "1", "--tasks", tasks]
+    run_bundle("training", "--config_file", str(files), *arguments)
+    result = run_bundle("evaluating", "--config_file", str([*files, EVALUATE]), *common, "--batch_size", "2")
+    report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert report["cases"] == 3
+    assert (report["metrics"]["dice"]["value"] is None) == ("seg" not in tasks), result.stdout
+    reasons = {name: row.get("reason") for name, row in report["metrics"].items()}
+    assert (reasons["balanced_accuracy"] == "not a task of this model") == ("hpv" not in tasks)
+
+
+def test_a_cohort_with_masks_only_is_judged_by_dice(tmp_path: Path, run_bundle) -> None:
+    cohort = make_tiny_cohort(tmp_path / "cohort", patients=4)
+    (cohort / "HECKTOR_2025_Training_Task_3.csv").unlink()
+    arguments = ["--dataset_dir", str(cohort), "--output_dir", str(tmp_path / "out"), *SMALL_RUN, "--epochs", "1"]
+    result = run_bundle("training", "--config_file", TRAIN, *arguments)
+    assert "early stopping by Dice" in result.stdout + result.stderr
+
+
+def test_without_a_cohort_one_line_says_how_to_make_one(tmp_path: Path, run_bundle) -> None:
+    bundle = shutil.copytree(BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("output", "data"))
+    result = run_bundle("training", "--config_file", TRAIN, code=1, cwd=bundle)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: no dataset_dir given")
+    assert "python scripts/make_cohort.py --out" in last
+
+
+def test_two_processes_train_together(tmp_path: Path, tiny_cohort: Path) -> None:
+    """Distributed training on CPU (gloo); the metrics are those of all validation cases, once each."""
+    files = str([TRAIN, "configs/multi_gpu_train.json"])
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", "-m", "monai.bundle"]
+    where = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN, "--epochs", "1"]
+    result = subprocess.run(
+        [sys.executable, *command, "run", "training", "--config_file", files, *where],
+        cwd=BUNDLE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "models" / "model.pt").is_file()
+    (row,) = json.loads((tmp_path / "history.json").read_text())
+    assert np.isfinite(row["val_dice"])
+
+
+def test_mlflow_tracking(tmp_path: Path, tiny_cohort: Path, run_bundle) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN, "--epochs", "1"]
+    run_bundle("training", "--config_file", TRAIN, *arguments, "--tracking", "mlflow")
+    assert (tmp_path / "mlruns.db").is_file()
+
+
+# --- evaluating and inference ------------------------------------------------------------------------------------
+def test_evaluating_reads_the_trained_model(trained: Path, tiny_cohort: Path, run_bundle) -> None:
+    common = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(trained), "--num_folds", "2", *TINY]
+    run_bundle("evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", *common)
+    report = json.loads((trained / "evaluation" / "metrics.json").read_text())
+    assert report["dataset_dir"] == str(tiny_cohort)
+    assert report["tumour_inside_box"]["minimum"] == 1.0
+    rows = rows_of(trained / "evaluation" / "cases.csv")
+    assert len(rows) == report["cases"] == 3
+
+
+def test_settings_that_differ_from_the_weights_are_refused(trained: Path, tiny_cohort: Path, run_bundle) -> None:
+    arguments = ["--dataset_dir", str(tiny_cohort), "--ckpt_dir", str(trained / "models"), "--spacing_mm", "4.0"]
+    result = run_bundle("inference", "--config_file", INFERENCE, *arguments, code=1)
+    assert "spacing_mm: weights 8.0, config 4.0" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def faulty_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good patients, one without PET, one whose CT is damaged, one without a clinical row."""
+    folder = make_tiny_cohort(tmp_path_factory.mktemp("faulty"), patients=5)
+    images = folder / "Task 1"
+    (images / "CHUM-002" / "CHUM-002__PT.nii.gz").unlink()
+    damaged = images / "CHUM-003" / "CHUM-003__CT.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    table = folder / "HECKTOR_2025_Training_Task_3.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if "CHUM-004" not in line))
+    return folder
+
+
+def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path, tmp_path: Path, run_bundle) -> None:
+    arguments = [
+        "--dataset_dir",
+        str(faulty_cohort),
+        "--ckpt_dir",
+        str(trained / "models"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    run_bundle("inference", "--config_file", INFERENCE, *arguments, code=1)
+    rows = {row["PatientID"]: row for row in rows_of(tmp_path / "predictions.csv")}
+    statuses = {patient: row["status"] for patient, row in rows.items()}
+    assert statuses == {
+        "CHUM-001": "ok",
+        "CHUM-002": "failed",
+        "CHUM-003": "failed",
+        "CHUM-004": "incomplete",
+        "CHUM-005": "ok",
+    }
+    assert "PET" in rows["CHUM-002"]["reason"]
+    assert "CHUM-003__CT.nii.gz" in rows["CHUM-003"]["reason"]
+    assert "clinical" in rows["CHUM-004"]["reason"]
+    good = rows["CHUM-001"]
+    assert np.isfinite([float(good[c]) for c in ("log_hazard", "hpv_probability", "tumour_volume_ml")]).all()
+    assert good["crop_method"]
+    ct = nibabel.load(faulty_cohort / "Task 1" / "CHUM-001" / "CHUM-001__CT.nii.gz")
+    mask = nibabel.load(tmp_path / good["mask"])
+    assert mask.shape == ct.shape
+    np.testing.assert_allclose(mask.affine, ct.affine)
+    volume = np.count_nonzero(np.asarray(mask.dataobj)) * 8**3 / 1000
+    assert float(good["tumour_volume_ml"]) == pytest.approx(volume)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_inference_without_weights_says_so(tiny_cohort: Path, tmp_path: Path, run_bundle) -> None:
+    arguments = ["--dataset_dir", str(tiny_cohort), "--ckpt_dir", str(tmp_path)]
+    result = run_bundle("inference", "--config_file", INFERENCE, *arguments, code=1)
+    assert result.stderr.strip().splitlines()[-1].startswith("error: no weights at")
+
+
+# --- as MONAI's workflow sees them ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(TRAIN, "train", id="train"), pytest.param(INFERENCE, "infer", id="inference")]
+)
+def test_check_properties_passes(trained, tiny_cohort, tmp_path, monkeypatch, name, kind) -> None:
+    monkeypatch.chdir(BUNDLE)
+    where = {"dataset_dir": str(tiny_cohort), "output_dir": str(tmp_path), "device": "cpu"}
+    if kind == "infer":
+        where["ckpt_dir"] = str(trained / "models")
+    workflow = ConfigWorkflow(
+        str(BUNDLE / name), workflow_type=kind, logging_file=False, roi_size=[32, 32, 32], spacing_mm=8.0, **where
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    workflow.finalize()
+
+
+def test_the_bundle_works_when_copied_elsewhere(trained: Path, tiny_cohort: Path, tmp_path: Path, run_bundle) -> None:
+    bundle = shutil.copytree(BUNDLE, tmp_path / "copy", ignore=shutil.ignore_patterns("output", "data", "model.pt"))
+    shutil.copy(trained / "models" / "model.pt", bundle / "models" / "model.pt")
+    run_bundle("inference", "--config_file", INFERENCE, "--dataset_dir", str(tiny_cohort), cwd=bundle)
+    rows = rows_of(bundle / "output" / "predictions" / "predictions.csv")
+    assert [row["status"] for row in rows] == ["ok"] * 6
