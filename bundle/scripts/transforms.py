@@ -1,0 +1,335 @@
+"""MONAI dictionary transforms from a case (see :mod:`scripts.keys`) to the network's input, and back to the CT's grid.
+
+The chain, as the configs write it: ``LoadScansd, LocaliseBoxd, ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald``
+and last ``ToNetworkItemd``. Random augmentation goes between with MONAI's own transforms. All of these are
+deterministic and hold plain parameters only, so that a cache can be keyed by them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from . import keys as K
+from .clinical import DEFAULT_FEATURES, code_clinical
+from .geometry import Grid, box_grid, resample, share_inside, to_ct_window
+from .images import read_image
+from .localise import locate_head_neck, locate_mask
+
+CT_FILL = -1024.0  # air, in HU
+PET_FILL = 0.0
+
+INFERENCE_KEYS = (
+    K.PATIENT_ID,
+    K.IMAGE,
+    K.CLINICAL,
+    K.CT_SHAPE,
+    K.CT_AFFINE,
+    K.BOX_AFFINE,
+    K.CROP_METHOD,
+    K.CROP_FLAG,
+)
+LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
+TRAINING_KEYS = (*INFERENCE_KEYS, *LABEL_KEYS)
+
+
+class LoadScansd(MapTransform):
+    """Read CT, PET and mask, or take them as they are when they are in memory already.
+
+    An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), or a pair (array, affine). It becomes a
+    ``MetaTensor`` (1, X, Y, Z) in the file's own data type, with its affine to world mm (RAS+). The files are read
+    side by side.
+
+    Args:
+        keys: what to load. The mask may be absent or None, the others may not.
+        allow_missing_keys: whether the mask's key may be missing from the case.
+
+    Raises:
+        ValueError: when the CT or the PET is missing, naming the patient.
+        scripts.images.ImageReadError: when a file cannot be used.
+    """
+
+    def __init__(self, keys: KeysCollection = (K.CT, K.PET, K.MASK), allow_missing_keys: bool = True) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Load the case's scans."""
+        d = dict(data)
+        for key in self.keys:
+            if d.get(key) is None and key != K.MASK:
+                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: no {str(key).upper()} image")
+        present = [key for key in self.key_iterator(d) if d[key] is not None]
+        with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
+            loaded = list(pool.map(_load, [d[key] for key in present]))
+        d.update(zip(present, loaded, strict=True))
+        return d
+
+
+class LocaliseBoxd(MapTransform):
+    """Decide where the network's box lies.
+
+    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and doubts as text.
+
+    Args:
+        roi_size: voxels of the box along x, y, z.
+        spacing_mm: voxel size of the box in mm.
+        use_mask: centre on the tumour's mask where there is one that is not empty (training); otherwise, and for
+            all other cases, on the head and neck found without it.
+        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+    """
+
+    def __init__(
+        self,
+        roi_size: int | Sequence[int],
+        spacing_mm: float | Sequence[float],
+        use_mask: bool = False,
+        keys: KeysCollection = (K.CT, K.PET, K.MASK),
+    ) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.roi_size, self.spacing_mm, self.use_mask = roi_size, spacing_mm, use_mask
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Place the box."""
+        d = dict(data)
+        ct, ct_grid = _volume(d[K.CT])
+        mask = d.get(K.MASK) if self.use_mask else None
+        if mask is not None and _volume(mask)[0].any():
+            where = locate_mask(*_volume(mask), self.roi_size, self.spacing_mm)
+        else:
+            where = locate_head_neck(ct, ct_grid, *_volume(d[K.PET]), self.roi_size, self.spacing_mm)
+        d[K.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
+        d[K.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
+        d[K.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
+        d[K.CROP_METHOD], d[K.CROP_FLAG] = where.method, where.flag
+        return d
+
+
+class ResampleToBoxd(MapTransform):
+    """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native volumes.
+
+    Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
+    where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_known``; and ``seg_inside``, the share
+    of the mask's voxels that lie in the box.
+
+    Args:
+        roi_size: voxels of the box along x, y, z, as :class:`LocaliseBoxd` was given them.
+        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+    """
+
+    def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (K.CT, K.PET, K.MASK)) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.roi_size = roi_size
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample the case's scans onto the box."""
+        d = dict(data)
+        box = _box(d[K.BOX_AFFINE], self.roi_size)
+        ct, pet, mask = d.pop(K.CT), d.pop(K.PET), d.pop(K.MASK, None)
+        image = np.stack([resample(*_volume(ct), box, fill=CT_FILL), resample(*_volume(pet), box, fill=PET_FILL)])
+        seg, inside = np.zeros(box.shape, dtype=np.float32), float("nan")
+        if mask is not None:
+            labels, grid = _volume(mask)
+            seg = (resample(labels, grid, box, "nearest") != 0).astype(np.float32)
+            inside = share_inside(labels, grid, box)
+        d[K.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
+        d[K.SEG] = MetaTensor(torch.from_numpy(seg[None]), affine=torch.from_numpy(box.affine))
+        d[K.SEG_KNOWN], d[K.SEG_INSIDE] = mask is not None, inside
+        return d
+
+
+class ScaleIntensityPETCTd(MapTransform):
+    """Scale the two channels of the image to [0, 1].
+
+    CT: clipped to the window, then (value - min) / (max - min) over the box, as in the paper. PET: the same without
+    clipping, or, with ``pet_window``, the fixed SUV window mapped to [0, 1], which keeps SUV comparable between
+    patients. A channel without contrast becomes zeros.
+
+    Args:
+        ct_window: lowest and highest HU kept.
+        pet_window: lowest and highest SUV kept, None for the paper's min-max.
+        keys: the image (2, R, R, R).
+
+    Raises:
+        ValueError: when a channel holds NaN or infinity, naming the patient and the image.
+    """
+
+    def __init__(
+        self,
+        ct_window: Sequence[float] = (-1000.0, 1000.0),
+        pet_window: Sequence[float] | None = None,
+        keys: KeysCollection = K.IMAGE,
+    ) -> None:
+        super().__init__(keys)
+        for name, window in (("ct_window", ct_window), ("pet_window", pet_window)):
+            if window is not None and not (len(window) == 2 and window[0] < window[1]):
+                raise ValueError(f"{name} must be (lowest, highest), got {window}")
+        self.ct_window, self.pet_window = tuple(ct_window), None if pet_window is None else tuple(pet_window)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale the image."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
+            for channel, name in zip(image, ("CT", "PET"), strict=True):
+                if not bool(torch.isfinite(channel).all()):
+                    patient = d.get(K.PATIENT_ID, "?")
+                    raise ValueError(f"patient {patient}: the {name} holds values that are not finite numbers")
+            ct = _min_max(image[0].clamp(*self.ct_window))
+            pet = _min_max(image[1]) if self.pet_window is None else _to_window(image[1], *self.pet_window)
+            scaled = torch.stack([ct, pet])
+            d[key] = MetaTensor(scaled, meta=d[key].meta) if isinstance(d[key], MetaTensor) else scaled
+        return d
+
+
+class CodeClinicald(MapTransform):
+    """Code the clinical values as the network reads them, (F,) float32 (see :func:`scripts.clinical.code_clinical`).
+
+    A dictionary of raw values is coded; None or an absent key means that all are missing; a vector that is coded
+    already passes.
+
+    Args:
+        features: names of the clinical values, in the network's order.
+        keys: the clinical values.
+
+    Raises:
+        ValueError: when a coded vector has another length than ``features``.
+    """
+
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.CLINICAL) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.features = tuple(features)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Code the values."""
+        d = dict(data)
+        for key in self.keys:
+            values = d.get(key)
+            if values is None or isinstance(values, Mapping):
+                values = code_clinical(values, self.features)
+            coded = torch.as_tensor(values, dtype=torch.float32)
+            if coded.shape != (len(self.features),):
+                raise ValueError(
+                    f"patient {d.get(K.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
+                    f"expected ({len(self.features)},) for {', '.join(self.features)}"
+                )
+            d[key] = coded
+        return d
+
+
+class ToNetworkItemd(MapTransform):
+    """Keep only what network, loss and writer need, numbers as tensors: float32, or bool for flags.
+
+    Args:
+        keys: what to keep: :data:`TRAINING_KEYS` or :data:`INFERENCE_KEYS`.
+        allow_missing_keys: whether a key may be absent.
+    """
+
+    def __init__(self, keys: KeysCollection = TRAINING_KEYS, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Pick the network's item."""
+        return {key: _as_tensor(data[key]) for key in self.key_iterator(dict(data))}
+
+
+class RestoreMaskd(MapTransform):
+    """Turn the tumour probability on the box into a mask on the CT's own grid, and measure it.
+
+    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume.
+
+    Args:
+        keys: the probability (1, R, R, R), beside the box's affine and the CT's shape and affine.
+        threshold: probability from which on a voxel is tumour.
+        pred_key: where the mask goes.
+        volume_key: where the volume in ml goes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = K.SEG_PROB,
+        threshold: float = 0.5,
+        pred_key: str = K.PRED,
+        volume_key: str = K.VOLUME_ML,
+    ) -> None:
+        super().__init__(keys)
+        if len(self.keys) != 1:
+            raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+        self.threshold, self.pred_key, self.volume_key = threshold, pred_key, volume_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Restore the mask."""
+        d = dict(data)
+        prob = _plain(d[self.keys[0]])[0].float()
+        shape = [int(n) for n in d[K.CT_SHAPE]]
+        ct = Grid((shape[0], shape[1], shape[2]), _plain(d[K.CT_AFFINE]).numpy())
+        window, values = to_ct_window(prob.numpy(), _box(d[K.BOX_AFFINE], prob.shape), ct)
+        mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
+        mask[window] = values >= self.threshold
+        d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
+        d[self.volume_key] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
+        return d
+
+
+def _load(item: Any) -> MetaTensor:
+    """One scan as a channel-first MetaTensor, from a path, a MetaTensor or a pair (array, affine)."""
+    if isinstance(item, (str, Path)):
+        array, affine = read_image(item)
+        return _meta_tensor(array, affine, filename_or_obj=str(item))
+    if isinstance(item, MetaTensor):
+        return item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        array, affine = item
+        return _meta_tensor(np.asarray(array), np.asarray(affine))
+    raise ValueError(f"a scan is a path, a MetaTensor or a pair (array, affine), got {type(item).__name__}")
+
+
+def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
+    """Wrap an array without copying it."""
+    with warnings.catch_warnings():
+        # decoded files are read-only memory; nothing here writes into them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        values = torch.from_numpy(array if array.ndim == 4 else array[None])
+    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64), meta=dict(meta))
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU without metadata."""
+    return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).detach().cpu()
+
+
+def _volume(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
+    """The (X, Y, Z) array of a loaded scan, sharing its memory, and its grid."""
+    array = _plain(scan)[0].numpy()
+    return array, Grid(array.shape, np.asarray(scan.affine))
+
+
+def _box(affine: torch.Tensor, roi_size: int | Sequence[int]) -> Grid:
+    x, y, z = np.broadcast_to(np.asarray(roi_size, dtype=int), 3).tolist()
+    return Grid((x, y, z), _plain(affine).numpy())
+
+
+def _min_max(values: torch.Tensor) -> torch.Tensor:
+    return _to_window(values, float(values.min()), float(values.max()))
+
+
+def _to_window(values: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        return torch.tensor(bool(value))
+    if isinstance(value, (int, float, np.number)):
+        return torch.tensor(float(value), dtype=torch.float32)
+    return value

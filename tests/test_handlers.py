@@ -1,0 +1,139 @@
+"""Masked metric handlers in an engine, and the choice of the metric that picks the best checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ignite.engine import Engine
+from lifelines.utils import concordance_index as lifelines_c_index
+from monai.metrics import compute_dice
+
+from scripts import keys
+from scripts.handlers import (
+    BalancedAccuracyHandler,
+    Comparison,
+    ConcordanceIndexHandler,
+    DiceHandler,
+    LossHandler,
+    choose_key_metric,
+    validation_metrics,
+)
+from scripts.losses import MultitaskLoss
+
+
+def output(n: int = 6, seed: int = 0, known: bool | None = None) -> dict:
+    """An engine's output with random labels, about half of them unknown."""
+    rng = torch.Generator().manual_seed(seed)
+    flag = (torch.rand(3, n, generator=rng) < 0.6) if known is None else torch.full((3, n), known)
+    label = {
+        keys.SEG: (torch.rand(n, 1, 8, 8, 8, generator=rng) < 0.3).float(),
+        keys.SEG_KNOWN: flag[0],
+        keys.HPV: (torch.rand(n, generator=rng) < 0.5).float(),
+        keys.HPV_KNOWN: flag[1],
+        keys.TIME: torch.rand(n, generator=rng) * 1000 + 1,
+        keys.EVENT: torch.rand(n, generator=rng) < 0.7,
+        keys.SURV_KNOWN: flag[2],
+    }
+    pred = {
+        keys.SEG_PROB: torch.rand(n, 1, 8, 8, 8, generator=rng),
+        keys.HPV_PROB: torch.rand(n, generator=rng),
+        keys.LOG_HAZARD: torch.randn(n, generator=rng),
+    }
+    return {"pred": pred, "label": label}
+
+
+def run(handlers: dict, outputs: list[dict]) -> dict[str, float]:
+    engine = Engine(lambda engine, batch: batch)
+    for name, handler in handlers.items():
+        handler.attach(engine, name)
+    engine.run(outputs, max_epochs=1)
+    return {name: float(value) for name, value in engine.state.metrics.items()}
+
+
+def pooled(outputs: list[dict], part: str, key: str) -> torch.Tensor:
+    return torch.cat([o[part][key] for o in outputs])
+
+
+def test_metrics_of_an_epoch_equal_those_of_the_pooled_known_cases() -> None:
+    outputs = [output(seed=k) for k in range(5)]
+    metrics = run(
+        {"c_index": ConcordanceIndexHandler(), "dice": DiceHandler(), "accuracy": BalancedAccuracyHandler()}, outputs
+    )
+    known = pooled(outputs, "label", keys.SURV_KNOWN)
+    expected = lifelines_c_index(
+        pooled(outputs, "label", keys.TIME)[known],
+        -pooled(outputs, "pred", keys.LOG_HAZARD)[known],
+        pooled(outputs, "label", keys.EVENT)[known],
+    )
+    assert metrics["c_index"] == pytest.approx(expected)
+    known = pooled(outputs, "label", keys.SEG_KNOWN)
+    dice = compute_dice((pooled(outputs, "pred", keys.SEG_PROB) > 0.5).float(), pooled(outputs, "label", keys.SEG))
+    assert metrics["dice"] == pytest.approx(float(dice[known].mean()))
+    known = pooled(outputs, "label", keys.HPV_KNOWN)
+    truth = pooled(outputs, "label", keys.HPV)[known] > 0.5
+    called = pooled(outputs, "pred", keys.HPV_PROB)[known] > 0.5
+    rates = (called[truth].float().mean() + (~called[~truth]).float().mean()) / 2
+    assert metrics["accuracy"] == pytest.approx(float(rates))
+
+
+def test_an_epoch_without_labels_gives_nan_and_the_next_is_not_touched_by_it() -> None:
+    handlers = {"c_index": ConcordanceIndexHandler(), "dice": DiceHandler(), "accuracy": BalancedAccuracyHandler()}
+    engine = Engine(lambda engine, batch: batch)
+    for name, handler in handlers.items():
+        handler.attach(engine, name)
+    engine.run([output(known=False)], max_epochs=1)
+    assert all(math.isnan(value) for value in engine.state.metrics.values())
+    engine.run([output(known=True)], max_epochs=1)
+    assert all(math.isfinite(value) for value in engine.state.metrics.values())
+
+
+def test_validation_loss_is_the_training_loss_of_the_same_predictions() -> None:
+    loss = MultitaskLoss(tasks=keys.TASKS)
+    one = output(known=True)
+    logits = {
+        keys.SEG_LOGITS: torch.logit(one["pred"][keys.SEG_PROB]),
+        keys.HPV_LOGIT: torch.logit(one["pred"][keys.HPV_PROB]),
+        keys.LOG_HAZARD: one["pred"][keys.LOG_HAZARD],
+    }
+    expected = float(loss(logits, one["label"]))
+    assert run({"loss": LossHandler(loss)}, [one])["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def validation_case(survival: tuple[float, bool] | None, mask: bool) -> dict:
+    time, event = survival or (0.0, False)
+    known = survival is not None
+    return {keys.TIME: time, keys.EVENT: event, keys.SURV_KNOWN: known, keys.SEG_KNOWN: mask}
+
+
+@pytest.mark.parametrize(
+    ("cases", "tasks", "expected"),
+    [
+        pytest.param([((10, True), True), ((20, False), True)], keys.TASKS, "c_index", id="comparable"),
+        pytest.param([((10, False), True), ((20, False), True)], keys.TASKS, "dice", id="no_events"),
+        pytest.param([((10, False), True), ((20, True), True)], keys.TASKS, "dice", id="last_alone_has_the_event"),
+        pytest.param([(None, True), (None, False)], keys.TASKS, "dice", id="masks_only"),
+        pytest.param([(None, False), (None, False)], keys.TASKS, "loss", id="nothing_but_hpv"),
+        pytest.param([((10, False), True), ((20, False), True)], ("surv",), "loss", id="masks_are_no_task"),
+        pytest.param([((10, True), True), ((20, False), True)], ("seg", "hpv"), "dice", id="survival_is_no_task"),
+    ],
+)
+def test_key_metric(cases, tasks, expected, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert choose_key_metric([validation_case(*c) for c in cases], tasks) == expected
+    assert "best checkpoint and early stopping by" in caplog.text
+
+
+def test_key_metric_comes_first_and_tasks_bring_their_metrics() -> None:
+    loss = MultitaskLoss(tasks=keys.TASKS)
+    assert list(validation_metrics("dice", keys.TASKS, loss)) == ["dice", "loss", "c_index", "balanced_accuracy"]
+    assert list(validation_metrics("c_index", ("surv",), loss)) == ["c_index", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "best", "better"),
+    [("dice", 0.7, 0.6, True), ("dice", 0.6, 0.6, False), ("loss", 0.5, 0.6, True), ("c_index", math.nan, -1, False)],
+)
+def test_comparison(metric, value, best, better) -> None:
+    assert Comparison(metric)(value, best) is better

@@ -1,0 +1,347 @@
+"""The chain from a case to the network's item and back to the CT's grid."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose
+from scripts.clinical import DEFAULT_FEATURES
+from scripts.geometry import Grid, box_grid, resample
+from scripts.images import ImageReadError, read_image
+from scripts.transforms import (
+    INFERENCE_KEYS,
+    TRAINING_KEYS,
+    CodeClinicald,
+    LoadScansd,
+    LocaliseBoxd,
+    RestoreMaskd,
+    ScaleIntensityPETCTd,
+    ToNetworkItemd,
+)
+
+from scripts import keys as K
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "images"
+ROI, SPACING = 16, 4.0
+
+CHAIN = [
+    {"_target_": "scripts.transforms.LoadScansd"},
+    {"_target_": "scripts.transforms.LocaliseBoxd", "roi_size": "@roi", "spacing_mm": "@spacing", "use_mask": True},
+    {"_target_": "scripts.transforms.ResampleToBoxd", "roi_size": "@roi"},
+    {"_target_": "scripts.transforms.ScaleIntensityPETCTd", "ct_window": [-1000, 1000]},
+    {"_target_": "scripts.transforms.CodeClinicald", "features": list(DEFAULT_FEATURES)},
+    {"_target_": "scripts.transforms.ToNetworkItemd"},
+]
+
+
+def chain(last: int | None = None, **changes) -> Compose:
+    """The chain as a config builds it, up to its ``last`` step."""
+    config = {"roi": ROI, "spacing": SPACING, "chain": {"_target_": "Compose", "transforms": CHAIN[:last]}}
+    parser = ConfigParser(config)
+    for name, value in changes.items():
+        parser[name.replace("__", "::")] = value
+    return parser.get_parsed_content("chain")
+
+
+CT_AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
+PET_AFFINE = np.array([[-4.0, 0, 0, 6.0], [0, -4.0, 0, -3.0], [0, 0, 3.5, -5.0], [0, 0, 0, 1]])
+
+
+def scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    ct = rng.integers(-1000, 1200, size=(48, 44, 30)).astype(np.int16)
+    pet = rng.gamma(2.0, 1.0, size=(28, 26, 30)).astype(np.float32)
+    mask = np.zeros(ct.shape, dtype=np.uint8)
+    mask[20:28, 18:26, 12:18] = K.GTVP
+    mask[30:33, 20:24, 14:17] = K.GTVN
+    return {K.CT: (ct, CT_AFFINE), K.PET: (pet, PET_AFFINE), K.MASK: (mask, CT_AFFINE)}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("case")
+    for key, (array, affine) in scans().items():
+        nib.save(nib.Nifti1Image(array, affine), folder / f"{key}.nii.gz")
+    return {
+        K.PATIENT_ID: "CHUM-001",
+        K.CENTRE: "CHUM",
+        **{key: str(folder / f"{key}.nii.gz") for key in (K.CT, K.PET, K.MASK)},
+        K.CLINICAL: {"age": 61.0, "gender": 1.0},
+        K.HPV: 1.0,
+        K.HPV_KNOWN: True,
+        K.TIME: 730.0,
+        K.EVENT: False,
+        K.SURV_KNOWN: True,
+    }
+
+
+def test_item_for_training(case):
+    item = chain()(case)
+    assert set(item) == set(TRAINING_KEYS)
+    assert (item[K.IMAGE].shape, item[K.IMAGE].dtype) == ((2, ROI, ROI, ROI), torch.float32)
+    assert (item[K.SEG].shape, item[K.SEG].dtype) == ((1, ROI, ROI, ROI), torch.float32)
+    assert (item[K.CLINICAL].shape, item[K.CLINICAL].dtype) == ((len(DEFAULT_FEATURES),), torch.float32)
+    for key in (K.SEG_KNOWN, K.HPV_KNOWN, K.EVENT, K.SURV_KNOWN):
+        assert item[key].dtype == torch.bool
+    for key in (K.HPV, K.TIME, K.SEG_INSIDE):
+        assert (item[key].dtype, item[key].shape) == (torch.float32, ())
+    assert float(item[K.IMAGE].amin()) == 0.0
+    assert float(item[K.IMAGE].amax()) == 1.0
+    assert item[K.CT_SHAPE].tolist() == [48, 44, 30]
+    assert type(item[K.BOX_AFFINE]) is torch.Tensor
+    assert (item[K.CROP_METHOD], item[K.CROP_FLAG], float(item[K.SEG_INSIDE])) == ("mask", "", 1.0)
+    torch.testing.assert_close(item[K.IMAGE].affine, item[K.BOX_AFFINE])
+
+
+def test_channels_are_the_resampled_scans(case):
+    """Channel 0 is the CT in HU and channel 1 the PET in SUV, each on the box by one interpolation."""
+    item = chain(3)(case)
+    box = Grid((ROI,) * 3, item[K.BOX_AFFINE].numpy())
+    for channel, key, fill in ((0, K.CT, -1024.0), (1, K.PET, 0.0)):
+        array, affine = scans()[key]
+        expected = resample(array, Grid(array.shape, affine), box, "spline", fill)
+        np.testing.assert_array_equal(item[K.IMAGE][channel].numpy(), expected)
+    assert K.CT not in item
+    labels, affine = scans()[K.MASK]
+    expected = resample(labels, Grid(labels.shape, affine), box, "nearest") > 0
+    np.testing.assert_array_equal(item[K.SEG][0].numpy(), expected)
+    assert set(np.unique(item[K.SEG].numpy())) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", ["path", "Path", "pair", "meta_tensor", "meta_tensor_with_channel"])
+def test_scans_from_anywhere(case, kind):
+    def give(key):
+        array, affine = scans()[key]
+        tensor = torch.from_numpy(array)
+        return {
+            "path": case[key],
+            "Path": Path(case[key]),
+            "pair": (array, affine),
+            "meta_tensor": MetaTensor(tensor, affine=torch.from_numpy(affine)),
+            "meta_tensor_with_channel": MetaTensor(tensor[None], affine=torch.from_numpy(affine)),
+        }[kind]
+
+    loaded = LoadScansd()({K.PATIENT_ID: "a", **{key: give(key) for key in scans()}})
+    for key, (array, affine) in scans().items():
+        assert loaded[key].shape == (1, *array.shape)
+        np.testing.assert_array_equal(loaded[key][0].numpy(), array)
+        np.testing.assert_allclose(loaded[key].affine, affine)
+
+
+@pytest.mark.parametrize("mask", ["missing_key", "none"])
+def test_missing_mask_is_not_an_empty_one(case, mask):
+    case = {key: value for key, value in case.items() if key != K.MASK}
+    if mask == "none":
+        case[K.MASK] = None
+    item = chain()(case)
+    assert not item[K.SEG_KNOWN]
+    assert not item[K.SEG].any()
+    assert torch.isnan(item[K.SEG_INSIDE])
+    assert item[K.CROP_METHOD] != "mask"
+
+
+def test_empty_mask_is_known_and_placed_without_it(case):
+    array, affine = scans()[K.MASK]
+    item = chain()({**case, K.MASK: (np.zeros_like(array), affine)})
+    assert item[K.SEG_KNOWN]
+    assert not item[K.SEG].any()
+    assert torch.isnan(item[K.SEG_INSIDE])
+    assert item[K.CROP_METHOD] != "mask"
+
+
+def test_mask_is_not_looked_at_unless_asked(case):
+    with_mask, without = (LocaliseBoxd(ROI, SPACING, use_mask=u)(LoadScansd()(case)) for u in (True, False))
+    assert with_mask[K.CROP_METHOD] == "mask"
+    assert without[K.CROP_METHOD] != "mask"
+
+
+def test_mask_on_a_grid_of_its_own(case):
+    """A mask drawn on the PET's grid lands at the same place of the box."""
+    array, affine = scans()[K.MASK]
+    pet = scans()[K.PET]
+    moved = resample(array, Grid(array.shape, affine), Grid(pet[0].shape, pet[1]), "nearest").astype(np.uint8)
+    here, there = chain()(case), chain()({**case, K.MASK: (moved, pet[1])})
+    centres = [i[K.BOX_AFFINE].numpy() @ [*np.argwhere(i[K.SEG][0].numpy()).mean(axis=0), 1] for i in (here, there)]
+    np.testing.assert_allclose(centres[0], centres[1], atol=2.5)
+
+
+SCALED = [
+    pytest.param((-1000, 1000), None, [-1000, 0, 1000], [0, 0.5, 1], [0.0, 5.0, 20.0], [0, 0.25, 1], id="paper"),
+    pytest.param((-1000, 1000), None, [-3000, 0, 3000], [0, 0.5, 1], [2.0, 3.0, 4.0], [0, 0.5, 1], id="clipped"),
+    pytest.param((-1000, 1000), None, [-200, 0, 200], [0, 0.5, 1], [-1.0, 0.0, 1.0], [0, 0.5, 1], id="box_min_max"),
+    pytest.param((-200, 200), (0, 25), [-500, 0, 500], [0, 0.5, 1], [-1.0, 5.0, 50.0], [0, 0.2, 1], id="fixed_SUV"),
+    pytest.param((-1000, 1000), None, [7, 7, 7], [0, 0, 0], [3.0, 3.0, 3.0], [0, 0, 0], id="constant"),
+    pytest.param((-1000, 1000), (0, 25), [7, 7, 7], [0, 0, 0], [0.0, 0.0, 0.0], [0, 0, 0], id="blank_fixed_SUV"),
+]
+
+
+@pytest.mark.parametrize(("ct_window", "pet_window", "ct", "scaled_ct", "pet", "scaled_pet"), SCALED)
+def test_scaling(ct_window, pet_window, ct, scaled_ct, pet, scaled_pet):
+    image = torch.tensor([ct, pet], dtype=torch.float32).reshape(2, 3, 1, 1)
+    for given in (image, MetaTensor(image, affine=torch.eye(4))):
+        scaled = ScaleIntensityPETCTd(ct_window, pet_window)({K.IMAGE: given})[K.IMAGE]
+        assert type(scaled) is type(given)
+        np.testing.assert_allclose(scaled.reshape(2, 3).numpy(), [scaled_ct, scaled_pet], atol=1e-6)
+
+
+@pytest.mark.parametrize(("channel", "name"), [(0, "CT"), (1, "PET")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_named(channel, name, value):
+    image = torch.zeros(2, 4, 4, 4)
+    image[channel, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=rf"CHUM-001: the {name} holds"):
+        ScaleIntensityPETCTd()({K.IMAGE: image, K.PATIENT_ID: "CHUM-001"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param({K.PET: None}, ValueError, "CHUM-001: no PET image", id="no_PET"),
+        pytest.param({K.CT: None}, ValueError, "CHUM-001: no CT image", id="no_CT"),
+        pytest.param({K.CT: "absent.nii.gz"}, ImageReadError, "no such file", id="absent_file"),
+        pytest.param({K.CT: 3}, ValueError, "a scan is a path", id="not_a_scan"),
+    ],
+)
+def test_scans_that_cannot_be_had(case, change, error, message):
+    with pytest.raises(error, match=message):
+        LoadScansd()({**case, **change})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScaleIntensityPETCTd(ct_window=(1000, -1000)), "ct_window"),
+        (lambda: ScaleIntensityPETCTd(pet_window=(0, 0)), "pet_window"),
+        (lambda: RestoreMaskd(threshold=0.0), "threshold"),
+        (lambda: RestoreMaskd(keys=("a", "b")), "one probability map"),
+        (lambda: CodeClinicald()({K.CLINICAL: [1.0, 2.0]}), "coded clinical values"),
+        (lambda: CodeClinicald(("age",))({K.CLINICAL: torch.zeros(1, 1)}), "coded clinical values"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("given", [{}, {K.CLINICAL: None}, {K.CLINICAL: {}}])
+def test_missing_clinical_values_are_zeros(given):
+    assert CodeClinicald()(given)[K.CLINICAL].tolist() == [0.0] * len(DEFAULT_FEATURES)
+
+
+def test_coded_clinical_values_pass():
+    assert CodeClinicald(("age", "gender"))({K.CLINICAL: [61.0, 2.0]})[K.CLINICAL].tolist() == [61.0, 2.0]
+
+
+def test_item_for_inference_has_no_labels(case):
+    item = ToNetworkItemd(INFERENCE_KEYS)(chain(5)(case))
+    assert set(item) == set(INFERENCE_KEYS)
+    with pytest.raises(KeyError):
+        ToNetworkItemd()({K.IMAGE: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_a_loader(case, workers):
+    cases = [case, {**case, K.PATIENT_ID: "CHUM-002", K.MASK: None}]
+    loader = DataLoader(Dataset(cases, chain()), batch_size=2, num_workers=workers)
+    (batch,) = list(loader)
+    assert batch[K.IMAGE].shape == (2, 2, ROI, ROI, ROI)
+    assert batch[K.SEG_KNOWN].tolist() == [True, False]
+    assert batch[K.PATIENT_ID] == ["CHUM-001", "CHUM-002"]
+    assert batch[K.BOX_AFFINE].shape == (2, 4, 4)
+    torch.testing.assert_close(batch[K.IMAGE][0].as_tensor(), chain()(case)[K.IMAGE].as_tensor())
+
+
+def test_chain_survives_pickling_and_keys_a_cache(case):
+    again = pickle.loads(pickle.dumps(chain()))
+    torch.testing.assert_close(again(case)[K.IMAGE].as_tensor(), chain()(case)[K.IMAGE].as_tensor())
+    assert pickle_hashing(chain().transforms) == pickle_hashing(chain().transforms)
+    assert pickle_hashing(chain().transforms) != pickle_hashing(chain(spacing=3.0).transforms)
+
+
+def test_cache_on_disk_gives_the_same_item(case, tmp_path):
+    first, second = (
+        PersistentDataset([case], chain(), cache_dir=tmp_path, hash_transform=pickle_hashing) for _ in "ab"
+    )
+    fresh, cached = first[0], second[0]
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+    assert set(fresh) == set(cached)
+    torch.testing.assert_close(torch.as_tensor(fresh[K.IMAGE]), torch.as_tensor(cached[K.IMAGE]))
+    assert cached[K.CROP_METHOD] == "mask"
+
+
+def test_batch_does_not_change_the_case(case):
+    before = dict(case)
+    chain()(case)
+    assert case == before
+
+
+RESTORED = [
+    pytest.param(np.diag([-1.0, -1.0, 3.0, 1.0]), id="typical"),
+    pytest.param(np.array([[0, 1.5, 0, 0], [-1.2, 0, 0, 0], [0, 0, -2.0, 0], [0, 0, 0, 1.0]]), id="permuted"),
+    pytest.param(np.array([[1.0, 0.2, 0, 0], [-0.2, 1.0, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 1.0]]), id="oblique"),
+]
+
+
+@pytest.mark.parametrize("affine", RESTORED)
+def test_mask_returns_to_the_ct(affine):
+    ct = Grid((70, 60, 36), affine)
+    box = box_grid(ct.centre, 24, 2.0)
+    index = np.stack(np.meshgrid(*map(np.arange, box.shape), indexing="ij"), axis=-1)
+    distance = np.linalg.norm(box.to_world(index) - ct.centre, axis=-1)
+    prob = torch.from_numpy(1 / (1 + np.exp(distance - 14))).float()[None]
+    batch = {
+        K.SEG_PROB: MetaTensor(prob[None], affine=torch.from_numpy(box.affine)),
+        K.BOX_AFFINE: torch.from_numpy(box.affine)[None],
+        K.CT_SHAPE: torch.tensor([ct.shape]),
+        K.CT_AFFINE: torch.from_numpy(ct.affine)[None],
+    }
+    (item,) = [RestoreMaskd()(item) for item in decollate_batch(batch)]
+    mask = item[K.PRED]
+    assert (mask.shape, mask.dtype) == ((1, *ct.shape), torch.uint8)
+    np.testing.assert_allclose(mask.affine, ct.affine)
+    at = np.stack(np.meshgrid(*map(np.arange, ct.shape), indexing="ij"), axis=-1)
+    expected = np.linalg.norm(ct.to_world(at) - ct.centre, axis=-1) <= 14
+    dice = 2 * (mask[0].numpy().astype(bool) & expected).sum() / (int(mask.sum()) + expected.sum())
+    assert dice > 0.95
+    assert item[K.VOLUME_ML] == pytest.approx(4 / 3 * np.pi * 1.4**3, rel=0.05)
+    assert item[K.VOLUME_ML] == pytest.approx(int(mask.sum()) * ct.voxel_ml)
+
+
+@pytest.mark.parametrize("prob_dtype", [torch.float32, torch.bfloat16])
+def test_box_beside_the_ct_gives_an_empty_mask(prob_dtype):
+    item = {
+        K.SEG_PROB: torch.ones(1, 8, 8, 8, dtype=prob_dtype),
+        K.BOX_AFFINE: torch.from_numpy(box_grid((900, 0, 0), 8, 2.0).affine),
+        K.CT_SHAPE: torch.tensor([9, 8, 7]),
+        K.CT_AFFINE: torch.eye(4, dtype=torch.float64),
+    }
+    restored = RestoreMaskd()(item)
+    assert restored[K.PRED].shape == (1, 9, 8, 7)
+    assert (int(restored[K.PRED].sum()), restored[K.VOLUME_ML]) == (0, 0.0)
+
+
+def test_real_scans_there_and_back():
+    """A real sarcoma's mask through a 2 mm box and back onto its CT."""
+    if not REAL.is_dir():
+        pytest.skip(f"no real images at {REAL}")
+    for folder in sorted(REAL.iterdir())[:4]:
+        name = folder.name
+        paths = {K.CT: f"{name}__CT.nii.gz", K.PET: f"{name}__PT.nii.gz", K.MASK: f"{name}.nii.gz"}
+        case = {K.PATIENT_ID: name, **{key: str(folder / path) for key, path in paths.items()}}
+        item = chain(5, roi=128, spacing=2.0)(case)
+        assert torch.isfinite(item[K.IMAGE]).all()
+        truth, affine = read_image(case[K.MASK])
+        restored = RestoreMaskd(keys=K.SEG)(item)
+        mask = restored[K.PRED][0].numpy() > 0
+        truth = truth > 0
+        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.96, name
+        np.testing.assert_allclose(restored[K.PRED].affine, affine, atol=1e-4)
+        assert restored[K.VOLUME_ML] == pytest.approx(truth.sum() * abs(np.linalg.det(affine)) / 1000, rel=0.07)
