@@ -1,0 +1,313 @@
+"""The networks of several folds as one network that carries its settings.
+
+A checkpoint holds the weights of one or more folds, the settings they were trained with (spacing, box, clinical
+features ...) and where they come from. Loading weights into a configuration that differs is an error that names the
+difference, not a wrong answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scripts.keys import (
+    HPV_LOGIT,
+    HPV_PROB,
+    HPV_PROB_STD,
+    LOG_HAZARD,
+    LOG_HAZARD_STD,
+    SEG_LOGITS,
+    SEG_PROB,
+)
+from scripts.networks import MultitaskNet
+
+__all__ = ["CheckpointError", "FoldEnsemble", "SettingsMismatch", "load_weights", "save_weights", "saved_settings"]
+
+SETTINGS, PROVENANCE = "settings", "provenance"
+EXTRA_STATE = "_extra_state"  # torch's name for it
+NESTED_KEYS = ("model", "network")  # where a checkpoint of several objects keeps the network
+RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+class CheckpointError(ValueError):
+    """A file or state dict that holds no weights of a :class:`FoldEnsemble`."""
+
+
+class SettingsMismatch(ValueError):  # noqa: N818 - it is named for what the user sees
+    """Weights whose settings differ from the configuration in use."""
+
+
+class FoldEnsemble(nn.Module):
+    """One or more folds of :class:`scripts.networks.MultitaskNet` that answer as one.
+
+    The state dict has the keys ``folds.<k>.<name in the network>`` and torch's extra state
+    ``{"settings": ..., "provenance": ...}``, plain Python that ``torch.load(weights_only=True)`` reads. Loading one
+    with K folds, strictly or not, first makes K members. Weights in half precision load into float32.
+
+    Args:
+        network: the first fold; further ones are copies of it that weights are then loaded into.
+        settings: what the weights depend on besides the network, as nested plain Python (as in a JSON config).
+
+    Attributes:
+        folds: the members.
+        settings: as given, tuples as lists.
+        provenance: where the weights come from (metrics, versions, ...); free to set, stored with them.
+
+    Raises:
+        TypeError: for settings that are not plain Python.
+
+    Example:
+        One fold answers as the network it holds:
+
+        >>> network = MultitaskNet().eval()
+        >>> ensemble = FoldEnsemble(network, {"spacing_mm": 2.0}).eval()
+        >>> image = torch.rand(1, 2, 32, 32, 32)
+        >>> with torch.no_grad():
+        ...     torch.equal(ensemble.predict(image)["log_hazard"], network(image)["log_hazard"])
+        True
+    """
+
+    def __init__(self, network: MultitaskNet, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.folds = nn.ModuleList([network])
+        self.settings = plain_copy(settings, SETTINGS)
+        self.provenance = dict[str, Any]()  # not annotated: TorchScript would read the annotation
+
+    def forward(self, image: Tensor, clinical: Tensor | None = None) -> Tensor:
+        """The mean tumour probability alone, for runtimes that take a single tensor.
+
+        Args:
+            image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
+            clinical: not used by the segmentation; accepted so that both methods are called alike.
+
+        Returns:
+            (B, 1, R, R, R) float32.
+
+        Raises:
+            RuntimeError: for networks without the segmentation task.
+        """
+        total = torch.zeros(1, device=image.device)
+        for fold in self.folds:
+            total = total + fold.tumour_probability(image)  # type: ignore[operator]
+        return total / len(self.folds)
+
+    @torch.jit.unused
+    def predict(self, image: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
+        """All that the folds give, one after another, averaged.
+
+        Args:
+            image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
+            clinical: (B, F) coded clinical values; None where all are missing.
+
+        Returns:
+            float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds, and
+            ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected: 0 for one fold).
+            Those of absent tasks are absent.
+        """
+        seg_total: Tensor | None = None
+        scores: dict[str, list[Tensor]] = {HPV_PROB: [], LOG_HAZARD: []}
+        for fold in self.folds:
+            outputs = {name: value.float() for name, value in fold(image, clinical).items()}
+            if SEG_LOGITS in outputs:
+                probability = torch.sigmoid(outputs.pop(SEG_LOGITS))
+                seg_total = probability if seg_total is None else seg_total + probability
+            if HPV_LOGIT in outputs:
+                scores[HPV_PROB].append(torch.sigmoid(outputs[HPV_LOGIT]))
+            if LOG_HAZARD in outputs:
+                scores[LOG_HAZARD].append(outputs[LOG_HAZARD])
+        result = {} if seg_total is None else {SEG_PROB: seg_total / len(self.folds)}
+        for name, spread in ((HPV_PROB, HPV_PROB_STD), (LOG_HAZARD, LOG_HAZARD_STD)):
+            if scores[name]:
+                stacked = torch.stack(scores[name])
+                result[name], result[spread] = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+        return result
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Settings and provenance, as torch stores them beside the weights.
+
+        Raises:
+            TypeError: for a provenance that is not plain Python.
+        """
+        return {SETTINGS: copy.deepcopy(self.settings), PROVENANCE: plain_copy(self.provenance, PROVENANCE)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over the provenance, once the settings are seen to agree.
+
+        Raises:
+            CheckpointError: where the state is none of ours.
+            SettingsMismatch: where the settings differ; it names each difference.
+        """
+        if not isinstance(state, Mapping) or SETTINGS not in state:
+            raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
+        differences = settings_differences(state[SETTINGS], self.settings)
+        if differences:
+            raise SettingsMismatch("the weights do not belong to this configuration: " + "; ".join(differences))
+        self.provenance = copy.deepcopy(dict(state.get(PROVENANCE, {})))
+
+    def resize(self, folds: int) -> None:
+        """Make the ensemble hold so many members: copies of the first are added, or the last ones dropped.
+
+        Raises:
+            ValueError: for less than one.
+        """
+        if folds < 1:
+            raise ValueError(f"an ensemble has at least one fold, not {folds}")
+        members = list(self.folds)[:folds]
+        members += [copy.deepcopy(members[0]) for _ in range(folds - len(members))]
+        self.folds = nn.ModuleList(members)
+
+    def _load_from_state_dict(  # torch calls this before it goes on to the members
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if prefix + EXTRA_STATE not in state_dict:
+            raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.resize(count_folds(state_dict, prefix))
+
+
+def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
+    """The folds in a state dict.
+
+    Raises:
+        CheckpointError: where there are none, or one is missing among them.
+
+    Example:
+        >>> count_folds({"folds.0.weight": 1, "folds.0.bias": 1, "folds.1.weight": 1})
+        2
+    """
+    pattern = re.compile(re.escape(prefix) + r"folds\.(\d+)\.")
+    found = {int(match[1]) for key in state_dict if (match := pattern.match(key))}
+    if not found or found != set(range(len(found))):
+        raise CheckpointError(f"the weights hold the folds {sorted(found)}; 0, 1, ... without a gap are expected")
+    return len(found)
+
+
+def settings_differences(weights: Any, config: Any, name: str = "") -> list[str]:
+    """What differs between two nested settings, a line each.
+
+    Example:
+        >>> settings_differences({"spacing_mm": 2.0, "box": {"roi_size": 96}}, {"spacing_mm": 3.0, "box": {}})
+        ['box.roi_size: weights 96, config (absent)', 'spacing_mm: weights 2.0, config 3.0']
+    """
+    if not (isinstance(weights, Mapping) and isinstance(config, Mapping)):
+        return [] if weights == config else [f"{name}: weights {weights}, config {config}"]
+    differences: list[str] = []
+    for key in sorted({*weights, *config}):
+        pair = (weights.get(key, "(absent)"), config.get(key, "(absent)"))
+        differences += settings_differences(*pair, name=f"{name}.{key}" if name else str(key))
+    return differences
+
+
+def plain_copy(value: Any, name: str) -> Any:
+    """A copy of nested settings as dicts, lists, strings, numbers, bools and None, which any reader can load.
+
+    Raises:
+        TypeError: for anything else, with its name.
+
+    Example:
+        >>> plain_copy({"roi_size": (128, 128, 128)}, "settings")
+        {'roi_size': [128, 128, 128]}
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_copy(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain_copy(item, f"{name}[{k}]") for k, item in enumerate(value)]
+    raise TypeError(f"{name} is a {type(value).__name__}; numbers, strings, bools, None, lists and dicts are stored")
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The network's state dict in a checkpoint file, bare or under "model" or "network".
+
+    Raises:
+        FileNotFoundError: where there is no such file; the message says how to get one.
+        CheckpointError: where the file is not such a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}: train some with `python -m monai.bundle run training --config_file "
+            "configs/train.json`, or name the folder that holds model.pt with --ckpt_dir"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    for key in NESTED_KEYS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not isinstance(state.get(EXTRA_STATE), Mapping):
+        raise CheckpointError(f"{path} is not a checkpoint of this bundle: it carries no settings")
+    return dict(state)
+
+
+def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings stored in a checkpoint file.
+
+    Args:
+        path: the file.
+        default: the answer where there is no such file.
+
+    Raises:
+        CheckpointError: where the file is not such a checkpoint.
+    """
+    if not Path(path).exists():
+        return dict(default)
+    return dict(read_state(path)[EXTRA_STATE][SETTINGS])
+
+
+def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEnsemble:
+    """Load a checkpoint file, strictly, and give the ensemble back.
+
+    Raises:
+        FileNotFoundError: where there is no such file; the message says how to get one.
+        CheckpointError: where the file is not such a checkpoint.
+        SettingsMismatch: where its settings differ from the ensemble's.
+    """
+    ensemble.load_state_dict(read_state(path))
+    return ensemble
+
+
+def save_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str], half: bool = False) -> None:
+    """Write the ensemble's state dict, at once or not at all.
+
+    Args:
+        ensemble: what to write.
+        path: the file; its folder is made where missing.
+        half: store weights in float16 (half the size). The running statistics of the batch norms keep float32: their
+            range may exceed float16's.
+    """
+    state = ensemble.state_dict()
+    if half:
+        state = {name: to_half(name, value) for name, value in state.items()}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        torch.save(state, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_half(name: str, value: Any) -> Any:
+    """A float tensor of a state dict in float16, unless it is a running statistic."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not name.endswith(RUNNING_STATISTICS):
+        return value.half()
+    return value

@@ -1,0 +1,523 @@
+"""The multitask network: tumour segmentation, HPV status and the hazard of relapse from one PET/CT.
+
+Three named parts meet in :class:`MultitaskNet`:
+
+* :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions, give the tumour probability map, and
+  the encoder's five levels give ``z1`` (:class:`LevelSummaries`, 124 features);
+* :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map, gives the HPV logit and ``z2``
+  (112 features);
+* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard.
+
+Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
+(HECKTOR 2025). Shapes below: ``B`` cases, ``R`` voxels along an edge of the box, ``C`` channels, ``F`` clinical values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scripts.keys import HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASKS
+
+__all__ = ["MASK_GRADIENTS", "MultitaskNet"]
+
+LEVEL_CHANNELS = (8, 16, 32, 64, 128)
+ENCODER_CONVOLUTIONS = (2, 2, 3, 3, 4)
+DECODER_CONVOLUTIONS = (2, 2, 3, 3)  # of levels 1 to 4; the paper lists them on the way up: 3, 3, 2, 2
+SUMMARY_CHANNELS = (4, 8, 16, 32, 64)  # 124 in all
+STEM_CHANNELS = 24
+DENSE_LAYERS = (4, 8, 16)
+GROWTH = 16
+BOTTLENECK = 64
+TRANSITION_CHANNELS = (16, 32, 64)  # 112 in all
+HIDDEN_FEATURES = 64
+ROI_FACTOR = 2 ** (len(LEVEL_CHANNELS) - 1)
+
+MASK_GRADIENTS = ("stop", "flow")
+
+
+class SafeConv3d(nn.Conv3d):
+    """A convolution that is right for maps of depth 2 in training under CPU autocast, too.
+
+    oneDNN's bfloat16 kernel for AMX processors (torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there: it
+    is whatever the memory held. Such maps are tiny, so they are computed in the weight's own precision instead.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, r, r, r) -> (B, C_out, r, r, r)."""
+        if self.training and x.shape[2] == 2 and x.device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class ResidualConv(nn.Module):
+    """Convolution 3x3x3, batch norm, ReLU, plus the input itself.
+
+    Where the number of channels changes, the input comes through a 1x1x1 convolution instead.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        bn_momentum: momentum of the batch norm, in torch's sense (weight of the new value).
+        bn_eps: epsilon of the batch norm.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bn_momentum: float = 0.1, bn_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.conv = SafeConv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(out_channels, eps=bn_eps, momentum=bn_momentum)
+        same = in_channels == out_channels
+        self.shortcut: nn.Module = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, r, r, r) -> (B, C_out, r, r, r)."""
+        return functional.relu(self.norm(self.conv(x))) + self.shortcut(x)
+
+
+def residual_level(in_channels: int, channels: int, convolutions: int, bn: tuple[float, float]) -> nn.Sequential:
+    """One level of the U-Net: ``convolutions`` residual convolutions, the first from ``in_channels``."""
+    inputs = [in_channels] + [channels] * (convolutions - 1)
+    return nn.Sequential(*(ResidualConv(c, channels, *bn) for c in inputs))
+
+
+class Encoder(nn.Module):
+    """The way down: five levels of 8, 16, 32, 64, 128 channels with max pooling between them."""
+
+    def __init__(self, in_channels: int, bn: tuple[float, float]) -> None:
+        super().__init__()
+        inputs = (in_channels, *LEVEL_CHANNELS[:-1])
+        self.levels = nn.ModuleList(
+            residual_level(c_in, c, n, bn)
+            for c_in, c, n in zip(inputs, LEVEL_CHANNELS, ENCODER_CONVOLUTIONS, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, C, R, R, R) -> five tensors (B, 8 * 2^k, R / 2^k, ...) for k = 0..4."""
+        features: list[Tensor] = []
+        for level in self.levels:
+            if len(features) > 0:
+                x = functional.max_pool3d(x, kernel_size=2)
+            x = level(x)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """The way up: nearest up-sampling, skip concatenation, residual convolutions; then one logit a voxel."""
+
+    def __init__(self, bn: tuple[float, float]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            residual_level(below + c, c, n, bn)
+            for below, c, n in reversed(
+                list(zip(LEVEL_CHANNELS[1:], LEVEL_CHANNELS[:-1], DECODER_CONVOLUTIONS, strict=True))
+            )
+        )
+        self.logits = nn.Conv3d(LEVEL_CHANNELS[0], 1, kernel_size=1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """The encoder's five feature maps -> tumour logits (B, 1, R, R, R)."""
+        x = features[-1]
+        for k, level in enumerate(self.levels):
+            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = level(torch.cat([x, features[-2 - k]], dim=1))
+        return self.logits(x)
+
+
+class LevelSummaries(nn.Module):
+    """``z1``: each encoder level through a 1x1x1 convolution, batch norm and ReLU, then averaged over the box."""
+
+    features = sum(SUMMARY_CHANNELS)
+
+    def __init__(self, bn: tuple[float, float]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv3d(c, s, kernel_size=1, bias=False), nn.BatchNorm3d(s, momentum=bn[0], eps=bn[1]), nn.ReLU()
+            )
+            for c, s in zip(LEVEL_CHANNELS, SUMMARY_CHANNELS, strict=True)
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """The encoder's five feature maps -> z1 (B, 124)."""
+        means: list[Tensor] = []
+        for k, level in enumerate(self.levels):
+            means.append(global_average(level(features[k])))
+        return torch.cat(means, dim=1)
+
+
+class NormReLUConv(nn.Sequential):
+    """Batch norm, ReLU, convolution: the unit a DenseNet is made of."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bn: tuple[float, float]) -> None:
+        super().__init__(
+            nn.BatchNorm3d(in_channels, momentum=bn[0], eps=bn[1]),
+            nn.ReLU(),
+            SafeConv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        )
+
+
+class DenseLayer(nn.Module):
+    """A bottleneck of 64 channels, 16 new channels, dropout; the input is kept beside them."""
+
+    def __init__(self, in_channels: int, dropout: float, bn: tuple[float, float]) -> None:
+        super().__init__()
+        self.bottleneck = NormReLUConv(in_channels, BOTTLENECK, 1, bn)
+        self.growth = NormReLUConv(BOTTLENECK, GROWTH, 3, bn)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, r, r, r) -> (B, C + 16, r, r, r)."""
+        return torch.cat([x, self.dropout(self.growth(self.bottleneck(x)))], dim=1)
+
+
+class DenseStage(nn.Module):
+    """A dense block and its transition, and where wanted a summary of what comes out.
+
+    Args:
+        in_channels: channels of the input.
+        layers: dense layers of the block.
+        out_channels: channels after the transition.
+        summary: whether the output also goes, normalised and averaged, into ``z2`` or the HPV logit.
+        dropout: of the dense layers.
+        bn: momentum and epsilon of the batch norms.
+    """
+
+    def __init__(
+        self, in_channels: int, layers: int, out_channels: int, summary: bool, dropout: float, bn: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*(DenseLayer(in_channels + k * GROWTH, dropout, bn) for k in range(layers)))
+        self.transition = NormReLUConv(in_channels + layers * GROWTH, out_channels, 1, bn)
+        self.norm = nn.BatchNorm3d(out_channels, momentum=bn[0], eps=bn[1]) if summary else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C_in, r, r, r) -> feature map (B, C_out, r, r, r) and its summary (B, C_out) or None."""
+        x = self.transition(self.block(x))
+        if self.norm is None:
+            return x, None
+        return x, global_average(functional.relu(self.norm(x)))
+
+
+class HPVBranch(nn.Module):
+    """A 3D DenseNet on [PET, CT, tumour probability]: the HPV logit and ``z2``.
+
+    The linear unit reads the last stage's summary, so that logit and ``z2`` share it.
+
+    Args:
+        in_channels: channels of the input.
+        z2: whether ``z2`` is wanted; without, only the last stage has a summary.
+        dropout: of the dense layers.
+        bn: momentum and epsilon of the batch norms.
+    """
+
+    features = sum(TRANSITION_CHANNELS)
+
+    def __init__(self, in_channels: int, z2: bool, dropout: float, bn: tuple[float, float]) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(in_channels, STEM_CHANNELS, kernel_size=3, stride=2, padding=1, bias=False)
+        inputs = (STEM_CHANNELS, *TRANSITION_CHANNELS[:-1])
+        self.stages = nn.ModuleList(
+            DenseStage(c_in, n, c, z2 or c == TRANSITION_CHANNELS[-1], dropout, bn)
+            for c_in, n, c in zip(inputs, DENSE_LAYERS, TRANSITION_CHANNELS, strict=True)
+        )
+        self.logit = FullPrecisionLinear(TRANSITION_CHANNELS[-1], 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, R, R, R) -> HPV logit (B,) and z2 (B, 112; the last 64 where it is not wanted)."""
+        x = functional.max_pool3d(self.stem(x), kernel_size=3, stride=2, padding=1)
+        summaries: list[Tensor] = []
+        for k, stage in enumerate(self.stages):
+            if k > 0:
+                x = functional.avg_pool3d(x, kernel_size=2)
+            x, summary = stage(x)
+            if summary is not None:
+                summaries.append(summary)
+        return self.logit(summaries[-1]).squeeze(1), torch.cat(summaries, dim=1)
+
+
+class SurvivalBranch(nn.Module):
+    """``z1``, ``z2`` (where there is an HPV branch) and ``z3`` to the log hazard.
+
+    Each of ``z1`` and ``z2``: batch norm, dropout, fully connected layer of 64, ReLU. Then, with ``z3``: batch norm,
+    dropout, one linear unit.
+    """
+
+    def __init__(
+        self, deep_features: Sequence[int], clinical_features: int, dropout: float, bn: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm1d(width, momentum=bn[0], eps=bn[1]),
+                nn.Dropout(dropout),
+                FullPrecisionLinear(width, HIDDEN_FEATURES),
+                nn.ReLU(),
+            )
+            for width in deep_features
+        )
+        joined = HIDDEN_FEATURES * len(deep_features) + clinical_features
+        self.norm = nn.BatchNorm1d(joined, momentum=bn[0], eps=bn[1])
+        self.dropout = nn.Dropout(dropout)
+        self.log_hazard = FullPrecisionLinear(joined, 1)
+
+    def forward(self, deep: list[Tensor], clinical: Tensor) -> Tensor:
+        """[z1 (B, 124), z2 (B, 112)] and z3 (B, F) -> log hazard (B,)."""
+        parts: list[Tensor] = []
+        for k, hidden in enumerate(self.hidden):
+            parts.append(hidden(deep[k]))
+        parts.append(clinical.to(parts[0].dtype))
+        return self.log_hazard(self.dropout(self.norm(torch.cat(parts, dim=1)))).squeeze(1)
+
+
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer that autocast leaves alone.
+
+    The layers here are tiny, so half precision would gain nothing, and a log hazard of three digits ties patients
+    that differ. Written as a product and a sum, which autocast does not touch and which export and script alike.
+
+    Example:
+        >>> layer = FullPrecisionLinear(3, 2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     y = layer(torch.rand(4, 3))
+        >>> y.dtype, tuple(y.shape)
+        (torch.float32, (4, 2))
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in) -> (B, out), in the weight's own precision."""
+        return (x.to(self.weight.dtype).unsqueeze(1) * self.weight).sum(dim=2) + self.bias
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Mean over the three spatial axes, summed in float32 at least: (B, C, r, r, r) -> (B, C)."""
+    return x.mean(dim=(2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class MultitaskNet(nn.Module):
+    """Segmentation, HPV status and log hazard from one PET/CT and the clinical values.
+
+    Any non-empty subset of the tasks builds the network without the missing branches: without ``seg`` there is no
+    decoder and the HPV branch reads PET and CT alone; without ``hpv`` the survival branch has no ``z2``; without
+    ``surv`` there are neither ``z1`` nor a survival branch; ``("hpv",)`` has no encoder.
+
+    In training mode the survival branch normalises over the batch, so it needs at least two cases at a time.
+
+    Args:
+        clinical_features: number F of clinical values.
+        tasks: any of "seg", "hpv", "surv".
+        mask_gradient: "stop" keeps the gradients of the HPV and survival losses from reaching the segmentation
+            through its probability map; "flow" is the published setting. May be changed between steps.
+        in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
+        bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
+        bn_eps: epsilon of every batch norm (Keras: 1e-3).
+        dropout: dropout of the survival branch.
+        dense_dropout: dropout of the HPV branch's dense layers.
+        seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
+
+    Raises:
+        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, or a ``seg_prior`` outside (0, 1).
+
+    Example:
+        Missing clinical values are zeros, so ``None`` and zeros are the same patient:
+
+        >>> net = MultitaskNet().eval()
+        >>> image = torch.rand(2, 2, 32, 32, 32)
+        >>> with torch.no_grad():
+        ...     unknown, zeros = net(image), net(image, torch.zeros(2, 7))
+        >>> {name: tuple(value.shape) for name, value in unknown.items()}
+        {'seg_logits': (2, 1, 32, 32, 32), 'hpv_logit': (2,), 'log_hazard': (2,)}
+        >>> torch.equal(unknown["log_hazard"], zeros["log_hazard"])
+        True
+    """
+
+    __jit_unused_properties__ = ("mask_gradient",)
+
+    def __init__(
+        self,
+        clinical_features: int = 7,
+        tasks: Sequence[str] = TASKS,
+        mask_gradient: str = "stop",
+        in_channels: int = 2,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        dropout: float = 0.5,
+        dense_dropout: float = 0.05,
+        seg_prior: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.tasks = checked_tasks(tasks)
+        self.clinical_features = clinical_features
+        self.in_channels = in_channels
+        self.mask_gradient = mask_gradient
+        bn = (bn_momentum, bn_eps)
+        seg, hpv, surv = (task in self.tasks for task in TASKS)
+        self.encoder = Encoder(in_channels, bn) if seg or surv else None
+        self.decoder = Decoder(bn) if seg else None
+        self.hpv = HPVBranch(in_channels + int(seg), surv, dense_dropout, bn) if hpv else None
+        self.summaries = LevelSummaries(bn) if surv else None
+        deep = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
+        self.survival = SurvivalBranch(deep, clinical_features, dropout, bn) if surv else None
+        self.apply(initialise)
+        if self.decoder is not None and self.decoder.logits.bias is not None and seg_prior is not None:
+            nn.init.constant_(self.decoder.logits.bias, prior_logit(seg_prior))
+
+    @property
+    def mask_gradient(self) -> str:
+        """Whether gradients flow back through the probability map: "stop" or "flow"."""
+        return "flow" if self._mask_gradient_flows else "stop"
+
+    @mask_gradient.setter
+    def mask_gradient(self, value: str) -> None:
+        if value not in MASK_GRADIENTS:
+            raise ValueError(f"mask_gradient is {value!r}; it must be one of {', '.join(MASK_GRADIENTS)}")
+        self._mask_gradient_flows = value == "flow"
+
+    @torch.jit.unused
+    def forward(self, image: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
+        """All that the tasks give for a batch.
+
+        Args:
+            image: (B, 2, R, R, R), channel 0 CT, channel 1 PET; R (each edge) divisible by 16.
+            clinical: (B, F) coded clinical values, 0 where missing; None where all are missing.
+
+        Returns:
+            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), those of absent tasks absent.
+
+        Raises:
+            ValueError: for an image or clinical values of the wrong shape, or a single case in training mode.
+        """
+        self.check_shapes(image, clinical)
+        seg_logits, hpv_logit, log_hazard = self.heads(image, clinical)
+        outputs = {SEG_LOGITS: seg_logits, HPV_LOGIT: hpv_logit, LOG_HAZARD: log_hazard}
+        return {name: value for name, value in outputs.items() if value is not None}
+
+    def heads(self, image: Tensor, clinical: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """:meth:`forward` as a tuple, None where a task is absent: what exporters can trace."""
+        features = self.encode(image)
+        seg_logits = self.decode(features)
+        hpv_logit, z2 = self.classify(image, seg_logits)
+        return seg_logits, hpv_logit, self.survive(image, features, z2, clinical)
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """The encoder's five feature maps; none where no task needs them."""
+        if self.encoder is None:
+            return []
+        return self.encoder(image)
+
+    def decode(self, features: list[Tensor]) -> Tensor | None:
+        """Tumour logits (B, 1, R, R, R), or None without the segmentation task."""
+        if self.decoder is None:
+            return None
+        return self.decoder(features)
+
+    def classify(self, image: Tensor, seg_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """HPV logit (B,) and z2 (B, 112), or None and None without the HPV task."""
+        if self.hpv is None:
+            return None, None
+        x = image.flip(1)  # [CT, PET] -> [PET, CT]
+        if seg_logits is not None:
+            probability = torch.sigmoid(seg_logits)
+            if not self._mask_gradient_flows:
+                probability = probability.detach()
+            x = torch.cat([x, probability.to(x.dtype)], dim=1)
+        logit, z2 = self.hpv(x)
+        return logit, z2
+
+    def survive(
+        self, image: Tensor, features: list[Tensor], z2: Tensor | None, clinical: Tensor | None
+    ) -> Tensor | None:
+        """Log hazard (B,), or None without the survival task."""
+        if self.survival is None or self.summaries is None:
+            return None
+        z1 = self.summaries(features)
+        if clinical is None:
+            clinical = z1.new_zeros((image.shape[0], self.clinical_features))
+        deep = [z1] if z2 is None else [z1, z2]
+        return self.survival(deep, clinical)
+
+    def tumour_probability(self, image: Tensor) -> Tensor:
+        """The segmentation path alone: image (B, 2, R, R, R) -> float32 probability (B, 1, R, R, R).
+
+        Raises:
+            RuntimeError: without the segmentation task.
+        """
+        logits = self.decode(self.encode(image))
+        if logits is None:
+            raise RuntimeError("this network was built without the 'seg' task and gives no tumour probability")
+        return torch.sigmoid(logits.float())
+
+    def survival_weights(self) -> list[nn.Parameter]:
+        """The fully connected weights of the survival branch (three; two without z2), for the L2 term of eq. 1.
+
+        Example:
+            >>> [tuple(weight.shape) for weight in MultitaskNet().survival_weights()]
+            [(64, 124), (64, 112), (1, 135)]
+        """
+        if self.survival is None:
+            return []
+        return [weight for weight in self.survival.parameters() if weight.ndim == 2]
+
+    def check_shapes(self, image: Tensor, clinical: Tensor | None) -> None:
+        """Raise ValueError, saying what would be right, for inputs that the network cannot read."""
+        if (
+            image.ndim != 5
+            or image.shape[1] != self.in_channels
+            or any(n % ROI_FACTOR or not n for n in image.shape[2:])
+        ):
+            raise ValueError(
+                f"the image's shape is {tuple(image.shape)}; the network reads (batch, {self.in_channels}, x, y, z) "
+                f"with x, y and z multiples of {ROI_FACTOR} (set roi_size accordingly)"
+            )
+        expected = (image.shape[0], self.clinical_features)
+        if clinical is not None and tuple(clinical.shape) != expected:
+            raise ValueError(
+                f"the clinical values' shape is {tuple(clinical.shape)}; {expected} is expected: one row a case, "
+                "one column a feature of the config's list"
+            )
+        if self.training and self.survival is not None and image.shape[0] < 2:
+            raise ValueError(
+                "a batch of one case in training mode: the survival branch normalises over the batch and needs at "
+                "least two (raise batch_size, or drop the last incomplete batch)"
+            )
+
+
+def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks in their fixed order.
+
+    Raises:
+        ValueError: where there are none, unknown or repeated ones.
+
+    Example:
+        >>> checked_tasks(["surv", "seg"])
+        ('seg', 'surv')
+    """
+    chosen = [tasks] if isinstance(tasks, str) else list(tasks)
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(TASKS):
+        raise ValueError(f"tasks is {chosen}; it must name one or more of {', '.join(TASKS)}, each once")
+    return tuple(task for task in TASKS if task in chosen)
+
+
+def initialise(module: nn.Module) -> None:
+    """Keras' defaults, as in the published network: Glorot uniform weights, zero biases, unit batch norms."""
+    if isinstance(module, nn.Conv3d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def prior_logit(probability: float) -> float:
+    """log(p / (1 - p)).
+
+    Example:
+        >>> prior_logit(0.5)
+        0.0
+    """
+    if not 0 < probability < 1:
+        raise ValueError(f"seg_prior is {probability}; it must lie between 0 and 1, both excluded")
+    return math.log(probability / (1 - probability))

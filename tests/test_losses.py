@@ -1,0 +1,481 @@
+"""Losses against golden values, MONAI, torchsurv and plain definitions; masks, ties, extremes, gradients, precision."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.losses import DiceLoss, FocalLoss
+from scripts.keys import (
+    EVENT,
+    HPV,
+    HPV_KNOWN,
+    HPV_LOGIT,
+    LOG_HAZARD,
+    SEG,
+    SEG_KNOWN,
+    SEG_LOGITS,
+    SURV_KNOWN,
+    TIME,
+)
+from scripts.losses import CoxLoss, HPVLoss, MultitaskLoss, SegmentationLoss
+from torchsurv.loss.cox import neg_partial_log_likelihood
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text(encoding="utf-8"))
+TIES = ("breslow", "efron")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def golden(table):
+    return [pytest.param(case, id=case["name"]) for case in GOLDEN[table]]
+
+
+def cohort(n, dtype=torch.float32, ties=True):
+    time = torch.randint(1, n // 2, (n,)).to(dtype) if ties else torch.randperm(n).to(dtype) + 1
+    event = torch.rand(n) < 0.4
+    event[0] = True
+    return torch.randn(n, dtype=dtype), time, event
+
+
+def gradient(loss, tensor):
+    return torch.autograd.grad(loss, tensor)[0]
+
+
+# --- Cox, eq. 6 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("case", golden("cox"))
+def test_cox_golden(case, ties):
+    h = torch.tensor(case["log_hazard"], dtype=torch.float64)
+    loss = CoxLoss(ties)(h, torch.tensor(case["time"]), torch.tensor(case["event"]))
+    assert loss.item() == pytest.approx(case[ties], rel=1e-12, abs=1e-12)
+
+
+def test_cox_agrees_with_a_lifelines_fit():
+    fit = GOLDEN["cox_fit"]
+    beta = torch.tensor(fit["coefficient"], dtype=torch.float64, requires_grad=True)
+    event = torch.tensor(fit["event"])
+    loss = CoxLoss("efron")(beta * torch.tensor(fit["x"], dtype=torch.float64), torch.tensor(fit["time"]), event)
+    assert -loss.item() * event.sum().item() == pytest.approx(fit["log_likelihood"], rel=1e-10)
+    assert gradient(loss, beta).item() == pytest.approx(0, abs=1e-6), "lifelines' coefficient is the optimum"
+
+
+@pytest.mark.filterwarnings("ignore:Ties in `time`")
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("tied_times", [True, False])
+def test_cox_agrees_with_torchsurv_in_value_and_gradient(ties, tied_times):
+    h, time, event = cohort(50, ties=tied_times)
+    h.requires_grad_()
+    ours = CoxLoss(ties)(h, time, event)
+    theirs = neg_partial_log_likelihood(h, event, time, ties_method=ties, reduction="sum") / event.sum()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient(ours, h), gradient(theirs, h), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_cox_does_not_depend_on_the_order_or_on_a_shift(ties):
+    h, time, event = cohort(40, torch.float64)
+    order = torch.randperm(40)
+    loss = CoxLoss(ties)(h, time, event)
+    torch.testing.assert_close(CoxLoss(ties)(h[order], time[order], event[order]), loss)
+    torch.testing.assert_close(CoxLoss(ties)(h + 1000, time, event), loss)
+    assert not torch.isclose(CoxLoss(ties)(h * 2, time, event), loss)
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_cox_gradient_is_right_and_sums_to_zero(ties):
+    h, time, event = cohort(12, torch.float64)
+    h.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: CoxLoss(ties)(x, time, event), h)
+    assert gradient(CoxLoss(ties)(h, time, event), h).sum().abs() < 1e-12
+
+
+EXTREMES = [
+    pytest.param([100.0, -100.0, 100.0, -100.0], [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1], id="alternating"),
+    pytest.param([-100.0, 100.0, 100.0], [1.0, 2.0, 3.0], [1, 0, 0], id="event_far_below"),
+    pytest.param([100.0, 100.0, -100.0], [2.0, 2.0, 2.0], [1, 1, 1], id="tied_events"),
+    pytest.param([100.0, 100.0, 100.0, 100.0], [2.0, 2.0, 2.0, 2.0], [1, 1, 1, 1], id="all_equal"),
+    pytest.param([-100.0, -100.0, 100.0], [2.0, 2.0, 2.0], [1, 1, 0], id="tied_events_far_below"),
+]
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize(("h", "time", "event"), EXTREMES)
+def test_cox_is_exact_for_extreme_log_hazards(h, time, event, ties):
+    single = torch.tensor(h, requires_grad=True)
+    double = torch.tensor(h, dtype=torch.float64, requires_grad=True)
+    loss = CoxLoss(ties)(single, torch.tensor(time), torch.tensor(event))
+    reference = CoxLoss(ties)(double, torch.tensor(time), torch.tensor(event))
+    assert loss.isfinite() and loss >= 0
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    torch.testing.assert_close(gradient(loss, single).double(), gradient(reference, double), atol=1e-5, rtol=1e-5)
+
+
+NOTHING_TO_LEARN = [
+    pytest.param([0.3, -1.0], [1.0, 2.0], [0, 0], None, id="no_event"),
+    pytest.param([0.3, -1.0], [1.0, 2.0], [1, 1], [False, False], id="nothing_known"),
+    pytest.param([0.3, -1.0], [1.0, 2.0], [1, 0], [False, True], id="the_event_is_unknown"),
+    pytest.param([0.3], [1.0], [0], None, id="one_censored_case"),
+    pytest.param([0.3], [1.0], [1], None, id="one_event"),
+    pytest.param([], [], [], None, id="empty_batch"),
+    pytest.param([float("nan"), float("inf")], [1.0, 2.0], [1, 1], [False, False], id="unknown_and_not_finite"),
+    pytest.param([float("nan"), 1.0], [float("nan"), 2.0], [0, 0], None, id="no_event_and_not_finite"),
+]
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize(("h", "time", "event", "known"), NOTHING_TO_LEARN)
+def test_cox_with_nothing_to_learn_is_an_exact_zero_with_a_graph(h, time, event, known, ties, memory):
+    h = torch.tensor(h, requires_grad=True)
+    known = None if known is None else torch.tensor(known)
+    loss = CoxLoss(ties, memory)(h, torch.tensor(time), torch.tensor(event), known)
+    assert loss.item() == 0
+    assert torch.equal(gradient(loss, h), torch.zeros_like(h))
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_cox_leaves_out_a_case_of_unknown_outcome(ties):
+    h, time, event = cohort(10)
+    known = torch.rand(10) < 0.6
+    known[0] = True
+    h_bad, time_bad = h.clone(), time.clone()
+    h_bad[~known], time_bad[~known] = torch.nan, torch.nan
+    h_bad.requires_grad_()
+    loss = CoxLoss(ties)(h_bad, time_bad, event, known)
+    assert torch.equal(loss, CoxLoss(ties)(h[known], time[known], event[known]))
+    assert torch.equal(gradient(loss, h_bad)[~known], torch.zeros(int((~known).sum())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cox_in_half_precision_is_that_of_the_rounded_inputs(dtype):
+    h, time, event = cohort(20)
+    h = (h * 30).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = CoxLoss()(h, time, event)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, CoxLoss()(h.float(), time, event))
+    assert gradient(loss, h).isfinite().all()
+
+
+def test_cox_takes_times_and_events_as_they_are_collated():
+    h, time, event = cohort(8)
+    expected = CoxLoss()(h, time, event)
+    torch.testing.assert_close(CoxLoss()(h, time.double(), event.double(), torch.ones(8)), expected)
+    torch.testing.assert_close(CoxLoss()(MetaTensor(h), MetaTensor(time), event.long()), expected)
+
+
+COX_ERRORS = [
+    pytest.param(lambda: CoxLoss("exact"), "ties is 'exact'", id="ties"),
+    pytest.param(lambda: CoxLoss(memory=-1), "memory is -1", id="memory"),
+    pytest.param(lambda: CoxLoss()(torch.zeros(3, 1), torch.ones(3), torch.ones(3)), "log hazards have", id="column"),
+    pytest.param(lambda: CoxLoss()(torch.zeros(3), torch.ones(3), torch.ones(2)), r"events \(2,\)", id="events"),
+    pytest.param(
+        lambda: CoxLoss()(torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(2)), "one flag a case", id="known"
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), COX_ERRORS)
+def test_cox_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- Cox with a memory -------------------------------------------------------------------------------------
+
+
+def test_memory_is_the_loss_over_the_pool_with_the_gradient_scaled_to_it():
+    h, time, event = cohort(12, torch.float64)
+    loss = CoxLoss(memory=8).double()
+    loss(h[:4], time[:4], event[:4])
+    loss(h[4:8], time[4:8], event[4:8])
+    batch = h[8:].clone().requires_grad_()
+    value = loss(batch, time[8:], event[8:])
+    pool = h.clone().requires_grad_()
+    expected = CoxLoss()(pool, time, event)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient(value, batch), gradient(expected, pool)[8:] * 12 / 4)
+
+
+def test_memory_lets_a_batch_without_an_event_learn():
+    loss = CoxLoss(memory=4)
+    loss(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 9.0]), torch.tensor([True, False]))
+    h = torch.zeros(2, requires_grad=True)
+    slope = gradient(loss(h, torch.tensor([5.0, 6.0]), torch.tensor([False, False])), h)
+    assert (slope > 0).all(), "those still without a relapse after the remembered event are pushed down"
+
+
+def test_memory_drops_the_oldest_and_what_is_not_known_or_not_finite():
+    loss = CoxLoss(memory=3)
+    h = torch.tensor([1.0, 2.0, torch.inf, 3.0])
+    loss(h, torch.arange(4.0), torch.zeros(4), torch.tensor([True, True, True, False]))
+    assert loss.memory_log_hazard[1:].tolist() == [1, 2] and loss.memory_log_hazard[0].isnan()
+    loss(torch.tensor([4.0, 5.0]), torch.tensor([7.0, 8.0]), torch.tensor([True, False]))
+    assert loss.memory_log_hazard.tolist() == [2, 4, 5]
+    assert loss.memory_time.tolist() == [1, 7, 8]
+    assert loss.memory_event.tolist() == [False, True, False]
+
+
+def test_memory_is_neither_read_nor_written_in_evaluation():
+    loss = CoxLoss(memory=4)
+    h, time, event = cohort(6)
+    loss(h[:3], time[:3], event[:3])
+    before = copy.deepcopy(loss.state_dict())
+    torch.testing.assert_close(loss.eval()(h[3:], time[3:], event[3:]), CoxLoss()(h[3:], time[3:], event[3:]))
+    torch.testing.assert_close(loss.state_dict(), before, equal_nan=True)
+
+
+def test_memory_goes_through_a_state_dict_and_can_be_reset(tmp_path):
+    loss, other = CoxLoss(memory=4), CoxLoss(memory=4)
+    h, time, event = cohort(6)
+    fresh = copy.deepcopy(loss.state_dict())
+    loss(h[:3], time[:3], event[:3])
+    torch.save(loss.state_dict(), tmp_path / "loss.pt")
+    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    assert torch.equal(other(h[3:], time[3:], event[3:]), loss(h[3:], time[3:], event[3:]))
+    loss.reset_memory()
+    torch.testing.assert_close(loss.state_dict(), fresh, equal_nan=True)
+
+
+# --- segmentation, eq. 2-5 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", golden("segmentation"))
+def test_segmentation_golden(case):
+    logits, mask = (torch.tensor(case[name], dtype=torch.float64) for name in ("logits", "mask"))
+    assert SegmentationLoss()(logits, mask).item() == pytest.approx(case["expected"], rel=1e-10)
+
+
+def test_segmentation_is_the_sum_of_monais_losses():
+    logits, mask = torch.randn(3, 1, 8, 8, 8) * 3, (torch.rand(3, 1, 8, 8, 8) < 0.2).float()
+    expected = DiceLoss(sigmoid=True, squared_pred=True)(logits, mask) + FocalLoss(alpha=0.25)(logits, mask)
+    torch.testing.assert_close(SegmentationLoss()(logits, mask), expected)
+
+
+def test_segmentation_gradient_is_right():
+    logits = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    mask = (torch.rand(2, 1, 2, 2, 2) < 0.5).double()
+    assert torch.autograd.gradcheck(lambda x: SegmentationLoss()(x, mask, torch.tensor([True, False])), logits)
+
+
+def test_segmentation_of_a_missing_mask_does_not_depend_on_its_logits_and_of_an_empty_one_does():
+    logits, mask = torch.randn(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4)
+    missing, empty = torch.tensor([True, False]), torch.tensor([True, True])
+    changed = logits.clone()
+    changed[1] += 1
+    loss = SegmentationLoss()
+    assert torch.equal(loss(logits, mask, missing), loss(changed, mask, missing))
+    assert loss(changed, mask, empty) > loss(logits, mask, empty)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4, 100.0, -100.0])
+def test_segmentation_with_extreme_logits_is_finite_in_value_and_gradient(scale):
+    logits = torch.full((1, 1, 4, 4, 4), scale, requires_grad=True)
+    mask = (torch.rand(1, 1, 4, 4, 4) < 0.5).float()
+    loss = SegmentationLoss()(logits, mask)
+    share = mask.mean().item()
+    focal = abs(scale) * (0.75 * (1 - share) if scale > 0 else 0.25 * share)
+    dice = 1 - 2 * share / (1 + share) if scale > 0 else 1
+    assert loss.item() == pytest.approx(dice + focal, rel=1e-5)
+    assert gradient(loss, logits).isfinite().all()
+
+
+def test_segmentation_of_an_empty_mask_found_empty_is_zero():
+    logits = torch.full((1, 1, 4, 4, 4), -1e4, requires_grad=True)
+    loss = SegmentationLoss()(logits, torch.zeros(1, 1, 4, 4, 4))
+    assert loss.item() == 0
+    assert gradient(loss, logits).isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_segmentation_with_no_mask_known_is_an_exact_zero_with_a_graph(poison):
+    logits = torch.full((2, 1, 4, 4, 4), poison, requires_grad=True)
+    loss = SegmentationLoss()(logits, torch.zeros(2, 1, 4, 4, 4), torch.tensor([False, False]))
+    assert loss.item() == 0
+    assert torch.equal(gradient(loss, logits), torch.zeros_like(logits))
+
+
+def test_segmentation_ignores_a_poisoned_sibling():
+    logits = torch.randn(2, 1, 4, 4, 4)
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    mask = (torch.rand(2, 1, 4, 4, 4) < 0.5).float()
+    mask[1] = torch.nan
+    loss = SegmentationLoss()(logits, mask, torch.tensor([True, False]))
+    assert torch.equal(loss, SegmentationLoss()(logits[:1], mask[:1]))
+    slope = gradient(loss, logits)
+    assert slope[0].isfinite().all() and slope[0].any() and not slope[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_segmentation_in_half_precision_is_that_of_the_rounded_logits(dtype):
+    logits = (torch.randn(2, 1, 16, 16, 16) * 5).to(dtype).requires_grad_()
+    mask = torch.rand(2, 1, 16, 16, 16) < 0.3  # as bool
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = SegmentationLoss()(logits, MetaTensor(mask), torch.tensor([True, True]))
+    assert type(loss) is torch.Tensor and loss.dtype == torch.float32
+    assert torch.equal(loss, SegmentationLoss()(logits.float(), mask.float()))
+    assert gradient(loss, logits).isfinite().all()
+
+
+def test_segmentation_refuses_a_mask_of_another_shape():
+    with pytest.raises(ValueError, match=r"tumour logits have shape .* but mask \(1, 1, 4, 4, 2\)"):
+        SegmentationLoss()(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 2))
+
+
+# --- HPV, eq. 4, 5 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", golden("hpv"))
+def test_hpv_golden(case):
+    logit = torch.tensor(case["logit"], dtype=torch.float64)
+    assert HPVLoss()(logit, torch.tensor(case["hpv"])).item() == pytest.approx(case["expected"], rel=1e-12)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+@pytest.mark.parametrize("hpv", [0.0, 1.0])
+def test_hpv_with_extreme_logits(logit, hpv):
+    x = torch.tensor([logit], requires_grad=True)
+    loss = HPVLoss()(x, torch.tensor([hpv]))
+    wrong = (logit > 0) != (hpv == 1)
+    assert loss.item() == pytest.approx(1e4 * (0.25 if hpv else 0.75) if wrong else 0)
+    assert gradient(loss, x).item() == pytest.approx((0.75 if logit > 0 else -0.25) if wrong else 0)
+
+
+def test_hpv_leaves_out_unknown_cases():
+    logit = torch.tensor([0.4, torch.nan, -1.0], requires_grad=True)
+    known = torch.tensor([True, False, True])
+    loss = HPVLoss()(logit, torch.tensor([1.0, torch.nan, 0.0]), known)
+    assert torch.equal(loss, HPVLoss()(torch.tensor([0.4, -1.0]), torch.tensor([1.0, 0.0])))
+    assert gradient(loss, logit)[1] == 0
+
+
+def test_hpv_with_nothing_known_is_an_exact_zero_with_a_graph():
+    logit = torch.tensor([torch.nan, torch.inf], requires_grad=True)
+    loss = HPVLoss()(logit, torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+    assert loss.item() == 0
+    assert gradient(loss, logit).tolist() == [0, 0]
+
+
+def test_hpv_gradient_is_right():
+    logit = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    hpv = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    assert torch.autograd.gradcheck(lambda x: HPVLoss()(x, hpv), logit)
+
+
+def test_hpv_refuses_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"HPV logits have shape \(3,\) but HPV labels \(3, 1\)"):
+        HPVLoss()(torch.zeros(3), torch.zeros(3, 1))
+
+
+# --- all together, eq. 1 -----------------------------------------------------------------------------------
+
+
+def batch(n=4):
+    outputs = {SEG_LOGITS: torch.randn(n, 1, 4, 4, 4), HPV_LOGIT: torch.randn(n), LOG_HAZARD: torch.randn(n)}
+    targets = {
+        SEG: (torch.rand(n, 1, 4, 4, 4) < 0.4).float(),
+        HPV: (torch.arange(n) % 2).double(),
+        TIME: torch.arange(n).double() + 1,
+        EVENT: torch.arange(n) % 2 == 0,
+    } | {flag: torch.ones(n, dtype=torch.bool) for flag in (SEG_KNOWN, HPV_KNOWN, SURV_KNOWN)}
+    for value in outputs.values():
+        value.requires_grad_()
+    return outputs, targets
+
+
+def test_multitask_is_the_sum_of_its_parts():
+    outputs, targets = batch()
+    weights = [torch.nn.Parameter(torch.full((2, 3), 2.0)), torch.nn.Parameter(torch.ones(1, 4))]
+    loss = MultitaskLoss(survival_weights=weights)
+    value = loss(outputs, targets)
+    expected = {
+        "seg": SegmentationLoss()(outputs[SEG_LOGITS], targets[SEG]),
+        "hpv": HPVLoss()(outputs[HPV_LOGIT], targets[HPV]),
+        "surv": CoxLoss()(outputs[LOG_HAZARD], targets[TIME], targets[EVENT]),
+        "l2": torch.tensor(6 * 4.0 + 4),
+    }
+    torch.testing.assert_close(loss.parts, {k: v.detach() for k, v in expected.items()})
+    torch.testing.assert_close(value, expected["seg"] + expected["hpv"] + expected["surv"] + 0.1 * expected["l2"])
+    assert not any(part.requires_grad for part in loss.parts.values())
+    torch.testing.assert_close(gradient(value, weights[0]), torch.full((2, 3), 0.4))
+
+
+def test_multitask_does_not_own_the_networks_weights():
+    loss = MultitaskLoss(survival_weights=[torch.nn.Parameter(torch.ones(2, 2))], memory=3)
+    assert not list(loss.parameters())
+    assert set(loss.state_dict()) == {f"cox.memory_{name}" for name in ("log_hazard", "time", "event")}
+
+
+def test_multitask_weighs_tasks():
+    outputs, targets = batch()
+    loss = MultitaskLoss(task_weights={"seg": 2.0, "surv": 0.0})
+    value = loss(outputs, targets)
+    torch.testing.assert_close(value.detach(), 2 * loss.parts["seg"] + loss.parts["hpv"])
+
+
+SUBSETS = [
+    pytest.param(tasks, id="+".join(tasks))
+    for tasks in (("surv",), ("seg",), ("hpv",), ("seg", "surv"), ("surv", "hpv"), ("seg", "hpv", "surv"))
+]
+
+
+@pytest.mark.parametrize("tasks", SUBSETS)
+def test_multitask_asks_only_for_what_its_tasks_need(tasks):
+    outputs, targets = batch()
+    needed = {"seg": (SEG_LOGITS, SEG, SEG_KNOWN), "hpv": (HPV_LOGIT, HPV, HPV_KNOWN)}
+    needed["surv"] = (LOG_HAZARD, TIME, EVENT, SURV_KNOWN)
+    wanted = {key for task in tasks for key in needed[task]}
+    loss = MultitaskLoss(tasks)
+    value = loss({k: v for k, v in outputs.items() if k in wanted}, {k: v for k, v in targets.items() if k in wanted})
+    assert set(loss.parts) == set(tasks) and value > 0
+
+
+@pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf")])
+def test_multitask_with_nothing_known_is_an_exact_zero_with_a_graph(poison):
+    outputs, targets = batch()
+    outputs = {name: torch.full_like(value, poison).requires_grad_() for name, value in outputs.items()}
+    targets |= {flag: torch.zeros(4, dtype=torch.bool) for flag in (SEG_KNOWN, HPV_KNOWN, SURV_KNOWN)}
+    value = MultitaskLoss()(outputs, targets)
+    assert value.item() == 0
+    for slope in torch.autograd.grad(value, list(outputs.values())):
+        assert not slope.any()
+
+
+def test_multitask_each_flag_silences_its_own_task_only():
+    outputs, targets = batch()
+    full = MultitaskLoss().components(outputs, targets)
+    for task, flag in (("seg", SEG_KNOWN), ("hpv", HPV_KNOWN), ("surv", SURV_KNOWN)):
+        parts = MultitaskLoss().components(outputs, targets | {flag: torch.zeros(4, dtype=torch.bool)})
+        assert parts[task] == 0
+        assert all(torch.equal(parts[other], full[other]) for other in full if other != task)
+
+
+MULTITASK_ERRORS = [
+    pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
+    pytest.param({"tasks": ()}, "tasks is", id="no_task"),
+    pytest.param({"tasks": ("seg",), "task_weights": {"hpv": 1.0}}, "task_weights names", id="weight_without_task"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MULTITASK_ERRORS)
+def test_multitask_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultitaskLoss(**arguments)
+
+
+def test_multitask_names_a_missing_label():
+    outputs, targets = batch()
+    del targets[HPV_KNOWN]
+    with pytest.raises(KeyError, match=HPV_KNOWN):
+        MultitaskLoss()(outputs, targets)

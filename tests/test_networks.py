@@ -1,0 +1,396 @@
+"""The network's counts, shapes, gradients and refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from scripts.keys import HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
+from scripts.losses import MultitaskLoss
+from scripts.networks import MultitaskNet
+
+SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
+SUBSETS = [
+    pytest.param(tasks, id="+".join(tasks))
+    for tasks in (
+        ("seg",), ("hpv",), ("surv",), ("seg", "hpv"), ("seg", "surv"), ("hpv", "surv"), ("seg", "hpv", "surv")
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 2, 32, 32, 32)
+
+
+@pytest.fixture
+def net():
+    """An evaluated network; outside training its dropout and batch norms are fixed."""
+    return MultitaskNet().eval()
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# --- architecture ------------------------------------------------------------------------------------------
+
+
+def test_parameter_count():
+    net = MultitaskNet()
+    parts = {name: count(child) for name, child in net.named_children()}
+    assert parts == {"encoder": 1919256, "decoder": 742881, "hpv": 1016649, "summaries": 11160, "survival": 16110}
+    assert count(net) == 3706056
+    statistics = sum(b.numel() for name, b in net.named_buffers() if "running" in name)
+    assert count(net) + statistics == pytest.approx(3.73e6, rel=0.005), "the paper's count, statistics included"
+
+
+def test_residual_convolutions_a_level():
+    net = MultitaskNet()
+    assert [(len(level), level[-1].conv.out_channels) for level in net.encoder.levels] == [
+        (2, 8), (2, 16), (3, 32), (3, 64), (4, 128)
+    ]  # fmt: skip
+    assert [(len(level), level[-1].conv.out_channels) for level in net.decoder.levels] == [
+        (3, 64), (3, 32), (2, 16), (2, 8)
+    ]  # fmt: skip
+    for level in (*net.encoder.levels, *net.decoder.levels):
+        kinds = [type(block.shortcut).__name__ for block in level]
+        assert kinds == ["Conv3d"] + ["Identity"] * (len(level) - 1)
+
+
+def test_dense_stages():
+    stages = MultitaskNet().hpv.stages
+    assert [len(stage.block) for stage in stages] == [4, 8, 16]
+    assert [stage.norm.num_features for stage in stages] == [16, 32, 64]
+    layers = [layer for stage in stages for layer in stage.block]
+    assert {(layer.bottleneck[2].out_channels, layer.growth[2].out_channels) for layer in layers} == {(64, 16)}
+    assert {layer.dropout.p for layer in layers} == {0.05}
+
+
+def test_deep_features(net, image):
+    features = net.encode(image)
+    assert [tuple(f.shape[1:]) for f in features] == [(8 * 2**k, *[32 // 2**k] * 3) for k in range(5)]
+    assert net.summaries(features).shape == (2, 124)
+    logit, z2 = net.classify(image, net.decode(features))
+    assert (logit.shape, z2.shape) == ((2,), (2, 112))
+
+
+def test_hpv_branch_reads_pet_then_ct_then_the_probability_map(net, image):
+    seen = []
+    net.hpv.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    outputs = net(image)
+    expected = torch.cat([image[:, 1:], image[:, :1], outputs[SEG_LOGITS].sigmoid()], dim=1)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_survival_weights_are_the_fully_connected_layers():
+    assert [tuple(w.shape) for w in MultitaskNet().survival_weights()] == [(64, 124), (64, 112), (1, 135)]
+    assert [tuple(w.shape) for w in MultitaskNet(9, ("surv",)).survival_weights()] == [(64, 124), (1, 73)]
+    assert MultitaskNet(tasks=("seg", "hpv")).survival_weights() == []
+
+
+@pytest.mark.parametrize("tasks", SUBSETS)
+def test_tasks_give_their_outputs_and_train_every_parameter(tasks, image):
+    net = MultitaskNet(tasks=tasks).train()
+    outputs = net(image, torch.rand(2, 7))
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == dict(SHAPES[task] for task in tasks)
+    sum((value * torch.randn_like(value)).sum() for value in outputs.values()).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+    assert (net.decoder is None) == ("seg" not in tasks)
+    assert (net.encoder is None) == (tasks == ("hpv",))
+
+
+def test_the_order_of_tasks_does_not_matter():
+    assert MultitaskNet(tasks=["surv", "seg"]).tasks == ("seg", "surv")
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (32, 16, 48), (64, 64, 64)])
+def test_any_box_of_multiples_of_16(net, shape):
+    with torch.no_grad():
+        outputs = net(torch.rand(1, 2, *shape))
+    assert outputs[SEG_LOGITS].shape == (1, 1, *shape)
+    assert all(value.isfinite().all() for value in outputs.values())
+
+
+def test_initialisation_is_glorot_with_zero_biases():
+    net = MultitaskNet()
+    weight = net.encoder.levels[4][1].conv.weight.detach()
+    limit = (6 / (128 * 27 + 128 * 27)) ** 0.5
+    assert weight.abs().max() <= limit and weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.02)
+    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+def test_seg_prior_is_where_segmentation_starts():
+    net = MultitaskNet(tasks=("seg",), seg_prior=0.02)
+    assert net.decoder.logits.bias.sigmoid().item() == pytest.approx(0.02)
+    assert MultitaskNet(tasks=("seg",)).decoder.logits.bias.item() == 0
+
+
+def test_batch_norm_settings_reach_every_batch_norm():
+    norms = [
+        module
+        for module in MultitaskNet(bn_momentum=0.01, bn_eps=1e-3).modules()
+        if isinstance(module, torch.nn.BatchNorm3d | torch.nn.BatchNorm1d)
+    ]
+    assert len(norms) == 24 + 5 + 28 * 2 + 3 + 3 + 3
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.01, 1e-3)}
+
+
+# --- gradient through the probability map ------------------------------------------------------------------
+
+
+def decoder_gradient(net, image, output):
+    net.zero_grad()
+    net(image)[output].sum().backward()
+    return sum(p.grad.abs().sum().item() for p in net.decoder.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("output", [HPV_LOGIT, LOG_HAZARD])
+def test_mask_gradient_stops_or_flows(output, image):
+    net = MultitaskNet()
+    assert net.mask_gradient == "stop"
+    assert decoder_gradient(net, image, output) == 0
+    net.mask_gradient = "flow"
+    assert decoder_gradient(net, image, output) > 0
+
+
+def test_mask_gradient_of_the_hpv_loss_on_the_encoder(image):
+    """The encoder hears of HPV through the probability map alone."""
+    for mask_gradient, reaches in (("stop", False), ("flow", True)):
+        net = MultitaskNet(mask_gradient=mask_gradient)
+        net(image)[HPV_LOGIT].sum().backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in net.encoder.parameters()) == reaches
+
+
+def test_mask_gradient_changes_no_output(net, image):
+    stopped = net(image)
+    net.mask_gradient = "flow"
+    torch.testing.assert_close(net(image), stopped, atol=0, rtol=0)
+
+
+def test_survival_trains_the_encoder_in_either_case(image):
+    net = MultitaskNet()
+    net(image)[LOG_HAZARD].pow(2).sum().backward()
+    assert all(level[0].conv.weight.grad.any() for level in net.encoder.levels)
+
+
+# --- behaviour ---------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_deterministic_and_training_is_not(net, image):
+    torch.testing.assert_close(net(image), net(image), atol=0, rtol=0)
+    net.train()
+    assert not torch.equal(net(image)[LOG_HAZARD], net(image)[LOG_HAZARD])
+
+
+def test_evaluated_cases_do_not_touch_each_other(net, image):
+    together, alone = net(image), net(image[:1])
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name][:1], value, atol=1e-4, rtol=1e-4)
+
+
+def test_clinical_values_matter_and_none_is_zeros(net, image):
+    none, zeros, some = net(image), net(image, torch.zeros(2, 7)), net(image, torch.ones(2, 7))
+    assert torch.equal(none[LOG_HAZARD], zeros[LOG_HAZARD])
+    assert not torch.equal(none[LOG_HAZARD], some[LOG_HAZARD])
+    assert torch.equal(none[SEG_LOGITS], some[SEG_LOGITS])
+
+
+def test_clinical_values_may_be_double_precision(net, image):
+    clinical = torch.rand(2, 7, dtype=torch.float64)
+    assert torch.equal(net(image, clinical)[LOG_HAZARD], net(image, clinical.float())[LOG_HAZARD])
+
+
+def test_no_clinical_features(image):
+    assert MultitaskNet(clinical_features=0).eval()(image)[LOG_HAZARD].shape == (2,)
+
+
+def test_tumour_probability_is_the_segmentation_path(net, image):
+    torch.testing.assert_close(net.tumour_probability(image), net(image)[SEG_LOGITS].sigmoid())
+
+
+def test_channels_last_gives_the_same(net, image):
+    plain = net(image)
+    fast = net.to(memory_format=torch.channels_last_3d)(image.to(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_keeps_the_scores_in_float32_and_near(net, image):
+    for _ in range(20):  # running statistics that fit, so that outputs have an ordinary size
+        net.train()(torch.rand(2, 2, 32, 32, 32))
+    plain = net.eval()(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = net(image)
+    assert (fast[HPV_LOGIT].dtype, fast[LOG_HAZARD].dtype) == (torch.float32, torch.float32)
+    for name, value in fast.items():
+        torch.testing.assert_close(value.float(), plain[name], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_of_training_has_a_finite_gradient(autocast, image):
+    net = MultitaskNet(mask_gradient="flow")
+    loss = MultitaskLoss(survival_weights=net.survival_weights())
+    targets = {"seg": (torch.rand(2, 1, 32, 32, 32) < 0.1).float(), "hpv": torch.tensor([0.0, 1.0])}
+    targets |= {"time": torch.tensor([2.0, 5.0]), "event": torch.tensor([True, False])}
+    targets |= {f"{task}_known": torch.ones(2, dtype=torch.bool) for task in ("seg", "hpv", "surv")}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = loss(net(image, torch.rand(2, 7)), targets)
+    value.backward()
+    assert value.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_autocast_gives_every_parameter_about_the_same_gradient():
+    """At 32 voxels the deepest maps have a depth of 2, where a bfloat16 kernel of oneDNN has no gradient."""
+    image, gradients = torch.rand(4, 2, 32, 32, 32), []
+    net = MultitaskNet(mask_gradient="flow", dropout=0.0, dense_dropout=0.0)
+    weights = [torch.randn(shape) for shape in ((4, 1, 32, 32, 32), (4,), (4,))]
+    for autocast in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            outputs = net(image)
+        sum((w * outputs[name]).mean() for w, name in zip(weights, outputs, strict=True)).backward()
+        gradients.append({name: p.grad.norm().item() for name, p in net.named_parameters()})
+    plain, fast = gradients
+    assert [name for name in plain if not 0.2 * plain[name] - 1e-4 < fast[name] < 5 * plain[name] + 1e-4] == []
+
+
+def test_it_learns_to_segment():
+    """A bright cube in noise: thirty steps bring the loss down by half."""
+    image, mask = torch.rand(2, 2, 16, 16, 16), torch.zeros(2, 1, 16, 16, 16)
+    mask[..., 4:10, 4:10, 4:10] = 1
+    image[:, 1:] += mask
+    net = MultitaskNet(tasks=("seg",))
+    loss = MultitaskLoss(("seg",))
+    targets = {"seg": mask, "seg_known": torch.ones(2, dtype=torch.bool)}
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    values = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = loss(net(image), targets)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] / 2
+
+
+# --- copies and state --------------------------------------------------------------------------------------
+
+
+def test_state_dict_keys_are_stable():
+    names = list(MultitaskNet().state_dict())
+    assert len(names) == 587
+    for name in (
+        "encoder.levels.0.0.conv.weight",
+        "encoder.levels.0.0.shortcut.bias",
+        "encoder.levels.4.3.norm.running_var",
+        "decoder.levels.3.1.conv.weight",
+        "decoder.logits.bias",
+        "hpv.stem.weight",
+        "hpv.stages.2.block.15.growth.2.weight",
+        "hpv.stages.1.transition.2.weight",
+        "hpv.stages.0.norm.weight",
+        "hpv.logit.weight",
+        "summaries.levels.4.0.weight",
+        "survival.hidden.1.2.weight",
+        "survival.norm.weight",
+        "survival.log_hazard.bias",
+    ):
+        assert name in names
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_answer_alike_and_share_nothing(duplicate, image):
+    net = MultitaskNet(mask_gradient="flow").eval()
+    other = duplicate(net)
+    torch.testing.assert_close(other(image), net(image), atol=0, rtol=0)
+    assert other.mask_gradient == "flow"
+    with torch.no_grad():
+        other.decoder.logits.bias.add_(1)
+    assert not torch.equal(other.decoder.logits.bias, net.decoder.logits.bias)
+
+
+def test_state_dict_round_trip(net, image):
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    buffer.seek(0)
+    other = MultitaskNet().eval()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(other(image), net(image), atol=0, rtol=0)
+
+
+def test_all_heads_can_be_exported(net):
+    """What exports need: a tuple of tensors from two inputs."""
+    image = torch.rand(2, 2, 16, 16, 16)
+
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, image, clinical):
+            return self.net.heads(image, clinical)
+
+    clinical = torch.rand(2, 7)
+    program = torch.export.export(Heads().eval(), (image, clinical)).module()
+    for ours, exported in zip(net.heads(image, clinical), program(image, clinical), strict=True):
+        torch.testing.assert_close(exported, ours)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+BAD_INPUTS = [
+    pytest.param((2, 2, 40, 40, 40), None, "multiples of 16", id="roi"),
+    pytest.param((2, 2, 32, 32, 8), None, "multiples of 16", id="one_edge"),
+    pytest.param((2, 2, 32, 32, 0), None, "multiples of 16", id="no_edge"),
+    pytest.param((2, 3, 32, 32, 32), None, r"\(batch, 2, x, y, z\)", id="channels"),
+    pytest.param((2, 32, 32, 32), None, r"\(batch, 2, x, y, z\)", id="no_batch"),
+    pytest.param((2, 2, 32, 32, 32), (2, 6), r"\(2, 7\) is expected", id="clinical_features"),
+    pytest.param((2, 2, 32, 32, 32), (1, 7), r"\(2, 7\) is expected", id="clinical_rows"),
+    pytest.param((2, 2, 32, 32, 32), (7,), r"\(2, 7\) is expected", id="clinical_vector"),
+]
+
+
+@pytest.mark.parametrize(("shape", "clinical", "message"), BAD_INPUTS)
+def test_inputs_refused(net, shape, clinical, message):
+    with pytest.raises(ValueError, match=message):
+        net(torch.zeros(shape), None if clinical is None else torch.zeros(clinical))
+
+
+def test_one_case_in_training_is_refused_only_where_it_cannot_be_normalised(image):
+    with pytest.raises(ValueError, match="a batch of one case in training mode"):
+        MultitaskNet()(image[:1])
+    assert MultitaskNet(tasks=("seg", "hpv"))(image[:1])[HPV_LOGIT].shape == (1,)
+    assert MultitaskNet().eval()(image[:1])[LOG_HAZARD].shape == (1,)
+
+
+BAD_ARGUMENTS = [
+    pytest.param({"tasks": ()}, "tasks is", id="no_task"),
+    pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
+    pytest.param({"tasks": ("seg", "seg")}, "tasks is", id="repeated_task"),
+    pytest.param({"mask_gradient": "detach"}, "mask_gradient is 'detach'", id="mask_gradient"),
+    pytest.param({"seg_prior": 0.0}, "seg_prior is 0.0", id="seg_prior"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_arguments_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultitaskNet(**arguments)
+
+
+def test_no_probability_without_segmentation(image):
+    with pytest.raises(RuntimeError, match="built without the 'seg' task"):
+        MultitaskNet(tasks=("surv",)).tumour_probability(image)
