@@ -123,7 +123,7 @@ def test_ablations_and_the_paper_overlay_train_and_evaluate(tmp_path, tiny_cohor
 
 
 def test_a_cohort_with_masks_only_is_judged_by_dice(tmp_path: Path, run_bundle) -> None:
-    cohort = make_tiny_cohort(tmp_path / "cohort", patients=4)
+    cohort = make_tiny_cohort(tmp_path / "cohort")
     (cohort / "HECKTOR_2025_Training_Task_3.csv").unlink()
     arguments = ["--dataset_dir", str(cohort), "--output_dir", str(tmp_path / "out"), *SMALL_RUN, "--epochs", "1"]
     result = run_bundle("training", "--config_file", TRAIN, *arguments)
