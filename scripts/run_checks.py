@@ -42,7 +42,9 @@ def _run(name: str, command: list[str]) -> str:
     # One thread a process: two test processes share two cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    print(f"== {name}: {'passed' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"== {name}: {'passed' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s", flush=True
+    )
     return "passed" if code == 0 else "FAILED"
 
 
