@@ -26,9 +26,8 @@ from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
-from scripts.cohort import Case, Cohort, CohortError, centre_name, load_cohort
-
 from scripts import clinical, keys
+from scripts.cohort import Case, Cohort, CohortError, centre_name, load_cohort
 
 CODINGS = ("indicators", "paper")
 FILLS = ("training_median", "cohort_median", "zero")

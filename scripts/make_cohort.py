@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 from phantom import SCALES, Patient, draw_patient, scan_patient
+from scripts.files import written_whole
 
 PHANTOM_VERSION = 1  # raise it when the same seed no longer gives the same bytes
 NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."
@@ -306,10 +307,8 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Write under another name, then rename: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def _comparable(days: NDArray[np.float64], relapse: NDArray[np.bool_]) -> bool:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
 from scripts.keys import GTVN, GTVP
 
 Array = NDArray[np.float32]

@@ -73,7 +73,8 @@ def _summary(cohort: Path, output: Path, seconds: float) -> str:
     return "\n".join(
         [
             "",
-            f"== done in {seconds / 60:.1f} min. On {len(held_out)} held-out PHANTOMS (no patients), value [95 % interval]:",
+            f"== done in {seconds / 60:.1f} min",
+            f"On {len(held_out)} held-out PHANTOMS (no patients), value [95 % interval]:",
             format_summary(report["metrics"]),
             f"  {'oracle C-index':<22} {c_index(oracle):.3f}  [{low:.3f}, {high:.3f}]  (the phantoms' true log hazard)",
             "",

@@ -19,9 +19,9 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY = ["--roi_size", "[32,32,32]", "--spacing_mm", "8.0", "--num_workers", "0", "--device", "cpu"]
 
 COLUMNS = (
-    "PatientID,CenterID,Age,Gender,Tobacco Consumption,Alcohol Consumption,Performance Status,"
-    "Treatment,M-stage,RFS,Relapse,HPV Status"
-).split(",")
+    *("PatientID", "CenterID", "Age", "Gender", "Tobacco Consumption", "Alcohol Consumption"),
+    *("Performance Status", "Treatment", "M-stage", "RFS", "Relapse", "HPV Status"),
+)
 
 
 def write_image(path: Path, array: np.ndarray, spacing: float) -> None:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
 from torch import Tensor, distributed
+
+from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
 
 SHARINGS = ("both_know", "rank_with_nothing_known", "rank_without_cases")
 CASES = 31

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scripts.clinical import ClinicalValueError
 
 from scripts import clinical
+from scripts.clinical import ClinicalValueError
 
 NAN = float("nan")
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from scripts.cohort import CohortError, Exclusion
 
 from scripts import cohort, keys
+from scripts.cohort import CohortError, Exclusion
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEADER = (

@@ -14,8 +14,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLE, TINY, make_tiny_cohort
 from monai.bundle import ConfigParser, ConfigWorkflow
+
+from conftest import BUNDLE, TINY, make_tiny_cohort
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]

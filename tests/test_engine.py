@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLE
 from monai.data import MetaTensor
 
+from conftest import BUNDLE
 from scripts import keys
 from scripts.engine import (
     EnsembleInferer,

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from ignite.handlers import Checkpoint
+
 from scripts.ensemble import (
     CheckpointError,
     FoldEnsemble,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from scipy import ndimage
+
 from scripts.geometry import (
     Grid,
     bounding_window,

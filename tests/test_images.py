@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from scripts.images import ImageReadError, image_suffix, read_image, write_mask
 
 from scripts import images
+from scripts.images import ImageReadError, image_suffix, read_image, write_mask
 
 SHAPE = (7, 6, 5)
 OBLIQUE = np.array([[1.9, 0.3, 0.1, -20.0], [-0.28, 1.9, -0.2, 30.0], [-0.12, 0.18, 2.95, 5.0], [0, 0, 0, 1]])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from scripts.geometry import Grid, box_grid, share_inside
 from scripts.images import read_image
 from scripts.localise import locate_head_neck, locate_mask

@@ -10,6 +10,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.losses import DiceLoss, FocalLoss
+from torchsurv.loss.cox import neg_partial_log_likelihood
+
 from scripts.keys import (
     EVENT,
     HPV,
@@ -23,7 +25,6 @@ from scripts.keys import (
     TIME,
 )
 from scripts.losses import CoxLoss, HPVLoss, MultitaskLoss, SegmentationLoss
-from torchsurv.loss.cox import neg_partial_log_likelihood
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text(encoding="utf-8"))
 TIES = ("breslow", "efron")

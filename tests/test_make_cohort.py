@@ -15,10 +15,11 @@ import make_cohort as tool
 import nibabel as nib
 import numpy as np
 import pandas as pd
-import phantom
 import pytest
 from lifelines.utils import concordance_index
 from scipy import ndimage
+
+import phantom
 
 SCRIPT = Path(tool.__file__)
 SEED = 3

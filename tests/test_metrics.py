@@ -13,6 +13,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.metrics import DiceMetric
+from torch import multiprocessing
+from torchsurv.metrics.cindex import ConcordanceIndex
+
+from scripts import metrics
 from scripts.metrics import (
     BalancedAccuracyMetric,
     ConcordanceIndexMetric,
@@ -21,10 +25,6 @@ from scripts.metrics import (
     concordance_index,
     dice_scores,
 )
-from torch import multiprocessing
-from torchsurv.metrics.cindex import ConcordanceIndex
-
-from scripts import metrics
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
 NAN = float("nan")

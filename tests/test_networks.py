@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+
 from scripts.keys import HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.losses import MultitaskLoss
 from scripts.networks import MultitaskNet

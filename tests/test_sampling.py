@@ -53,7 +53,7 @@ def test_balanced_batches(events, others, unknown, batch_size, fraction, events_
     batches = epoch_of(sampler, 1)
     assert len(batches) == len(sampler) == (events + others + unknown) // batch_size
     assert all(len(batch) == batch_size for batch in batches)
-    assert {sum(draw.index < events for draw in batch) for batch in batches} == {events_a_batch}
+    assert {sum(draw.case < events for draw in batch) for batch in batches} == {events_a_batch}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_balanced_batches(events, others, unknown, batch_size, fraction, events_
 )
 def test_plain_shuffling_sees_every_case_once(members, fraction) -> None:
     batches = epoch_of(EventBatchSampler(members, 5, event_fraction=fraction), 3)
-    assert sorted(draw.index for batch in batches for draw in batch) == list(range(10))
+    assert sorted(draw.case for batch in batches for draw in batch) == list(range(10))
 
 
 def test_an_epoch_follows_from_seed_and_epoch_alone() -> None:

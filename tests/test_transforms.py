@@ -13,6 +13,8 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
+
+from scripts import keys as K
 from scripts.clinical import DEFAULT_FEATURES
 from scripts.geometry import Grid, box_grid, resample
 from scripts.images import ImageReadError, read_image
@@ -26,8 +28,6 @@ from scripts.transforms import (
     ScaleIntensityPETCTd,
     ToNetworkItemd,
 )
-
-from scripts import keys as K
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "images"
 ROI, SPACING = 16, 4.0

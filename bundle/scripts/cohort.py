@@ -824,11 +824,11 @@ def default_dataset_dir(bundle_root: str | Path) -> str:
     Raises:
         FileNotFoundError: it has not been made yet; the message says in one line how to.
     """
-    path = Path(bundle_root) / "data" / "demonstration"
+    path = Path(bundle_root).resolve() / "data" / "demonstration"
     if not path.is_dir() or not find_scans(path)[0]:
         raise FileNotFoundError(
             f"no dataset_dir given and no demonstration cohort at {path}: make it with "
-            f"`python scripts/make_cohort.py --out {path}` in the repository, or give --dataset_dir"
+            f"`python scripts/make_cohort.py --out {path}` in the repository's root, or give --dataset_dir"
         )
     return str(path)
 

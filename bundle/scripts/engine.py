@@ -118,9 +118,7 @@ def learning_rate_schedule(
     """
     if len(milestones) != len(factors) or list(milestones) != sorted(milestones):
         raise ValueError(f"lr_milestones {list(milestones)} must rise and match lr_factors {list(factors)}")
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: learning_rate_factor(epoch, milestones, factors)
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate_factor(epoch, milestones, factors))
 
 
 def prepare_batch(
@@ -153,7 +151,7 @@ class NetworkInferer(Inferer):
         self.amp = bool(amp)
 
     def __call__(
-        self, inputs: torch.Tensor, network: torch.nn.Module, clinical: torch.Tensor | None = None
+        self, inputs: torch.Tensor, network: Any, clinical: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Output dictionary of ``network``; ``inputs`` (B, 2, *roi_size), ``clinical`` (B, F) or ``None``."""
         return self._autocast(network, inputs, clinical)

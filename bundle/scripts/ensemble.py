@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scripts.files import written_whole
 from scripts.keys import (
     HPV_LOGIT,
     HPV_PROB,
@@ -296,14 +297,8 @@ def save_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str], half: boo
     state = ensemble.state_dict()
     if half:
         state = {name: to_half(name, value) for name, value in state.items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         torch.save(state, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def to_half(name: str, value: Any) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+from monai.engines import Workflow
 from monai.metrics import compute_dice
 
 from scripts import keys
@@ -140,18 +141,18 @@ class CaseTable:
         self.seed = seed
         self.rows: list[dict[str, Any]] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Register with the evaluator ``engine`` (which must not decollate)."""
         engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
-    def collect(self, engine: Engine) -> None:
+    def collect(self, engine: Workflow) -> None:
         """Append the cases of one batch."""
-        batch: Mapping[str, Any] = engine.state.batch  # type: ignore[assignment]
-        self.rows.extend(case_rows(batch, engine.state.output["pred"]))  # type: ignore[index,call-overload]
+        batch: Mapping[str, Any] = engine.state.batch
+        self.rows.extend(case_rows(batch, engine.state.output["pred"]))
 
-    def write(self, engine: Engine) -> None:
+    def write(self, engine: Workflow) -> None:
         """Write both files and log the table of metrics."""
         cases = pd.DataFrame(self.rows)
         summary = summarise(cases, self.seed)

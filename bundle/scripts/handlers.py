@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+from monai.engines import Evaluator, Workflow
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 from tqdm import tqdm
@@ -56,9 +57,7 @@ def mask_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """HPV probability (B, 1) and status (B, 1) of an engine's output."""
     pred, label = output["pred"], output["label"]
-    return pred[keys.HPV_PROB].reshape(-1, 1), nan_where_unknown(
-        label[keys.HPV].reshape(-1, 1), label[keys.HPV_KNOWN]
-    )
+    return pred[keys.HPV_PROB].reshape(-1, 1), nan_where_unknown(label[keys.HPV].reshape(-1, 1), label[keys.HPV_KNOWN])
 
 
 class ConcordanceIndexHandler(IgniteMetricHandler):
@@ -211,7 +210,7 @@ class TrainingState:
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         loss: torch.nn.Module,
         sampler: EventBatchSampler,
-        evaluator: Engine,
+        evaluator: Evaluator,
         val_interval: int,
         ckpt_dir: str,
         output_dir: str,
@@ -220,7 +219,7 @@ class TrainingState:
         patience: int = 0,
     ) -> None:
         self.ensemble = ensemble
-        self.parts = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
+        self.parts: dict[str, Any] = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
         self.sampler = sampler
         self.evaluator = evaluator
         self.val_interval = val_interval
@@ -237,7 +236,7 @@ class TrainingState:
         self.history: list[dict[str, float]] = []
         self._losses: list[dict[str, float]] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Register with the trainer ``engine``."""
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.EPOCH_STARTED, self.begin_epoch)
@@ -245,7 +244,7 @@ class TrainingState:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
 
     # -- events ------------------------------------------------------------------------------------------------
-    def resume(self, engine: Engine) -> None:
+    def resume(self, engine: Workflow) -> None:
         """Go on from the last complete epoch if there is one."""
         if not self.last_path.is_file():
             return
@@ -256,27 +255,27 @@ class TrainingState:
         for name in ("best", "best_epoch", "stale", "stopped_early", "history"):
             setattr(self, name, state[name])
         engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * engine.state.epoch_length  # type: ignore[operator]
-        if self.stopped_early or state["epoch"] >= engine.state.max_epochs:  # type: ignore[operator]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        if self.stopped_early or state["epoch"] >= engine.state.max_epochs:
             why = "stopped early" if self.stopped_early else "is complete"
             logger.info("the run of %s %s after epoch %d: nothing to do", self.last_path, why, state["epoch"])
             engine.terminate()
         else:
             logger.info("going on after epoch %d of %s", state["epoch"], self.last_path)
 
-    def begin_epoch(self, engine: Engine) -> None:
+    def begin_epoch(self, engine: Workflow) -> None:
         """Choose the epoch's batches and random numbers."""
         self.sampler.set_epoch(engine.state.epoch)
         seed_epoch(self.seed, engine.state.epoch)
         self._losses = []
 
-    def record_loss(self, engine: Engine) -> None:
+    def record_loss(self, engine: Workflow) -> None:
         """Remember the parts of the loss of one batch."""
         loss = self.parts["loss"]
         parts = {name: float(value) for name, value in getattr(loss, "parts", {}).items()}
-        self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})  # type: ignore[index,call-overload]
+        self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})
 
-    def end_epoch(self, engine: Engine) -> None:
+    def end_epoch(self, engine: Workflow) -> None:
         """Judge and save the epoch; stop the run when it has not improved for long."""
         epoch = engine.state.epoch
         validated = epoch % self.val_interval == 0
@@ -306,7 +305,7 @@ class TrainingState:
     # -- parts ---------------------------------------------------------------------------------------------------
     @property
     def _key(self) -> str:
-        return self.evaluator.state.key_metric_name  # type: ignore[return-value]
+        return self.evaluator.state.key_metric_name
 
     def _judge(self, epoch: int) -> bool:
         value = float(self.evaluator.state.metrics[self._key])
@@ -372,27 +371,27 @@ class Progress:
         self.bar: tqdm | None = None
         self._stack = ExitStack()
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Register with ``engine``."""
         engine.add_event_handler(Events.STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.COMPLETED, self._close)
         engine.add_event_handler(Events.TERMINATE, self._close)
 
-    def _open(self, engine: Engine) -> None:
+    def _open(self, engine: Workflow) -> None:
         state = engine.state
         self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
         epochs_left = (state.max_epochs or 1) - state.epoch if self.unit == "batch" and state.max_epochs else 1
         total = max(1, epochs_left) * (state.epoch_length or 0)
         self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not is_first_rank(), leave=True)
 
-    def _advance(self, engine: Engine) -> None:
+    def _advance(self, engine: Workflow) -> None:
         if self.bar is not None:
             if self.unit == "batch" and (engine.state.max_epochs or 1) > 1:
                 self.bar.set_description(f"{self.desc}: epoch {engine.state.epoch}/{engine.state.max_epochs}", False)
             self.bar.update()
 
-    def _close(self, engine: Engine) -> None:
+    def _close(self, engine: Workflow) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
-from monai.engines import IterationEvents
+from ignite.engine import Events
+from monai.engines import IterationEvents, Workflow
 
 from scripts import keys
 from scripts.files import write_text
@@ -54,16 +54,16 @@ class PredictionWriter:
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Register with a :class:`scripts.engine.PatientEvaluator`."""
         # In the same event as the post transforms and after them: what fails here fails one patient.
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.write_patient)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note_failure)
         engine.add_event_handler(Events.COMPLETED, self.write_table)
 
-    def write_patient(self, engine: Engine) -> None:
+    def write_patient(self, engine: Workflow) -> None:
         """Write the mask of the one patient of the batch and fill its row."""
-        result = {**engine.state.batch[0], **engine.state.output[0]}  # type: ignore[index,dict-item]
+        result = {**engine.state.batch[0], **engine.state.output[0]}
         patient = result[keys.PATIENT_ID]
         row = self._row(patient, OK, "")
         if self.cases[patient].get(keys.CLINICAL_FOUND) is False:
@@ -84,13 +84,13 @@ class PredictionWriter:
             row["mask"] = path.relative_to(self.output_dir).as_posix()
         self.rows[patient] = row
 
-    def note_failure(self, engine: Engine) -> None:
+    def note_failure(self, engine: Workflow) -> None:
         """Give a failed patient its row, and keep the table so far."""
         for patient, why in engine.state.failures.items():
             self.rows[patient] = self._row(patient, FAILED, why)
         write_text(self._partial, self._table())
 
-    def write_table(self, engine: Engine) -> None:
+    def write_table(self, engine: Workflow) -> None:
         """Write ``predictions.csv`` and log what became of the cohort."""
         write_text(self._partial, self._table())
         self._partial.replace(self.output_dir / "predictions.csv")

@@ -33,7 +33,7 @@ ERROR = "error"
 class Draw(NamedTuple):
     """One case of one epoch: its place in the datalist and the seed of its augmentation."""
 
-    index: int
+    case: int
     seed: int
 
 
@@ -58,7 +58,7 @@ class CaseDataset(PersistentDataset):
         if isinstance(index, Draw):
             if isinstance(self.transform, Randomizable):
                 self.transform.set_random_state(seed=index.seed)
-            index = index.index
+            index = index.case
         return super().__getitem__(index)
 
     def prepare(self, index: int) -> None:
