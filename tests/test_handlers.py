@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,16 +14,21 @@ from lifelines.utils import concordance_index as lifelines_c_index
 from monai.metrics import compute_dice
 
 from scripts import keys
+from scripts.engine import learning_rate_schedule
+from scripts.ensemble import FoldEnsemble
 from scripts.handlers import (
     BalancedAccuracyHandler,
     Comparison,
     ConcordanceIndexHandler,
     DiceHandler,
     LossHandler,
+    TrainingState,
     choose_key_metric,
     validation_metrics,
 )
 from scripts.losses import MultitaskLoss
+from scripts.networks import MultitaskNet
+from scripts.sampling import EventBatchSampler
 
 
 def output(n: int = 6, seed: int = 0, known: bool | None = None) -> dict:
@@ -129,6 +137,58 @@ def test_key_metric_comes_first_and_tasks_bring_their_metrics() -> None:
     loss = MultitaskLoss(tasks=keys.TASKS)
     assert list(validation_metrics("dice", keys.TASKS, loss)) == ["dice", "loss", "c_index", "balanced_accuracy"]
     assert list(validation_metrics("c_index", ("surv",), loss)) == ["c_index", "loss"]
+
+
+def training_state(folder: Path, metric: str, patience: int) -> TrainingState:
+    """A state around a network of one number, whose evaluator's metric the test sets."""
+    network = FoldEnsemble(MultitaskNet(tasks=("surv",)), {})
+    optimizer = torch.optim.Adam(network.parameters())
+    evaluator = SimpleNamespace(state=SimpleNamespace(metrics={}, key_metric_name=metric))
+    return TrainingState(
+        ensemble=network,
+        optimizer=optimizer,
+        scheduler=learning_rate_schedule(optimizer, [], []),
+        loss=MultitaskLoss(tasks=("surv",)),
+        sampler=EventBatchSampler([validation_case((1, True), False)] * 4, 2),
+        evaluator=evaluator,
+        val_interval=1,
+        ckpt_dir=str(folder),
+        output_dir=str(folder),
+        settings={},
+        patience=patience,
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "patience", "best_epoch", "stops_at"),
+    [
+        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 0, 2, None, id="no_patience_asked"),
+        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 2, 2, 4, id="two_without_improvement"),
+        pytest.param("c_index", [0.5, 0.5, 0.6], 2, 3, None, id="improves_in_time"),
+        pytest.param("loss", [0.5, 0.4, 0.6], 0, 2, None, id="lower_loss_is_better"),
+        pytest.param("c_index", [math.nan, 0.4, math.nan], 0, 2, None, id="nan_never_wins"),
+    ],
+)
+def test_best_epoch_and_early_stopping(tmp_path, metric, values, patience, best_epoch, stops_at) -> None:
+    state = training_state(tmp_path, metric, patience)
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(epoch=0, max_epochs=len(values), output=[{"loss": 1.0}]), stopped_at=None
+    )
+    trainer.terminate = lambda: setattr(trainer, "stopped_at", trainer.state.epoch)
+    for epoch, value in enumerate(values, start=1):
+        trainer.state.epoch = epoch
+        state.evaluator.state.metrics = {metric: value}
+        state.begin_epoch(trainer)
+        state.record_loss(trainer)
+        state.parts["optimizer"].step()
+        state.end_epoch(trainer)
+        if trainer.stopped_at:
+            break
+    assert state.best_epoch == best_epoch
+    assert trainer.stopped_at == stops_at
+    assert (tmp_path / "model.pt").is_file()
+    history = json.loads((tmp_path / "history.json").read_text(), parse_constant=pytest.fail)
+    assert len(history) == (stops_at or len(values))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,11 @@ class LossHandler(IgniteMetricHandler):
             for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
                 if prob in pred:
                     pred[logit] = torch.logit(pred[prob], eps=1e-6)
-            value = loss(pred, output["label"]).detach()
+            was_training = loss.training
+            loss.eval()  # validation cases stay out of a Cox memory
+            with torch.no_grad():
+                value = loss(pred, output["label"])
+            loss.train(was_training)
             return value, value
 
         super().__init__(metric_fn=_BatchLoss(), output_transform=batch_loss, save_details=False)
@@ -295,7 +299,7 @@ class TrainingState:
                 save_weights(self.ensemble, self.best_path)
             with written_whole(self.last_path) as partial:
                 torch.save(self._state(epoch), partial)
-            write_text(self.history_path, json.dumps(self.history, indent=1))
+            write_text(self.history_path, json.dumps([_without_nan(row) for row in self.history], indent=1))
         if validated:
             self._report(row)
         if self.stopped_early:
@@ -354,6 +358,11 @@ class TrainingState:
 def is_first_rank() -> bool:
     """Whether this process is the only one, or the first of several: the one that writes files."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
+    """``row`` with null for what does not exist: NaN is not JSON."""
+    return {name: None if math.isnan(value) else value for name, value in row.items()}
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
