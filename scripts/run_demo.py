@@ -19,6 +19,7 @@ BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
 from scripts.evaluation import bootstrap_interval, c_index, format_summary  # noqa: E402
+from scripts.figures import save_case_figure  # noqa: E402
 
 TRAIN = "['configs/train.json','configs/demo.json']"
 EVALUATE = "['configs/train.json','configs/demo.json','configs/evaluate.json']"
@@ -51,7 +52,8 @@ def run_demo(
     predict = [*run, "inference", "--config_file", "configs/inference.json", "--dataset_dir", str(cohort)]
     predictions = output / "predictions"
     _step("4/4 predict", [*predict, "--ckpt_dir", str(output / "models"), "--output_dir", str(predictions)])
-    print(_summary(cohort, output, time.monotonic() - start))
+    picture = _picture(cohort, output)
+    print(_summary(cohort, output, picture, time.monotonic() - start))
 
 
 def _step(title: str, command: list[str]) -> None:
@@ -63,7 +65,21 @@ def _step(title: str, command: list[str]) -> None:
         raise SystemExit(code)
 
 
-def _summary(cohort: Path, output: Path, seconds: float) -> str:
+def _picture(cohort: Path, output: Path) -> Path:
+    """Held-out phantom of median Dice with its true and its predicted outline."""
+    held_out = pd.read_csv(output / "evaluation" / "cases.csv", dtype={"PatientID": str}).dropna(subset=["dice"])
+    patient = held_out.sort_values("dice").iloc[len(held_out) // 2]["PatientID"]
+    files = cohort / "Task 1" / patient / patient
+    masks = {
+        "true": f"{files}.nii.gz",
+        "predicted": output / "predictions" / patient / f"{patient}__tumour.nii.gz",
+    }
+    path = output / "median_case.png"
+    save_case_figure(path, f"{files}__CT.nii.gz", f"{files}__PT.nii.gz", masks, f"phantom {patient}, held out")
+    return path
+
+
+def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
     report = json.loads((output / "evaluation" / "metrics.json").read_text())
     held_out = pd.read_csv(output / "evaluation" / "cases.csv", dtype={"PatientID": str})
     truth = pd.read_csv(cohort / "truth.csv", dtype={"PatientID": str}).set_index("PatientID")
@@ -79,6 +95,7 @@ def _summary(cohort: Path, output: Path, seconds: float) -> str:
             f"  {'oracle C-index':<22} {c_index(oracle):.3f}  [{low:.3f}, {high:.3f}]  (the phantoms' true log hazard)",
             "",
             "Where to look next:",
+            f"  {picture}   a held-out phantom of median Dice, true and predicted outline",
             f"  {output / 'predictions' / 'predictions.csv'}   one row a patient; the masks lie beside it",
             f"  {output / 'evaluation' / 'cases.csv'}   the held-out cases one by one",
             f"  tensorboard --logdir {output / 'tensorboard'}   the training curves",
