@@ -6,9 +6,9 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from conftest import write_image
 from matplotlib.contour import QuadContourSet
 
+from conftest import write_image
 from scripts.figures import case_figure, save_case_figure
 from scripts.geometry import Grid
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,11 @@ CENTRES = {1: "CHUM", 2: "CHUP", 3: "CHUS", 5: "MDA", 6: "HGJ", 7: "HMR", 8: "US
 
 Case = dict[str, Any]
 
+RECORD_FILE = "cohort.json"
+"""What a made-up cohort says about itself, in its folder."""
+
 _MAX_FAULTS = 20
+_ABLATION_HANDS = (0, 1, 0, 0, 1, 0, 0, 1, 0, 2)  # of ten cases 6 for training (0), 3 for validation, 1 for test
 _SUFFIX = r"\.nii(?:\.gz)?"
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE)
 _MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE)
@@ -61,10 +66,33 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Split:
-    """Cases of one fold; no patient is in both lists."""
+    """Cases of one fold; no patient is in two of the lists.
+
+    Attributes:
+        training: what the network learns from.
+        validation: what chooses the best epoch.
+        test: what neither has seen; empty where the protocol has no such part.
+    """
 
     training: list[Case]
     validation: list[Case]
+    test: list[Case] = field(default_factory=list)
+
+    def part(self, name: str) -> list[Case]:
+        """The cases of one part.
+
+        Args:
+            name: ``training``, ``validation`` or ``test``.
+
+        Raises:
+            CohortError: there is no such part, or it is empty.
+        """
+        parts = {"training": self.training, "validation": self.validation, "test": self.test}
+        if name not in parts:
+            raise CohortError(f"evaluate_on is '{name}'; the parts of a split are {', '.join(parts)}")
+        if not parts[name]:
+            raise CohortError(f"this split has no {name} cases; evaluate on another part of it")
+        return parts[name]
 
 
 @dataclass(frozen=True)
@@ -573,16 +601,49 @@ class Cohort:
         listed = ", ".join(f"{name} {100 * count / len(self.cases):.0f} %" for name, count in known.items())
         return [f"clinical values known: {listed}"] if names else []
 
-    def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
-        """Training and validation cases of one fold.
+    @property
+    def centres(self) -> list[str]:
+        """Names of the centres that have cases, sorted."""
+        return sorted({case[keys.CENTRE] for case in self.cases})
 
-        ``full`` deals the cases with mask and HPV status over the folds and adds all others to the validation set
-        of every fold; ``partial`` deals all cases. Dealing goes round robin over cases sorted by event (unknown is
-        a group of its own) and centre and shuffled within: folds differ by at most one case in size and in events.
+    @property
+    def fingerprint(self) -> str:
+        """A short text that changes when a patient, a label or a clinical value does, wherever the files lie.
+
+        Folds are dealt anew then: what was trained on the old ones no longer fits.
+        """
+        places = (keys.CT, keys.PET, keys.MASK, keys.FINGERPRINT)
+        facts = [sorted((name, value) for name, value in case.items() if name not in places) for case in self.cases]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def statement(self) -> str:
+        """What a model trained on these cases must say about them, in one line."""
+        root = Path(self.dataset_dir).expanduser().resolve()
+        records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
+        notices = [json.loads(path.read_text(encoding="utf-8")).get("notice", "") for path in records if path.is_file()]
+        if any("phantom" in notice.lower() for notice in notices):
+            return f"{len(self.cases)} digital phantoms, not for clinical use"
+        centres = self.centres
+        listed = f"{len(centres)} {'centre' if len(centres) == 1 else 'centres'} ({', '.join(centres)})"
+        return f"{len(self.cases)} cases of {listed}; research use only, not for clinical use"
+
+    def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
+        """Training and validation cases of one fold, and test cases where the protocol has them.
+
+        - ``partial`` deals all cases over the folds.
+        - ``full`` deals the cases with mask and HPV status and adds all others to the validation set of every fold.
+        - ``ablation`` is one split into 60 % training, 30 % validation and 10 % test: there is fold 0 only, and
+          ``num_folds`` counts for nothing.
+        - ``leave_one_centre_out`` validates on one centre and trains on the others: fold k is the k-th of
+          :attr:`centres`, and nothing is random.
+
+        Dealing goes round robin over cases sorted by event (unknown is a group of its own) and centre and shuffled
+        within: folds differ by at most one case in size and in events, and the parts of the ablation split by at most
+        one from their share.
 
         Args:
             protocol: a key of :data:`PROTOCOLS`.
-            num_folds: number of folds, at least 2.
+            num_folds: number of folds, at least 2; the number of centres for ``leave_one_centre_out``.
             fold: which fold is validated, from 0.
             seed: seed of the shuffle.
 
@@ -590,7 +651,7 @@ class Cohort:
             Lists of cases, each sorted by patient id.
 
         Raises:
-            CohortError: there is no such protocol or fold, or there are fewer cases than folds.
+            CohortError: there is no such protocol or fold, or there are too few cases or centres for it.
         """
         if protocol not in PROTOCOLS:
             raise CohortError(f"unknown protocol '{protocol}'; known are {', '.join(PROTOCOLS)}")
@@ -854,13 +915,18 @@ def deal_folds(cases: Sequence[Case], num_folds: int, seed: int) -> list[int]:
         raise CohortError(f"num_folds is {num_folds}; at least 2 are needed")
     if len(cases) < num_folds:
         raise CohortError(f"{len(cases)} cases cannot be dealt over {num_folds} folds")
+    return _deal(cases, range(num_folds), seed)
+
+
+def _deal(cases: Sequence[Case], hands: Sequence[int], seed: int) -> list[int]:
+    """What falls to each case when ``hands`` go round and round over the cases, sorted by stratum and shuffled."""
     by_id = sorted(range(len(cases)), key=lambda index: patient_key(cases[index][keys.PATIENT_ID]))
     shuffled = [by_id[index] for index in np.random.default_rng(seed).permutation(len(cases))]
     shuffled.sort(key=lambda index: _stratum(cases[index]))
-    folds = [0] * len(cases)
+    dealt = [0] * len(cases)
     for position, index in enumerate(shuffled):
-        folds[index] = position % num_folds
-    return folds
+        dealt[index] = hands[position % len(hands)]
+    return dealt
 
 
 def _stratum(case: Case) -> tuple[str, str]:
@@ -891,8 +957,43 @@ def _split_full(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> 
     return Split(split.training, validation)
 
 
+def _split_ablation(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> Split:
+    """One split into 60 % training, 30 % validation and 10 % test cases."""
+    if fold != 0:
+        raise CohortError(f"fold is {fold}; protocol 'ablation' is one split, which is fold 0")
+    if len(cases) < len(_ABLATION_HANDS):
+        raise CohortError(
+            f"{len(cases)} cases cannot be split 60/30/10 (protocol 'ablation'): at least {len(_ABLATION_HANDS)} needed"
+        )
+    dealt = _deal(cases, _ABLATION_HANDS, seed)
+    training, validation, test = (
+        [case for case, hand in zip(cases, dealt, strict=True) if hand == part] for part in range(3)
+    )
+    return Split(training, validation, test)
+
+
+def _split_by_centre(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> Split:
+    """Fold k validates on the cases of the k-th centre."""
+    centres = sorted({case[keys.CENTRE] for case in cases})
+    listed = ", ".join(centres)
+    if len(centres) < 2:
+        raise CohortError(f"protocol 'leave_one_centre_out' needs two centres; every case is of {listed}")
+    if num_folds != len(centres):
+        raise CohortError(
+            f"num_folds is {num_folds}; protocol 'leave_one_centre_out' has a fold for each of the "
+            f"{len(centres)} centres ({listed}): set it to {len(centres)}"
+        )
+    if not 0 <= fold < num_folds:
+        raise CohortError(f"fold is {fold}; it must be from 0 to {num_folds - 1}, one of the centres {listed}")
+    held_out = [case[keys.CENTRE] == centres[fold] for case in cases]
+    training = [case for case, out in zip(cases, held_out, strict=True) if not out]
+    return Split(training, [case for case, out in zip(cases, held_out, strict=True) if out])
+
+
 PROTOCOLS: dict[str, Callable[[Sequence[Case], int, int, int], Split]] = {
     "partial": _split_partial,
     "full": _split_full,
+    "ablation": _split_ablation,
+    "leave_one_centre_out": _split_by_centre,
 }
 """Ways to split a cohort: (cases, num_folds, fold, seed) -> split."""

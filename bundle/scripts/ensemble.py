@@ -8,6 +8,7 @@ difference, not a wrong answer.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,21 @@ from scripts.keys import (
 )
 from scripts.networks import MultitaskNet
 
-__all__ = ["CheckpointError", "FoldEnsemble", "SettingsMismatch", "load_weights", "save_weights", "saved_settings"]
+__all__ = [
+    "CheckpointError",
+    "FoldEnsemble",
+    "SettingsMismatch",
+    "describe_model",
+    "join_folds",
+    "load_weights",
+    "save_weights",
+    "saved_settings",
+]
+
+logger = logging.getLogger(__name__)
 
 SETTINGS, PROVENANCE = "settings", "provenance"
+TRAINED_ON = "trained_on"  # in the provenance: what the training cases are, in words for every reader of an output
 EXTRA_STATE = "_extra_state"  # torch's name for it
 NESTED_KEYS = ("model", "network")  # where a checkpoint of several objects keeps the network
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -199,19 +212,27 @@ def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
     return len(found)
 
 
-def settings_differences(weights: Any, config: Any, name: str = "") -> list[str]:
+def settings_differences(
+    one: Any, other: Any, sides: tuple[str, str] = ("weights", "config"), name: str = ""
+) -> list[str]:
     """What differs between two nested settings, a line each.
+
+    Args:
+        one: nested plain Python.
+        other: likewise.
+        sides: what to call the two.
+        name: of the setting, where only one is compared.
 
     Example:
         >>> settings_differences({"spacing_mm": 2.0, "box": {"roi_size": 96}}, {"spacing_mm": 3.0, "box": {}})
         ['box.roi_size: weights 96, config (absent)', 'spacing_mm: weights 2.0, config 3.0']
     """
-    if not (isinstance(weights, Mapping) and isinstance(config, Mapping)):
-        return [] if weights == config else [f"{name}: weights {weights}, config {config}"]
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return [] if one == other else [f"{name}: {sides[0]} {one}, {sides[1]} {other}"]
     differences: list[str] = []
-    for key in sorted({*weights, *config}):
-        pair = (weights.get(key, "(absent)"), config.get(key, "(absent)"))
-        differences += settings_differences(*pair, name=f"{name}.{key}" if name else str(key))
+    for key in sorted({*one, *other}):
+        pair = (one.get(key, "(absent)"), other.get(key, "(absent)"))
+        differences += settings_differences(*pair, sides, name=f"{name}.{key}" if name else str(key))
     return differences
 
 
@@ -274,7 +295,7 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any]) -> 
 
 
 def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEnsemble:
-    """Load a checkpoint file, strictly, and give the ensemble back.
+    """Load a checkpoint file, strictly, log what it is, and give the ensemble back.
 
     Raises:
         FileNotFoundError: where there is no such file; the message says how to get one.
@@ -282,7 +303,56 @@ def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEn
         SettingsMismatch: where its settings differ from the ensemble's.
     """
     ensemble.load_state_dict(read_state(path))
+    logger.info("%s", describe_model(ensemble))
     return ensemble
+
+
+def describe_model(ensemble: FoldEnsemble) -> str:
+    """How many folds answer and what they were trained on, in one line for a log.
+
+    Example:
+        >>> ensemble = FoldEnsemble(MultitaskNet(), {})
+        >>> describe_model(ensemble)
+        'model: 1 fold, trained on: not recorded'
+        >>> ensemble.provenance = {"trained_on": "300 digital phantoms, not for clinical use"}
+        >>> describe_model(ensemble)
+        'model: 1 fold, trained on 300 digital phantoms, not for clinical use'
+    """
+    count = len(ensemble.folds)
+    trained_on = ensemble.provenance.get(TRAINED_ON)
+    return f"model: {count} {'fold' if count == 1 else 'folds'}, trained on{f' {trained_on}' if trained_on else ': not recorded'}"
+
+
+def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One state dict from several, each of one fold, as :func:`read_state` gives them.
+
+    The joint one has their settings and no provenance yet.
+
+    Args:
+        states: what to call each fold in a message -> its state dict; the order becomes that of the members.
+
+    Raises:
+        CheckpointError: where there is no state dict, or one holds several folds or other weights than the first.
+        SettingsMismatch: where settings differ; it names each difference.
+    """
+    joint: dict[str, Any] = {}
+    first = next(iter(states), "")
+    for number, (name, state) in enumerate(states.items()):
+        if count_folds(state) != 1:
+            raise CheckpointError(f"{name} is an ensemble of {count_folds(state)} folds already")
+        settings = [states[side][EXTRA_STATE][SETTINGS] for side in (first, name)]
+        differences = settings_differences(*settings, sides=(first, name))
+        if differences:
+            raise SettingsMismatch(f"{first} and {name} do not belong together: " + "; ".join(differences))
+        weights = {key: value for key, value in state.items() if key != EXTRA_STATE}
+        if {key: value.shape for key, value in weights.items()} != {
+            key: value.shape for key, value in states[first].items() if key != EXTRA_STATE
+        }:
+            raise CheckpointError(f"the networks of {first} and {name} have other weights")
+        joint |= {f"folds.{number}.{key.removeprefix('folds.0.')}": value for key, value in weights.items()}
+    if not joint:
+        raise CheckpointError("no folds to join")
+    return {**joint, EXTRA_STATE: {SETTINGS: copy.deepcopy(states[first][EXTRA_STATE][SETTINGS]), PROVENANCE: {}}}
 
 
 def save_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str], half: bool = False) -> None:

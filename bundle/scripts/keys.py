@@ -38,6 +38,7 @@ CT_AFFINE = "ct_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the CT as
 BOX_AFFINE = "box_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the network's grid
 CROP_METHOD = "crop_method"  # str, how the box was placed
 CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
+QUALITY = "quality"  # str, the checks of the scans as JSON (see scripts.quality)
 
 # --- network output ----------------------------------------------------------------------------------------
 SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size)
