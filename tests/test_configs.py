@@ -52,7 +52,10 @@ def test_inference_defaults_are_those_of_training() -> None:
 def test_overlays_change_only_what_exists(overlay: str) -> None:
     """An id that train.json does not have would be ignored in silence."""
     parser = ConfigParser(config("train.json"))
-    own = {"evaluate.json": {"checkpoint", "saved", "evaluating"}, "multi_gpu_train.json": {"backend", "local_rank"}}
+    own = {
+        "evaluate.json": {"checkpoint", "saved", "evaluating", "evaluate_on", "evaluation_dir"},
+        "multi_gpu_train.json": {"backend", "local_rank"},
+    }
     unknown = [key for key in config(overlay) if key not in parser and key not in own.get(overlay, set())]
     assert not unknown
 

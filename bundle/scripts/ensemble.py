@@ -320,7 +320,8 @@ def describe_model(ensemble: FoldEnsemble) -> str:
     """
     count = len(ensemble.folds)
     trained_on = ensemble.provenance.get(TRAINED_ON)
-    return f"model: {count} {'fold' if count == 1 else 'folds'}, trained on{f' {trained_on}' if trained_on else ': not recorded'}"
+    folds = "1 fold" if count == 1 else f"{count} folds"
+    return f"model: {folds}, trained on {trained_on}" if trained_on else f"model: {folds}, trained on: not recorded"
 
 
 def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -344,15 +345,17 @@ def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         differences = settings_differences(*settings, sides=(first, name))
         if differences:
             raise SettingsMismatch(f"{first} and {name} do not belong together: " + "; ".join(differences))
-        weights = {key: value for key, value in state.items() if key != EXTRA_STATE}
-        if {key: value.shape for key, value in weights.items()} != {
-            key: value.shape for key, value in states[first].items() if key != EXTRA_STATE
-        }:
-            raise CheckpointError(f"the networks of {first} and {name} have other weights")
-        joint |= {f"folds.{number}.{key.removeprefix('folds.0.')}": value for key, value in weights.items()}
+        if _shapes(state) != _shapes(states[first]):
+            raise CheckpointError(f"the networks of {first} and {name} differ in their weights")
+        joint |= {f"folds.{number}.{key.removeprefix('folds.0.')}": state[key] for key in _shapes(state)}
     if not joint:
         raise CheckpointError("no folds to join")
     return {**joint, EXTRA_STATE: {SETTINGS: copy.deepcopy(states[first][EXTRA_STATE][SETTINGS]), PROVENANCE: {}}}
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shape of each weight by its name."""
+    return {key: value.shape for key, value in state.items() if key != EXTRA_STATE}
 
 
 def save_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str], half: bool = False) -> None:

@@ -29,8 +29,8 @@ def case_figure(
 ) -> Figure:
     """CT, PET and fusion (rows) in axial, coronal and sagittal planes (columns), masks outlined.
 
-    Everything is shown on one grid of 240 mm around the largest lesion of the first mask that is not empty (the middle of the CT where
-    there is none). Radiological convention: the patient's left is on the right.
+    Everything is shown on one grid of 240 mm around the largest lesion of the first mask that is not empty (the middle
+    of the CT where there is none). Radiological convention: the patient's left is on the right.
 
     Args:
         ct: array (X, Y, Z) in HU and its grid.
