@@ -29,7 +29,7 @@ def run_demo(
     cohort_dir: str = "bundle/data/demonstration",
     output_dir: str = "output/demo",
     cases: int = 300,
-    epochs: int = 25,
+    epochs: int = 24,
     seed: int = 0,
 ) -> None:
     """Make phantoms, train one fold, evaluate it on the held-out phantoms, predict all, and print the figures.

@@ -465,7 +465,7 @@ def test_multitask_each_flag_silences_its_own_task_only():
 MULTITASK_ERRORS = [
     pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
     pytest.param({"tasks": ()}, "tasks is", id="no_task"),
-    pytest.param({"tasks": ("seg",), "task_weights": {"hpv": 1.0}}, "task_weights names", id="weight_without_task"),
+    pytest.param({"tasks": ("seg",), "task_weights": {"os": 1.0}}, "task_weights names", id="weight_of_unknown_task"),
 ]
 
 

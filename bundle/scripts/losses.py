@@ -252,7 +252,7 @@ class MultitaskLoss(nn.Module):
         survival_weights: ``MultitaskNet.survival_weights()``; none leaves the L2 term out. They stay the network's:
             they are not parameters of the loss.
         l2_weight: weight of the L2 term.
-        task_weights: weight by task name, 1 where not named.
+        task_weights: weight by task name, 1 where not named; that of a task which is not trained has no effect.
         ties: treatment of tied events, see :class:`CoxLoss`.
         memory: cases remembered by :class:`CoxLoss`.
 
@@ -260,7 +260,7 @@ class MultitaskLoss(nn.Module):
         parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached.
 
     Raises:
-        ValueError: for unknown tasks or a weight for a task that is not there.
+        ValueError: for unknown tasks.
     """
 
     def __init__(
@@ -275,8 +275,8 @@ class MultitaskLoss(nn.Module):
         super().__init__()
         self.tasks = checked_tasks(tasks)
         weights = dict(task_weights or {})
-        if not set(weights) <= set(self.tasks):
-            raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(self.tasks)}")
+        if not set(weights) <= set(TASKS):
+            raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(TASKS)}")
         self.weights = {task: float(weights.get(task, 1.0)) for task in self.tasks} | {L2: float(l2_weight)}
         self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
         self.segmentation = SegmentationLoss()
