@@ -341,8 +341,8 @@ def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for number, (name, state) in enumerate(states.items()):
         if count_folds(state) != 1:
             raise CheckpointError(f"{name} is an ensemble of {count_folds(state)} folds already")
-        settings = [states[side][EXTRA_STATE][SETTINGS] for side in (first, name)]
-        differences = settings_differences(*settings, sides=(first, name))
+        one, other = (states[side][EXTRA_STATE][SETTINGS] for side in (first, name))
+        differences = settings_differences(one, other, (first, name))
         if differences:
             raise SettingsMismatch(f"{first} and {name} do not belong together: " + "; ".join(differences))
         if _shapes(state) != _shapes(states[first]):

@@ -1,4 +1,4 @@
-"""Evaluation of a split: one row a case, the paper's three metrics with bootstrap intervals, written as files.
+"""Evaluation of a split: one row a case, the paper's metrics and others with bootstrap intervals, written as files.
 
 Every figure comes with the number of patients behind it, and a figure that cannot be had says why.
 """
@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cc3d
 import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Events
 from monai.engines import Workflow
-from monai.metrics import compute_dice
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from scipy.stats import rankdata
 
 from scripts import keys
 from scripts.files import write_text
@@ -26,6 +30,16 @@ from scripts.metrics import concordance_index
 logger = logging.getLogger(__name__)
 
 BOOTSTRAP_SAMPLES = 1000
+HPV_THRESHOLD = 0.5
+SURFACE_PERCENTILE = 95
+LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
+SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
+"""Below so many, an interval of one centre would say no more than that there is none."""
+
+Statistic = Callable[[pd.DataFrame], float]
+
+
+# --- statistics of a table of cases -----------------------------------------------------------------------------------
 
 
 def bootstrap_interval(
@@ -61,84 +75,298 @@ def c_index(cases: pd.DataFrame) -> float:
     return concordance_index(cases["time"].to_numpy(), cases["event"].to_numpy(), cases["log_hazard"].to_numpy())
 
 
-def balanced_accuracy(cases: pd.DataFrame, threshold: float = 0.5) -> float:
-    """Balanced accuracy (9), mean of sensitivity and specificity, of columns ``hpv`` and ``hpv_prob``."""
+def hpv_calls(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> np.ndarray:
+    """(N,) bool, whether HPV is called positive: ``hpv_prob`` is above the row's ``hpv_threshold``, else above that."""
+    limit = cases["hpv_threshold"].to_numpy() if "hpv_threshold" in cases else threshold
+    return cases["hpv_prob"].to_numpy() > limit
+
+
+def balanced_accuracy(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> float:
+    """Balanced accuracy (9), mean of sensitivity and specificity, of columns ``hpv`` and ``hpv_prob``.
+
+    Args:
+        cases: may have a column ``hpv_threshold``, which is then used instead (out-of-fold cases of several networks).
+        threshold: above which HPV is called positive.
+    """
     positive = cases["hpv"].to_numpy() > 0.5
-    called = cases["hpv_prob"].to_numpy() > threshold
+    called = hpv_calls(cases, threshold)
     if positive.all() or not positive.any():
         return math.nan
     return float((called[positive].mean() + (~called[~positive]).mean()) / 2)
 
 
-def summarise(cases: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The paper's three metrics of a table of cases, each with interval, counts, or why there is none.
-
-    Args:
-        cases: columns of :class:`CaseTable`; NaN where a label is unknown.
-        seed: of the bootstrap.
-
-    Returns:
-        metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``.
-    """
-    with_time = cases.dropna(subset=["time"]) if "time" in cases else cases.iloc[:0]
-    with_hpv = cases.dropna(subset=["hpv"]) if "hpv" in cases else cases.iloc[:0]
-    with_mask = cases.dropna(subset=["dice"]) if "dice" in cases else cases.iloc[:0]
-    events = int(with_time["event"].sum()) if len(with_time) else 0
-    positives = int(with_hpv["hpv"].sum()) if len(with_hpv) else 0
+def confusion(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> dict[str, int]:
+    """Numbers of patients by true HPV status and call (columns as :func:`balanced_accuracy`)."""
+    positive, called = cases["hpv"].to_numpy() > 0.5, hpv_calls(cases, threshold)
     return {
-        "c_index": _figure(
-            with_time, "log_hazard", c_index, seed, f"no comparable pair ({events} events)", {"events": events}
-        ),
-        "dice": _figure(with_mask, "dice", lambda c: float(c["dice"].mean()), seed, "no masks", {}),
-        "balanced_accuracy": _figure(
-            with_hpv, "hpv_prob", balanced_accuracy, seed, "one class only", {"positive": positives}
-        ),
+        "true_positive": int((positive & called).sum()),
+        "false_negative": int((positive & ~called).sum()),
+        "true_negative": int((~positive & ~called).sum()),
+        "false_positive": int((~positive & called).sum()),
     }
 
 
+def roc_auc(cases: pd.DataFrame) -> float:
+    """Area under the ROC curve of columns ``hpv`` and ``hpv_prob``: how often a positive case has the higher one."""
+    positive = cases["hpv"].to_numpy() > 0.5
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    ranks = rankdata(cases["hpv_prob"].to_numpy())
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
+    """Points of the ROC curve of columns ``hpv`` and ``hpv_prob``, from the strictest threshold to the loosest.
+
+    Returns:
+        Columns ``threshold`` (called positive from it on), ``false_positive_rate``, ``true_positive_rate``.
+
+    Raises:
+        ValueError: where only one class is there.
+    """
+    positive = cases["hpv"].to_numpy() > 0.5
+    if positive.all() or not positive.any():
+        raise ValueError("one class only: there is no ROC curve")
+    values, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
+    return pd.DataFrame(
+        {
+            "threshold": np.concatenate([[math.inf], values]),
+            "false_positive_rate": np.concatenate([[0.0], false / (~positive).sum()]),
+            "true_positive_rate": np.concatenate([[0.0], true / positive.sum()]),
+        }
+    )
+
+
+def average_precision(cases: pd.DataFrame) -> float:
+    r"""Average precision of columns ``hpv`` and ``hpv_prob``.
+
+    .. math:: AP = \sum_n (R_n - R_{n-1}) P_n
+
+    over the distinct probabilities from the highest, with recall R and precision P. Chance is the share of positives.
+    """
+    positive = cases["hpv"].to_numpy() > 0.5
+    if positive.all() or not positive.any():
+        return math.nan
+    _, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
+    return float(np.sum(np.diff(true, prepend=0) * true / (true + false)) / positive.sum())
+
+
+def _counts_from(prob: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct probabilities from the highest, and the positive and negative cases at or above each."""
+    order = np.argsort(-prob, kind="stable")
+    last = np.flatnonzero(np.diff(prob[order], append=-math.inf))
+    true = np.cumsum(positive[order])[last]
+    return prob[order][last], true, last + 1 - true
+
+
+def aggregated_dice(cases: pd.DataFrame) -> float:
+    r"""HECKTOR's aggregated Dice of columns ``dice``, ``volume_ml`` and ``true_volume_ml``.
+
+    .. math:: DSC_{agg} = \frac{2 \sum_i |P_i \cap G_i|}{\sum_i (|P_i| + |G_i|)}
+
+    Large tumours weigh more; an empty mask cannot bring a case to 0 or 1 at one voxel.
+
+    Reference:
+        Andrearczyk V. et al. Overview of the HECKTOR challenge at MICCAI 2022. LNCS 13626, 2023.
+    """
+    volumes = (cases["volume_ml"] + cases["true_volume_ml"]).to_numpy()
+    return float((cases["dice"].to_numpy() * volumes).sum() / volumes.sum()) if volumes.sum() else math.nan
+
+
+def surface_distance(cases: pd.DataFrame) -> float:
+    """Median of ``surface_distance_mm`` over the cases in which there are two surfaces."""
+    values = cases["surface_distance_mm"].to_numpy()
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def volume_error(cases: pd.DataFrame) -> float:
+    """Mean absolute difference between ``volume_ml`` and ``true_volume_ml``."""
+    return float(np.abs(cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
+
+
+def volume_bias(cases: pd.DataFrame) -> float:
+    """Mean of ``volume_ml`` less ``true_volume_ml``; above 0 the prediction is too large."""
+    return float((cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
+
+
+def relative_volume_error(cases: pd.DataFrame) -> float:
+    """Median absolute difference of the volumes as a share of the true one, over the cases that have a tumour."""
+    volume, true = cases["volume_ml"].to_numpy(), cases["true_volume_ml"].to_numpy()
+    return float(np.median(np.abs(volume - true)[true > 0] / true[true > 0])) if (true > 0).any() else math.nan
+
+
+def lesion_sensitivity(cases: pd.DataFrame) -> float:
+    """Share of all ``true_lesions`` that are among ``found_lesions``."""
+    lesions = cases["true_lesions"].sum()
+    return float(cases["found_lesions"].sum() / lesions) if lesions else math.nan
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a table of cases.
+
+    Attributes:
+        title: its name for readers, with its unit.
+        columns: what it reads; a case counts where none of them is NaN. A table without the first one is of a model
+            that lacks the task.
+        statistic: function of a table of the cases that count; NaN where it does not exist.
+        why_not: the reason then; ``{events}`` and other counts are filled in.
+        digits: decimals to show.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    statistic: Statistic
+    why_not: str
+    digits: int = 3
+
+
+_HPV, _VOLUMES = ("hpv_prob", "hpv"), ("volume_ml", "true_volume_ml")
+_ONE_CLASS, _NO_MASKS, _NO_TUMOUR = "one class only", "no masks", "no tumour in any mask"
+MEASURES = {
+    "c_index": Measure("C-index", ("log_hazard", "time", "event"), c_index, "no comparable pair ({events} events)"),
+    "dice": Measure("Dice", ("dice",), lambda c: float(c["dice"].mean()), _NO_MASKS),
+    "balanced_accuracy": Measure("HPV balanced accuracy", _HPV, balanced_accuracy, _ONE_CLASS),
+    "hpv_auc": Measure("HPV ROC AUC", _HPV, roc_auc, _ONE_CLASS),
+    "hpv_average_precision": Measure("HPV average precision", _HPV, average_precision, _ONE_CLASS),
+    "dice_aggregated": Measure("Dice, aggregated", ("dice", *_VOLUMES), aggregated_dice, "all masks are empty"),
+    "surface_distance_mm": Measure(
+        "surface distance, mm", ("surface_distance_mm",), surface_distance, "{missed} of {patients} are missed", 1
+    ),
+    "volume_error_ml": Measure("volume error, ml", _VOLUMES, volume_error, _NO_MASKS, 1),
+    "volume_bias_ml": Measure("volume bias, ml", _VOLUMES, volume_bias, _NO_MASKS, 1),
+    "volume_error_relative": Measure("volume error, relative", _VOLUMES, relative_volume_error, _NO_TUMOUR),
+    "lesion_sensitivity": Measure(
+        "lesion sensitivity", ("found_lesions", "true_lesions"), lesion_sensitivity, _NO_TUMOUR
+    ),
+    "false_lesions_per_case": Measure(
+        "false lesions a case", ("false_lesions",), lambda c: float(c["false_lesions"].mean()), _NO_MASKS, 2
+    ),
+}
+"""What :func:`summarise` gives; the paper's three metrics first."""
+PAPER_MEASURES = ("c_index", "dice", "balanced_accuracy")
+
+
+def summarise(
+    cases: pd.DataFrame,
+    seed: int = 0,
+    measures: Sequence[str] = tuple(MEASURES),
+    least: Mapping[str, int] | None = None,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> dict[str, dict[str, Any]]:
+    """Figures of a table of cases, each with interval, counts, or why there is none.
+
+    Args:
+        cases: columns of :class:`CaseTable`; NaN where a label is unknown. A column ``hpv_threshold`` is used where
+            there is one, else 0.5.
+        seed: of the bootstrap.
+        measures: keys of :data:`MEASURES`.
+        least: counts (``patients``, ``events``, ...) below which no figure is given, such as :data:`SMALL_GROUP`.
+        samples: draws of the bootstrap.
+
+    Returns:
+        metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``. The figure
+        ``balanced_accuracy`` also has ``confusion`` and ``thresholds``, the distinct ones that were used.
+    """
+    return {name: _figure(cases, MEASURES[name], name, seed, least or {}, samples) for name in measures}
+
+
+def summarise_centres(cases: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """The paper's three metrics of each centre; of those with few patients (:data:`SMALL_GROUP`) only the counts.
+
+    Returns:
+        centre to what :func:`summarise` gives, centres sorted by name.
+    """
+    groups = cases.groupby(keys.CENTRE, sort=True) if keys.CENTRE in cases else ()
+    return {str(centre): summarise(group, seed, PAPER_MEASURES, SMALL_GROUP) for centre, group in groups}
+
+
 def _figure(
-    cases: pd.DataFrame, column: str, statistic: Callable, seed: int, why_not: str, counts: Mapping[str, int]
+    cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int], samples: int
 ) -> dict[str, Any]:
-    head = {"patients": len(cases), **counts}
-    if column not in cases:
+    present = [column for column in (*measure.columns, "hpv_threshold") if column in cases]
+    known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
+    if any(column not in cases for column in measure.columns[1:]):  # nobody has the label
+        known = known.iloc[:0]
+    head = {"patients": len(known), **_class_counts(name, known)}
+    if measure.columns[0] not in cases:
         return {"value": None, "reason": "not a task of this model", **head}
-    if not len(cases):
+    if not len(known):
         return {"value": None, "reason": "no labelled case", **head}
-    value = statistic(cases)
+    value = measure.statistic(known)
     if math.isnan(value):
-        return {"value": None, "reason": why_not, **head}
-    low, high = bootstrap_interval(statistic, cases, seed=seed)
-    return {"value": value, "low": low, "high": high, **head}
+        return {"value": None, "reason": measure.why_not.format(**head), **head}
+    few = [f"{head[what]} {what} of at least {count}" for what, count in least.items() if head.get(what, count) < count]
+    if few:
+        return {"value": None, "reason": f"too few: {', '.join(few)}", **head}
+    low, high = bootstrap_interval(measure.statistic, known, samples, seed)
+    figure = {"value": value, "low": low, "high": high, **head}
+    if name == "balanced_accuracy":
+        thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HPV_THRESHOLD])
+        figure |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}
+    return figure
+
+
+def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
+    """What besides patients is counted beside a figure."""
+    if name == "c_index":
+        return {"events": int(known["event"].sum()) if "event" in known else 0}
+    if "hpv" in known:
+        positive = int(known["hpv"].sum())
+        return {"positive": positive, "negative": len(known) - positive}
+    if name == "lesion_sensitivity":
+        return {"lesions": int(known["true_lesions"].sum()) if "true_lesions" in known else 0}
+    if name == "surface_distance_mm":
+        return {"missed": int(np.isinf(known["surface_distance_mm"]).sum()) if "surface_distance_mm" in known else 0}
+    return {}
 
 
 def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of :func:`summarise` to read."""
-    names = {"c_index": "C-index", "dice": "Dice", "balanced_accuracy": "HPV balanced accuracy"}
     lines = []
-    for key, name in names.items():
-        row = summary[key]
-        counts = ", ".join(f"{row[k]} {k}" for k in ("patients", "events", "positive") if k in row)
+    for name, row in summary.items():
+        title, digits = MEASURES[name].title, MEASURES[name].digits
+        counts = ", ".join(f"{row[k]} {k}" for k in ("patients", "events", "positive", "lesions", "missed") if k in row)
         if row["value"] is None:
-            lines.append(f"  {name:<22} -      ({row['reason']}; {counts})")
+            lines.append(f"  {title:<22} -      ({row['reason']}; {counts})")
         else:
-            lines.append(f"  {name:<22} {row['value']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  ({counts})")
+            value, low, high = (f"{row[k]:.{digits}f}" for k in ("value", "low", "high"))
+            lines.append(f"  {title:<22} {value}  [{low}, {high}]  ({counts})")
     return "\n".join(lines)
 
 
+# --- rows and files of a run ------------------------------------------------------------------------------------------
+
+
 class CaseTable:
-    """Handler that writes ``cases.csv`` and ``metrics.json`` of an evaluation and logs the metrics.
+    """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
 
     Args:
-        output_dir: folder for both files.
+        output_dir: folder for the files; the plots go to ``figures/`` in it.
         dataset_dir: stated in ``metrics.json``: no figure without its data.
         checkpoint: stated in ``metrics.json``.
         seed: of the bootstrap.
+        training_cases: cases that the network was trained on (:mod:`scripts.cohort`), whose follow-up weights the
+            survival figures of :func:`scripts.survival.survival_metrics`; None leaves these out.
     """
 
-    def __init__(self, output_dir: str, dataset_dir: str, checkpoint: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        dataset_dir: str,
+        checkpoint: str,
+        seed: int = 0,
+        training_cases: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint)}
         self.seed = seed
+        self.training_cases = training_cases
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Workflow) -> None:
@@ -153,26 +381,89 @@ class CaseTable:
         self.rows.extend(case_rows(batch, engine.state.output["pred"]))
 
     def write(self, engine: Workflow) -> None:
-        """Write both files and log the table of metrics."""
+        """Write all files and log the table of metrics."""
         cases = pd.DataFrame(self.rows)
         summary = summarise(cases, self.seed)
         write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
-        report = {**self.about, "cases": len(cases), "metrics": summary}
+        report = {**self.about, "cases": len(cases), "metrics": summary, "centres": summarise_centres(cases, self.seed)}
         if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
             report["tumour_inside_box"] = {
                 "mean": float(cases[keys.SEG_INSIDE].mean()),
                 "minimum": float(cases[keys.SEG_INSIDE].min()),
             }
-        write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2))
+        if self.training_cases is not None and "log_hazard" in cases:
+            report["survival"] = self._survival(cases.dropna(subset=["time"]))
+        write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
+        write_plots(self.output_dir / "figures", cases, summary)
         logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(summary))
-        logger.info("written: %s, %s", self.output_dir / "cases.csv", self.output_dir / "metrics.json")
+        logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
+
+    def _survival(self, cases: pd.DataFrame) -> dict[str, Any]:
+        from scripts.survival import Outcomes, survival_metrics  # imports this module in its turn
+
+        known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
+        train = Outcomes(
+            np.array([case[keys.TIME] for case in known], dtype=float),
+            np.array([case[keys.EVENT] for case in known], dtype=float),
+        )
+        test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
+        return survival_metrics(train, test, cases["log_hazard"].to_numpy(), seed=self.seed)
+
+
+def write_plots(folder: Path, cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what a table of cases allows to draw: ``roc.png`` of HPV and ``dice.png``, with their data as JSON.
+
+    Args:
+        folder: for the files; plots of an earlier evaluation that cannot be drawn now are removed.
+        cases: as :func:`summarise` takes it.
+        summary: what it gave.
+    """
+    from scripts.plots import dice_figure, roc_figure, save_plot  # matplotlib is slow to import
+
+    for path in [folder / f"{name}{ending}" for name in ("roc", "dice") for ending in (".png", ".json")]:
+        path.unlink(missing_ok=True)
+    if summary["hpv_auc"]["value"] is not None:
+        curve = {"HPV": roc_data(cases, summary["hpv_auc"])}
+        save_plot(folder / "roc.png", roc_figure(curve, "HPV status"), curve)
+    if summary["dice"]["value"] is not None:
+        groups = dice_groups(cases)
+        save_plot(folder / "dice.png", dice_figure(groups, "overlap with the true mask"), groups)
+
+
+def roc_data(cases: pd.DataFrame, auc: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`scripts.plots.roc_figure` takes: the curve, its area and the point at the threshold in use.
+
+    Args:
+        cases: columns as :func:`balanced_accuracy`; rows without a known status are left out.
+        auc: figure of the area.
+    """
+    known = cases.dropna(subset=["hpv", "hpv_prob"])
+    curve, counts = roc_curve(known), confusion(known)
+    negative = counts["false_positive"] + counts["true_negative"]
+    positive = counts["true_positive"] + counts["false_negative"]
+    return {
+        "false_positive_rate": curve["false_positive_rate"].tolist(),
+        "true_positive_rate": curve["true_positive_rate"].tolist(),
+        "point": [counts["false_positive"] / negative, counts["true_positive"] / positive],
+        "auc": dict(auc),
+    }
+
+
+def dice_groups(cases: pd.DataFrame) -> dict[str, list[float]]:
+    """Dice of all cases that have one, and of each centre where there are several."""
+    known = cases.dropna(subset=["dice"])
+    groups = {"all": known["dice"].tolist()}
+    by_centre = dict(list(known.groupby(keys.CENTRE, sort=True))) if keys.CENTRE in known else {}
+    if len(by_centre) > 1:
+        groups |= {str(centre): rows["dice"].tolist() for centre, rows in by_centre.items()}
+    return groups
 
 
 def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     """One row a case of a collated ``batch`` and its prediction; NaN where a label is unknown.
 
-    Dice (8) is taken on the network's grid; the share of the true mask outside the box (``1 - seg_inside``) is
-    beside it, since Dice cannot see that part.
+    Dice (8), surface distance and lesions are taken on the network's grid; the share of the true mask outside the
+    box (``1 - seg_inside``) is beside them, since they cannot see that part.
     """
     columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
     if keys.LOG_HAZARD in pred:
@@ -183,16 +474,79 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
         columns["hpv_prob"] = _numbers(pred[keys.HPV_PROB])
     columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
     if keys.SEG_PROB in pred:
-        predicted = (pred[keys.SEG_PROB] > 0.5).float().cpu()
-        truth = torch.as_tensor(batch[keys.SEG]).float().cpu()
-        voxel_ml = np.abs(np.linalg.det(np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3])) / 1000
-        columns["dice"] = _numbers(compute_dice(predicted, truth, ignore_empty=False)[:, 0], batch[keys.SEG_KNOWN])
-        columns["volume_ml"] = _numbers(predicted.flatten(1).sum(1)) * voxel_ml
-        columns["true_volume_ml"] = _numbers(truth.flatten(1).sum(1), batch[keys.SEG_KNOWN]) * voxel_ml
-        columns[keys.SEG_INSIDE] = _numbers(batch[keys.SEG_INSIDE])
+        columns |= _mask_columns(batch, (pred[keys.SEG_PROB] > 0.5).float().cpu())
     columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
     columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]
     return pd.DataFrame(columns).to_dict("records")
+
+
+def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str, Any]:
+    """Columns that compare predicted masks (B, 1, *roi_size) in {0, 1} with the true ones."""
+    truth, known = torch.as_tensor(batch[keys.SEG]).float().cpu(), batch[keys.SEG_KNOWN]
+    affines = np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3]
+    voxel_ml = np.abs(np.linalg.det(affines)) / 1000
+    spacing_mm = np.linalg.norm(affines, axis=1)
+    columns = {
+        "dice": _numbers(compute_dice(predicted, truth, ignore_empty=False)[:, 0], known),
+        "volume_ml": _numbers(predicted.flatten(1).sum(1)) * voxel_ml,
+        "true_volume_ml": _numbers(truth.flatten(1).sum(1), known) * voxel_ml,
+        keys.SEG_INSIDE: _numbers(batch[keys.SEG_INSIDE]),
+    }
+    pairs = list(zip(predicted[:, 0], truth[:, 0], strict=True))
+    distances = [surface_distance_mm(*pair, of) for pair, of in zip(pairs, spacing_mm, strict=True)]
+    columns["surface_distance_mm"] = _numbers(distances, known)
+    lesions = pd.DataFrame([count_lesions(mask.numpy() > 0, true.numpy() > 0) for mask, true in pairs])
+    columns["predicted_lesions"] = lesions.pop("predicted_lesions").to_numpy()
+    return columns | {name: _numbers(values.to_numpy(), known) for name, values in lesions.items()}
+
+
+def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence[float]) -> float:
+    """95 % Hausdorff distance of two masks: the greater of the two directions' 95 % quantiles.
+
+    Args:
+        predicted: (X, Y, Z) in {0, 1}.
+        truth: (X, Y, Z) in {0, 1}.
+        spacing_mm: edge lengths of a voxel.
+
+    Returns:
+        mm; 0 where both masks are empty, infinite where one is.
+    """
+    filled = bool(predicted.any()), bool(truth.any())
+    if not all(filled):
+        return math.inf if any(filled) else 0.0
+    with warnings.catch_warnings():
+        # MONAI 1.6 calls a function of its own with an argument that it deprecates.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        distance = compute_hausdorff_distance(
+            predicted[None, None],
+            truth[None, None],
+            include_background=True,
+            percentile=SURFACE_PERCENTILE,
+            spacing=[float(size) for size in spacing_mm],
+        )
+    return float(distance)
+
+
+def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
+    """Lesions, which are connected components (26 neighbours), of two masks (X, Y, Z) bool.
+
+    A true lesion is found where the prediction covers at least 30 % of it; a predicted one is false where it touches
+    no true one. A primary tumour and a node that touch are one lesion.
+
+    Returns:
+        ``true_lesions``, ``found_lesions``, ``predicted_lesions``, ``false_lesions``.
+    """
+    true_labels, true_count = cc3d.connected_components(truth, connectivity=26, return_N=True)
+    labels, count = cc3d.connected_components(predicted, connectivity=26, return_N=True)
+    size = np.bincount(true_labels.ravel(), minlength=true_count + 1)[1:]
+    covered = np.bincount(true_labels[predicted].ravel(), minlength=true_count + 1)[1:]
+    touching = np.bincount(labels[truth].ravel(), minlength=count + 1)[1:]
+    return {
+        "true_lesions": int(true_count),
+        "found_lesions": int((covered >= LESION_OVERLAP * size).sum()),
+        "predicted_lesions": int(count),
+        "false_lesions": int((touching == 0).sum()),
+    }
 
 
 def _numbers(values: Any, known: Any = None) -> np.ndarray:
