@@ -1,0 +1,674 @@
+"""Checks of a case before the network sees it, and of the network's features after it has.
+
+The paper removed cases with negative SUV and with extravasation by hand; here rules do it, the same in training
+(reported exclusions) and in prediction. Every rule measures one quantity and compares it with the limits of one table,
+:data:`DEFAULT_LIMITS`; all of them look at thinned-out or coarsely resampled scans, so that a case of clinical size
+takes some hundredths of a second. Positions are world millimetres (RAS+), hence no rule depends on the order or the
+direction of the array's axes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import fft, ndimage
+
+from . import keys as K
+from .geometry import Grid, box_grid, resample, smooth_resample
+from .localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
+
+OK, WARN, REJECT = "ok", "warn", "reject"
+VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
+
+Limits = Mapping[str, Mapping[str, float]]
+
+# A value beyond ``warn_*`` is worth a look, one beyond ``reject_*`` is not fit for the network.
+DEFAULT_LIMITS: dict[str, dict[str, float]] = {
+    # --- PET values -----------------------------------------------------------------------------------------
+    "pet_not_finite": {"reject_above": 0},  # the resampling spreads a single NaN over the whole box
+    # resampled or filtered images undershoot zero by some hundredths; HECKTOR's negative cases are the paper's two
+    "pet_lowest": {"warn_below": -0.05, "reject_below": -0.5},
+    # muscle is 0.6 to 0.9 SUV and blood 1.5 to 2: less contrast than 0.5 is none; tonsils or brain reach 2 anywhere
+    "pet_contrast": {"warn_below": 2.0, "reject_below": 0.5},
+    # by its definition SUV averages about 1 over a body; 0.5 to 1.3 in 20 real scans and in the phantoms; Bq/mL are
+    # 1000 to 5000 times as much, an 8-bit scale or raw counts 10 times and more, SUV with the weight in kg 1/1000
+    "pet_body": {"warn_below": 0.15, "reject_below": 0.02, "warn_above": 3.0, "reject_above": 10.0},
+    # tumours stay below 50, a full bladder below 100; beyond 1000 the whole dose would sit in a few millilitres
+    "pet_highest": {"warn_above": 100.0, "reject_above": 1000.0},
+    # 1 % of the dose left in an arm is about 5 % of the activity of a head and neck scan; an axillary node of 20 ml and
+    # SUV 10 is below 2 %
+    "pet_injection_site": {"warn_above": 3.0, "reject_above": 10.0},
+    # --- CT values ------------------------------------------------------------------------------------------
+    "ct_not_finite": {"reject_above": 0},
+    # air is -1000 HU and part of every scan; 0 with the 1024 left on, with raw values or with grey levels
+    "ct_lowest": {"warn_above": -700.0, "reject_above": -300.0},
+    # fat is -100, muscle 50 HU: medians of -26 to 50 in 20 real scans and in the phantoms
+    "ct_tissue": {"warn_below": -120.0, "reject_below": -250.0, "warn_above": 150.0, "reject_above": 400.0},
+    # a head fills 4 % of the widest field of view (700 mm)
+    "ct_body": {"warn_below": 2.5, "reject_below": 1.0},
+    # --- what is in view ----------------------------------------------------------------------------------------
+    # extents that differ are common (HECKTOR), an overlap that is empty is known too
+    "overlap": {"warn_below": 60.0, "reject_below": 20.0},
+    # 95 % for the shortest scans of HECKTOR (290 mm) and a box of 256 mm
+    "box_in_view": {"warn_below": 60.0, "reject_below": 25.0},
+    # air within the body from nose to bronchi: 130 mm and more in every phantom, at most 64 mm (bowel) in 20 real
+    # scans of legs and hips
+    "airway": {"warn_below": 80.0, "reject_below": 40.0},
+    # --- voxel sizes: HECKTOR's CT from 0.49x0.49x2 to 2.73x2.73x3 mm, PET from 0.98x0.98x2.5 to 5.47x5.47x3.27 mm, 2 %
+    # of rounding allowed. Both come from one scanner, hence one range of slices (2 to 3.27 mm). A node of 15 mm is a
+    # single voxel where images are rejected. :func:`fit_voxel_limits` puts a training set's own range in their place.
+    "ct_in_plane": {"warn_below": 0.48, "warn_above": 2.78, "reject_above": 15.0},
+    "ct_slice": {"warn_below": 1.96, "warn_above": 3.34, "reject_above": 15.0},
+    "pet_in_plane": {"warn_below": 0.96, "warn_above": 5.58, "reject_above": 15.0},
+    "pet_slice": {"warn_below": 1.96, "warn_above": 4.08, "reject_above": 15.0},
+    # --- CT against PET: measured in steps of 8 mm; a head that moved between the scans is off by 10 mm ----------
+    "misalignment": {"warn_above": 20.0, "reject_above": 40.0},
+    # equal outlines have 100 %, chance is about 0; 95 % and more in the phantoms, 78 % and more in legs with faint fat,
+    # 50 to 91 % where the PET is upside down
+    "outline_agreement": {"warn_below": 75.0, "reject_below": 50.0},
+    # --- the network's features, in units of the 99th percentile of training cases that were held out --------------
+    "feature_distance": {"warn_above": 1.0, "reject_above": 3.0},
+}
+
+# --- how the quantities are measured ------------------------------------------------------------------------------
+THIN_MM = 5.0  # voxels of the thinned-out scans: about this
+# Body in the PET, whatever the unit: first above this share of its mean, for which the hottest 1 % are cut so that a
+# bladder does not set it; then, for the outline, above this share of the body's median (fat has a third of it).
+BODY_SHARE_OF_MEAN, BODY_SHARE_OF_MEDIAN = 0.4, 0.4
+# Hot is beyond both; the first holds in SUV, the second whatever the unit.
+HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
+# Head, neck, heart, kidneys and bladder lie within 130 mm of the midline, an arm beside the trunk beyond.
+LATERAL_MM = 130.0
+BODY_HU, AIR_HU = -400.0, -500.0
+TISSUE_HU = -300.0  # lungs, foam and clothes stay below
+AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # grid to look for it; section of a narrow throat
+OUTLINE_MM, OUTLINE_SIGMA_MM = 8.0, 6.0
+OUTLINE_MARGIN_MM = 48.0  # around the box: shoulders and vertex say most about a shift along z
+OUTLINE_LEAST_MM = 80.0  # a common field of view smaller than this shows no outline
+LARGEST_SHIFT_MM = 96.0
+# A shift counts when it raises the agreement of the outlines (-1 to 1) by this, and by this for every millimetre: a
+# cylinder fits itself at any height.
+LEAST_GAIN, GAIN_PER_MM = 0.03, 0.0005
+POINTS = 24  # per axis, to measure shared volumes
+IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])  # neighbours within a slice along z
+
+# name -> unit, quantity, what a value beyond the limits means
+_RULES: dict[str, tuple[str, str, str]] = {
+    "pet_not_finite": ("voxels", "PET values that are not finite numbers", "write the PET again without them"),
+    "pet_lowest": ("SUV", "lowest PET value", "SUV cannot be negative: look at how it was computed"),
+    "pet_contrast": ("SUV", "highest less lowest PET value", "the PET shows (almost) no signal"),
+    "pet_body": (
+        "SUV",
+        "median PET value of the body",
+        "about 1 in SUV: is the PET in Bq/mL, counts or another scale?",
+    ),
+    "pet_highest": ("SUV", "highest PET value", "implausible for SUV: look for an injection site, or another unit"),
+    "pet_injection_site": (
+        "%",
+        f"activity in hot spots more than {LATERAL_MM:g} mm beside the midline",
+        "extravasation at an injection site? Then SUV is too low everywhere else",
+    ),
+    "ct_not_finite": ("voxels", "CT values that are not finite numbers", "write the CT again without them"),
+    "ct_lowest": ("HU", "lowest CT value", "no air: is the CT in HU (offset of 1024 left on, grey levels, windowed)?"),
+    "ct_tissue": ("HU", "median CT value of the body", "not that of soft tissue: is the CT in HU?"),
+    "ct_body": ("%", "share of the CT that is denser than lung", "no body: is the CT in HU, and is somebody in it?"),
+    "overlap": ("%", "share of the smaller scan inside the larger one", "CT and PET (almost) show different places"),
+    "box_in_view": ("%", "share of the network's box that both CT and PET show", "much of it would be empty"),
+    "airway": ("mm", "length of the airway in the box", "no neck: this seems to be another part of the body"),
+    "ct_in_plane": ("mm", "CT voxel size in the slice", "beyond the training range"),
+    "ct_slice": ("mm", "CT slice spacing", "beyond the training range"),
+    "pet_in_plane": ("mm", "PET voxel size in the slice", "beyond the training range"),
+    "pet_slice": ("mm", "PET slice spacing", "beyond the training range"),
+    "misalignment": ("mm", "shift between the body's outlines in CT and PET", "CT and PET do not lie on each other"),
+    "outline_agreement": (
+        "%",
+        "agreement of the body's outlines in CT and PET, after that shift",
+        "is one of them turned, flipped, or of somebody else?",
+    ),
+    "feature_distance": (
+        "x",
+        "distance of the network's features from the training cases, in their 99th percentiles",
+        "unlike the cases that the network has learnt from",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one rule says of one case.
+
+    Args:
+        name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view``.
+        value: what was measured; text where the finding is one of several, None where it cannot be measured.
+        unit: of the value, ``""`` for text.
+        limit: what is accepted, and from where on it is rejected, for people.
+        verdict: ``ok``, ``warn`` or ``reject``.
+        message: the finding in words, with what to do about it.
+    """
+
+    name: str
+    value: float | str | None
+    unit: str
+    limit: str
+    verdict: str
+    message: str
+
+
+class QualityError(ValueError):
+    """A case that is not fit for the network: the patient, what was found, and what to do.
+
+    Args:
+        patient: the patient's id.
+        checks: all checks of the case.
+    """
+
+    def __init__(self, patient: str = "?", checks: Sequence[Check] = ()) -> None:
+        super().__init__(patient, checks)
+        self.patient, self.checks = patient, list(checks)
+
+    def __str__(self) -> str:
+        faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
+        return (
+            f"patient {self.patient}: rejected by quality control: {faults}. Correct the scans or leave the case out; "
+            "to go on in spite of it, have the checks flag instead of raise"
+        )
+
+
+class CheckQualityd(MapTransform):
+    """Check a case between :class:`scripts.transforms.LocaliseBoxd` and :class:`scripts.transforms.ResampleToBoxd`.
+
+    Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which collates as text does.
+
+    Args:
+        roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
+        on_reject: ``"raise"`` stops a case that a rule rejects, so that it is listed as an exclusion; ``"flag"`` lets
+            it pass with its checks.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+        keys: CT and PET, as :class:`scripts.transforms.LoadScansd` leaves them.
+
+    Raises:
+        QualityError: when a rule rejects the case and ``on_reject`` is ``"raise"``.
+        ValueError: when ``on_reject`` or a limit's name is not known.
+    """
+
+    def __init__(
+        self,
+        roi_size: int | Sequence[int],
+        on_reject: str = "raise",
+        limits: Limits | None = None,
+        keys: KeysCollection = (K.CT, K.PET),
+    ) -> None:
+        super().__init__(keys)
+        if on_reject not in ("raise", "flag"):
+            raise ValueError(f"on_reject is 'raise' or 'flag', got {on_reject!r}")
+        merge_limits(limits)
+        self.roi_size, self.on_reject = roi_size, on_reject
+        self.limits = None if limits is None else {name: dict(values) for name, values in limits.items()}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the case."""
+        d = dict(data)
+        affine = np.asarray(torch.as_tensor(d[K.BOX_AFFINE]), dtype=float)
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        half = (np.broadcast_to(np.asarray(self.roi_size, dtype=float), 3) - 1) / 2
+        centre = affine[:3, :3] @ half + affine[:3, 3]
+        location = Location(centre, d[K.CROP_METHOD], d[K.CROP_FLAG])
+        (ct, ct_grid), (pet, pet_grid) = (_volume(d[key]) for key in self.keys)
+        checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
+        if self.on_reject == "raise" and verdict(checks) == REJECT:
+            raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)
+        d[K.QUALITY] = checks_to_json(checks)
+        return d
+
+
+def check_case(
+    ct: np.ndarray,
+    ct_grid: Grid,
+    pet: np.ndarray,
+    pet_grid: Grid,
+    location: Location,
+    roi_size: int | Sequence[int],
+    spacing_mm: float | Sequence[float],
+    limits: Limits | None = None,
+) -> list[Check]:
+    """Apply every rule to a case.
+
+    Args:
+        ct: (X, Y, Z) CT, supposedly in HU.
+        ct_grid: its grid.
+        pet: (X, Y, Z) PET, supposedly in SUV, on a grid of its own.
+        pet_grid: the PET's grid.
+        location: where :mod:`scripts.localise` puts the box.
+        roi_size: voxels of the box.
+        spacing_mm: voxel size of the box in mm.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+
+    Returns:
+        One check a rule, in the order of :data:`DEFAULT_LIMITS`.
+    """
+    table = merge_limits(limits)
+    box = box_grid(location.centre_mm, roi_size, spacing_mm)
+    pet_values, pet_thin = _measure_pet(pet, pet_grid)
+    ct_values, ct_thin = _measure_ct(ct, ct_grid)
+    outlines = _body_outlines(ct_thin, pet_thin, pet_values["pet_body"], box)
+    shift, agreement = (None, None) if outlines is None else _best_shift(*outlines)
+    values: dict[str, float | None] = {
+        **pet_values,
+        **ct_values,
+        "overlap": 100 * _overlap(ct_grid, pet_grid),
+        "box_in_view": 100 * float(np.mean(_inside(_points(box), ct_grid) & _inside(_points(box), pet_grid))),
+        **_voxel_sizes(ct_grid, pet_grid),
+        "misalignment": None if shift is None else float(np.linalg.norm(shift)),
+        "outline_agreement": None if agreement is None else 100 * agreement,
+    }
+    checks = {name: _judge(name, value, table) for name, value in values.items()}
+    if shift is not None and shift.any():
+        words = ", ".join(f"{axis} {mm:+.0f}" for axis, mm in zip("xyz", shift, strict=True))
+        checks["misalignment"] = _tell(checks["misalignment"], f"PET by {words} mm against the CT")
+    head = _check_head(location, ct, ct_grid, box, table)
+    order = [*table]
+    return sorted([*checks.values(), head], key=lambda c: order.index("airway" if c is head else c.name))
+
+
+def verdict(checks: Iterable[Check]) -> str:
+    """The worst verdict of some checks.
+
+    Example:
+        >>> verdict([]), verdict([Check("ct_slice", 5.0, "mm", "", "warn", "")])
+        ('ok', 'warn')
+    """
+    return max((c.verdict for c in checks), key=VERDICTS.index, default=OK)
+
+
+def merge_limits(limits: Limits | None) -> dict[str, dict[str, float]]:
+    """:data:`DEFAULT_LIMITS` with the limits of some rules replaced.
+
+    Raises:
+        ValueError: when a rule or a kind of limit is not known.
+
+    Example:
+        >>> merge_limits({"misalignment": {"warn_above": 10.0}})["misalignment"]
+        {'warn_above': 10.0, 'reject_above': 40.0}
+    """
+    table = copy.deepcopy(DEFAULT_LIMITS)
+    kinds = ("warn_below", "reject_below", "warn_above", "reject_above")
+    for name, values in (limits or {}).items():
+        if name not in table:
+            raise ValueError(f"no quality rule is called {name!r}: choose from {', '.join(table)}")
+        for kind, number in values.items():
+            if kind not in kinds:
+                raise ValueError(f"limits of {name}: {kind!r} is not one of {', '.join(kinds)}")
+            table[name][kind] = float(number)
+    return table
+
+
+def fit_voxel_limits(grids: Iterable[tuple[Grid, Grid]]) -> dict[str, dict[str, float]]:
+    """Limits of the voxel sizes from a training set, for ``limits`` of :func:`check_case`.
+
+    Args:
+        grids: CT and PET grid of every training case.
+
+    Returns:
+        ``warn_below`` and ``warn_above`` of the four rules on voxel sizes, 2 % beyond the smallest and the largest.
+
+    Raises:
+        ValueError: when there is no case.
+    """
+    sizes = [_voxel_sizes(ct_grid, pet_grid) for ct_grid, pet_grid in grids]
+    if not sizes:
+        raise ValueError("the range of voxel sizes needs at least one training case")
+    ranges = {name: [size[name] for size in sizes] for name in sizes[0]}
+    return {name: {"warn_below": 0.98 * min(r), "warn_above": 1.02 * max(r)} for name, r in ranges.items()}
+
+
+def checks_to_json(checks: Iterable[Check]) -> str:
+    """Checks as a JSON text: a list of objects with the fields of :class:`Check`."""
+    return json.dumps([asdict(c) for c in checks], allow_nan=False)
+
+
+def checks_from_json(text: str) -> list[Check]:
+    """The checks of :func:`checks_to_json`."""
+    return [Check(**fields) for fields in json.loads(text)]
+
+
+# --- the network's features ----------------------------------------------------------------------------------------
+
+
+def fit_feature_statistics(features: np.ndarray, components: int = 16, parts: int = 5) -> dict[str, Any]:
+    """What the features of training cases are like, in plain Python that a checkpoint can hold.
+
+    Features are standardised; their covariance C is that of probabilistic PCA (Tipping and Bishop 1999): the first axes
+    U with variances L, and one noise variance s for all the others, C = U (L - s) U' + s I. It is invertible with fewer
+    cases than features. ``reference`` is the 99th percentile of the distance of cases that were left out of the
+    fit (cross-validation in ``parts``): distances of the cases fitted to would be too small.
+
+    Args:
+        features: (N, F), one row a training case.
+        components: number of axes at most.
+        parts: folds of the cross-validation.
+
+    Returns:
+        ``count``, ``mean`` (F), ``scale`` (F), ``axes`` (k, F), ``variances`` (k), ``noise`` and ``reference``.
+
+    Raises:
+        ValueError: when there are fewer than 10 cases, or values that are not finite.
+    """
+    table = np.asarray(features, dtype=np.float64)
+    if table.ndim != 2 or len(table) < 10 or table.shape[1] < 1:
+        raise ValueError(f"statistics of features need (N, F) values with N of 10 or more, got shape {table.shape}")
+    if not np.isfinite(table).all():
+        raise ValueError("the features of the training cases hold values that are not finite numbers")
+    part = np.arange(len(table)) % parts
+    left_out = [feature_distance(table[part == k], _gaussian(table[part != k], components)) for k in range(parts)]
+    return {**_gaussian(table, components), "reference": float(np.quantile(np.concatenate(left_out), 0.99))}
+
+
+def feature_distance(features: np.ndarray, statistics: Mapping[str, Any]) -> np.ndarray:
+    """Mahalanobis distance per feature, sqrt(d' C^-1 d / F), of cases from the training cases.
+
+    Args:
+        features: (N, F).
+        statistics: of :func:`fit_feature_statistics`.
+
+    Returns:
+        (N,) distances, about 1 for cases like the training cases; infinite where a feature is not finite.
+
+    Raises:
+        ValueError: when the number of features differs from the statistics'.
+    """
+    table = np.atleast_2d(np.asarray(features, dtype=np.float64))
+    if table.shape[1] != len(statistics["mean"]):
+        raise ValueError(f"{table.shape[1]} features, but the statistics hold {len(statistics['mean'])}")
+    finite = np.asarray(np.isfinite(table).all(axis=1))
+    deviation = (np.where(finite[:, None], table, 0.0) - statistics["mean"]) / np.asarray(statistics["scale"])
+    along = deviation @ np.reshape(statistics["axes"], (-1, table.shape[1])).T
+    across = np.clip((deviation**2).sum(axis=1) - (along**2).sum(axis=1), 0, None)
+    squared = (along**2 / np.asarray(statistics["variances"])).sum(axis=1) + across / statistics["noise"]
+    return np.where(finite, np.sqrt(squared / table.shape[1]), np.inf)
+
+
+def check_features(features: np.ndarray, statistics: Mapping[str, Any], limits: Limits | None = None) -> Check:
+    """Whether a case's features are like those of the training cases.
+
+    Args:
+        features: (F,) of one case, from the network whose statistics these are.
+        statistics: of :func:`fit_feature_statistics`.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+
+    Returns:
+        The check ``feature_distance``: the distance in units of the held-out training cases' 99th percentile.
+    """
+    distance = float(feature_distance(np.asarray(features).reshape(1, -1), statistics)[0])
+    value = distance / statistics["reference"]
+    if not np.isfinite(value):
+        fault = _judge("feature_distance", None, merge_limits(limits))
+        return Check(fault.name, None, fault.unit, fault.limit, REJECT, "features that are not finite numbers")
+    return _judge("feature_distance", value, merge_limits(limits))
+
+
+def _gaussian(table: np.ndarray, components: int) -> dict[str, Any]:
+    """Mean and covariance of standardised features by probabilistic PCA."""
+    mean, spread = table.mean(axis=0), table.std(axis=0)
+    # a unit that is silent in training must not turn the slightest answer into an infinite distance
+    least = 0.05 * float(np.sqrt(np.mean(spread**2)))
+    scale = np.maximum(spread, least if least > 0 else 1.0)
+    _, singular, axes = np.linalg.svd((table - mean) / scale, full_matrices=False)
+    variances = singular**2 / max(1, len(table) - 1)
+    kept = max(1, min(components, len(table) // 3, table.shape[1] - 1))
+    noise = max(float(variances[kept:].sum()) / max(1, table.shape[1] - kept), 1e-3)
+    return {
+        "count": len(table),
+        "mean": mean.tolist(),
+        "scale": scale.tolist(),
+        "axes": axes[:kept].tolist(),
+        "variances": np.maximum(variances[:kept], noise).tolist(),
+        "noise": noise,
+    }
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def _judge(name: str, value: float | None, table: Limits) -> Check:
+    """Compare a value with its limits."""
+    limits, (unit, quantity, fault) = table[name], _RULES[name]
+    said = _range(limits, unit)
+    if value is None:
+        return Check(name, None, unit, said, WARN, f"{quantity} cannot be measured")
+    result = OK
+    for kind in (WARN, REJECT):
+        if value < limits.get(f"{kind}_below", -np.inf) or value > limits.get(f"{kind}_above", np.inf):
+            result = kind
+    number = float(f"{value:.4g}")
+    message = f"{quantity}: {number:g} {unit}" + ("" if result == OK else f" ({said}): {fault}")
+    return Check(name, number, unit, said, result, message)
+
+
+def _range(limits: Mapping[str, float], unit: str) -> str:
+    """Limits in words, e.g. ``at least 60 %, rejected below 20``."""
+
+    def bounds(kind: str, words: tuple[str, str]) -> str:
+        pairs = ((words[0], limits.get(f"{kind}_below")), (words[1], limits.get(f"{kind}_above")))
+        return " and ".join(f"{word} {number:g}" for word, number in pairs if number is not None)
+
+    accepted, refused = bounds(WARN, ("at least", "at most")), bounds(REJECT, ("below", "above"))
+    refused = f"rejected {refused}" if refused else ""
+    return f"{', '.join(filter(None, (accepted, refused)))} {unit}"
+
+
+def _tell(check: Check, more: str) -> Check:
+    """A check with more words to its message."""
+    return Check(**{**asdict(check), "message": f"{check.message} ({more})"})
+
+
+def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, table: Limits) -> Check:
+    """Whether the head and neck are in view: by the tumour's mask, by the brain, else by the airway in the CT.
+
+    A neck has air inside it over most of its length, legs and arms have none.
+    """
+    limit = f"a tumour mask, a brain, or an airway of {_range(table['airway'], 'mm')}"
+    found = f"box placed by {location.method}" + (f" ({location.flag})" if location.flag else "")
+    if location.method in (METHOD_MASK, METHOD_PET_BRAIN):
+        return Check("head_in_view", location.method, "", limit, WARN if location.flag else OK, found)
+    airway = _judge("airway", _airway_mm(ct, ct_grid, box), table)
+    result = REJECT if location.method == METHOD_CENTRE else airway.verdict
+    if result == OK and location.flag:  # no brain, or the head cut off, and yet a neck
+        result = WARN
+    message = f"{'head or neck outside the field of view? ' if result == REJECT else ''}{found}; {airway.message}"
+    return Check("head_in_view", location.method, "", limit, result, message)
+
+
+# --- quantities ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Thin:
+    """Every k-th voxel of a scan, as finite float32."""
+
+    values: np.ndarray
+    grid: Grid
+
+
+def _thin_out(array: np.ndarray, grid: Grid, spacing_mm: float) -> _Thin:
+    steps = np.maximum(1, np.rint(spacing_mm / grid.spacing)).astype(int).tolist()
+    window = tuple(slice(None, None, k) for k in steps)
+    values = array[window].astype(np.float32)
+    if array.dtype.kind == "f":
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return _Thin(values, grid.crop([slice(0, n) for n in grid.shape], steps))
+
+
+def _not_finite(array: np.ndarray) -> tuple[float, float, float]:
+    """Number of voxels that are not finite, and lowest and highest of the others, of a whole scan."""
+    with np.errstate(invalid="ignore"):
+        lowest, highest = float(array.min()), float(array.max())
+    if np.isfinite(lowest) and np.isfinite(highest):  # either would be NaN or infinite
+        return 0.0, lowest, highest
+    finite = array[np.isfinite(array)]
+    count = float(array.size - finite.size)
+    return (count, float(finite.min()), float(finite.max())) if finite.size else (count, 0.0, 0.0)
+
+
+def _measure_pet(pet: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], _Thin]:
+    """Values of the rules on the PET."""
+    count, lowest, highest = _not_finite(pet)
+    thin = _thin_out(pet, grid, THIN_MM)
+    # a sample of some 100 000 voxels settles quantiles
+    sample = thin.values.ravel(order="K")[:: max(1, thin.values.size // 100_000)]
+    body_from = BODY_SHARE_OF_MEAN * float(np.minimum(sample, np.quantile(sample, 0.99)).mean())
+    body = sample[sample > body_from]
+    level = float(np.median(body)) if len(body) else 0.0
+    values: dict[str, float | None] = {
+        "pet_not_finite": count,
+        "pet_lowest": lowest,
+        "pet_contrast": highest - lowest,
+        "pet_body": level,
+        "pet_highest": highest,
+        "pet_injection_site": 100 * _lateral_share(thin, body_from, max(HOT_SUV, HOT_TIMES_BODY * level)),
+    }
+    return values, thin
+
+
+def _lateral_share(pet: _Thin, body_from: float, hot_from: float) -> float:
+    """Share of the activity that is in hot voxels far to the left or right of the body's middle."""
+    hot = np.argwhere(pet.values > hot_from)
+    total = float(np.clip(pet.values, 0, None).sum(dtype=np.float64))
+    if len(hot) == 0 or total <= 0:
+        return 0.0
+    body = np.argwhere(pet.values > body_from)
+    middle = np.median(pet.grid.to_world(body[:: max(1, len(body) // 10_000)])[:, 0])
+    lateral = hot[np.abs(pet.grid.to_world(hot)[:, 0] - middle) > LATERAL_MM]
+    return float(pet.values[tuple(lateral.T)].sum(dtype=np.float64)) / total
+
+
+def _measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], _Thin]:
+    """Values of the rules on the CT."""
+    thin = _thin_out(ct, grid, THIN_MM)
+    count = _not_finite(ct)[0] if ct.dtype.kind == "f" else 0.0
+    body = thin.values[thin.values > TISSUE_HU]
+    values: dict[str, float | None] = {
+        "ct_not_finite": count,
+        "ct_lowest": float(thin.values.min()),
+        "ct_tissue": float(np.median(body)) if len(body) else None,
+        "ct_body": 100.0 * len(body) / thin.values.size,
+    }
+    return values, thin
+
+
+def _voxel_sizes(ct_grid: Grid, pet_grid: Grid) -> dict[str, float]:
+    """Voxel sizes in mm in the slice (mean of the two) and across slices (the axis nearest to the body's)."""
+    sizes = {}
+    for name, grid in (("ct", ct_grid), ("pet", pet_grid)):
+        across = int(np.abs(grid.affine[2, :3] / grid.spacing).argmax())
+        sizes[f"{name}_in_plane"] = float(np.delete(grid.spacing, across).mean())
+        sizes[f"{name}_slice"] = float(grid.spacing[across])
+    return sizes
+
+
+def _points(grid: Grid) -> np.ndarray:
+    """World positions (N, 3) that are evenly spread over a field of view."""
+    steps = [(np.arange(POINTS) + 0.5) * n / POINTS - 0.5 for n in grid.shape]
+    return grid.to_world(np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3))
+
+
+def _inside(points: np.ndarray, grid: Grid) -> np.ndarray:
+    """Whether world positions (N, 3) lie in a field of view, (N,)."""
+    index = grid.to_index(points)
+    return np.asarray(((index >= -0.5) & (index <= np.array(grid.shape) - 0.5)).all(axis=1))
+
+
+def _overlap(one: Grid, other: Grid) -> float:
+    """Share of the smaller field of view that lies inside the larger one."""
+    small, large = sorted((one, other), key=lambda g: float(np.prod(g.extent)))
+    return float(_inside(_points(small), large).mean())
+
+
+def _enclosed(mask: np.ndarray) -> np.ndarray:
+    """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z."""
+    labels: np.ndarray = ndimage.label(~mask, IN_PLANE)[0]
+    rim = np.concatenate([side.ravel() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1])])
+    open_air = np.zeros(int(labels.max()) + 1, dtype=bool)
+    open_air[rim] = True
+    open_air[0] = True
+    return np.asarray(~open_air[labels], dtype=bool)
+
+
+def _airway_mm(ct: np.ndarray, ct_grid: Grid, box: Grid) -> float:
+    """Length along z over which the body in the box encloses air."""
+    corners = ct_grid.to_index(box.corners)
+    first = np.clip(np.floor(corners.min(axis=0)), 0, np.array(ct_grid.shape) - 1).astype(int)
+    last = np.clip(np.ceil(corners.max(axis=0)), first, np.array(ct_grid.shape) - 1).astype(int)
+    window = (slice(first[0], last[0] + 1), slice(first[1], last[1] + 1), slice(first[2], last[2] + 1))
+    thin = _thin_out(ct[window], ct_grid.crop(window), AIRWAY_MM)
+    shape = np.maximum(1, np.rint(box.extent / AIRWAY_MM)).astype(int).tolist()
+    hu = resample(thin.values, thin.grid, box_grid(box.centre, shape, AIRWAY_MM), "nearest", -1024.0)
+    air = _enclosed(hu > BODY_HU) & (hu < AIR_HU)
+    return float((air.sum(axis=(0, 1)) * AIRWAY_MM**2 / 100 >= AIRWAY_CM2).sum()) * AIRWAY_MM
+
+
+def _body_outlines(ct: _Thin, pet: _Thin, level: float | None, box: Grid) -> tuple[np.ndarray, np.ndarray] | None:
+    """The body as CT and as PET show it around the box, on one coarse grid; None where that cannot be had.
+
+    Args:
+        ct: thinned-out CT.
+        pet: thinned-out PET.
+        level: median PET value of the body.
+        box: the network's box.
+    """
+    low = np.max([ct.grid.bounds[0], pet.grid.bounds[0], box.bounds[0] - OUTLINE_MARGIN_MM], axis=0)
+    high = np.min([ct.grid.bounds[1], pet.grid.bounds[1], box.bounds[1] + OUTLINE_MARGIN_MM], axis=0)
+    if (high - low).min() < OUTLINE_LEAST_MM or not level:
+        return None
+    grid = box_grid((low + high) / 2, np.floor((high - low) / OUTLINE_MM).astype(int).tolist(), OUTLINE_MM)
+    hu = smooth_resample(ct.values, ct.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
+    suv = smooth_resample(pet.values, pet.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
+    one, other = _signed(hu, BODY_HU), _signed(suv, BODY_SHARE_OF_MEDIAN * level)
+    return None if min((one > 0).mean(), (other > 0).mean()) < 0.01 else (one, other)
+
+
+def _best_shift(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+    """Shift (3,) in mm of the second outline against the first, and how well they agree after it.
+
+    Both hold +1 for body, -1 for air and 0 for out of view, so that their mean product is 1 for equal outlines and -1
+    for opposite ones. The shift that raises it most is taken, a smaller one where it does about as well.
+    """
+    reach = np.minimum(round(LARGEST_SHIFT_MM / OUTLINE_MM), np.array(one.shape) // 4).tolist()
+    seen = _correlate(np.abs(one), np.abs(other), reach)
+    agreement = _correlate(one, other, reach) / np.maximum(seen, 1)
+    shifts = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1) * OUTLINE_MM
+    # what a shift moves out of view speaks neither for it nor against it
+    gain = (agreement - agreement[tuple(reach)]) * seen / max(1.0, float(seen[tuple(reach)]))
+    best = int((gain - GAIN_PER_MM * np.linalg.norm(shifts, axis=-1)).argmax())
+    if gain.ravel()[best] < LEAST_GAIN:
+        return np.zeros(3), float(agreement[tuple(reach)])
+    return shifts.reshape(-1, 3)[best], float(agreement.ravel()[best])
+
+
+def _signed(values: np.ndarray, body_from: float) -> np.ndarray:
+    """+1 in the body with what it encloses, -1 in air, 0 outside the field of view."""
+    outside = np.isnan(values)
+    body = np.where(outside, -np.inf, values) > body_from
+    body |= _enclosed(body)
+    return np.where(outside, np.float32(0), np.where(body, np.float32(1), np.float32(-1)))
+
+
+def _correlate(one: np.ndarray, other: np.ndarray, reach: Sequence[int]) -> np.ndarray:
+    """Sum over x of one(x) other(x + s) for all shifts s up to ``reach`` voxels along each axis."""
+    shape = [fft.next_fast_len(n + r, real=True) for n, r in zip(one.shape, reach, strict=True)]
+    product = np.conj(fft.rfftn(one, shape)) * fft.rfftn(other, shape)
+    return fft.irfftn(product, shape)[np.ix_(*(np.arange(-r, r + 1) for r in reach))]
+
+
+def _volume(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
+    """The (X, Y, Z) array of a loaded scan, sharing its memory, and its grid."""
+    array = scan.as_tensor().detach().cpu()[0].numpy()
+    return array, Grid(array.shape, np.asarray(scan.affine))

@@ -1,0 +1,921 @@
+"""DICOM: series found and chosen, volumes against SimpleITK, SUV by hand, SEG and SR read back."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from scripts.dicom import (
+    PRIVATE_CODES,
+    DicomError,
+    Findings,
+    Model,
+    choose_pet_ct,
+    find_series,
+    find_studies,
+    read_headers,
+    read_series,
+    suv_factor,
+    write_seg,
+    write_sr,
+)
+
+pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
+hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
+from pydicom.config import disable_value_validation  # noqa: E402
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
+from pydicom.sr.codedict import codes  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "PT": "1.2.840.10008.5.1.4.1.1.128"}
+AXIAL = (1, 0, 0, 0, 1, 0)
+SECRETS = ("Doe", "Jane", "ID-4711", "19991231", "ACC-0815", "1.2.3.4.")
+MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef")
+
+# --- builders ----------------------------------------------------------------------------------------------------
+
+
+def pet_tags(**changes):
+    """Header of a PET in Bq/ml: 70 kg, 370 MBq injected at 10:00, scanned from 11:50, half-life 6600 s = 110 min."""
+    item = Dataset()
+    item.RadiopharmaceuticalStartTime = "100000"
+    item.RadionuclideTotalDose = 370e6
+    item.RadionuclideHalfLife = 6600
+    tags = {
+        **{"Units": "BQML", "DecayCorrection": "START", "CorrectedImage": ["DECY", "ATTN", "SCAT"]},
+        **{"SeriesDate": "20200102", "SeriesTime": "115000", "PatientWeight": 70},
+        **{"AcquisitionDate": "20200102", "AcquisitionTime": "115000.000000", "SeriesType": ["STATIC", "IMAGE"]},
+        "RadiopharmaceuticalInformationSequence": [item],
+    }
+    for name, value in changes.items():
+        if name.startswith("Radi") and not name.endswith("Sequence"):
+            _set(item, name, value)
+        else:
+            tags[name] = value
+    return tags
+
+
+def _set(dataset, name, value):
+    if value is None:
+        if name in dataset:
+            delattr(dataset, name)
+    elif name.startswith("private"):
+        group, creator, offset, vr, content = value
+        dataset.private_block(group, creator, create=True).add_new(offset, vr, content)
+    else:
+        setattr(dataset, name, value)
+
+
+def pet_header(**changes):
+    dataset = Dataset()
+    with disable_value_validation():  # odd values on purpose
+        for name, value in pet_tags(**changes).items():
+            _set(dataset, name, value)
+    return dataset
+
+
+def slice_dataset(modality, values, position, tags):
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", SOP_CLASS.get(modality, SOP_CLASS["CT"]))
+    meta.MediaStorageSOPInstanceUID = generate_uid(prefix="1.2.3.4.")
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    defaults = {
+        **{"Modality": modality, "PatientName": "Doe^Jane", "PatientID": "ID-4711", "PatientBirthDate": "19991231"},
+        **{"StudyInstanceUID": "1.2.3.4.1", "FrameOfReferenceUID": "1.2.3.4.2", "AccessionNumber": "ACC-0815"},
+        **{"PatientSex": "F", "StudyDate": "20200102", "StudyTime": "100000", "StudyID": "1"},
+        **{"SeriesDescription": "Doe Jane", "ReferringPhysicianName": "", "Manufacturer": "GE MEDICAL SYSTEMS"},
+        **{"SeriesNumber": 1, "PositionReferenceIndicator": "", "Laterality": "", "PatientPosition": "HFS"},
+        **{"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PixelSpacing": [2.5, 2.0], "SliceThickness": 3},
+        **{"ImageOrientationPatient": list(AXIAL), "RescaleSlope": 1, "RescaleIntercept": 0, "InstanceNumber": 1},
+        **{"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16},
+        **{"HighBit": 15, "PixelRepresentation": int(values.dtype.kind == "i"), "SeriesInstanceUID": "1.2.3.4.3"},
+    }
+    for name, value in {**defaults, **tags}.items():
+        _set(dataset, name, value)
+    dataset.ImagePositionPatient = [round(float(p), 6) for p in position]
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.PixelData = values.tobytes()
+    return dataset
+
+
+def write_series(
+    folder, modality="CT", *, uid="1.2.3.4.3", depths=None, shape=(6, 5), origin=(-20.0, -30.0, 100.0), tags=None,
+    each=None, edit=None, seed=0, syntax=None,
+):  # fmt: skip
+    """A series of slices at ``depths`` mm along their normal, filed in no particular order; returns its stored values.
+
+    ``each`` gives further tags by slice; ``edit`` changes a slice's position; ``syntax`` compresses.
+    """
+    depths = np.arange(12) * 3.0 if depths is None else np.asarray(depths, dtype=float)
+    tags = {**(pet_tags() if modality == "PT" else {}), **(tags or {}), "SeriesInstanceUID": uid}
+    axes = np.array(tags.get("ImageOrientationPatient", AXIAL), dtype=float)
+    normal = np.cross(axes[:3], axes[3:])
+    rng = np.random.default_rng(seed)
+    dtype = tags.pop("dtype", np.int16)
+    low, high = (-1000, 1000) if np.dtype(dtype).kind == "i" else (0, 4000)
+    stored = rng.integers(low, high, (len(depths), *shape)).astype(dtype)
+    names = rng.permutation(len(depths))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with disable_value_validation():
+        for k, depth in enumerate(depths):
+            position = np.array(origin) + depth * normal
+            if edit is not None:
+                position = edit(k, position)
+            own = {**tags, "InstanceNumber": int(names[k]) + 1, **(each(k) if each else {})}
+            dataset = slice_dataset(modality, stored[k], position, own)
+            if syntax is not None:
+                dataset.compress(syntax, generate_instance_uid=False)
+            dataset.save_as(Path(folder) / f"IM{names[k]:04d}", enforce_file_format=True)
+    return stored
+
+
+def only(folder):
+    found = find_series(folder)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def pair(folder):
+    """A PET/CT of one frame of reference; returns the choice."""
+    write_series(folder / "ct", shape=(16, 12), depths=np.arange(30) * 2.0)
+    pet = {"SeriesNumber": 2, "PixelSpacing": [5, 5]}
+    write_series(folder / "pet", "PT", uid="1.2.3.4.4", depths=np.arange(20) * 3.0, tags=pet)
+    return choose_pet_ct(find_series(folder))
+
+
+def assert_anonymous(text):
+    assert not [secret for secret in SECRETS if secret in text], text
+
+
+# --- volumes -------------------------------------------------------------------------------------------------------
+
+TURN = math.radians(20)
+ORIENTATIONS = [
+    pytest.param(AXIAL, id="axial"),
+    pytest.param((-1, 0, 0, 0, -1, 0), id="prone"),
+    pytest.param((1, 0, 0, 0, -1, 0), id="normal_to_the_feet"),
+    pytest.param((math.cos(TURN), 0, math.sin(TURN), 0, 1, 0), id="oblique"),
+    pytest.param((0, 1, 0, 0, 0, -1), id="sagittal"),
+]
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_volume_and_affine_equal_simpleitk(tmp_path, axes):
+    write_series(tmp_path, tags={"ImageOrientationPatient": list(axes), "RescaleIntercept": -24})
+    array, affine = read_series(only(tmp_path))
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    image = reader.Execute()
+    assert array.dtype == np.int16
+    np.testing.assert_array_equal(array, sitk.GetArrayFromImage(image).T)
+    for index in [(0, 0, 0), (4, 0, 0), (0, 5, 0), (0, 0, 11)]:
+        world = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
+        np.testing.assert_allclose(affine[:3, :3] @ index + affine[:3, 3], world, atol=1e-4)
+
+
+def test_each_slice_has_its_own_slope(tmp_path):
+    stored = write_series(
+        tmp_path, "PT", tags={"dtype": np.uint16}, each=lambda k: {"RescaleSlope": 0.5 + k, "RescaleIntercept": 1}
+    )
+    array, _ = read_series(only(tmp_path))
+    assert array.dtype == np.float32
+    slopes = 0.5 + np.arange(12)
+    np.testing.assert_allclose(array.transpose(2, 1, 0), stored * slopes[:, None, None] + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tags, dtype",
+    [
+        pytest.param({"dtype": np.uint16, "RescaleIntercept": -1024}, np.int16, id="unsigned_stays_whole"),
+        pytest.param({"RescaleIntercept": 0.5}, np.float32, id="broken_intercept"),
+        pytest.param({"RescaleSlope": 2}, np.float32, id="slope"),
+        pytest.param({"RescaleIntercept": 32000}, np.float32, id="beyond_int16"),
+        pytest.param({"RescaleSlope": None, "RescaleIntercept": None}, np.int16, id="no_rescale"),
+    ],
+)
+def test_ct_values(tmp_path, tags, dtype):
+    stored = write_series(tmp_path, tags=tags)
+    array, _ = read_series(only(tmp_path))
+    assert array.dtype == dtype
+    expected = stored.astype(float) * (tags.get("RescaleSlope", 1) or 1) + (tags.get("RescaleIntercept", 0) or 0)
+    np.testing.assert_array_equal(array.transpose(2, 1, 0), expected)
+
+
+def test_one_slice_with_another_slope_makes_the_whole_ct_float(tmp_path):
+    stored = write_series(tmp_path, each=lambda k: {"RescaleSlope": 0.5 if k == 7 else 1})
+    array, _ = read_series(only(tmp_path))
+    scale = np.where(np.arange(12) == 7, 0.5, 1)[:, None, None]
+    np.testing.assert_array_equal(array.transpose(2, 1, 0), stored * scale)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless], ids=["rle", "jpeg_ls"])
+def test_compressed_slices(tmp_path, syntax):
+    stored = write_series(tmp_path, syntax=syntax)
+    np.testing.assert_array_equal(read_series(only(tmp_path))[0].transpose(2, 1, 0), stored)
+
+
+def test_transfer_syntax_without_decoder(tmp_path):
+    write_series(tmp_path)
+    path = tmp_path / "IM0003"
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # a film, which nothing decodes as slices
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\0\0"])
+    dataset["PixelData"].VR = "OB"
+    dataset.save_as(path)
+    with pytest.raises(DicomError, match=r"IM0003: no decoder for transfer syntax MPEG2.*pip install"):
+        read_series(only(tmp_path))
+
+
+def test_damaged_compressed_slice(tmp_path):
+    write_series(tmp_path, syntax=RLELossless)
+    path = tmp_path / "IM0004"
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\1" * 70])
+    dataset.save_as(path)
+    with pytest.raises(DicomError, match=r"IM0004: pixel data cannot be decoded .*copy"):
+        read_series(only(tmp_path))
+
+
+def test_cut_off_file(tmp_path):
+    write_series(tmp_path, shape=(40, 40))
+    path = tmp_path / "IM0005"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DicomError, match=r"IM0005: .*copy"):
+        read_series(only(tmp_path))
+
+
+def _without(*gone):
+    return [3.0 * k for k in range(12) if k not in gone]
+
+
+def _shifted(amount):
+    return lambda k, position: position + np.array([0, amount * k, 0])
+
+
+@pytest.mark.parametrize(
+    "series, message",
+    [
+        pytest.param({"depths": _without(5)}, r"1 between 112.00 and 118.00 mm \(after slice 5\)", id="missing"),
+        pytest.param(
+            {"depths": _without(1, 6, 7)},
+            r"1 between 100.00 and 106.00 mm \(after slice 1\); 2 between 115.00 and 124.00 mm \(after slice 5\)",
+            id="two_gaps",
+        ),
+        pytest.param({"depths": [0, 3, 6, 6, 9, 12, 15]}, r"more than one image.*106.00 mm \(slice 3\)", id="doubled"),
+        pytest.param({"depths": [0, 3, 6, 10, 13, 16, 19, 22]}, "unevenly spaced, 3.00 to 4.00 mm", id="uneven"),
+        pytest.param({"edit": _shifted(-0.8)}, "stacked at 14.9 degrees.*tilted gantry", id="tilted_gantry"),
+        pytest.param(
+            {"edit": lambda k, p: p + (np.array([2.0, 0, 0]) if k == 4 else 0)}, "slice 5 is shifted", id="sideways"
+        ),
+        pytest.param({"depths": [0]}, "one slice is not a volume", id="one_slice"),
+        pytest.param(
+            {"modality": "PT", "tags": {"NumberOfSlices": 14}}, r"\(0054,0081\) says 14, 12 found", id="end_missing"
+        ),
+        pytest.param({"tags": {"PixelSpacing": None}}, r"\(0028,0030\)", id="no_spacing"),
+    ],
+)
+def test_stacks_that_are_refused(tmp_path, series, message):
+    write_series(tmp_path, **{"origin": (-20, -30, 100), **series})
+    with pytest.raises(DicomError, match=message) as error:
+        read_series(only(tmp_path))
+    assert_anonymous(str(error.value))
+
+
+def test_positions_rounded_to_a_tenth_are_accepted(tmp_path):
+    write_series(tmp_path, depths=np.round(np.arange(40) * 0.625, 1))
+    _, affine = read_series(only(tmp_path))
+    assert affine[2, 2] == pytest.approx(0.625, abs=0.003)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_any_nesting_and_other_files(tmp_path):
+    write_series(tmp_path / "a" / "b", depths=_without(*range(0, 12, 2)))
+    write_series(tmp_path / "c", depths=_without(*range(1, 12, 2)), seed=1)  # the other half of the same series
+    write_series(tmp_path / "a", "PT", uid="1.2.3.4.9", tags={"SeriesNumber": 5})
+    (tmp_path / "DICOMDIR.txt").write_text("not an image")
+    (tmp_path / "a" / "empty").touch()
+    found = find_series(tmp_path)
+    assert [(s.modality, len(s), s.number) for s in found] == [("CT", 12, 1), ("PT", 12, 5)]
+    assert found.ignored == 2
+    assert np.all(np.diff(found[0].positions[:, 2]) == 3)
+
+
+def test_files_that_repeat_an_image_are_left_out(tmp_path):
+    write_series(tmp_path / "ct")
+    shutil.copytree(tmp_path / "ct", tmp_path / "again")
+    series = only(tmp_path)
+    assert (len(series), series.repeated) == (12, 12)
+    assert "12 files repeated" in series.label
+
+
+def test_scout_filed_with_its_scan_becomes_a_part(tmp_path):
+    write_series(tmp_path / "ct")
+    coronal = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1], "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    write_series(tmp_path / "scout", depths=[0], shape=(9, 9), tags=coronal)
+    assert sorted((s.part, len(s)) for s in find_series(tmp_path)) == [(1, 12), (2, 1)]
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DicomError, match="no such folder"):
+        find_series(tmp_path / "nowhere")
+
+
+def test_folder_without_dicom(tmp_path):
+    (tmp_path / "a.txt").touch()
+    assert find_series(tmp_path) == []
+    with pytest.raises(DicomError, match="no DICOM series"):
+        find_studies(tmp_path)
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+CT_TAGS = {"SeriesNumber": 3, "ConvolutionKernel": "STANDARD"}
+LONG = np.arange(20) * 9.0  # 180 mm, so that overlaps differ by more than a step
+OTHERS = [
+    pytest.param("CT", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, {}, "localizer", id="scout"),
+    pytest.param("CT", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}, {}, r"picture, not slices \(mip", id="mip"),
+    pytest.param("CT", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, {}, "screen capture", id="secondary_capture"),
+    pytest.param("CT", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, {}, "multi-frame", id="enhanced_ct"),
+    pytest.param("CT", {"FrameOfReferenceUID": "1.2.3.4.77"}, {}, "another frame", id="second_frame_of_reference"),
+    pytest.param("CT", {"FrameOfReferenceUID": None}, {}, "none stated", id="no_frame_of_reference"),
+    pytest.param("CT", {}, {"depths": LONG[:5]}, "only 5 slices", id="few_slices"),
+    pytest.param("CT", {}, {"depths": LONG[:9]}, "less of the PET's length", id="shorter"),
+    pytest.param("CT", {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, {}, "not axial", id="coronal"),
+    pytest.param("CT", {"ConvolutionKernel": "LUNG"}, {}, "lung or bone kernel", id="lung_kernel"),
+    pytest.param("CT", {"ImageType": ["DERIVED", "SECONDARY"]}, {}, "derived", id="derived_ct"),
+    pytest.param("CT", {}, {"depths": LONG[LONG != 63]}, "slices are missing", id="ct_with_gap"),
+    pytest.param("CT", {}, {"origin": (500, 500, 100)}, "another part of the body", id="elsewhere"),
+    pytest.param("CT", {"SeriesNumber": 8}, {}, "lower series number", id="equal_ct"),
+    pytest.param("CT", {"PixelSpacing": None}, {}, "no position", id="no_geometry"),
+    pytest.param("MR", {}, {}, "modality MR", id="other_modality"),
+    pytest.param("PT", {"CorrectedImage": ["DECY"]}, {}, "not attenuation corrected", id="nac_pet"),
+    pytest.param("PT", {"CorrectedImage": None}, {}, "correction not stated", id="pet_of_unknown_correction"),
+    pytest.param("PT", {"Units": "PROPCNTS"}, {}, "PROPCNTS", id="proportional_counts"),
+    pytest.param("PT", {"SeriesType": ["DYNAMIC", "IMAGE"]}, {}, "dynamic PET", id="dynamic"),
+    pytest.param("PT", {"SeriesType": ["STATIC", "REPROJECTION"]}, {}, "reprojection", id="pet_mip"),
+    pytest.param("PT", {"ImageType": ["DERIVED", "PRIMARY"]}, {}, "derived", id="derived_pet"),
+    pytest.param("PT", {}, {"depths": LONG[:15]}, "fewer slices", id="short_pet"),
+    pytest.param("PT", {"PixelSpacing": [6, 6]}, {}, "coarser", id="coarse_pet"),
+    pytest.param(
+        "PT", {"FrameOfReferenceUID": "1.2.3.4.78"}, {"depths": np.arange(25) * 9.0}, "no CT in its", id="lone_pet"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def only_pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    write_series(folder / "ct", depths=LONG, tags=CT_TAGS)
+    write_series(folder / "pet", "PT", uid="1.2.3.4.4", depths=LONG, tags={"SeriesNumber": 4})
+    return find_series(folder)
+
+
+@pytest.mark.parametrize("modality, tags, series, reason", OTHERS)
+@pytest.mark.parametrize("number", [1, 9], ids=["comes_first", "comes_last"])
+def test_the_other_series_is_rejected(tmp_path, only_pair, modality, tags, series, reason, number):
+    other = {**(CT_TAGS if modality == "CT" else {}), "SeriesNumber": number, **tags}
+    write_series(tmp_path, modality, uid="1.2.3.4.5", tags=other, **{"depths": LONG, **series})
+    choice = choose_pet_ct([*only_pair, *find_series(tmp_path)])
+    assert (choice.ct.number, choice.pet.number) == (3, 4)
+    [(rejected, why)] = choice.rejected
+    assert rejected.number == other["SeriesNumber"]
+    assert re.search(reason, why), why
+    assert why in choice.describe()
+    assert_anonymous(choice.describe() + repr(choice) + repr(rejected))
+
+
+def test_frame_of_reference_may_be_waived(tmp_path):
+    write_series(tmp_path / "ct")
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={"FrameOfReferenceUID": "1.2.3.4.55"})
+    found = find_series(tmp_path)
+    with pytest.raises(DicomError, match=r"no CT belongs to the PET(.|\n)*another frame"):
+        choose_pet_ct(found)
+    assert choose_pet_ct(found, require_same_frame=False).ct.modality == "CT"
+
+
+@pytest.mark.parametrize(
+    "modality, message",
+    [("CT", "no usable attenuation-corrected PET"), ("PT", "no usable CT")],
+    ids=["no_pet", "no_ct"],
+)
+def test_half_a_pair(tmp_path, modality, message):
+    write_series(tmp_path, modality)
+    write_series(tmp_path / "nac", "PT", uid="1.2.3.4.8", tags={"CorrectedImage": ["DECY"], "SeriesNumber": 7})
+    with pytest.raises(DicomError, match=rf"{message} among 2 series\nrejected: series 7.*not attenuation") as error:
+        choose_pet_ct(find_series(tmp_path))
+    assert_anonymous(str(error.value))
+
+
+def _examination(folder, patient, study, frame):
+    tags = {"PatientID": patient, "FrameOfReferenceUID": frame}
+    write_series(folder / "ct", uid=f"{study}.1", tags={**tags, "StudyInstanceUID": study})
+    # filed as a study of its own, as some sites do
+    write_series(folder / "pet", "PT", uid=f"{study}.2", tags={**tags, "StudyInstanceUID": f"{study}.9"})
+
+
+def test_studies_of_several_patients(tmp_path):
+    for k, patient in enumerate(("ID-4711-B", "ID-4711-A", "ID-4711-A")):
+        _examination(tmp_path / str(k), patient, f"1.2.3.4.1{k}", f"1.2.3.4.2{k}")
+    studies = find_studies(tmp_path)
+    assert [s.patient_id for s in studies] == ["ID-4711-A", "ID-4711-A", "ID-4711-B"]
+    assert all(len(s.series) == 2 and s.is_pet_ct and s.choose().ct.modality == "CT" for s in studies)
+    assert_anonymous(repr(studies))
+    with pytest.raises(DicomError, match=r"scans of 2 patients.*find_studies") as error:
+        choose_pet_ct(find_series(tmp_path))
+    assert_anonymous(str(error.value))
+    with pytest.raises(DicomError, match="2 PET/CT examinations of one patient"):
+        choose_pet_ct(studies[0].series + studies[1].series)
+
+
+def test_ct_of_another_examination_is_left_aside(tmp_path):
+    _examination(tmp_path, "ID-4711", "1.2.3.4.10", "1.2.3.4.20")
+    old = {"StudyInstanceUID": "1.2.3.4.30", "FrameOfReferenceUID": "1.2.3.4.40", "SeriesNumber": 6}
+    write_series(tmp_path / "old", uid="1.2.3.4.31", tags=old)
+    [(rejected, why)] = choose_pet_ct(find_series(tmp_path)).rejected
+    assert (rejected.number, why) == (6, "of another examination than the PET/CT")
+
+
+# --- SUV -----------------------------------------------------------------------------------------------------------
+
+ONE_HALF_LIFE = 70_000 / 185e6  # 70 kg; of 370 MBq half is left after 6600 s
+AT_INJECTION = 70_000 / 370e6
+PHILIPS = (0x7053, "Philips PET Private Group")
+GE_SCAN = (0x0009, "GEMS_PETD_01", 0x0D, "DT", "20200102115000.00")
+LATE = {"SeriesTime": "150000"}
+
+
+@pytest.mark.parametrize(
+    "changes, factor",
+    [
+        pytest.param({}, ONE_HALF_LIFE, id="bqml_start"),
+        pytest.param({"DecayCorrection": "ADMIN"}, AT_INJECTION, id="bqml_admin"),
+        pytest.param({"DecayCorrection": "ADMIN", "SeriesTime": None}, AT_INJECTION, id="admin_needs_no_times"),
+        pytest.param({"AcquisitionTime": "120500"}, ONE_HALF_LIFE, id="series_before_acquisition"),
+        pytest.param({**LATE, "private": GE_SCAN, "AcquisitionTime": "121000"}, ONE_HALF_LIFE, id="ge_private_start"),
+        pytest.param(LATE, ONE_HALF_LIFE, id="late_series_takes_acquisition"),
+        # The mean activity of a frame of 600 s is reached after 298.425 s: 300 - ln(2) / 6600 * 600 ** 2 / 24.
+        pytest.param(
+            {**LATE, "AcquisitionTime": "120000", "FrameReferenceTime": 898425, "ActualFrameDuration": 600000},
+            ONE_HALF_LIFE,
+            id="late_series_computed_back",
+        ),
+        pytest.param(
+            {"SeriesTime": "012000", "AcquisitionTime": "012000", "RadiopharmaceuticalStartTime": "233000"},
+            ONE_HALF_LIFE,
+            id="over_midnight",
+        ),
+        pytest.param(
+            {"SeriesTime": "012000", "AcquisitionTime": "012000", "RadiopharmaceuticalStartDateTime": "20200101233000"},
+            ONE_HALF_LIFE,
+            id="over_midnight_with_date",
+        ),
+        pytest.param({"RadiopharmaceuticalStartDateTime": "20200102100000.00"}, ONE_HALF_LIFE, id="date_and_time"),
+        pytest.param({"RadiopharmaceuticalStartDateTime": "20190704100000"}, ONE_HALF_LIFE, id="date_of_another_year"),
+        pytest.param({"RadiopharmaceuticalStartDateTime": "20200103100000"}, ONE_HALF_LIFE, id="date_after_the_scan"),
+        pytest.param(
+            {"RadiopharmaceuticalStartDateTime": "20200102080000+0000", "TimezoneOffsetFromUTC": "+0200"},
+            ONE_HALF_LIFE,
+            id="other_time_zone",
+        ),
+        pytest.param({"RadiopharmaceuticalStartDateTime": "20200102"}, ONE_HALF_LIFE, id="date_without_time"),
+        pytest.param({"RadiopharmaceuticalStartTime": "10:00:00"}, ONE_HALF_LIFE, id="old_way_of_writing_times"),
+        pytest.param({"CorrectedImage": ["ATTN", "DECAY"]}, ONE_HALF_LIFE, id="decay_spelt_out"),
+        pytest.param({"PatientWeight": "35"}, ONE_HALF_LIFE / 2, id="half_the_weight"),
+        pytest.param({"Units": "CNTS", "private": (*PHILIPS, 0x00, "DS", "0.00123")}, 0.00123, id="philips_suv"),
+        pytest.param({"Units": "CNTS", "private": (*PHILIPS, 0x00, "UN", b"0.00123 ")}, 0.00123, id="philips_bytes"),
+        pytest.param(
+            {
+                "Units": "CNTS",
+                "private": (*PHILIPS, 0x00, "DS", "0"),
+                "private2": (*PHILIPS, 0x09, "DS", "2.5"),
+            },
+            2.5 * ONE_HALF_LIFE,
+            id="philips_activity",
+        ),
+        pytest.param({"Units": "GML", "SUVType": "BW"}, 1.0, id="gml"),
+        pytest.param({"Units": "GML", "DecayCorrection": None, "PatientWeight": None}, 1.0, id="gml_as_it_is"),
+    ],
+)
+def test_suv_factor(changes, factor):
+    assert suv_factor(pet_header(**changes)) == pytest.approx(factor, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param({"Units": None}, r"Units \(0054,1001\) is missing", id="no_units"),
+        pytest.param({"Units": "PROPCNTS"}, r"\(0054,1001\) is PROPCNTS", id="proportional_counts"),
+        pytest.param({"Units": "CM2ML"}, r"\(0054,1001\) is CM2ML", id="by_body_surface"),
+        pytest.param({"Units": "GML", "SUVType": "LBM"}, r"\(0054,1006\) is LBM", id="by_lean_mass"),
+        pytest.param({"DecayCorrection": "NONE"}, r"\(0054,1102\) is NONE: .*not corrected", id="no_decay_correction"),
+        pytest.param({"DecayCorrection": None}, r"Decay Correction \(0054,1102\) is missing", id="decay_not_stated"),
+        pytest.param({"CorrectedImage": ["DECY"]}, r"\(0028,0051\) has no ATTN", id="nac"),
+        pytest.param({"CorrectedImage": None}, r"Corrected Image \(0028,0051\) is missing", id="corrections_missing"),
+        pytest.param({"CorrectedImage": ["ATTN", "SCAT"]}, r"\(0028,0051\) has no DECY", id="decay_contradiction"),
+        pytest.param({"PatientWeight": None}, r"Patient's Weight \(0010,1030\) is missing", id="no_weight"),
+        pytest.param({"PatientWeight": ""}, r"\(0010,1030\) is missing or empty", id="empty_weight"),
+        pytest.param({"PatientWeight": 0}, r"\(0010,1030\) is zero", id="zero_weight"),
+        pytest.param({"PatientWeight": 70000}, r"\(0010,1030\) is 70000 kg, outside 2 to 500", id="weight_in_grams"),
+        pytest.param({"RadionuclideTotalDose": None}, r"\(0018,1074\) is missing", id="no_dose"),
+        pytest.param({"RadionuclideTotalDose": 0}, r"\(0018,1074\) is zero", id="zero_dose"),
+        pytest.param({"RadionuclideTotalDose": 370}, r"\(0018,1074\) is 370 Bq.*check its unit", id="dose_in_mbq"),
+        pytest.param({"RadionuclideHalfLife": None}, r"Half Life \(0018,1075\) is missing", id="no_half_life"),
+        pytest.param({"RadionuclideHalfLife": 0}, r"\(0018,1075\) is zero", id="zero_half_life"),
+        pytest.param({"RadiopharmaceuticalStartTime": None}, r"\(0018,1072\) is missing", id="no_injection_time"),
+        pytest.param({"RadiopharmaceuticalStartTime": "late"}, r"\(0018,1072\) is no date", id="odd_injection_time"),
+        pytest.param({"RadiopharmaceuticalStartTime": "120000"}, r"23.8 h before the scan", id="injected_afterwards"),
+        pytest.param({"RadiopharmaceuticalInformationSequence": None}, r"\(0054,0016\)", id="no_radiopharmaceutical"),
+        pytest.param({"RadiopharmaceuticalInformationSequence": []}, r"\(0054,0016\)", id="empty_radiopharmaceutical"),
+        pytest.param({"SeriesTime": None}, r"Series Time \(0008,0031\) is missing", id="no_series_time"),
+        pytest.param({"SeriesDate": ""}, r"Series Date \(0008,0021\) is missing", id="no_series_date"),
+        pytest.param({"AcquisitionDate": None}, r"\(0008,0022\) is missing", id="no_acquisition_date"),
+        pytest.param({"AcquisitionTime": None}, r"\(0008,0032\) is missing", id="no_acquisition_time"),
+        pytest.param({"Units": "CNTS"}, r"\(7053,1000\) and \(7053,1009\)", id="counts_without_philips"),
+    ],
+)
+def test_suv_refusals_name_the_tag(changes, message):
+    with pytest.raises(DicomError, match=message):
+        suv_factor(pet_header(**changes))
+
+
+def test_suv_of_a_late_series_starts_with_its_first_bed_position():
+    beds = [pet_header(**LATE, AcquisitionTime=clock) for clock in ("121000", "115000", "120000")]
+    assert suv_factor(beds) == pytest.approx(ONE_HALF_LIFE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param({"Units": "GML"}, r"differ in Units \(0054,1001\): BQML, GML", id="units"),
+        pytest.param({"PatientWeight": 71}, r"differ in Patient's Weight", id="weight"),
+        pytest.param({"RadionuclideTotalDose": 3e8}, r"differ in Radionuclide Total Dose", id="dose"),
+        pytest.param({"DecayCorrection": "ADMIN"}, r"differ in Decay Correction", id="decay"),
+    ],
+)
+def test_suv_needs_slices_that_agree(changes, message):
+    with pytest.raises(DicomError, match=message):
+        suv_factor([pet_header(), pet_header(**changes)])
+
+
+def test_suv_of_no_slices():
+    with pytest.raises(DicomError, match="no PET slices"):
+        suv_factor([])
+
+
+def test_suv_factor_follows_the_formula_for_any_uptake_time():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        weight, dose, minutes = rng.uniform(40, 120), rng.uniform(1e8, 5e8), int(rng.integers(30, 300))
+        injected = datetime(2020, 1, 2, 11, 50) - timedelta(minutes=minutes)
+        header = pet_header(
+            PatientWeight=f"{weight:.3f}",
+            RadionuclideTotalDose=f"{dose:.0f}",
+            RadiopharmaceuticalStartTime=f"{injected:%H%M%S}",
+        )
+        expected = 1000 * weight / (dose * math.exp(-math.log(2) * 60 * minutes / 6600))
+        assert suv_factor(header) == pytest.approx(expected, rel=1e-4)
+
+
+def test_suv_from_the_files_of_a_series(tmp_path):
+    write_series(tmp_path, "PT", each=lambda k: {"RescaleSlope": 1 + k})
+    assert suv_factor(read_headers(only(tmp_path))) == pytest.approx(ONE_HALF_LIFE)
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def dciodvfy_errors(path):
+    """What the validator of dicom3tools calls an error; None where it is not installed."""
+    if shutil.which("dciodvfy") is None:
+        return None
+    result = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
+    return [line for line in (result.stdout + result.stderr).splitlines() if line.startswith(("Error", "Abort"))]
+
+
+def tumour(shape):
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[2:6, 4:9, 10:15] = 1
+    mask[9, 14, 20] = 1
+    return mask
+
+
+def test_segmentation_reads_back(tmp_path):
+    choice = pair(tmp_path / "in")
+    mask = tumour(choice.ct.grid.shape)
+    write_seg(tmp_path / "out" / "seg.dcm", mask, choice.ct, model=MODEL)
+    seg = hd.seg.segread(tmp_path / "out" / "seg.dcm")
+    ct = read_headers(choice.ct)
+    by_uid = {header.SOPInstanceUID: k for k, header in enumerate(ct)}
+    assert seg.NumberOfFrames == 6, "only slices with tumour are stored"
+    frames = seg.get_pixels_by_source_instance([h.SOPInstanceUID for h in ct], assert_missing_frames_are_empty=True)
+    np.testing.assert_array_equal(frames[..., 0].transpose(2, 1, 0), mask)
+    for frame, item in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        source = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        np.testing.assert_array_equal(frame.T, mask[:, :, by_uid[source]])
+        position = item.PlanePositionSequence[0].ImagePositionPatient
+        np.testing.assert_allclose(position, ct[by_uid[source]].ImagePositionPatient)
+    assert seg.FrameOfReferenceUID == choice.ct.frame_of_reference
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["seg.dcm"]
+
+
+def test_segmentation_of_an_oblique_ct(tmp_path):
+    turned = [math.cos(TURN), 0, math.sin(TURN), 0, 1, 0]
+    write_series(tmp_path / "ct", tags={"ImageOrientationPatient": turned})
+    ct = only(tmp_path / "ct")
+    mask = (np.random.default_rng(2).random(ct.grid.shape) > 0.5).astype(np.uint8)
+    write_seg(tmp_path / "seg.dcm", mask, ct, model=MODEL)
+    volume = hd.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
+    np.testing.assert_array_equal(volume.match_geometry(_volume_geometry(ct)).array.transpose(2, 1, 0), mask)
+
+
+def _volume_geometry(series):
+    lps = np.diag([-1.0, -1, 1, 1]) @ series.grid.affine @ np.eye(4)[:, [2, 1, 0, 3]]
+    return hd.VolumeGeometry(lps, series.grid.shape[::-1], "PATIENT", series.frame_of_reference)
+
+
+def test_segment_is_coded_and_carries_patient_and_study(tmp_path):
+    choice = pair(tmp_path / "in")
+    write_seg(tmp_path / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+    seg, ct = hd.seg.segread(tmp_path / "seg.dcm"), read_headers(choice.ct)[0]
+    segment = seg.get_segment_description(1)
+    assert segment.segmented_property_category == codes.SCT.MorphologicallyAbnormalStructure
+    assert segment.segmented_property_type == codes.SCT.Neoplasm
+    assert segment.anatomic_regions == [codes.SCT.HeadAndNeck]
+    assert segment.algorithm_identification.name == MODEL.name
+    assert segment.algorithm_identification.version == MODEL.version
+    for tag in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate"):
+        assert seg[tag].value == ct[tag].value
+    assert seg.AccessionNumber == "ACC-0815" and seg.SeriesInstanceUID != ct.SeriesInstanceUID
+
+
+def test_empty_mask_is_stored_with_its_empty_slices(tmp_path):
+    choice = pair(tmp_path / "in")
+    write_seg(tmp_path / "seg.dcm", np.zeros(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+    seg = hd.seg.segread(tmp_path / "seg.dcm")
+    assert seg.NumberOfFrames == 30 and not seg.pixel_array.any()
+    assert dciodvfy_errors(tmp_path / "seg.dcm") in (None, [])
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        pytest.param(np.zeros((30, 16, 12), np.uint8), r"shape \(30, 16, 12\), the CT \(12, 16, 30\)", id="turned"),
+        pytest.param(np.full((12, 16, 30), 2, np.uint8), "other than the integers 0 and 1", id="two_labels"),
+        pytest.param(np.full((12, 16, 30), 0.5), "other than the integers", id="probability"),
+    ],
+)
+def test_masks_that_are_refused(tmp_path, mask, message):
+    choice = pair(tmp_path / "in")
+    with pytest.raises(DicomError, match=message):
+        write_seg(tmp_path / "seg.dcm", mask, choice.ct, model=MODEL)
+    assert not (tmp_path / "seg.dcm").exists()
+
+
+def test_no_half_file_is_left(tmp_path, monkeypatch):
+    choice = pair(tmp_path / "in")
+
+    def full_disk(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "save_as", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_seg(tmp_path / "out" / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+FINDINGS = Findings(
+    volume_ml=12.5, suv_max=14.25, suv_mean=6.5, mtv_ml=10.0, tlg_g=81.25, lesions=2, log_hazard=-0.75,
+    risk_percentile=31.0, survival={730: 0.81, 365: 0.9}, hpv_probability=0.7, hpv_positive=True,
+)  # fmt: skip
+
+
+def written_report(folder, findings=FINDINGS, **options):
+    choice = pair(folder / "in")
+    seg = write_seg(folder / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+    write_sr(folder / "sr.dcm", findings, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg, **options)
+    return hd.sr.srread(folder / "sr.dcm"), seg, choice
+
+
+def numbers(group):
+    """(code, derivation) -> (value, unit) of a group's measurements."""
+    return {
+        (m.name.value, m.derivation.meaning if m.derivation else ""): (m.value, m.unit.value)
+        for m in group.get_measurements()
+    }
+
+
+def test_report_reads_back(tmp_path):
+    report, seg, _ = written_report(tmp_path)
+    [roi] = report.content.get_volumetric_roi_measurement_groups()
+    assert numbers(roi) == {
+        ("118565006", ""): (12.5, "cm3"),
+        ("126401", "Maximum"): (14.25, "g/ml{SUVbw}"),
+        ("126401", "Mean"): (6.5, "g/ml{SUVbw}"),
+        ("126032", ""): (10.0, "cm3"),
+        ("126033", ""): (81.25, "g"),
+        ("246206008", ""): (2.0, "1"),
+    }
+    [image] = [item for item in roi[0].ContentSequence if item.ValueType == "IMAGE"]
+    [reference] = image.ReferencedSOPSequence
+    assert (reference.ReferencedSOPInstanceUID, reference.ReferencedSegmentNumber) == (seg.SOPInstanceUID, 1)
+    assert roi.tracking_uid == seg.SegmentSequence[0].TrackingUID
+    [prediction] = report.content.get_image_measurement_groups()
+    assert numbers(prediction) == {
+        ("LOG_HAZARD", ""): (-0.75, "1"),
+        ("RISK_PERCENTILE", ""): (31.0, "%"),
+        ("RFS_365D", ""): (0.9, "1"),
+        ("RFS_730D", ""): (0.81, "1"),
+        ("HPV_PROBABILITY", ""): (0.7, "1"),
+    }
+    [status] = prediction.get_qualitative_evaluations()
+    assert (status.name.value, status.value) == ("HPV_STATUS", codes.SCT.Positive)
+
+
+def test_report_refers_to_its_sources(tmp_path):
+    report, seg, choice = written_report(tmp_path)
+    referred = {
+        item.ReferencedSOPInstanceUID
+        for key in ("CurrentRequestedProcedureEvidenceSequence", "PertinentOtherEvidenceSequence")
+        for study in report.get(key, [])
+        for series in study.ReferencedSeriesSequence
+        for item in series.ReferencedSOPSequence
+    }
+    sources = [h.SOPInstanceUID for s in (choice.ct, choice.pet) for h in read_headers(s)]
+    assert referred == {*sources, seg.SOPInstanceUID}
+    assert report.StudyInstanceUID == "1.2.3.4.1" and str(report.PatientName) == "Doe^Jane"
+    assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    [scheme] = report.CodingSchemeIdentificationSequence
+    assert scheme.CodingSchemeDesignator == "99HNPETCT"
+
+
+def test_report_says_what_made_it_and_that_it_is_for_research(tmp_path):
+    report, _, _ = written_report(tmp_path, notes=["PET does not reach the top of the CT"])
+    texts = []
+    report.walk(lambda _, element: texts.append(str(element.value)) if element.keyword == "TextValue" else None)
+    comments = [text for text in texts if text.startswith(("Research use only", "PET does not"))]
+    assert len(comments) == 4, "both in each of two groups"
+    assert {MODEL.name, MODEL.version, f"weights: {MODEL.weights}", MODEL.manufacturer} <= set(texts)
+
+
+def test_codes_are_those_of_the_dictionaries(tmp_path):
+    known = {
+        "126401": codes.DCM.Suvbw,
+        "126032": codes.DCM.MetabolicVolume,
+        "126033": codes.DCM.TotalLesionGlycolysis,
+        "118565006": codes.SCT.Volume,
+        "246206008": codes.SCT.NumberOfLesions,
+    }
+    report, _, _ = written_report(tmp_path)
+    [roi] = report.content.get_volumetric_roi_measurement_groups()
+    assert {m.name.value for m in roi.get_measurements()} == set(known)
+    assert all(m.name == known[m.name.value] for m in roi.get_measurements())
+    # short string and long string of DICOM
+    assert all(len(code) <= 16 and len(meaning) <= 64 for code, meaning in PRIVATE_CODES.items())
+
+
+def test_prediction_without_a_mask(tmp_path):
+    choice = pair(tmp_path / "in")
+    alone = Findings(log_hazard=0.5, hpv_positive=False)
+    write_sr(tmp_path / "sr.dcm", alone, ct=choice.ct, pet=choice.pet, model=MODEL)
+    content = hd.sr.srread(tmp_path / "sr.dcm").content
+    assert content.get_volumetric_roi_measurement_groups() == []
+    [prediction] = content.get_image_measurement_groups()
+    assert numbers(prediction) == {("LOG_HAZARD", ""): (0.5, "1")}
+    assert prediction.get_qualitative_evaluations()[0].value == codes.SCT.Negative
+
+
+@pytest.mark.parametrize(
+    "findings, message",
+    [
+        pytest.param(Findings(volume_ml=1.0), "give seg", id="tumour_without_segmentation"),
+        pytest.param(Findings(), "nothing to report", id="nothing"),
+    ],
+)
+def test_reports_that_are_refused(tmp_path, findings, message):
+    choice = pair(tmp_path / "in")
+    with pytest.raises(DicomError, match=message):
+        write_sr(tmp_path / "sr.dcm", findings, ct=choice.ct, pet=choice.pet, model=MODEL)
+
+
+@pytest.mark.parametrize("values", [{"log_hazard": math.nan}, {"survival": {365: math.inf}}], ids=["nan", "inf"])
+def test_findings_must_be_finite(values):
+    with pytest.raises(ValueError, match="leave out what is not known"):
+        Findings(**values)
+
+
+def test_dciodvfy_finds_no_errors(tmp_path):
+    written_report(tmp_path)
+    if dciodvfy_errors(tmp_path / "seg.dcm") is None:
+        pytest.skip("dciodvfy is not installed (apt-get install dicom3tools)")
+    assert dciodvfy_errors(tmp_path / "seg.dcm") == []
+    assert dciodvfy_errors(tmp_path / "sr.dcm") == []
+
+
+@pytest.mark.parametrize(
+    "name, charset",
+    [
+        pytest.param("Müller^Jürgen", "ISO_IR 100", id="latin_1"),
+        pytest.param("Παπαδόπουλος^Νίκος", "ISO_IR 192", id="greek_in_utf_8"),
+        pytest.param("Yamada^Tarou=山田^太郎", ["", "ISO 2022 IR 87"], id="kanji"),
+    ],
+)
+def test_names_in_any_script_are_carried_over(tmp_path, name, charset):
+    script = {"PatientName": name, "SpecificCharacterSet": charset}
+    write_series(tmp_path / "ct", tags=script)
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={**script, "SeriesNumber": 2})
+    choice = choose_pet_ct(find_series(tmp_path))
+    seg = write_seg(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+    write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    for file in ("seg.dcm", "sr.dcm"):
+        assert str(pydicom.dcmread(tmp_path / file).PatientName) == name
+        assert dciodvfy_errors(tmp_path / file) in (None, [])
+
+
+@pytest.mark.parametrize("charset", [None, "ISO_IR 100"], ids=["ascii", "latin_1"])
+def test_notes_in_any_script(tmp_path, charset):
+    write_series(tmp_path / "ct", tags={"SpecificCharacterSet": charset})
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={"SpecificCharacterSet": charset})
+    choice = choose_pet_ct(find_series(tmp_path))
+    note = "SUV ≥ 4, 視野"
+    write_sr(tmp_path / "sr.dcm", Findings(log_hazard=0.0), ct=choice.ct, pet=choice.pet, model=MODEL, notes=[note])
+    texts = []
+    report = pydicom.dcmread(tmp_path / "sr.dcm")
+    report.walk(lambda _, element: texts.append(element.value) if element.keyword == "TextValue" else None)
+    assert note in texts
+
+
+def test_nothing_identifying_is_logged(tmp_path, caplog, capfd):
+    odd = {"PatientName": "Doe Jane", "StudyID": "ID-4711 is far too long"}
+    write_series(tmp_path / "ct", tags=odd)
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={**odd, "SeriesNumber": 2})
+    with caplog.at_level(logging.DEBUG):
+        choice = choose_pet_ct(find_series(tmp_path))
+        read_series(choice.pet)
+        suv_factor(read_headers(choice.pet))
+        seg = write_seg(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+        write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    out, err = capfd.readouterr()
+    assert_anonymous(caplog.text + out + err)
+    for file in ("seg.dcm", "sr.dcm"):
+        written = pydicom.dcmread(tmp_path / file)
+        assert (str(written.PatientName), written.StudyID) == ("Doe Jane", "ID-4711 is far t"), "16 characters at most"
+
+
+# --- real patients, and life without pydicom -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patient", ["STS-002", "STS-008"])
+def test_real_patients_equal_their_nifti(patient, tmp_path):
+    folder, images = SHARED / "dicom" / patient, SHARED / "sts_petct" / "images" / patient
+    if not folder.is_dir() or not images.is_dir():
+        pytest.skip("the real DICOM patients and their NIfTI are not here")
+    choice = choose_pet_ct(find_series(folder))
+    assert [s.modality for s, _ in choice.rejected] == ["RTSTRUCT"]
+    assert "STS" not in choice.describe() and " x 3.27 mm" in choice.describe()
+    for series, suffix in ((choice.ct, "CT"), (choice.pet, "PT")):
+        array, affine = read_series(series)
+        nifti = nib.load(images / f"{patient}__{suffix}.nii.gz")
+        np.testing.assert_allclose(affine, nifti.affine, atol=1e-4)
+        np.testing.assert_allclose(array, np.asarray(nifti.dataobj), atol=1e-5)
+    assert suv_factor(read_headers(choice.pet)) == 1.0
+    mask = (np.asarray(nib.load(images / f"{patient}.nii.gz").dataobj) > 0).astype(np.uint8)
+    seg = write_seg(tmp_path / "seg.dcm", mask, choice.ct, model=MODEL)
+    write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    read = hd.seg.segread(tmp_path / "seg.dcm")
+    assert read.pixel_array.sum() == mask.sum() > 0
+    assert [dciodvfy_errors(tmp_path / f) or [] for f in ("seg.dcm", "sr.dcm")] == [[], []]
+
+
+def test_without_pydicom_the_error_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['pydicom'] = None; sys.modules['highdicom'] = None\n"
+        "import scripts.dicom as d\n"
+        "for call in (lambda: d.find_series('.'), lambda: d._module('highdicom')):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    bundle = str(Path(__file__).resolve().parents[1] / "bundle")
+    environment = {**os.environ, "PYTHONPATH": bundle}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert result.stdout.splitlines() == [
+        "DICOM needs pydicom.config: pip install pydicom highdicom",
+        "DICOM needs highdicom: pip install pydicom highdicom",
+    ]

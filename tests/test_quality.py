@@ -1,0 +1,553 @@
+"""Quality rules on both sides of their limits, faults put into good cases, and the transform in its chain."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import list_data_collate
+from monai.transforms import Compose
+
+from conftest import SHARED_DATA
+from phantom import draw_patient, scan_patient
+from scripts import keys as K
+from scripts import sampling
+from scripts.geometry import Grid
+from scripts.images import read_image
+from scripts.localise import METHOD_CENTRE, METHOD_CT_TOP, METHOD_MASK, METHOD_PET_BRAIN, Location, locate_head_neck
+from scripts.quality import (
+    DEFAULT_LIMITS,
+    Check,
+    CheckQualityd,
+    QualityError,
+    check_case,
+    check_features,
+    checks_from_json,
+    checks_to_json,
+    feature_distance,
+    fit_feature_statistics,
+    fit_voxel_limits,
+    merge_limits,
+    verdict,
+)
+from scripts.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
+
+SHAPE, MM = (72, 60, 64), 5.0
+ROI, SPACING = 32, 8.0
+CENTRE = np.zeros(3)
+
+
+class Case:
+    """Head on neck on shoulders in blocks of 5 mm, with an airway and a warm brain; the origin is in the middle."""
+
+    def __init__(self) -> None:
+        x, y, z = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * MM for n in SHAPE), indexing="ij")
+        head = (x / 75) ** 2 + (y / 95) ** 2 + ((z - 60) / 85) ** 2 <= 1
+        neck = (x**2 + y**2 <= 55**2) & (z <= 60) & (z > -70)
+        trunk = ((x / 150) ** 2 + (y / 90) ** 2 <= 1) & (z <= -70)
+        self.airway = (abs(x) < 9) & (abs(y - 10) < 9) & (z < 40)
+        self.body = head | neck | trunk
+        self.ct = np.where(self.body, 40, -1000).astype(np.int16)
+        self.ct[self.airway] = -950
+        self.brain = (x / 65) ** 2 + (y / 85) ** 2 + ((z - 70) / 60) ** 2 <= 1
+        self.pet = np.where(self.body, 0.8, 0.0).astype(np.float32)
+        self.pet[self.brain] = 7.0
+        self.pet[(x - 25) ** 2 + y**2 + z**2 <= 15**2] = 12.0
+        affine = np.diag([MM, MM, MM, 1.0])
+        affine[:3, 3] = -(np.array(SHAPE) - 1) / 2 * MM
+        self.ct_grid = self.pet_grid = Grid(SHAPE, affine)
+        self.location = Location(CENTRE, METHOD_PET_BRAIN)
+
+    def check(self, **limits: dict[str, float]) -> dict[str, Check]:
+        checks = check_case(self.ct, self.ct_grid, self.pet, self.pet_grid, self.location, ROI, SPACING, limits or None)
+        return {c.name: c for c in checks}
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case()
+
+
+def with_grid(grid: Grid, scale: tuple[float, float, float] = (1, 1, 1), move: tuple = (0, 0, 0)) -> Grid:
+    affine = grid.affine.copy()
+    affine[:3, :3] *= scale
+    affine[:3, 3] += move
+    return Grid(grid.shape, affine)
+
+
+def set_pet(value: float) -> Callable[[Case], None]:
+    return lambda c: c.pet.__setitem__((3, 4, 5), value)
+
+
+def scale_pet(level: float) -> Callable[[Case], None]:
+    return lambda c: setattr(c, "pet", c.pet * np.float32(level / 0.8))
+
+
+def stretch_pet(contrast: float) -> Callable[[Case], None]:
+    return lambda c: setattr(c, "pet", c.pet * np.float32(contrast / 12.0))
+
+
+def inject(share: float, x: int = 66, width: int = 3) -> Callable[[Case], None]:
+    """A hot block with this share of the activity, by default 150 to 165 mm to the right of the middle."""
+
+    def change(c: Case) -> None:
+        block = (slice(x, x + width), slice(28, 31), slice(10, 13))
+        total = float(c.pet.sum(dtype=np.float64) - c.pet[block].sum(dtype=np.float64))
+        c.pet[block] = total * share / (1 - share) / c.pet[block].size
+
+    return change
+
+
+def clip_ct(lowest: float) -> Callable[[Case], None]:
+    return lambda c: np.clip(c.ct, lowest, None, out=c.ct)
+
+
+def set_tissue(hu: float) -> Callable[[Case], None]:
+    return lambda c: c.ct.__setitem__(c.ct > -300, hu)
+
+
+def shrink_body(share: float) -> Callable[[Case], None]:
+    def change(c: Case) -> None:
+        c.ct[:] = -1000
+        c.ct.reshape(-1)[: round(share * c.ct.size)] = 40
+
+    return change
+
+
+def move_pet(*mm: float) -> Callable[[Case], None]:
+    return lambda c: setattr(c, "pet_grid", with_grid(c.pet_grid, move=mm))
+
+
+def move_box(x: float) -> Callable[[Case], None]:
+    return lambda c: setattr(c, "location", Location(np.array([x, 0.0, 0.0]), METHOD_PET_BRAIN))
+
+
+def resize(scan: str, *mm: float) -> Callable[[Case], None]:
+    scale = tuple(m / MM for m in mm)
+    return lambda c: setattr(c, f"{scan}_grid", with_grid(c.ct_grid, scale))
+
+
+def spoil_ct(value: float) -> Callable[[Case], None]:
+    def change(c: Case) -> None:
+        c.ct = c.ct.astype(np.float32)
+        c.ct[1, 2, 3] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "expected"),
+    [
+        pytest.param(set_pet(0.0), "pet_not_finite", "ok", id="finite"),
+        pytest.param(set_pet(np.nan), "pet_not_finite", "reject", id="one_nan"),
+        pytest.param(set_pet(np.inf), "pet_not_finite", "reject", id="one_infinite"),
+        pytest.param(set_pet(-0.04), "pet_lowest", "ok", id="undershoot"),
+        pytest.param(set_pet(-0.06), "pet_lowest", "warn", id="more_than_undershoot"),
+        pytest.param(set_pet(-0.6), "pet_lowest", "reject", id="negative"),
+        pytest.param(stretch_pet(2.1), "pet_contrast", "ok", id="faint"),
+        pytest.param(stretch_pet(1.9), "pet_contrast", "warn", id="too_faint"),
+        pytest.param(stretch_pet(0.51), "pet_contrast", "warn", id="almost_blank"),
+        pytest.param(stretch_pet(0.49), "pet_contrast", "reject", id="as_good_as_blank"),
+        pytest.param(stretch_pet(0.0), "pet_contrast", "reject", id="blank"),
+        pytest.param(scale_pet(2.9), "pet_body", "ok", id="high_body"),
+        pytest.param(scale_pet(3.1), "pet_body", "warn", id="too_high_body"),
+        pytest.param(scale_pet(9.9), "pet_body", "warn", id="other_unit_perhaps"),
+        pytest.param(scale_pet(10.1), "pet_body", "reject", id="other_unit"),
+        pytest.param(scale_pet(4000.0), "pet_body", "reject", id="becquerel"),
+        pytest.param(scale_pet(0.16), "pet_body", "ok", id="low_body"),
+        pytest.param(scale_pet(0.14), "pet_body", "warn", id="too_low_body"),
+        pytest.param(scale_pet(0.019), "pet_body", "reject", id="scaled_down"),
+        pytest.param(set_pet(99.0), "pet_highest", "ok", id="bladder"),
+        pytest.param(set_pet(101.0), "pet_highest", "warn", id="very_hot"),
+        pytest.param(set_pet(999.0), "pet_highest", "warn", id="extremely_hot"),
+        pytest.param(set_pet(1001.0), "pet_highest", "reject", id="impossibly_hot"),
+        pytest.param(inject(0.029), "pet_injection_site", "ok", id="warm_arm"),
+        pytest.param(inject(0.031), "pet_injection_site", "warn", id="hot_arm"),
+        pytest.param(inject(0.099), "pet_injection_site", "warn", id="hotter_arm"),
+        pytest.param(inject(0.101), "pet_injection_site", "reject", id="extravasation"),
+        pytest.param(inject(0.4, x=3), "pet_injection_site", "reject", id="extravasation_left"),
+        pytest.param(inject(0.4, x=35), "pet_injection_site", "ok", id="bladder_at_midline"),
+        pytest.param(inject(0.4, x=56), "pet_injection_site", "ok", id="tumour_100_mm_beside"),
+        pytest.param(spoil_ct(-1000), "ct_not_finite", "ok", id="finite_ct"),
+        pytest.param(spoil_ct(np.nan), "ct_not_finite", "reject", id="ct_nan"),
+        pytest.param(spoil_ct(np.inf), "ct_not_finite", "reject", id="ct_infinite"),
+        pytest.param(clip_ct(-710), "ct_lowest", "ok", id="lung_window"),
+        pytest.param(clip_ct(-690), "ct_lowest", "warn", id="clipped"),
+        pytest.param(clip_ct(-310), "ct_lowest", "warn", id="much_clipped"),
+        pytest.param(clip_ct(-290), "ct_lowest", "reject", id="no_air"),
+        pytest.param(lambda c: np.add(c.ct, 1024, out=c.ct), "ct_lowest", "reject", id="offset_1024"),
+        pytest.param(
+            lambda c: setattr(c, "ct", ((c.ct + 1000) / 8).astype(np.uint8)), "ct_lowest", "reject", id="grey_levels"
+        ),
+        pytest.param(lambda c: setattr(c, "ct", (c.ct + 1000) / 2000), "ct_lowest", "reject", id="0_to_1"),
+        pytest.param(set_tissue(149), "ct_tissue", "ok", id="dense"),
+        pytest.param(set_tissue(151), "ct_tissue", "warn", id="too_dense"),
+        pytest.param(set_tissue(399), "ct_tissue", "warn", id="much_too_dense"),
+        pytest.param(set_tissue(401), "ct_tissue", "reject", id="bone_only"),
+        pytest.param(set_tissue(-119), "ct_tissue", "ok", id="fat"),
+        pytest.param(set_tissue(-121), "ct_tissue", "warn", id="lighter_than_fat"),
+        pytest.param(set_tissue(-249), "ct_tissue", "warn", id="much_lighter_than_fat"),
+        pytest.param(set_tissue(-251), "ct_tissue", "reject", id="no_tissue"),
+        pytest.param(shrink_body(0.026), "ct_body", "ok", id="small_body"),
+        pytest.param(shrink_body(0.024), "ct_body", "warn", id="very_small_body"),
+        pytest.param(shrink_body(0.011), "ct_body", "warn", id="tiny_body"),
+        pytest.param(shrink_body(0.009), "ct_body", "reject", id="almost_no_body"),
+        pytest.param(shrink_body(0.0), "ct_body", "reject", id="no_body"),
+        pytest.param(move_pet(135, 0, 0), "overlap", "ok", id="overlap_62_percent"),
+        pytest.param(move_pet(150, 0, 0), "overlap", "warn", id="overlap_58_percent"),
+        pytest.param(move_pet(275, 0, 0), "overlap", "warn", id="overlap_24_percent"),
+        pytest.param(move_pet(300, 0, 0), "overlap", "reject", id="overlap_17_percent"),
+        pytest.param(move_pet(0, 0, 900), "overlap", "reject", id="no_overlap"),
+        pytest.param(move_box(150), "box_in_view", "ok", id="box_62_percent"),
+        pytest.param(move_box(156), "box_in_view", "warn", id="box_58_percent"),
+        pytest.param(move_box(240), "box_in_view", "warn", id="box_25_percent"),
+        pytest.param(move_box(250), "box_in_view", "reject", id="box_21_percent"),
+        pytest.param(resize("ct", 0.49, 0.49, 2), "ct_in_plane", "ok", id="finest_ct"),
+        pytest.param(resize("ct", 0.47, 0.47, 2), "ct_in_plane", "warn", id="too_fine_ct"),
+        pytest.param(resize("ct", 2.73, 2.73, 3), "ct_in_plane", "ok", id="coarsest_ct"),
+        pytest.param(resize("ct", 2.8, 2.8, 3), "ct_in_plane", "warn", id="too_coarse_ct"),
+        pytest.param(resize("ct", 14.9, 14.9, 3), "ct_in_plane", "warn", id="much_too_coarse_ct"),
+        pytest.param(resize("ct", 15.1, 15.1, 3), "ct_in_plane", "reject", id="useless_ct"),
+        pytest.param(resize("ct", 1, 1, 2), "ct_slice", "ok", id="thinnest_slices"),
+        pytest.param(resize("ct", 1, 1, 1.9), "ct_slice", "warn", id="too_thin_slices"),
+        pytest.param(resize("ct", 1, 1, 3.27), "ct_slice", "ok", id="thickest_slices"),
+        pytest.param(resize("ct", 1, 1, 5), "ct_slice", "warn", id="too_thick_slices"),
+        pytest.param(resize("ct", 1, 1, 15.1), "ct_slice", "reject", id="useless_slices"),
+        pytest.param(resize("pet", 0.98, 0.98, 2.5), "pet_in_plane", "ok", id="finest_pet"),
+        pytest.param(resize("pet", 0.9, 0.9, 2.5), "pet_in_plane", "warn", id="too_fine_pet"),
+        pytest.param(resize("pet", 5.47, 5.47, 3.27), "pet_in_plane", "ok", id="coarsest_pet"),
+        pytest.param(resize("pet", 5.6, 5.6, 3.27), "pet_in_plane", "warn", id="too_coarse_pet"),
+        pytest.param(resize("pet", 15.1, 15.1, 3.27), "pet_in_plane", "reject", id="useless_pet"),
+        pytest.param(resize("pet", 4, 4, 1.9), "pet_slice", "warn", id="too_thin_pet"),
+        pytest.param(resize("pet", 4, 4, 4), "pet_slice", "ok", id="thickest_pet"),
+        pytest.param(resize("pet", 4, 4, 5), "pet_slice", "warn", id="too_thick_pet"),
+        pytest.param(resize("pet", 4, 4, 15.1), "pet_slice", "reject", id="useless_pet_slices"),
+        pytest.param(move_pet(10, 0, 0), "misalignment", "ok", id="head_moved"),
+        pytest.param(move_pet(30, 0, 0), "misalignment", "warn", id="shift_30_mm"),
+        pytest.param(move_pet(60, 0, 0), "misalignment", "reject", id="shift_60_mm_x"),
+        pytest.param(move_pet(0, -60, 0), "misalignment", "reject", id="shift_60_mm_y"),
+        pytest.param(move_pet(0, 0, 60), "misalignment", "reject", id="shift_60_mm_z"),
+        pytest.param(lambda c: None, "outline_agreement", "ok", id="same_body"),
+        pytest.param(
+            lambda c: setattr(c, "pet", np.where(c.body, 0, 1).astype(np.float32)),
+            "outline_agreement",
+            "reject",
+            id="inside_out",
+        ),
+    ],
+)
+def test_rule_on_either_side_of_its_limit(case: Case, change: Callable, rule: str, expected: str) -> None:
+    change(case)
+    assert case.check()[rule].verdict == expected
+
+
+def test_good_case_has_every_check_and_only_voxel_size_warns(case: Case) -> None:
+    checks = case.check()
+    assert set(checks) == set(DEFAULT_LIMITS) - {"airway", "feature_distance"} | {"head_in_view"}
+    assert {n for n, c in checks.items() if c.verdict != "ok"} == {"ct_in_plane", "ct_slice", "pet_slice"}
+    assert verdict(checks.values()) == "warn"
+
+
+@pytest.mark.parametrize("rule", sorted(set(DEFAULT_LIMITS) - {"airway", "feature_distance"}))
+def test_limits_decide(case: Case, rule: str) -> None:
+    value = case.check()[rule].value
+    wide = {"warn_below": value - 1, "reject_below": value - 2, "warn_above": value + 1, "reject_above": value + 2}
+    assert case.check(**{rule: wide})[rule].verdict == "ok"
+    assert case.check(**{rule: {**wide, "warn_below": value + 0.5}})[rule].verdict == "warn"
+    assert case.check(**{rule: {**wide, "warn_above": value - 0.5}})[rule].verdict == "warn"
+    assert case.check(**{rule: {**wide, "reject_below": value + 0.5}})[rule].verdict == "reject"
+    assert case.check(**{rule: {**wide, "reject_above": value - 0.5}})[rule].verdict == "reject"
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "airway_mm", "expected"),
+    [
+        pytest.param(METHOD_PET_BRAIN, "", 0, "ok", id="brain"),
+        pytest.param(METHOD_PET_BRAIN, "the brain is cut off", 200, "warn", id="brain_cut"),
+        pytest.param(METHOD_MASK, "", 0, "ok", id="mask"),
+        pytest.param(METHOD_CT_TOP, "no brain", 84, "warn", id="neck"),
+        pytest.param(METHOD_CT_TOP, "", 84, "ok", id="unflagged_neck"),
+        pytest.param(METHOD_CT_TOP, "", 76, "warn", id="short_neck"),
+        pytest.param(METHOD_CT_TOP, "no brain", 44, "warn", id="shorter_neck"),
+        pytest.param(METHOD_CT_TOP, "no brain", 36, "reject", id="bowel"),
+        pytest.param(METHOD_CT_TOP, "no brain", 0, "reject", id="leg"),
+        pytest.param(METHOD_CENTRE, "no head in the CT", 200, "reject", id="no_head"),
+    ],
+)
+def test_head_in_view(case: Case, method: str, flag: str, airway_mm: float, expected: str) -> None:
+    z = (np.arange(SHAPE[2]) - (SHAPE[2] - 1) / 2) * MM
+    case.ct[case.airway] = 40
+    open_part = (z < 20) & (z > 20 - airway_mm - 0.1)
+    case.ct[case.airway & open_part] = -950
+    case.location = Location(CENTRE, method, flag)
+    assert case.check()["head_in_view"].verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "flips"),
+    [
+        pytest.param((0, 1, 2), (0, 1), id="lps"),
+        pytest.param((2, 0, 1), (), id="axes_swapped"),
+        pytest.param((1, 2, 0), (2,), id="swapped_and_flipped"),
+    ],
+)
+def test_orientation_of_the_arrays_does_not_matter(case: Case, axes: tuple, flips: tuple) -> None:
+    inject(0.05)(case)
+    case.location = Location(CENTRE, METHOD_CT_TOP)
+    before = case.check()
+    turned, affine = np.flip(case.pet.transpose(axes), flips), case.pet_grid.affine.copy()
+    affine[:3, :3] = affine[:3, list(axes)]
+    for flip in flips:
+        affine[:3, 3] += affine[:3, flip] * (turned.shape[flip] - 1)
+        affine[:3, flip] *= -1
+    case.pet, case.pet_grid = turned, Grid(turned.shape, affine)
+    case.ct, case.ct_grid = np.flip(case.ct.transpose(axes), flips), case.pet_grid
+    after = case.check()
+    assert {n: c.verdict for n, c in after.items()} == {n: c.verdict for n, c in before.items()}
+    assert {n: c.value for n, c in after.items() if n != "outline_agreement"} == pytest.approx(
+        {n: c.value for n, c in before.items() if n != "outline_agreement"}
+    )
+
+
+def test_oblique_scans_are_compared_in_the_world(case: Case) -> None:
+    angle = np.deg2rad(15)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    case.ct_grid = case.pet_grid = Grid(SHAPE, turn @ case.ct_grid.affine)
+    assert case.check()["misalignment"].value == 0
+    assert case.check()["outline_agreement"].value > 90
+    case.pet_grid = with_grid(case.pet_grid, move=(60, 0, 0))
+    assert case.check()["misalignment"].verdict == "reject"
+
+
+def test_message_tells_the_shift(case: Case) -> None:
+    move_pet(0, 0, 60)(case)
+    message = case.check()["misalignment"].message
+    assert "x +0, y +0, z +" in message and "do not lie on each other" in message
+
+
+def test_what_cannot_be_measured_is_a_warning(case: Case) -> None:
+    move_pet(0, 0, 900)(case)
+    check = case.check()["misalignment"]
+    assert (check.value, check.verdict) == (None, "warn")
+    assert "cannot be measured" in check.message
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        pytest.param({"pet_max": {"warn_above": 1}}, "no quality rule is called 'pet_max'", id="rule"),
+        pytest.param({"pet_body": {"above": 1}}, "'above' is not one of", id="kind"),
+    ],
+)
+def test_unknown_limits_are_errors(limits: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CheckQualityd(ROI, limits=limits)
+
+
+def test_merged_limits_leave_the_defaults_alone() -> None:
+    assert merge_limits({"overlap": {"warn_below": 1}})["overlap"]["warn_below"] == 1
+    assert DEFAULT_LIMITS["overlap"]["warn_below"] == 60
+
+
+def test_voxel_limits_follow_the_training_set(case: Case) -> None:
+    limits = fit_voxel_limits([(case.ct_grid, case.pet_grid)])
+    assert limits["ct_slice"] == pytest.approx({"warn_below": 4.9, "warn_above": 5.1})
+    assert verdict(case.check(**limits).values()) == "ok"
+    resize("ct", 5, 5, 5.2)(case)
+    assert case.check(**limits)["ct_slice"].verdict == "warn"
+    with pytest.raises(ValueError, match="at least one training case"):
+        fit_voxel_limits([])
+
+
+def test_json_keeps_the_checks(case: Case) -> None:
+    move_pet(0, 0, 900)(case)
+    set_pet(np.nan)(case)
+    checks = list(case.check().values())
+    assert checks_from_json(checks_to_json(checks)) == checks
+
+
+# --- the transform in its chain -----------------------------------------------------------------------------
+
+
+def item(case: Case, patient: str = "CHUM-001") -> dict:
+    affine = case.ct_grid.affine
+    return {K.PATIENT_ID: patient, K.CT: (case.ct, affine), K.PET: (case.pet, affine), K.MASK: None}
+
+
+def chain(**settings: object) -> Compose:
+    checks = CheckQualityd(ROI, **settings)
+    return Compose([LoadScansd(), LocaliseBoxd(ROI, SPACING), checks, ResampleToBoxd(ROI)])
+
+
+def test_transform_adds_checks_that_collate(case: Case) -> None:
+    done = chain()(item(case))
+    checks = checks_from_json(done[K.QUALITY])
+    assert verdict(checks) == "warn"
+    assert done[K.IMAGE].shape == (2, ROI, ROI, ROI)
+    batch = list_data_collate([{K.QUALITY: done[K.QUALITY]}] * 2)
+    assert [checks_from_json(text) for text in batch[K.QUALITY]] == [checks, checks]
+
+
+def test_transform_flags_instead_of_raising(case: Case) -> None:
+    set_pet(-3)(case)
+    done = chain(on_reject="flag")(item(case))
+    assert [c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"] == ["pet_lowest"]
+
+
+def test_transform_takes_limits(case: Case) -> None:
+    set_pet(-3)(case)
+    limits = {"pet_lowest": {"reject_below": -5, "warn_below": -4}}
+    assert "pet_lowest" in chain(limits=limits)(item(case))[K.QUALITY]
+
+
+def test_transform_refuses_unknown_ways() -> None:
+    with pytest.raises(ValueError, match="'raise' or 'flag', got 'stop'"):
+        CheckQualityd(ROI, on_reject="stop")
+
+
+def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> None:
+    bad = Case()
+    bad.pet = bad.pet * np.float32(5000)
+    datasets = {"training": sampling.CaseDataset([item(case), item(bad, "CHUP-002")], chain())}
+    sampling.prepare_datasets(datasets, str(tmp_path), show_progress=False)
+    assert [c[K.PATIENT_ID] for c in datasets["training"].data] == ["CHUM-001"]
+    with (tmp_path / "exclusions.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["PatientID"] == "CHUP-002"
+    assert "patient CHUP-002: rejected by quality control: pet_body: median PET value of the body" in row["reason"]
+    assert "is the PET in Bq/mL" in row["reason"] and "flag instead of raise" in row["reason"]
+
+
+def test_quality_error_survives_a_process_boundary() -> None:
+    import pickle
+
+    error = QualityError("A", [Check("pet_lowest", -3.0, "SUV", "", "reject", "too low")])
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert isinstance(error, ValueError) and "patient A" in str(error) and "too low" in str(error)
+
+
+# --- features ------------------------------------------------------------------------------------------------
+
+
+def draw_features(count: int, seed: int) -> np.ndarray:
+    """Correlated positive features with silent units, as a network has them."""
+    mixing = np.random.default_rng(0).normal(size=(6, 60))
+    rng = np.random.default_rng(seed)
+    features = np.maximum(1.0 + rng.normal(size=(count, 6)) @ mixing + 0.3 * rng.normal(size=(count, 60)), 0)
+    features[:, :3] = 0.0
+    return features
+
+
+def test_features_of_new_cases_are_rarely_beyond_the_limit() -> None:
+    statistics = fit_feature_statistics(draw_features(200, 1))
+    verdicts = [check_features(f, statistics).verdict for f in draw_features(400, 2)]
+    assert verdicts.count("warn") + verdicts.count("reject") <= 20
+    assert verdicts.count("reject") == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [(0.98, "ok"), (1.02, "warn"), (2.98, "warn"), (3.02, "reject")],
+)
+def test_feature_distance_on_either_side_of_its_limit(times: float, expected: str) -> None:
+    statistics = fit_feature_statistics(draw_features(200, 1))
+    step = np.asarray(statistics["axes"][0]) * statistics["scale"]
+    one = feature_distance(np.asarray(statistics["mean"]) + step, statistics)[0]
+    far = np.asarray(statistics["mean"]) + step * times * statistics["reference"] / one
+    check = check_features(far, statistics)
+    assert (check.verdict, check.value) == (expected, pytest.approx(times, rel=1e-3))
+
+
+def test_feature_distance_equals_the_mahalanobis_distance_of_the_stored_covariance() -> None:
+    statistics = fit_feature_statistics(draw_features(80, 1), components=4)
+    axes, variances, noise = (np.asarray(statistics[k]) for k in ("axes", "variances", "noise"))
+    covariance = axes.T @ np.diag(variances - noise) @ axes + noise * np.eye(60)
+    new = draw_features(5, 3)
+    deviation = (new - statistics["mean"]) / np.asarray(statistics["scale"])
+    expected = np.sqrt(np.einsum("nf,fg,ng->n", deviation, np.linalg.inv(covariance), deviation) / 60)
+    np.testing.assert_allclose(feature_distance(new, statistics), expected, rtol=1e-8)
+
+
+def test_statistics_are_plain_and_live_in_a_checkpoint() -> None:
+    statistics = fit_feature_statistics(draw_features(40, 1))
+    assert json.loads(json.dumps(statistics)) == statistics
+    file = io.BytesIO()
+    torch.save({"features": statistics}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["features"] == statistics
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_rejected(bad: float) -> None:
+    features = draw_features(40, 1)
+    statistics = fit_feature_statistics(features)
+    features[0, 5] = bad
+    check = check_features(features[0], statistics)
+    assert (check.verdict, check.value) == ("reject", None)
+    assert "finite" in check.message
+    with pytest.raises(ValueError, match="not finite"):
+        fit_feature_statistics(features)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (20,), (20, 0)])
+def test_too_few_features_are_an_error(shape: tuple) -> None:
+    with pytest.raises(ValueError, match="10 or more"):
+        fit_feature_statistics(np.zeros(shape))
+
+
+def test_other_features_than_the_statistics_are_an_error() -> None:
+    with pytest.raises(ValueError, match="59 features, but the statistics hold 60"):
+        check_features(np.zeros(59), fit_feature_statistics(draw_features(20, 1)))
+
+
+# --- whole cases ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_phantoms_are_not_rejected(index: int) -> None:
+    scan = scan_patient(draw_patient(0, index), 0, index, "small")
+    ct_grid, pet_grid = (Grid(g.shape, g.affine) for g in (scan.ct_grid, scan.pet_grid))
+    pet = scan.pet.astype(np.float32) * np.float32(scan.pet_slope)
+    location = locate_head_neck(scan.ct, ct_grid, pet, pet_grid, ROI, 7.0)
+    checks = check_case(scan.ct, ct_grid, pet, pet_grid, location, ROI, 7.0)
+    doubtful = {c.name for c in checks if c.verdict != "ok"}
+    assert doubtful <= {"ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice", "head_in_view"}
+    assert verdict(checks) == "warn"
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "sts_petct").is_dir(), reason="real PET/CT of legs is not on this machine")
+@pytest.mark.parametrize("patient", ["STS-002", "STS-022", "STS-032"])
+def test_real_legs_are_no_head_and_neck_but_sound_scans(patient: str) -> None:
+    folder = SHARED_DATA / "sts_petct" / "images" / patient
+    ct, ct_affine = read_image(folder / f"{patient}__CT.nii.gz")
+    pet, pet_affine = read_image(folder / f"{patient}__PT.nii.gz")
+    ct_grid, pet_grid = Grid(ct.shape, ct_affine), Grid(pet.shape, pet_affine)
+    location = locate_head_neck(ct, ct_grid, pet, pet_grid, 128, 2.0)
+    checks = {c.name: c for c in check_case(ct, ct_grid, pet, pet_grid, location, 128, 2.0)}
+    assert checks["head_in_view"].verdict == "reject"
+    assert {n for n, c in checks.items() if c.verdict != "ok"} <= {"head_in_view", "box_in_view"}
+
+
+def test_clinical_size_is_quick() -> None:
+    ct = np.full((512, 512, 200), -1000, dtype=np.int16, order="F")
+    ct[150:350, 180:330] = 40
+    pet = np.zeros((256, 256, 200), dtype=np.float32, order="F")
+    pet[75:175, 90:165] = 0.8
+    pet[100:150, 105:150, 150:] = 8.0
+    ct_grid = Grid(ct.shape, np.diag([0.98, 0.98, 1.65, 1.0]))
+    pet_grid = Grid(pet.shape, np.diag([1.96, 1.96, 1.65, 1.0]))
+    location = Location(ct_grid.centre, METHOD_CT_TOP)
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        check_case(ct, ct_grid, pet, pet_grid, location, 128, 2.0)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.4  # 0.06 s on one idle core; the margin is for busy machines
