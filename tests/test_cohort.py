@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
 from pathlib import Path
@@ -693,6 +694,82 @@ def test_folds_depend_on_the_seed_but_not_on_the_order_of_cases():
     assert first != set(ids(made.split("partial", 3, 0, 8).validation))
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("count", [10, 57, 60, 301])
+def test_the_ablation_split_is_60_30_10_in_cases_and_in_events(count, seed):
+    made = make_cohort(count)
+    split = made.split("ablation", 3, 0, seed)
+    parts = (split.training, split.validation, split.test)
+    assert sorted(itertools.chain(*map(ids, parts))) == ids(made.cases)
+    assert all(ids(part) == sorted(ids(part)) and part for part in parts)
+    for share, part in zip((0.6, 0.3, 0.1), parts, strict=True):
+        assert abs(len(part) - share * count) <= 1
+        events = sum(case[keys.EVENT] for case in made.cases)
+        assert abs(sum(case[keys.EVENT] for case in part) - share * events) <= 1
+    assert [split.part(name) for name in ("training", "validation", "test")] == list(parts)
+    assert ids(split.test) == ids(cohort.Cohort("made up", made.cases[::-1]).split("ablation", 1, 0, seed).test[::-1])
+
+
+def test_each_centre_is_left_out_once():
+    made = make_cohort()
+    assert made.centres == ["CHUM", "MDA", "USZ"]
+    for fold, centre in enumerate(made.centres):
+        split = made.split("leave_one_centre_out", 3, fold, seed=fold)
+        assert {case[keys.CENTRE] for case in split.validation} == {centre}
+        assert centre not in {case[keys.CENTRE] for case in split.training}
+        assert sorted(ids(split.training) + ids(split.validation)) == ids(made.cases)
+        assert split.test == []
+
+
+def test_leaving_out_the_only_centre_is_refused():
+    made = cohort.Cohort("made up", [case for case in make_cohort().cases if case[keys.CENTRE] == "MDA"])
+    with pytest.raises(CohortError, match="needs two centres; every case is of MDA"):
+        made.split("leave_one_centre_out", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "part", "message"),
+    [
+        pytest.param("partial", "test", "has no test cases", id="none"),
+        pytest.param("ablation", "valid", "evaluate_on is 'valid'; the parts of a split are", id="name"),
+    ],
+)
+def test_parts_that_a_split_does_not_have(protocol, part, message):
+    with pytest.raises(CohortError, match=message):
+        make_cohort().split(protocol, 3, 0).part(part)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        pytest.param(lambda case: case.update({keys.EVENT: not case[keys.EVENT]}), False, id="event"),
+        pytest.param(lambda case: case.update({keys.PATIENT_ID: "P-999"}), False, id="patient"),
+        pytest.param(lambda case: case.update({keys.CT: "elsewhere"}), True, id="place"),
+        pytest.param(lambda case: None, True, id="nothing"),
+    ],
+)
+def test_the_fingerprint_tells_other_patients_and_labels_but_not_other_places(change, same):
+    made, changed = make_cohort(), make_cohort()
+    change(changed.cases[3])
+    assert (made.fingerprint == changed.fingerprint) == same
+
+
+@pytest.mark.parametrize(
+    ("record", "below", "statement"),
+    [
+        pytest.param(None, "", "3 cases of 3 centres (CHUM, CHUS, MDA); research use only, not for", id="patients"),
+        pytest.param("Digital phantoms, for software", "", "3 digital phantoms, not for clinical use", id="phantoms"),
+        pytest.param("Digital phantoms", "images", "3 digital phantoms, not for clinical use", id="folder_of_images"),
+        pytest.param("Made by me", "", "3 cases of 3 centres", id="other_record"),
+    ],
+)
+def test_what_a_model_must_say_about_its_cases(tmp_path, record, below, statement):
+    in_images(tmp_path)
+    if record is not None:
+        (tmp_path / "cohort.json").write_text(json.dumps({"notice": record}))
+    assert cohort.load_cohort(tmp_path / below).statement().startswith(statement)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -701,6 +778,14 @@ def test_folds_depend_on_the_seed_but_not_on_the_order_of_cases():
         pytest.param(("partial", 3, 3), "fold is 3; with num_folds = 3 it must be from 0 to 2", id="fold_too_high"),
         pytest.param(("full", 3, -1), "fold is -1; with num_folds = 3", id="fold_negative"),
         pytest.param(("partial", 5, 0), "4 cases cannot be dealt over 5 folds", id="too_few_cases"),
+        pytest.param(("ablation", 3, 1), "fold is 1; protocol 'ablation' is one split, which is fold 0", id="ablation"),
+        pytest.param(("ablation", 1, 0), "4 cases cannot be split 60/30/10.*at least 10 needed", id="small_ablation"),
+        pytest.param(
+            ("leave_one_centre_out", 5, 0),
+            r"num_folds is 5; .* each of the 3 centres \(CHUM, MDA, USZ\): set it to 3",
+            id="folds_of_centres",
+        ),
+        pytest.param(("leave_one_centre_out", 3, 3), "fold is 3; it must be from 0 to 2", id="no_such_centre"),
         pytest.param(("full", 3, 0), "of which there are 1 among 4.*use protocol 'partial'", id="too_few_full"),
     ],
 )

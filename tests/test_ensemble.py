@@ -13,6 +13,7 @@ from scripts.ensemble import (
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
+    join_folds,
     load_weights,
     save_weights,
     saved_settings,
@@ -302,3 +303,48 @@ def test_files_of_something_else_are_refused(write, message, path):
         with pytest.raises(CheckpointError, match=message) as error:
             call()
         assert str(path) in str(error.value)
+
+
+# --- several folds in one ----------------------------------------------------------------------------------
+
+
+def test_joined_folds_answer_as_each_of_them_on_average(image):
+    members = [ensemble(1, seed=seed) for seed in range(3)]
+    joined = ensemble(1, seed=9)
+    joined.load_state_dict(join_folds({f"fold {k}": member.state_dict() for k, member in enumerate(members)}))
+    assert len(joined.folds) == 3 and joined.provenance == {}
+    separate = torch.stack([answers(member, image)[LOG_HAZARD] for member in members])
+    torch.testing.assert_close(answers(joined, image)[LOG_HAZARD], separate.mean(0))
+    torch.testing.assert_close(answers(joined, image)[LOG_HAZARD_STD], separate.std(0, correction=0))
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        pytest.param(
+            {"settings": SETTINGS | {"spacing_mm": 3.0}},
+            SettingsMismatch,
+            "fold 0 and fold 1 do not belong together: spacing_mm: fold 0 2.0, fold 1 3.0",
+            id="settings",
+        ),
+        pytest.param({"tasks": ("surv",)}, CheckpointError, "fold 0 and fold 1 differ in their weights", id="weights"),
+        pytest.param({"folds": 2}, CheckpointError, "fold 1 is an ensemble of 2 folds already", id="ensemble"),
+    ],
+)
+def test_folds_that_do_not_belong_together_are_not_joined(others, error, message):
+    with pytest.raises(error, match=message):
+        join_folds({"fold 0": ensemble(1).state_dict(), "fold 1": ensemble(**others).state_dict()})
+
+
+def test_no_folds_are_not_joined():
+    with pytest.raises(CheckpointError, match="no folds to join"):
+        join_folds({})
+
+
+def test_loading_says_what_the_model_is(path, caplog):
+    source = ensemble(3)
+    source.provenance = {"trained_on": "300 digital phantoms, not for clinical use"}
+    save_weights(source, path)
+    with caplog.at_level("INFO", logger="scripts.ensemble"):
+        load_weights(ensemble(1), path)
+    assert caplog.messages == ["model: 3 folds, trained on 300 digital phantoms, not for clinical use"]

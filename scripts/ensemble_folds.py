@@ -1,0 +1,257 @@
+"""The best checkpoints of an experiment's folds as one model file that inference, Label and Deploy load.
+
+``python scripts/ensemble_folds.py --runs runs/NAME --out bundle/models/model.pt`` joins the folds that
+``scripts/train_folds.py`` has trained. Beside the weights the file carries its provenance: what the training cases are,
+metrics of each fold, clinical features and their coding, preprocessing, versions, hashes of the configs, the range of
+voxel sizes, the HPV threshold and the calibration of absolute risk, both chosen on predictions of cases that the
+predicting network has not learnt from.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import pandas as pd
+from monai.bundle import ConfigParser
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
+
+from experiment import (  # noqa: E402
+    FAILED,
+    FINISHED,
+    LOG_FILE,
+    TRAINING,
+    VALIDATION,
+    ExperimentError,
+    evaluation_folder,
+    fold_folder,
+    read_experiment,
+    read_fold,
+)
+
+from scripts.clinical import feature_named  # noqa: E402
+from scripts.ensemble import (  # noqa: E402
+    EXTRA_STATE,
+    SETTINGS,
+    TRAINED_ON,
+    CheckpointError,
+    FoldEnsemble,
+    SettingsMismatch,
+    describe_model,
+    join_folds,
+    load_weights,
+    read_state,
+    save_weights,
+)
+from scripts.evaluation import balanced_accuracy  # noqa: E402
+from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
+
+MISSING_IS_ZERO = "a missing value is 0"
+
+
+def ensemble_folds(
+    runs: str, out: str = str(BUNDLE / "models" / "model.pt"), half: bool = False, allow_missing: bool = False
+) -> None:
+    """Join the folds of an experiment in one model file and say what it holds.
+
+    Args:
+        runs: folder of the experiment, as ``train_folds.py`` wrote it.
+        out: the file; one that is there is replaced.
+        half: store the weights in half precision: half the size, for answers that differ in the third digit.
+        allow_missing: join the finished folds although others are missing.
+    """
+    record = read_experiment(runs)
+    folds = finished_folds(runs, record, allow_missing)
+    states = {f"fold {fold}": read_state(fold_folder(runs, fold) / "models" / "model.pt") for fold in folds}
+    joint = join_folds(states)
+    ensemble = empty_ensemble(joint[EXTRA_STATE][SETTINGS])
+    ensemble.load_state_dict(joint)
+    ensemble.provenance = provenance(runs, record, folds, ensemble.settings)
+    save_weights(ensemble, out, half=half)
+    load_weights(empty_ensemble(ensemble.settings), out)  # what cannot be read back shall not be found out by others
+    print(summary(ensemble, Path(out)))
+
+
+def finished_folds(runs: str | Path, record: Mapping[str, Any], allow_missing: bool) -> list[int]:
+    """Numbers of the folds that can be joined.
+
+    Raises:
+        ExperimentError: some are missing and that is not allowed, or all are.
+    """
+    outcomes = {fold: read_fold(runs, fold) for fold in range(record["num_folds"])}
+    finished = [fold for fold, outcome in outcomes.items() if outcome["status"] == FINISHED]
+    missing = [
+        f"fold {fold} {'failed, see ' + str(fold_folder(runs, fold) / LOG_FILE) if status == FAILED else 'is not done'}"
+        for fold, outcome in outcomes.items()
+        if (status := outcome["status"]) != FINISHED
+    ]
+    if missing and not (allow_missing and finished):
+        advice = "; --allow_missing joins the others" if finished else ""
+        raise ExperimentError(f"{runs}: {'; '.join(missing)}. Go on with it by `{record['command']}`{advice}")
+    return finished
+
+
+def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
+    """The network as ``inference.json`` defines it, for these settings."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "inference.json"))
+    parser.update(dict(settings))
+    return parser.get_parsed_content("network_def")
+
+
+# --- provenance -----------------------------------------------------------------------------------------------------
+
+
+def provenance(
+    runs: str | Path, record: Mapping[str, Any], folds: Sequence[int], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a later reader needs to know of the weights, as plain Python.
+
+    Args:
+        runs: folder of the experiment.
+        record: its ``experiment.json``.
+        folds: that are joined, in the order of the members.
+        settings: that the weights were trained with.
+    """
+    cases = out_of_fold(runs, folds)
+    cohort = dict(record["cohort"])
+    return {
+        TRAINED_ON: cohort.pop(TRAINED_ON),
+        "intended_use": "research use only; not a medical device, not for clinical decisions",
+        "command": record["command"],
+        "protocol": record["protocol"],
+        "folds": [describe_fold(read_fold(runs, fold)) for fold in folds],
+        "folds_missing": sorted(set(range(record["num_folds"])) - set(folds)),
+        "voxel_limits": cohort.pop("voxel_limits"),
+        "cohort": cohort,
+        "clinical": {
+            "features": list(settings["clinical_features"]),
+            "coding": {name: describe_coding(name) for name in settings["clinical_features"]},
+        },
+        "preprocessing": dict(settings),
+        "versions": record["versions"],
+        "configs": record["configs"],
+        "hpv_threshold": choose_hpv_threshold(cases),
+        "calibration": calibrate(runs, folds, cases),
+    }
+
+
+def describe_fold(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What the provenance keeps of a fold's record."""
+    kept = ("fold", "centre", "cases", "epoch", "best_epoch", "metrics")
+    described = {name: outcome[name] for name in kept if name in outcome}
+    described["metrics"] = {part: value for part, value in outcome["metrics"].items() if part != TRAINING}
+    return described
+
+
+def describe_coding(name: str) -> str:
+    """How a clinical value becomes a number, in words.
+
+    Example:
+        >>> describe_coding("age"), describe_coding("gender")
+        ('years as they are; a missing value is 0', '0 (female/f) -> 1, 1 (male/m) -> 2; a missing value is 0')
+    """
+    feature = feature_named(name)
+    if not feature.levels:
+        return f"{feature.unit or 'numbers'} as they are; {MISSING_IS_ZERO}"
+    levels = []
+    for level, words in feature.levels.items():
+        meaning = f" ({'/'.join(words)})" if words else ""
+        levels.append(f"{level}{meaning} -> {level + 1}")
+    return f"{', '.join(levels)}; {MISSING_IS_ZERO}"
+
+
+def out_of_fold(runs: str | Path, folds: Sequence[int]) -> pd.DataFrame:
+    """Validation cases of the folds with ``member``, the place of the predicting network in the ensemble."""
+    tables = []
+    for member, fold in enumerate(folds):
+        table = pd.read_csv(evaluation_folder(runs, fold, VALIDATION) / "cases.csv", dtype={"PatientID": str})
+        tables.append(table.assign(member=member))
+    return pd.concat(tables, ignore_index=True)
+
+
+def calibrate(runs: str | Path, folds: Sequence[int], cases: pd.DataFrame) -> dict[str, Any]:
+    """Absolute risk from pooled out-of-fold log hazards, each on the scale of its own fold's training cases.
+
+    A patient whom several folds validate (protocol ``full``) counts once, with the mean.
+
+    Returns:
+        :meth:`scripts.survival.Calibration.to_dict`, or ``{"reason": why there is none}``.
+    """
+    if "log_hazard" not in cases:
+        return {"reason": "survival is not a task of this model"}
+    known = cases.dropna(subset=["time"])
+    try:
+        scales = [
+            FoldScale.of(pd.read_csv(evaluation_folder(runs, fold, TRAINING) / "cases.csv")["log_hazard"])
+            for fold in folds
+        ]
+        risk = normalise_out_of_fold(known["log_hazard"], known["member"], scales)
+        patients = known.assign(risk=risk).groupby("PatientID")[["risk", "time", "event"]].mean()
+        return fit_calibration(patients["risk"], patients["time"], patients["event"], scales).to_dict()
+    except CalibrationError as error:
+        print(f"the model gives no absolute risk: {error}", file=sys.stderr)
+        return {"reason": str(error)}
+
+
+def choose_hpv_threshold(cases: pd.DataFrame) -> dict[str, Any]:
+    """The HPV probability above which a case is called positive, so that balanced accuracy (9) is highest.
+
+    Candidates lie halfway between neighbouring probabilities; of several that are as good, the one nearest to 0.5 is
+    taken. The balanced accuracy reached is that of the cases it was chosen on, and so too good.
+
+    Args:
+        cases: columns ``PatientID``, ``hpv`` (NaN where unknown) and ``hpv_prob``; a patient in several rows counts
+            once, with the mean.
+
+    Returns:
+        ``value``, ``balanced_accuracy``, ``patients``, ``positive``; or ``value`` None and a ``reason``.
+
+    Example:
+        >>> table = pd.DataFrame({"PatientID": list("abcd"), "hpv": [0, 0, 1, 1], "hpv_prob": [0.1, 0.2, 0.3, 0.9]})
+        >>> choose_hpv_threshold(table)
+        {'value': 0.25, 'balanced_accuracy': 1.0, 'patients': 4, 'positive': 2}
+    """
+    if "hpv_prob" not in cases:
+        return {"value": None, "reason": "HPV status is not a task of this model"}
+    known = cases.dropna(subset=["hpv"]).groupby("PatientID")[["hpv", "hpv_prob"]].mean()
+    counts = {"patients": len(known), "positive": int(known["hpv"].sum())}
+    levels = np.unique(known["hpv_prob"])
+    candidates = [0.5, *((levels[1:] + levels[:-1]) / 2).tolist()]
+    reached = [balanced_accuracy(known, threshold) if len(known) else math.nan for threshold in candidates]
+    if math.isnan(reached[0]):
+        return {"value": None, "reason": "no two classes of HPV status among the cases", **counts}
+    best = max(range(len(candidates)), key=lambda k: (round(reached[k], 12), -abs(candidates[k] - 0.5)))
+    return {"value": candidates[best], "balanced_accuracy": reached[best], **counts}
+
+
+def summary(ensemble: FoldEnsemble, path: Path) -> str:
+    """What a model file holds, for people."""
+    known = ensemble.provenance
+    lines = [f"{path}: {path.stat().st_size / 1e6:.1f} MB", f"  {describe_model(ensemble)}"]
+    for fold in known["folds"]:
+        metrics = fold["metrics"][VALIDATION]
+        values = [f"{name} {row['value']:.3f}" for name, row in metrics.items() if row["value"] is not None]
+        lines.append(f"  fold {fold['fold']}: best epoch {fold['best_epoch']}; {', '.join(values) or 'no metric'}")
+    threshold, calibration = known["hpv_threshold"], known["calibration"]
+    chosen = f"{threshold['value']:.3f}" if threshold["value"] is not None else f"none ({threshold['reason']})"
+    lines.append(f"  HPV threshold: {chosen}")
+    fitted = "reason" not in calibration
+    absolute = f"up to day {calibration['last_day']:g}, {calibration['events']} events" if fitted else "none"
+    lines.append(f"  absolute risk: {absolute}" + ("" if fitted else f" ({calibration['reason']})"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(ensemble_folds)
+    except (ExperimentError, CheckpointError, SettingsMismatch, OSError) as error:
+        sys.exit(f"ensemble_folds: {error}")

@@ -1,0 +1,464 @@
+"""An experiment of several folds: its plan, its commands, and the record that it leaves in its folder.
+
+:mod:`train_folds` runs a plan; :mod:`ensemble_folds` and other tools read what it left ::
+
+    runs/NAME/experiment.json   what was run on what: settings, cohort, versions, metrics of each fold
+    runs/NAME/out_of_fold.csv   a row a case, from a network that has not seen it, with its fold
+    runs/NAME/cache/            preprocessed cases, shared by the folds
+    runs/NAME/fold_0/           the bundle's output_dir: models/model.pt, history.json, evaluation/cases.csv ...
+    runs/NAME/fold_0/fold.json  how the fold ended, and its metrics
+    runs/NAME/fold_0/log.txt    what the bundle's commands said
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import monai
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
+from nibabel.spatialimages import SpatialImage
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
+
+from scripts import keys  # noqa: E402
+from scripts.cohort import Cohort, Split, load_cohort  # noqa: E402
+from scripts.ensemble import settings_differences  # noqa: E402
+from scripts.files import write_text  # noqa: E402
+from scripts.geometry import Grid  # noqa: E402
+from scripts.quality import fit_voxel_limits  # noqa: E402
+
+EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
+TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
+FINISHED, FAILED, PENDING = "finished", "failed", "pending"
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
+
+PROTOCOL_SETTINGS: dict[str, dict[str, int]] = {
+    "partial": {"num_folds": 3},
+    "full": {"num_folds": 5},
+    "ablation": {"num_folds": 1, "epochs": 100, "val_interval": 10},  # as in the paper's Table 1
+    "leave_one_centre_out": {},  # as many folds as centres
+}
+"""What a protocol brings along unless the command line or an overlay says otherwise."""
+
+SET_HERE = ("output_dir", "ckpt_dir", "bundle_root", "fold", "checkpoint", "evaluate_on", "evaluation_dir")
+"""Ids of the configs that this tool sets for each fold."""
+NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", "num_workers", "fold")
+"""Ids of the configs that may differ when an experiment is continued: where and how, not what."""
+
+
+class ExperimentError(ValueError):
+    """An experiment that cannot be run, continued or read; the message says why and what to do."""
+
+
+# --- what is to be run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment, before any of it is run.
+
+    Attributes:
+        folder: where it goes.
+        config_files: of the training, as the bundle is told in its own folder.
+        overrides: ids of the configs and their values, the same for every fold.
+        config: the merged configs with the overrides, not resolved.
+        epochs: most epochs of a fold.
+        cohort: the cases.
+        splits: of every fold.
+        folds: those to run now.
+        command: that says the same.
+    """
+
+    folder: Path
+    config_files: tuple[str, ...]
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    epochs: int
+    cohort: Cohort
+    splits: list[Split]
+    folds: list[int]
+    command: str
+
+    @property
+    def held_out(self) -> str:
+        """The part whose predictions are kept as out-of-fold: the test cases where there are any."""
+        return TEST if self.splits[0].test else VALIDATION
+
+    @property
+    def parts(self) -> list[str]:
+        """Parts to evaluate; the training part last, which tells where a network's log hazards lie."""
+        return [VALIDATION, *([TEST] if self.splits[0].test else []), TRAINING]
+
+    def steps(self, fold: int) -> list[tuple[str, list[str]]]:
+        """What to call each step of a fold, and its command."""
+        overrides = {**self.overrides, "output_dir": str(fold_folder(self.folder, fold)), "fold": fold}
+        steps = [(TRAINING, bundle_command("training", self.config_files, overrides))]
+        overrides.pop("tracking", None)
+        files = (*self.config_files, EVALUATE_CONFIG)
+        return steps + [
+            (f"evaluating {part}", bundle_command("evaluating", files, {**overrides, "evaluate_on": part}))
+            for part in self.parts
+        ]
+
+
+def fold_folder(run: str | Path, fold: int) -> Path:
+    """Folder of one fold of an experiment."""
+    return Path(run) / f"fold_{fold}"
+
+
+def evaluation_folder(run: str | Path, fold: int, part: str = VALIDATION) -> Path:
+    """Folder of the evaluation of one part of a fold, as ``evaluate.json`` names it."""
+    return fold_folder(run, fold) / ("evaluation" if part == VALIDATION else f"evaluation_{part}")
+
+
+def bundle_command(workflow: str, config_files: Sequence[str], overrides: Mapping[str, Any]) -> list[str]:
+    """``python -m monai.bundle run`` with configs and overrides."""
+    options = [f"--{name}={typed(value)}" for name, value in overrides.items()]
+    return [sys.executable, "-m", "monai.bundle", "run", workflow, f"--config_file={list(config_files)}", *options]
+
+
+def typed(value: Any) -> str:
+    """How to type a value on a command line so that Fire reads it back.
+
+    Example:
+        >>> typed(3), typed("cpu"), typed("3"), typed(("seg", "surv")), typed(None)
+        ('3', 'cpu', "'3'", "['seg', 'surv']", 'None')
+    """
+    if isinstance(value, str) and DefaultParseValue(value) == value:
+        return value
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def make_plan(
+    dataset_dir: str,
+    protocol: str,
+    config_files: str | Sequence[str],
+    folds: int | Sequence[int] | None,
+    output_dir: str | None,
+    overrides: Mapping[str, Any],
+    command: str,
+) -> Plan:
+    """Read configs and cohort, and see that every fold can be split.
+
+    Args:
+        dataset_dir: folder of the cohort.
+        protocol: a key of :data:`PROTOCOL_SETTINGS`.
+        config_files: overlays on ``configs/train.json``.
+        folds: numbers of the folds to run; None for all.
+        output_dir: folder of the experiment; None for one in ``runs/`` with a name that says what it is.
+        overrides: ids of the configs and their values.
+        command: to record.
+
+    Raises:
+        ExperimentError: an id or file that does not exist, a fold out of range.
+        CohortError: the cohort cannot be used, or not be split like that.
+    """
+    files = (TRAIN_CONFIG, *(find_config(name) for name in as_list(config_files)))
+    parser, values = merge_configs(files, protocol, overrides)
+    values |= {"dataset_dir": str(Path(dataset_dir).expanduser().resolve()), "protocol": protocol}
+    parser.update(values)
+    cohort = load_cohort(*(parser.get_parsed_content(name) for name in ("dataset_dir", "ehr_csv", "clinical_features")))
+    if protocol == "leave_one_centre_out" and "num_folds" not in overrides:
+        values["num_folds"] = len(cohort.centres)
+        parser.update(values)
+    num_folds, seed, epochs = (int(parser.get_parsed_content(name)) for name in ("num_folds", "seed", "epochs"))
+    count = 1 if protocol == "ablation" else num_folds
+    splits = [cohort.split(protocol, num_folds, fold, seed) for fold in range(max(1, count))]
+    chosen = list(range(len(splits))) if folds is None else sorted({int(fold) for fold in as_list(folds)})
+    if not set(chosen) <= set(range(len(splits))):
+        raise ExperimentError(f"folds are {chosen}; this experiment has the folds 0 to {len(splits) - 1}")
+    folder = Path(output_dir or ROOT / "runs" / default_name(dataset_dir, protocol, values)).expanduser().resolve()
+    values.setdefault("cache_dir", str(folder / "cache"))
+    config = json.loads(json.dumps(parser.get(), default=str))
+    return Plan(folder, files, values, config, epochs, cohort, splits, chosen, command)
+
+
+def merge_configs(
+    files: Sequence[str], protocol: str, overrides: Mapping[str, Any]
+) -> tuple[ConfigParser, dict[str, Any]]:
+    """The configs in one parser, and the overrides with what the protocol brings along.
+
+    Raises:
+        ExperimentError: an override of an id that does not exist or is not the user's to set.
+    """
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / name) for name in files])
+    check_overrides(overrides, parser)
+    overlaid = {name for path in files[1:] for name in ConfigParser.load_config_file(str(BUNDLE / path))}
+    brought = PROTOCOL_SETTINGS.get(protocol, {})
+    values = {name: value for name, value in brought.items() if name not in overlaid} | dict(overrides)
+    # The bundle runs in its own folder, where a path that was typed elsewhere leads nowhere.
+    if values.get("cache_dir") is not None:
+        values["cache_dir"] = str(Path(values["cache_dir"]).expanduser().resolve())
+    if isinstance(values.get("ehr_csv"), str) and Path(values["ehr_csv"]).is_file():  # else it lies in dataset_dir
+        values["ehr_csv"] = str(Path(values["ehr_csv"]).resolve())
+    return parser, values
+
+
+def as_list(value: Any) -> list[Any]:
+    """What may be typed as ``a,b``, ``['a','b']`` or ``a``, as a list.
+
+    Example:
+        >>> as_list("a,b"), as_list(("a", "b")), as_list(2), as_list("")
+        (['a', 'b'], ['a', 'b'], [2], [])
+    """
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def find_config(name: str) -> str:
+    """A config file as the bundle is told: relative to its folder if it lies there, else absolute.
+
+    Raises:
+        ExperimentError: there is no such file, or it is not for this tool.
+    """
+    if Path(name).name == "multi_gpu_train.json":
+        raise ExperimentError(f"{name} is for torchrun: here each fold has a device of its own (--devices 0,1)")
+    for folder in (BUNDLE, Path.cwd()):
+        path = (folder / name).resolve()
+        if path.is_file():
+            return path.relative_to(BUNDLE).as_posix() if path.is_relative_to(BUNDLE) else str(path)
+    raise ExperimentError(f"no config file {name}, neither in {BUNDLE} nor in {Path.cwd()}")
+
+
+def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
+    """Refuse what MONAI would take in silence: ids that no config has, or that this tool sets itself.
+
+    Raises:
+        ExperimentError: it names the id, and the one that may have been meant.
+    """
+    for name in overrides:
+        if name in SET_HERE:
+            raise ExperimentError(f"--{name} is set by train_folds for each fold")
+        if name not in parser and name != "tracking":
+            close = difflib.get_close_matches(name, [*parser.get(), "folds", "jobs", "devices", "config_files"], 1)
+            raise ExperimentError(f"no config has the id '{name}'" + (f": is '{close[0]}' meant?" if close else ""))
+
+
+def default_name(dataset_dir: str, protocol: str, overrides: Mapping[str, Any]) -> str:
+    """Name of the folder of an experiment.
+
+    Example:
+        >>> default_name("/data/hecktor2025", "partial", {"tasks": ("seg", "surv")})
+        'hecktor2025_partial_seg_surv'
+    """
+    tasks = [str(task) for task in as_list(overrides.get("tasks", ""))]
+    return "_".join([Path(dataset_dir).resolve().name, protocol, *tasks])
+
+
+# --- its record ---------------------------------------------------------------------------------------------------
+
+
+def new_record(plan: Plan) -> dict[str, Any]:
+    """What ``experiment.json`` says before any fold is trained."""
+    return {
+        "command": plan.command,
+        "dataset_dir": plan.overrides["dataset_dir"],
+        "protocol": plan.config["protocol"],
+        "num_folds": len(plan.splits),
+        "held_out": plan.held_out,
+        "tasks": plan.overrides.get("tasks", plan.config["tasks"]),
+        "settings": settings_of(plan.config),
+        "configs": {name: hash_file(BUNDLE / name) for name in (*plan.config_files, EVALUATE_CONFIG)},
+        "cohort": describe_cohort(plan.cohort),
+        "versions": versions(),
+        "folds": {},
+    }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged configs without what may differ when an experiment is continued."""
+    return {name: value for name, value in config.items() if name not in NOT_SETTINGS and not name.startswith("_")}
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    return {
+        "bundle": metadata["version"],
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_cohort(cohort: Cohort) -> dict[str, Any]:
+    """Counts, statement and voxel sizes of a cohort."""
+    return {
+        "trained_on": cohort.statement(),
+        "fingerprint": cohort.fingerprint,
+        **counts(cohort.cases),
+        "centres": {
+            centre: counts([case for case in cohort.cases if case[keys.CENTRE] == centre]) for centre in cohort.centres
+        },
+        "clinical": clinical_statistics(cohort.cases),
+        "excluded": len(cohort.exclusions),
+        "voxel_limits": voxel_limits(cohort),
+    }
+
+
+def counts(cases: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Cases, and how many have which label."""
+    return {
+        "cases": len(cases),
+        "with_mask": sum(case[keys.SEG_KNOWN] for case in cases),
+        "with_hpv": sum(case[keys.HPV_KNOWN] for case in cases),
+        "hpv_positive": sum(case[keys.HPV_KNOWN] and case[keys.HPV] > 0 for case in cases),
+        "with_survival": sum(case[keys.SURV_KNOWN] for case in cases),
+        "events": sum(case[keys.EVENT] for case in cases),
+    }
+
+
+def clinical_statistics(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many cases have each clinical value, with mean and standard deviation (None where nobody has it)."""
+    statistics: dict[str, dict[str, Any]] = {}
+    for name in cases[0][keys.CLINICAL]:
+        known = [case[keys.CLINICAL][name] for case in cases if case[keys.CLINICAL][name] is not None]
+        mean, deviation = (float(np.mean(known)), float(np.std(known))) if known else (None, None)
+        statistics[name] = {"known": len(known), "mean": mean, "standard_deviation": deviation}
+    return statistics
+
+
+def voxel_limits(cohort: Cohort) -> dict[str, dict[str, float]]:
+    """Range of the scans' voxel sizes for :mod:`scripts.quality`, from the headers alone; empty where none is read."""
+    grids = []
+    for case in cohort.cases:
+        try:
+            grids.append((read_grid(case[keys.CT]), read_grid(case[keys.PET])))
+        except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+            print(f"{case[keys.PATIENT_ID]}: not counted in the range of voxel sizes: {error}", file=sys.stderr)
+    return fit_voxel_limits(grids) if grids else {}
+
+
+def read_grid(path: str) -> Grid:
+    """Voxel grid of a NIfTI file by its header.
+
+    Raises:
+        OSError: it is not there or damaged (nibabel's ImageFileError too).
+        ValueError: it has fewer than three axes.
+    """
+    scan = cast(SpatialImage, nib.load(path))
+    x, y, z = scan.shape[:3]
+    return Grid((x, y, z), np.asarray(scan.affine, dtype=float))
+
+
+def claim_folder(plan: Plan) -> dict[str, Any]:
+    """The record of an experiment in its folder, new or continued.
+
+    Raises:
+        ExperimentError: the folder holds another experiment (each difference is named), or folds without a record.
+    """
+    if not (plan.folder / EXPERIMENT_FILE).is_file():
+        if list(plan.folder.glob(f"fold_*/{FOLD_FILE}")):
+            raise ExperimentError(f"{plan.folder} holds folds but no {EXPERIMENT_FILE}: give another --output_dir")
+        record = new_record(plan)
+        write_record(plan.folder, record)
+        return record
+    record = read_experiment(plan.folder)
+    found = settings_differences(record["settings"], settings_of(plan.config), ("there", "now"))
+    differences = [text if len(text) <= 300 else f"{text[:297]}..." for text in found]
+    if not differences and record["cohort"]["fingerprint"] != plan.cohort.fingerprint:
+        cases = (record["cohort"]["cases"], len(plan.cohort.cases))
+        number = f"{cases[0]} cases there, {cases[1]} now" if cases[0] != cases[1] else f"still {cases[0]} cases"
+        differences = [f"patients, labels or clinical values have changed ({number}), so folds would mix"]
+    if differences:
+        raise ExperimentError(
+            f"{plan.folder} holds an experiment with other settings ({'; '.join(differences)}): "
+            "give another --output_dir, or delete that folder to start anew"
+        )
+    return record
+
+
+def read_experiment(run: str | Path) -> dict[str, Any]:
+    """``experiment.json`` of a folder.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    path = Path(run) / EXPERIMENT_FILE
+    if not path.is_file():
+        raise ExperimentError(f"no {EXPERIMENT_FILE} in {run}: make an experiment with scripts/train_folds.py")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_fold(run: str | Path, fold: int) -> dict[str, Any]:
+    """What became of a fold; ``{"status": "pending"}`` before it came to an end."""
+    path = fold_folder(run, fold) / FOLD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fold": fold, "status": PENDING}
+
+
+def is_finished(plan: Plan, fold: int) -> bool:
+    """Whether a fold is trained and evaluated and its files are still there."""
+    files = [evaluation_folder(plan.folder, fold, part) / "cases.csv" for part in plan.parts]
+    files.append(fold_folder(plan.folder, fold) / "models" / "model.pt")
+    return read_fold(plan.folder, fold)["status"] == FINISHED and all(path.is_file() for path in files)
+
+
+def write_record(run: Path, record: Mapping[str, Any]) -> None:
+    """Write ``experiment.json``."""
+    write_text(run / EXPERIMENT_FILE, json.dumps(record, indent=1))
+
+
+def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None:
+    """Write ``fold.json``: how a fold ended, on what it was trained, its metrics.
+
+    Args:
+        plan: of the experiment.
+        fold: which one.
+        failure: how it failed, or None.
+    """
+    outcome: dict[str, Any] = {
+        "fold": fold,
+        "status": FINISHED if failure is None else FAILED,
+        "cases": {part: counts(plan.splits[fold].part(part)) for part in plan.parts},
+    }
+    if plan.config["protocol"] == "leave_one_centre_out":
+        outcome["centre"] = plan.cohort.centres[fold]
+    folder = fold_folder(plan.folder, fold)
+    if failure is None:
+        state = torch.load(folder / "models" / "resume" / "last.pt", weights_only=True, mmap=True)
+        outcome |= {name: state[name] for name in ("epoch", "best_epoch", "best", "stopped_early")}
+        reports = {part: evaluation_folder(plan.folder, fold, part) / "metrics.json" for part in plan.parts}
+        outcome["metrics"] = {part: json.loads(path.read_text())["metrics"] for part, path in reports.items()}
+    else:
+        outcome["failure"] = dict(failure)
+    write_text(folder / FOLD_FILE, json.dumps(outcome, indent=1))
+
+
+def gather(plan: Plan, record: dict[str, Any]) -> pd.DataFrame:
+    """Pool the held-out cases of the finished folds in ``out_of_fold.csv``, and bring the record up to date."""
+    record["folds"] = {str(fold): read_fold(plan.folder, fold) for fold in range(len(plan.splits))}
+    write_record(plan.folder, record)
+    tables = []
+    for fold in range(len(plan.splits)):
+        if is_finished(plan, fold):
+            path = evaluation_folder(plan.folder, fold, plan.held_out) / "cases.csv"
+            table = pd.read_csv(path, dtype={"PatientID": str})
+            table.insert(1, "fold", fold)
+            tables.append(table)
+    pooled = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    if tables:
+        write_text(plan.folder / OUT_OF_FOLD_FILE, pooled.to_csv(index=False))
+    return pooled

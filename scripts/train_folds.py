@@ -1,0 +1,493 @@
+"""Train and evaluate every fold of an experiment with the bundle's own commands, and keep the out-of-fold predictions.
+
+``python scripts/train_folds.py --dataset_dir DIR`` writes the files of :mod:`experiment`. Each fold is trained by
+``python -m monai.bundle run training`` and judged by ``... run evaluating``, in processes of their own. What was broken
+off is continued by the same command, what is finished is left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import fire
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
+
+from experiment import (  # noqa: E402
+    FINISHED,
+    LOG_FILE,
+    TRAINING,
+    ExperimentError,
+    Plan,
+    as_list,
+    claim_folder,
+    fold_folder,
+    gather,
+    is_finished,
+    make_plan,
+    typed,
+    write_fold,
+)
+
+from scripts import keys  # noqa: E402
+from scripts.cohort import CohortError  # noqa: E402
+
+POLL_SECONDS = 0.5
+REPORT_SECONDS = 60.0
+STOP_SECONDS = 10.0
+LOG_LINES = 12
+
+
+# --- running it -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a fold failed.
+
+    Attributes:
+        step: what was being done.
+        exit_code: of the command; negative for the signal that ended it.
+        log: file with all that was said.
+        last_lines: the end of it.
+    """
+
+    step: str
+    exit_code: int
+    log: str
+    last_lines: list[str]
+
+
+class FoldRun:
+    """One fold on its way through its steps.
+
+    Args:
+        plan: of the experiment.
+        fold: which one.
+        lock: of its folder.
+        environment: of its processes.
+        device: of the bundle, or None for its own choice.
+    """
+
+    def __init__(
+        self, plan: Plan, fold: int, lock: IO[str], environment: Mapping[str, str], device: str | None
+    ) -> None:
+        self.fold = fold
+        self.folder = fold_folder(plan.folder, fold)
+        self.steps = plan.steps(fold)
+        self.environment = dict(environment)
+        self.device = [] if device is None else [f"--device={device}"]
+        self.number = 0
+        self.failure: Failure | None = None
+        self.lock = lock
+        self.process = self._start()
+
+    @property
+    def step(self) -> str:
+        """What is being done."""
+        return self.steps[self.number][0]
+
+    def is_over(self) -> bool:
+        """Look after the fold; True once its last step ended, or one failed."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        last = self.number == len(self.steps) - 1
+        if code:
+            log = self.folder / LOG_FILE
+            self.failure = Failure(self.step, code, str(log), last_lines(log))
+        elif not last:
+            self.number += 1
+            self.process = self._start()
+            return False
+        self.lock.close()
+        return True
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to the processes of the running step."""
+        signal_group(self.process, signal.SIGTERM)
+
+    def stop(self, seconds: float) -> None:
+        """Wait so long for the end of the running step, then kill it."""
+        try:
+            self.process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            signal_group(self.process, signal.SIGKILL)
+            self.process.wait()
+
+    def _start(self) -> subprocess.Popen:
+        """Begin the present step; it is a process group of its own, so that a Ctrl-C reaches only this tool."""
+        command = [*self.steps[self.number][1], *self.device]
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {self.step}: {shlex.join(command)}\n")
+            log.flush()
+            return subprocess.Popen(
+                command,
+                cwd=BUNDLE,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self.lock.fileno(),),  # held as long as any process is at this fold
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )
+
+
+def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Send a signal to a process and its children, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent is gone, even if that was killed (prctl, PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+
+
+def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
+    """An open file whose lock says that a process is at this fold; closing it, or ending, gives it back.
+
+    Raises:
+        ExperimentError: it stays with another process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise ExperimentError(f"another process is at {folder}: wait for it or end it") from None
+            time.sleep(0.2)
+        else:
+            return file
+
+
+def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
+    """The end of a log without progress bars, after the first error of its last step, which tends to be the cause."""
+    text = path.read_text(encoding="utf-8", errors="replace").rpartition("\n== ")[2]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and "%|" not in line]
+    errors = [line for line in lines[:-count] if re.match(r"(error|[\w.]+(Error|Exception)): ", line)]
+    return [*errors[:1], *lines[-count:]]
+
+
+def parse_devices(devices: Any) -> list[str]:
+    """Devices to share out: ``cpu``, or numbers of GPUs.
+
+    Raises:
+        ExperimentError: for anything else.
+
+    Example:
+        >>> parse_devices("cpu"), parse_devices((0, 1)), parse_devices("")
+        (['cpu'], ['0', '1'], [])
+    """
+    names = [str(name) for name in as_list(devices)]
+    if any(name != "cpu" and not name.isdigit() for name in names):
+        raise ExperimentError(f"--devices is 'cpu' or numbers of GPUs such as 0,1; got {devices!r}")
+    return names
+
+
+def environment_of(device: str | None, jobs: int) -> dict[str, str]:
+    """Environment of the processes of one fold: its share of the cores, its GPU, and few lines of progress bars."""
+    environment = {**os.environ, "TQDM_MININTERVAL": "30"}
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    if device is not None and device != "cpu":
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if visible and int(device) >= len(visible):
+            raise ExperimentError(f"no GPU {device}: CUDA_VISIBLE_DEVICES is {','.join(visible)}")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible else device
+    return environment
+
+
+def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str]) -> list[FoldRun]:
+    """Run the folds of a plan that are not finished, ``jobs`` at once.
+
+    Returns:
+        Those that failed.
+
+    Raises:
+        ExperimentError: another process is at one of the folds; none is run then.
+    """
+    waiting = [fold for fold in plan.folds if not is_finished(plan, fold)]
+    failed: list[FoldRun] = []
+    with ExitStack() as held:
+        locks = {fold: held.enter_context(lock_folder(fold_folder(plan.folder, fold))) for fold in waiting}
+        display = Display(plan, waiting)
+        active: dict[int, FoldRun] = {}  # by the place that a fold has taken
+        held.callback(display.close)
+        held.callback(lambda: stop_all(list(active.values())))
+        while waiting or active:
+            for place in set(range(jobs)) - set(active):
+                if waiting:
+                    fold, device = waiting.pop(0), devices[place % len(devices)] if devices else None
+                    name = None if device is None else "cpu" if device == "cpu" else "cuda:0"
+                    active[place] = FoldRun(plan, fold, locks[fold], environment_of(device, jobs), name)
+            for place, run in list(active.items()):
+                if run.is_over():
+                    del active[place]
+                    write_fold(plan, run.fold, asdict(run.failure) if run.failure else None)
+                    gather(plan, record)
+                    failed += [run] if run.failure else []
+                    display.end(run)
+            display.show(list(active.values()))
+            time.sleep(POLL_SECONDS)
+    return failed
+
+
+def stop_all(runs: Sequence[FoldRun]) -> None:
+    """End what is still running."""
+    for run in runs:
+        run.ask_to_stop()
+    deadline = time.monotonic() + STOP_SECONDS
+    for run in runs:
+        run.stop(deadline - time.monotonic())
+
+
+@contextmanager
+def signals_as_exit() -> Iterator[None]:
+    """Let the first SIGINT, SIGTERM or SIGHUP raise SystemExit here, so that the folds are stopped on the way out."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    except SystemExit:
+        print("stopped; the same command goes on from the last complete epoch", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+class Display:
+    """One line on which folds are at which epoch, and the time left.
+
+    On a terminal the line is written over; elsewhere there is a new one when a fold comes to another step, and once
+    a minute.
+
+    Args:
+        plan: of the experiment.
+        folds: that are to be run.
+    """
+
+    def __init__(self, plan: Plan, folds: Sequence[int]) -> None:
+        self.plan = plan
+        self.total = len(folds) * plan.epochs
+        self.done = {fold: epochs_done(plan.folder, fold) for fold in folds}
+        self.before = sum(self.done.values())
+        self.start = time.monotonic()
+        self.over_write = sys.stderr.isatty()
+        self.steps: dict[int, str] = {}
+        self.reported = -REPORT_SECONDS
+
+    def show(self, runs: Sequence[FoldRun]) -> None:
+        """Show where the folds are."""
+        for run in runs:
+            trained = run.step != TRAINING
+            self.done[run.fold] = self.plan.epochs if trained else epochs_done(self.plan.folder, run.fold)
+        steps = {run.fold: run.step for run in runs}
+        now = time.monotonic()
+        if not runs or not (self.over_write or steps != self.steps or now - self.reported >= REPORT_SECONDS):
+            return
+        self.steps, self.reported = steps, now
+        where = ", ".join(
+            f"fold {run.fold} epoch {self.done[run.fold]}/{self.plan.epochs}"
+            if run.step == TRAINING
+            else f"fold {run.fold} {run.step}"
+            for run in runs
+        )
+        done = sum(self.done.values())
+        left = time_left(now - self.start, done - self.before, self.total - done)
+        self._write(f"{where} | {100 * done // max(1, self.total)} % of all epochs | {left}")
+
+    def end(self, run: FoldRun) -> None:
+        """Tell that a fold came to its end."""
+        self.done[run.fold] = self.plan.epochs
+        self.close()
+        print(f"fold {run.fold}: {f'failed in {run.failure.step}' if run.failure else FINISHED}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the line free."""
+        if self.over_write:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _write(self, text: str) -> None:
+        if self.over_write:
+            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def epochs_done(run: Path, fold: int) -> int:
+    """The last complete epoch of a fold."""
+    path = fold_folder(run, fold) / "history.json"
+    history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return int(history[-1]["epoch"]) if history else 0
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """Time that ``left`` epochs will take when ``done`` took ``seconds``, in words.
+
+    Example:
+        >>> time_left(60.0, 4, 8), time_left(60.0, 1, 300), time_left(5.0, 0, 8)
+        ('2 min left', '5.0 h left', 'time left known after the next epoch')
+    """
+    if not left:
+        return "training done"
+    if not done:
+        return "time left known after the next epoch"
+    minutes = seconds / done * left / 60
+    return f"{minutes / 60:.1f} h left" if minutes >= 100 else f"{max(1, round(minutes))} min left"
+
+
+def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
+    """Metrics of each fold and their mean, what is missing, and where the files are."""
+    names = {"c_index": "C-index", "dice": "Dice", "balanced_accuracy": "HPV bal. acc."}
+    lines = [f"{'':<8}" + "".join(f"{title:>15}" for title in ("cases", "events", *names.values()))]
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for fold, outcome in record["folds"].items():
+        if outcome["status"] != FINISHED:
+            lines.append(f"fold {fold:<3}{outcome['status']:>15}")
+            continue
+        metrics = outcome["metrics"][plan.held_out]
+        cells = [str(outcome["cases"][plan.held_out][name]) for name in ("cases", "events")]
+        for name in names:
+            value = metrics[name]["value"]
+            values[name] += [] if value is None else [value]
+            cells.append("-" if value is None else f"{value:.3f}")
+        lines.append(f"fold {fold:<3}" + "".join(f"{cell:>15}" for cell in cells))
+    means = [f"{np.mean(found):.3f}" if found else "-" for found in values.values()]
+    lines.append(f"{'mean':<8}{'':>30}" + "".join(f"{mean:>15}" for mean in means))
+    expected = {case[keys.PATIENT_ID] for split in plan.splits for case in split.part(plan.held_out)}
+    missing = sorted(expected - set(pooled.get("PatientID", [])))
+    if missing and all(outcome["status"] == FINISHED for outcome in record["folds"].values()):
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        lines.append(
+            f"{len(missing)} of {len(expected)} could not be read ({shown}): see fold_*/evaluation*/exclusions.csv"
+        )
+    title = f"{plan.held_out} cases, from networks that have not learnt from them ({plan.cohort.statement()})"
+    return "\n".join([title, *lines, f"written: {plan.folder}"])
+
+
+def report_failure(run: FoldRun) -> str:
+    """What a reader needs to see of a fold that failed."""
+    assert run.failure is not None  # only such folds come here
+    said = "\n".join(f"    {line}" for line in run.failure.last_lines)
+    return (
+        f"fold {run.fold} failed in {run.failure.step} (exit code {run.failure.exit_code}), {run.failure.log}:\n{said}"
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command_line(arguments: Mapping[str, Any]) -> str:
+    """The command that a reader types for the same experiment.
+
+    Example:
+        >>> command_line({"dataset_dir": "data", "epochs": 3, "tasks": None})
+        'python scripts/train_folds.py --dataset_dir data --epochs 3'
+    """
+    given = {
+        name: value for name, value in arguments.items() if value is not None and value is not False and value != []
+    }
+    options = [word for name, value in given.items() for word in (f"--{name}", typed(value))]
+    return shlex.join(["python", "scripts/train_folds.py", *options])
+
+
+def train_folds(
+    dataset_dir: str,
+    protocol: str = "partial",
+    num_folds: int | None = None,
+    leave_one_centre_out: bool = False,
+    folds: int | Sequence[int] | None = None,
+    tasks: str | Sequence[str] | None = None,
+    config_files: str | Sequence[str] = (),
+    output_dir: str | None = None,
+    jobs: int = 0,
+    devices: str | int | Sequence[int] = "",
+    epochs: int | None = None,
+    **overrides: Any,
+) -> None:
+    """Train and evaluate the folds of an experiment; started again, it goes on.
+
+    Args:
+        dataset_dir: folder in one of HECKTOR's layouts.
+        protocol: ``partial`` (every case is dealt over the folds), ``full`` (only those with mask and HPV status),
+            ``ablation`` (one split 60/30/10; 100 epochs, validated every 10) or ``leave_one_centre_out``.
+        num_folds: 3 for ``partial``, 5 for ``full``, the number of centres for ``leave_one_centre_out``.
+        leave_one_centre_out: the same as that protocol.
+        folds: some of the folds, such as 0,2; all if not given.
+        tasks: such as surv or seg,surv.
+        config_files: overlays to add to ``configs/train.json``, such as configs/paper.json.
+        output_dir: where it all goes; ``runs/<cohort>_<protocol>`` with the tasks if not given.
+        jobs: folds at once; 0: one for each of ``devices``.
+        devices: ``cpu`` or numbers of GPUs; the bundle's own choice if not given.
+        epochs: most epochs of a fold.
+        **overrides: any other id of the configs.
+    """
+    given = {"num_folds": num_folds, "tasks": tasks, "epochs": epochs}
+    overrides = {name: value for name, value in given.items() if value is not None} | overrides
+    shown = {"dataset_dir": dataset_dir, "protocol": protocol, "leave_one_centre_out": leave_one_centre_out}
+    command = command_line({**shown, **overrides, "config_files": as_list(config_files), "output_dir": output_dir})
+    if leave_one_centre_out:
+        if protocol not in ("partial", "leave_one_centre_out"):
+            raise ExperimentError(f"--leave_one_centre_out is a protocol of its own: leave out --protocol {protocol}")
+        protocol = "leave_one_centre_out"
+    places = parse_devices(devices)
+    if jobs < 0:
+        raise ExperimentError(f"--jobs is the number of folds at once; got {jobs}")
+    if places and "device" in overrides:
+        raise ExperimentError("give --devices or --device, not both")
+    plan = make_plan(dataset_dir, protocol, config_files, folds, output_dir, overrides, command)
+    record = claim_folder(plan)
+    print(f"{plan.cohort.describe()}\nexperiment {plan.folder}, logs in fold_*/{LOG_FILE}", file=sys.stderr)
+    for fold in plan.folds:
+        if is_finished(plan, fold):
+            print(f"fold {fold}: finished before", file=sys.stderr)
+    with signals_as_exit():
+        failed = run_folds(plan, record, jobs or max(1, len(places)), places)
+    print(summary(plan, record, gather(plan, record)))
+    for run in failed:
+        print(report_failure(run), file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(train_folds)
+    except (ExperimentError, CohortError, OSError) as error:
+        sys.exit(f"train_folds: {error}")
