@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import ndimage
+from sklearn import metrics as oracle
 from sklearn.metrics import balanced_accuracy_score
 
 from scripts import keys
 from scripts.evaluation import (
+    PAPER_MEASURES,
+    SMALL_GROUP,
+    CaseTable,
+    aggregated_dice,
+    average_precision,
     balanced_accuracy,
     bootstrap_interval,
     c_index,
     case_rows,
+    confusion,
+    count_lesions,
+    dice_groups,
     format_summary,
+    roc_auc,
+    roc_curve,
     summarise,
+    summarise_centres,
+    surface_distance_mm,
 )
 
 
@@ -34,6 +51,13 @@ def table(n: int = 60, seed: int = 0) -> pd.DataFrame:
             "hpv": hpv,
             "hpv_prob": np.clip(hpv * 0.3 + rng.random(n) * 0.7, 0, 1),
             "dice": rng.random(n),
+            "volume_ml": 20 + rng.random(n),
+            "true_volume_ml": 20 + rng.random(n),
+            "surface_distance_mm": rng.gamma(2, 2, n),
+            "true_lesions": rng.integers(1, 4, n),
+            "found_lesions": rng.integers(0, 2, n),
+            "false_lesions": rng.integers(0, 3, n),
+            "centre": np.where(np.arange(n) < n - 8, "MDA", "USZ"),
         }
     )
 
@@ -94,6 +118,140 @@ def test_a_task_the_model_lacks_says_so() -> None:
     assert summarise(table().drop(columns="hpv_prob"))["balanced_accuracy"]["reason"] == "not a task of this model"
 
 
+@pytest.mark.parametrize("ties", [pytest.param(False, id="distinct"), pytest.param(True, id="ties")])
+def test_rank_measures_against_scikit_learn(ties) -> None:
+    cases = table(80)
+    if ties:
+        cases["hpv_prob"] = cases["hpv_prob"].round(1)
+    truth, prob = cases["hpv"], cases["hpv_prob"]
+    assert roc_auc(cases) == pytest.approx(oracle.roc_auc_score(truth, prob))
+    assert average_precision(cases) == pytest.approx(oracle.average_precision_score(truth, prob))
+    curve, expected = roc_curve(cases), oracle.roc_curve(truth, prob, drop_intermediate=False)
+    for column, values in zip(("false_positive_rate", "true_positive_rate", "threshold"), expected, strict=True):
+        np.testing.assert_allclose(curve[column], values)
+
+
+def test_confusion_against_scikit_learn_and_by_the_threshold_of_the_row() -> None:
+    cases = table(80)
+    negative, false, missed, positive = oracle.confusion_matrix(cases["hpv"], cases["hpv_prob"] > 0.5).ravel()
+    found = confusion(cases)
+    assert list(found.values()) == [positive, missed, negative, false]
+    limits = np.where(np.arange(80) % 2, 0.2, 0.7)
+    called = cases["hpv_prob"] > limits
+    by_row = cases.assign(hpv_threshold=limits)
+    assert balanced_accuracy(by_row) == pytest.approx(balanced_accuracy_score(cases["hpv"], called))
+    row = summarise(by_row, measures=("balanced_accuracy",), samples=20)["balanced_accuracy"]
+    assert row["thresholds"] == [0.2, 0.7]
+    assert sum(row["confusion"].values()) == 80
+
+
+@pytest.mark.parametrize("measure", [roc_auc, average_precision, balanced_accuracy])
+def test_one_class_has_no_rank(measure) -> None:
+    assert math.isnan(measure(table(10).assign(hpv=1.0)))
+    with pytest.raises(ValueError, match="one class only"):
+        roc_curve(table(10).assign(hpv=1.0))
+
+
+def test_aggregated_dice_is_that_of_all_voxels_together() -> None:
+    rng = np.random.default_rng(0)
+    masks = rng.random((5, 2, 8, 8, 8)) < np.array([0.02, 0.1, 0.3, 0.5, 0.9])[:, None, None, None, None]
+    rows = []
+    for predicted, true in masks:
+        both, volumes = (predicted & true).sum(), (predicted.sum(), true.sum())
+        rows.append(
+            {"dice": 2 * both / sum(volumes), "volume_ml": volumes[0] * 0.064, "true_volume_ml": volumes[1] * 0.064}
+        )
+    predicted, true = masks[:, 0], masks[:, 1]
+    expected = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
+    assert aggregated_dice(pd.DataFrame(rows)) == pytest.approx(expected)
+
+
+def block(*ranges: tuple[int, int], size: int = 16) -> torch.Tensor:
+    mask = torch.zeros(size, size, size)
+    mask[tuple(slice(*r) for r in ranges)] = 1
+    return mask
+
+
+def surface_oracle(first: np.ndarray, second: np.ndarray, spacing: tuple[float, ...]) -> float:
+    """By distance maps of the whole grid."""
+    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (first, second)]
+    maps = [ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges]
+    return max(np.percentile(maps[1][edges[0]], 95), np.percentile(maps[0][edges[1]], 95))
+
+
+@pytest.mark.parametrize(
+    "spacing", [pytest.param((2.0, 2.0, 2.0), id="cubes"), pytest.param((1.0, 2.0, 3.5), id="slabs")]
+)
+def test_surface_distance_in_mm_against_distance_maps(spacing) -> None:
+    true, predicted = block((4, 9), (4, 9), (4, 9)), block((5, 12), (4, 8), (3, 9))
+    expected = surface_oracle(predicted.numpy() > 0, true.numpy() > 0, spacing)
+    assert surface_distance_mm(predicted, true, spacing) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "expected"),
+    [
+        pytest.param(block((0, 0)), block((0, 0)), 0.0, id="both_empty"),
+        pytest.param(block((0, 0)), block((2, 4)), math.inf, id="missed"),
+        pytest.param(block((2, 4)), block((0, 0)), math.inf, id="nothing_to_find"),
+        pytest.param(block((2, 4)), block((2, 4)), 0.0, id="equal"),
+    ],
+)
+def test_surface_distance_of_masks_that_are_empty_or_equal(predicted, true, expected) -> None:
+    assert surface_distance_mm(predicted, true, (2.0, 2.0, 2.0)) == expected
+
+
+TWO = block((2, 6), (2, 6), (2, 6)) + block((10, 14), (10, 14), (10, 14))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "found", "of_prediction", "false"),
+    [
+        pytest.param(TWO, 2, 2, 0, id="right"),
+        pytest.param(block((0, 0)), 0, 0, 0, id="nothing"),
+        pytest.param(block((2, 6), (2, 6), (2, 6)), 1, 1, 0, id="one_of_two"),
+        pytest.param(block((2, 6), (2, 6), (2, 3)), 0, 1, 0, id="a_quarter_is_not_found_and_not_false"),
+        pytest.param(block((2, 6), (2, 6), (2, 4)), 1, 1, 0, id="half_is_found"),
+        pytest.param(block((2, 6), (10, 14), (2, 6)), 0, 1, 1, id="elsewhere"),
+        pytest.param(block((0, 16), (0, 16), (0, 16)), 2, 1, 0, id="everything_is_one"),
+        pytest.param(TWO + block((2, 6), (10, 14), (2, 6)), 2, 3, 1, id="one_too_many"),
+    ],
+)
+def test_lesions_are_counted(predicted, found, of_prediction, false) -> None:
+    counted = count_lesions(predicted.numpy() > 0, TWO.numpy() > 0)
+    expected = {"true_lesions": 2, "found_lesions": found, "predicted_lesions": of_prediction, "false_lesions": false}
+    assert counted == expected
+
+
+def test_lesions_that_touch_at_a_corner_are_one() -> None:
+    mask = block((2, 4), (2, 4), (2, 4)) + block((4, 6), (4, 6), (4, 6))
+    assert count_lesions(mask.numpy() > 0, mask.numpy() > 0)["true_lesions"] == 1
+
+
+def test_missed_cases_are_counted_beside_the_surface_distance() -> None:
+    cases = table(20)
+    cases.loc[:4, "surface_distance_mm"] = math.inf
+    row = summarise(cases, measures=("surface_distance_mm",), samples=20)["surface_distance_mm"]
+    assert (row["patients"], row["missed"]) == (20, 5)
+    assert row["value"] == pytest.approx(cases["surface_distance_mm"][5:].median())
+    all_missed = summarise(cases.assign(surface_distance_mm=math.inf), measures=("surface_distance_mm",))
+    assert all_missed["surface_distance_mm"]["reason"] == "20 of 20 are missed"
+
+
+def test_small_centres_have_counts_and_a_reason() -> None:
+    centres = summarise_centres(table())
+    assert centres["MDA"]["c_index"]["value"] is not None
+    for name in PAPER_MEASURES:
+        assert centres["USZ"][name]["value"] is None
+        assert "8 patients of at least 10" in centres["USZ"][name]["reason"]
+    assert SMALL_GROUP["patients"] == 10
+
+
+def test_dice_by_centre_only_where_there_are_several() -> None:
+    assert [len(values) for values in dice_groups(table()).values()] == [60, 52, 8]
+    assert list(dice_groups(table().assign(centre="MDA"))) == ["all"]
+
+
 def test_case_rows_hide_unknown_labels_and_measure_volumes() -> None:
     truth = torch.zeros(2, 1, 16, 16, 16)
     truth[0, :, :4, :4, :4] = 1
@@ -121,5 +279,30 @@ def test_case_rows_hide_unknown_labels_and_measure_volumes() -> None:
     assert first["true_volume_ml"] == pytest.approx(64 * 8 / 1000)
     assert (first["time"], first["event"]) == (100.0, 1.0)
     assert math.isnan(first["hpv"])
-    assert all(math.isnan(second[name]) for name in ("time", "event", "dice", "true_volume_ml"))
+    assert first["surface_distance_mm"] == pytest.approx(4.0)
+    assert (first["true_lesions"], first["found_lesions"], first["false_lesions"]) == (1, 1, 0)
+    unknown = ("time", "event", "dice", "true_volume_ml", "surface_distance_mm", "true_lesions", "false_lesions")
+    assert all(math.isnan(second[name]) for name in unknown)
+    assert second["predicted_lesions"] == 1
     assert second["hpv"] == 0.0
+
+
+def test_the_handler_writes_table_metrics_survival_and_plots(tmp_path: Path) -> None:
+    cases = table(40)
+    training = [
+        {keys.TIME: row.time, keys.EVENT: row.event == 1, keys.SURV_KNOWN: k > 3}
+        for k, row in enumerate(table(50, seed=1).itertuples())
+    ]
+    handler = CaseTable(str(tmp_path), "cohort", "model.pt", training_cases=training)
+    handler.rows = cases.to_dict("records")
+    handler.write(SimpleNamespace())
+    report = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert report["survival"]["about"]["train_patients"] == 46
+    assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
+    assert "absolute risk" in report["survival"]["brier_skill"]["reason"]
+    assert set(report["centres"]) == {"MDA", "USZ"}
+    assert len(pd.read_csv(tmp_path / "cases.csv")) == 40
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"roc.png", "roc.json", "dice.png", "dice.json"}
+    handler.rows = cases.assign(hpv=1.0, dice=math.nan).to_dict("records")
+    handler.write(SimpleNamespace())
+    assert not list((tmp_path / "figures").iterdir()), "plots of another evaluation must not stay"
