@@ -208,7 +208,8 @@ def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path,
         "--output_dir",
         str(tmp_path),
     ]
-    run_bundle("inference", "--config_file", INFERENCE, *arguments, code=1)
+    result = run_bundle("inference", "--config_file", INFERENCE, *arguments, code=1)
+    assert "model: 1 fold, trained on 3 cases of 1 centre (CHUM)" in result.stdout + result.stderr
     rows = {row["PatientID"]: row for row in rows_of(tmp_path / "predictions.csv")}
     statuses = {patient: row["status"] for patient, row in rows.items()}
     assert statuses == {

@@ -616,16 +616,17 @@ class Cohort:
         facts = [sorted((name, value) for name, value in case.items() if name not in places) for case in self.cases]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def statement(self) -> str:
-        """What a model trained on these cases must say about them, in one line."""
+    def statement(self, cases: Sequence[Case] | None = None) -> str:
+        """What a model trained on ``cases`` (all of the cohort by default) must say about them, in one line."""
+        cases = self.cases if cases is None else cases
         root = Path(self.dataset_dir).expanduser().resolve()
         records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
         notices = [json.loads(path.read_text(encoding="utf-8")).get("notice", "") for path in records if path.is_file()]
         if any("phantom" in notice.lower() for notice in notices):
-            return f"{len(self.cases)} digital phantoms, not for clinical use"
-        centres = self.centres
+            return f"{len(cases)} digital phantoms, not for clinical use"
+        centres = sorted({case[keys.CENTRE] for case in cases})
         listed = f"{len(centres)} {'centre' if len(centres) == 1 else 'centres'} ({', '.join(centres)})"
-        return f"{len(self.cases)} cases of {listed}; research use only, not for clinical use"
+        return f"{len(cases)} cases of {listed}; research use only, not for clinical use"
 
     def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
         """Training and validation cases of one fold, and test cases where the protocol has them.

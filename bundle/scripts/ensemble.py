@@ -324,6 +324,15 @@ def describe_model(ensemble: FoldEnsemble) -> str:
     return f"model: {folds}, trained on {trained_on}" if trained_on else f"model: {folds}, trained on: not recorded"
 
 
+def record(ensemble: FoldEnsemble, **facts: Any) -> None:
+    """Add ``facts`` (plain Python) to the provenance that is stored with the weights.
+
+    Raises:
+        TypeError: for a fact that is not plain Python.
+    """
+    ensemble.provenance.update(plain_copy(facts, PROVENANCE))
+
+
 def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One state dict from several, each of one fold, as :func:`read_state` gives them.
 
