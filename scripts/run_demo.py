@@ -90,7 +90,8 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
         [
             "",
             f"== done in {seconds / 60:.1f} min",
-            f"On {len(held_out)} held-out PHANTOMS (no patients; the best epoch was picked on them), value [95 % interval]:",
+            f"On {len(held_out)} held-out PHANTOMS (no patients), value [95 % interval];",
+            "the best epoch was picked on the same ones:",
             format_summary(report["metrics"]),
             f"  {'oracle C-index':<22} {c_index(oracle):.3f}  [{low:.3f}, {high:.3f}]  (the phantoms' true log hazard)",
             "",
