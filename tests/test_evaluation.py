@@ -90,7 +90,7 @@ def test_summary_has_counts_and_intervals() -> None:
     cases = table()
     cases.loc[:9, ["time", "event"]] = math.nan
     cases.loc[10:19, "hpv"] = math.nan
-    summary = summarise(cases)
+    summary = summarise(cases, samples=100)
     assert summary["c_index"]["patients"] == 50
     assert summary["c_index"]["events"] == int(cases["event"].sum())
     assert summary["balanced_accuracy"]["patients"] == 50
@@ -109,13 +109,16 @@ def test_summary_has_counts_and_intervals() -> None:
     ],
 )
 def test_a_figure_that_cannot_be_had_says_why(change, metric, reason) -> None:
-    row = summarise(table().assign(**change))[metric]
+    row = summarise(table().assign(**change), measures=(metric,), samples=50)[metric]
     assert row["value"] is None
     assert row["reason"] == reason
 
 
 def test_a_task_the_model_lacks_says_so() -> None:
-    assert summarise(table().drop(columns="hpv_prob"))["balanced_accuracy"]["reason"] == "not a task of this model"
+    assert (
+        summarise(table().drop(columns="hpv_prob"), samples=50)["balanced_accuracy"]["reason"]
+        == "not a task of this model"
+    )
 
 
 @pytest.mark.parametrize("ties", [pytest.param(False, id="distinct"), pytest.param(True, id="ties")])

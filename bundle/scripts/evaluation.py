@@ -305,7 +305,7 @@ def _figure(
     if few:
         return {"value": None, "reason": f"too few: {', '.join(few)}", **head}
     low, high = bootstrap_interval(measure.statistic, known, samples, seed)
-    figure = {"value": value, "low": low, "high": high, **head}
+    figure: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
     if name == "balanced_accuracy":
         thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HPV_THRESHOLD])
         figure |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}

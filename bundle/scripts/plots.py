@@ -244,8 +244,15 @@ def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "", chance: fl
 
 def _beside(panel: Axes, place: int, text: str, colour: str) -> None:
     """Text to the right of the axes, in the row ``place``."""
-    at = {"xy": (1.02, place), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
-    panel.annotate(text, **at, va="center", fontsize=8, color=colour)
+    panel.annotate(
+        text,
+        (1.02, place),
+        xycoords=("axes fraction", "data"),
+        annotation_clip=False,
+        va="center",
+        fontsize=8,
+        color=colour,
+    )
 
 
 def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> Figure:

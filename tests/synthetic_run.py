@@ -1,0 +1,106 @@
+"""An experiment as ``train_folds.py`` leaves it, without any training: predictions are truth plus seeded noise."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from experiment import (
+    Plan,
+    counts,
+    evaluation_folder,
+    fold_folder,
+    gather,
+    make_plan,
+    new_record,
+    write_record,
+)
+
+from conftest import COLUMNS, write_image
+from scripts import keys
+from scripts.evaluation import summarise
+
+CENTRES = {1: "CHUM", 2: "CHUP", 5: "MDA"}
+
+
+def make_cohort(folder: Path, patients: int = 90, seed: int = 0) -> Path:
+    """Cohort whose scans are single voxels, with a ``truth.csv``; masks, HPV and survival missing here and there."""
+    rng = np.random.default_rng(seed)
+    rows, truth = [], []
+    for k in range(patients):
+        number, name = list(CENTRES.items())[0 if k % 10 < 3 else 1 if k % 30 == 3 else 2]
+        patient = f"{name}-{k:03d}"
+        risk = rng.normal()
+        place = folder / "Task 1" / patient
+        for suffix in ("__CT", "__PT", *([""] if k % 6 else [])):
+            write_image(place / f"{patient}{suffix}.nii.gz", np.ones((2, 2, 2), np.uint8), 4.0)
+        relapse, censored = rng.exponential(1500 * np.exp(-1.2 * risk)), rng.uniform(300, 4000)
+        time, event = max(1, int(min(relapse, censored))), int(relapse < censored)
+        hpv = int(rng.random() < 0.6) if k % 5 else ""
+        known = k % 9 != 4
+        rows.append([patient, number, 50 + int(5 * risk + rng.normal()), k % 2, "", 1, "", 1, "M0"])
+        rows[-1] += [time if known else "", event if known else "", hpv]
+        truth.append([patient, risk, hpv])
+    with (folder / "HECKTOR_2025_Training_Task_3.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    pd.DataFrame(truth, columns=["PatientID", "log_hazard", "hpv"]).to_csv(folder / "truth.csv", index=False)
+    return folder
+
+
+def predictions(cases: list[dict[str, Any]], truth: pd.DataFrame, plan: Plan, fold: int, seed: int) -> pd.DataFrame:
+    """A table of cases as ``evaluating`` writes it; each fold has a zero and a unit of its own."""
+    tasks = plan.config["tasks"]
+    rng = np.random.default_rng([seed, fold, len(cases)])
+    rows = []
+    for case in cases:
+        row: dict[str, Any] = {"PatientID": case[keys.PATIENT_ID], keys.CENTRE: case[keys.CENTRE]}
+        if "surv" in tasks:
+            risk = truth.loc[case[keys.PATIENT_ID], "log_hazard"] if len(truth) else 0.0
+            row["log_hazard"] = (risk + rng.normal(0, 0.7)) * (1 + 2 * fold) + 10 * fold
+        row["time"] = case[keys.TIME] if case[keys.SURV_KNOWN] else np.nan
+        row["event"] = float(case[keys.EVENT]) if case[keys.SURV_KNOWN] else np.nan
+        if "hpv" in tasks:
+            row["hpv_prob"] = float(np.clip(0.25 + 0.4 * case[keys.HPV] + rng.normal(0, 0.2), 0, 1))
+        row["hpv"] = case[keys.HPV] if case[keys.HPV_KNOWN] else np.nan
+        if "seg" in tasks:
+            known = case[keys.SEG_KNOWN]
+            labels = {"dice": rng.beta(8, 2), "true_volume_ml": 20.0, "surface_distance_mm": rng.gamma(2, 2)}
+            labels |= {"true_lesions": 2, "found_lesions": rng.integers(3), "false_lesions": rng.integers(2)}
+            row |= {"volume_ml": 20 + rng.normal(), **{k: v if known else np.nan for k, v in labels.items()}}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def make_run(folder: Path, cohort: Path, protocol: str = "partial", seed: int = 0, **overrides: Any) -> Path:
+    """The folder of a finished experiment."""
+    plan = make_plan(
+        str(cohort), protocol, (), None, str(folder), overrides, f"python scripts/train_folds.py {protocol}"
+    )
+    path = cohort / "truth.csv"
+    truth = pd.read_csv(path, dtype={"PatientID": str}).set_index("PatientID") if path.is_file() else pd.DataFrame()
+    for fold, split in enumerate(plan.splits):
+        place = fold_folder(folder, fold)
+        metrics = {}
+        for part in plan.parts:
+            table = predictions(split.part(part), truth, plan, fold, seed)
+            to = evaluation_folder(folder, fold, part)
+            to.mkdir(parents=True)
+            table.to_csv(to / "cases.csv", index=False)
+            metrics[part] = summarise(table, samples=20)
+        (place / "models").mkdir()
+        (place / "models" / "model.pt").touch()
+        epochs = [{"epoch": k, "loss": 2 / k, "val_c_index": None if k == 1 else 0.6} for k in (1, 2, 3)]
+        (place / "history.json").write_text(json.dumps(epochs))
+        outcome = {"fold": fold, "status": "finished", "epoch": 3, "best_epoch": 2, "metrics": metrics}
+        outcome["cases"] = {part: counts(split.part(part)) for part in plan.parts}
+        if protocol == "leave_one_centre_out":
+            outcome["centre"] = plan.cohort.centres[fold]
+        (place / "fold.json").write_text(json.dumps(outcome))
+    record = new_record(plan)
+    write_record(folder, record)
+    gather(plan, record)
+    return folder
