@@ -43,7 +43,7 @@ MASK_GRADIENTS = ("stop", "flow")
 class SafeConv3d(nn.Conv3d):
     """A convolution that is right for maps of depth 2 in training under CPU autocast, too.
 
-    oneDNN's bfloat16 kernel for AMX processors (torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there: it
+    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16, torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there: it
     is whatever the memory held. Such maps are tiny, so they are computed in the weight's own precision instead.
     """
 
