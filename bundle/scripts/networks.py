@@ -43,8 +43,8 @@ MASK_GRADIENTS = ("stop", "flow")
 class SafeConv3d(nn.Conv3d):
     """A convolution that is right for maps of depth 2 in training under CPU autocast, too.
 
-    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16, torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there: it
-    is whatever the memory held. Such maps are tiny, so they are computed in the weight's own precision instead.
+    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16, torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there:
+    it is whatever the memory held. Such maps are tiny, so they are computed in the weight's own precision instead.
     """
 
     def forward(self, x: Tensor) -> Tensor:
