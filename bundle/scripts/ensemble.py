@@ -279,7 +279,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(state)
 
 
-def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any]) -> dict[str, Any]:
+def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings stored in a checkpoint file.
 
     Args:
@@ -287,9 +287,10 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any]) -> 
         default: the answer where there is no such file.
 
     Raises:
+        FileNotFoundError: where there is no such file and no default; the message says how to get one.
         CheckpointError: where the file is not such a checkpoint.
     """
-    if not Path(path).exists():
+    if default is not None and not Path(path).exists():
         return dict(default)
     return dict(read_state(path)[EXTRA_STATE][SETTINGS])
 
