@@ -51,7 +51,8 @@ if workflow == "training":
     (folder / "models" / "resume").mkdir(parents=True, exist_ok=True)
     (folder / "models" / "model.pt").write_bytes(b"weights")
     shutil.copy(home / "last.pt", folder / "models" / "resume" / "last.pt")
-    (folder / "history.json").write_text(json.dumps([{"epoch": int(given.get("epochs", 1))}]))
+    (folder / "history.part").write_text(json.dumps([{"epoch": int(given.get("epochs", 1))}]))
+    (folder / "history.part").replace(folder / "history.json")  # whole at once, as the real one: it is read meanwhile
 else:
     part = given["evaluate_on"]
     place = folder / ("evaluation" if part == "validation" else f"evaluation_{part}")
