@@ -48,8 +48,13 @@ HPV_PROB = "hpv_prob"  # (B,)
 LOG_HAZARD = "log_hazard"  # (B,)
 HPV_PROB_STD = "hpv_prob_std"  # (B,), spread over the folds
 LOG_HAZARD_STD = "log_hazard_std"  # (B,), spread over the folds
+HPV_PROB_FOLDS = "hpv_prob_folds"  # (B, K), of each fold
+LOG_HAZARD_FOLDS = "log_hazard_folds"  # (B, K), of each fold
+FEATURES = "features"  # (B, F) of one network, (B, K, F) of an ensemble: the deep features z1 and z2
 PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid
 VOLUME_ML = "volume_ml"  # float, volume of that mask
+MEASURES = "measures"  # dict of plain numbers, what was measured on mask and PET (see scripts.measures)
+PREDICTION = "prediction"  # dict, all that is said of a patient, as prediction.json has it (see scripts.prediction)
 
 # --- tasks -------------------------------------------------------------------------------------------------
 TASK_SEG, TASK_HPV, TASK_SURV = "seg", "hpv", "surv"
