@@ -51,7 +51,8 @@ from scripts.ensemble import (  # noqa: E402
     read_state,
     save_weights,
 )
-from scripts.evaluation import balanced_accuracy  # noqa: E402
+from scripts.evaluation import balanced_accuracy, read_features  # noqa: E402
+from scripts.quality import fit_feature_statistics  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
 
 MISSING_IS_ZERO = "a missing value is 0"
@@ -141,6 +142,7 @@ def provenance(
         "configs": record["configs"],
         "hpv_threshold": choose_hpv_threshold(cases),
         "calibration": calibrate(runs, folds, cases),
+        "feature_statistics": [describe_features(runs, fold) for fold in folds] if "log_hazard" in cases else [],
     }
 
 
@@ -199,6 +201,21 @@ def calibrate(runs: str | Path, folds: Sequence[int], cases: pd.DataFrame) -> di
         return fit_calibration(patients["risk"], patients["time"], patients["event"], scales).to_dict()
     except CalibrationError as error:
         print(f"the model gives no absolute risk: {error}", file=sys.stderr)
+        return {"reason": str(error)}
+
+
+def describe_features(runs: str | Path, fold: int) -> dict[str, Any]:
+    """What the deep features of a fold's training cases look like: :func:`scripts.quality.fit_feature_statistics`.
+
+    Inference compares a patient's features with them. Too few training cases give no statistics but the ``reason``.
+
+    Raises:
+        FileNotFoundError: the training cases were evaluated before features were kept.
+    """
+    _, features = read_features(evaluation_folder(runs, fold, TRAINING))
+    try:
+        return fit_feature_statistics(features[:, 0])
+    except ValueError as error:
         return {"reason": str(error)}
 
 

@@ -18,7 +18,16 @@ from scripts.ensemble import (
     save_weights,
     saved_settings,
 )
-from scripts.keys import HPV_PROB, HPV_PROB_STD, LOG_HAZARD, LOG_HAZARD_STD, SEG_PROB
+from scripts.keys import (
+    FEATURES,
+    HPV_PROB,
+    HPV_PROB_FOLDS,
+    HPV_PROB_STD,
+    LOG_HAZARD,
+    LOG_HAZARD_FOLDS,
+    LOG_HAZARD_STD,
+    SEG_PROB,
+)
 from scripts.networks import MultitaskNet
 
 SETTINGS = {"spacing_mm": 2.0, "roi_size": [32, 32, 32], "clinical": {"features": ["age", "gender"]}}
@@ -51,6 +60,9 @@ def answers(made, image):
         return made.predict(image, torch.ones(2, 2))
 
 
+HPV_KEYS = {HPV_PROB, HPV_PROB_STD, HPV_PROB_FOLDS}
+SURVIVAL_KEYS = {LOG_HAZARD, LOG_HAZARD_STD, LOG_HAZARD_FOLDS, FEATURES}
+
 # --- prediction --------------------------------------------------------------------------------------------
 
 
@@ -68,6 +80,9 @@ def test_prediction_is_the_mean_and_the_spread_of_the_members(image):
     torch.testing.assert_close(result[HPV_PROB], probabilities.mean(0))
     torch.testing.assert_close(result[HPV_PROB_STD], probabilities.std(0, correction=0))
     torch.testing.assert_close(result[SEG_PROB], masks.mean(0))
+    torch.testing.assert_close(result[LOG_HAZARD_FOLDS], hazards.T)
+    torch.testing.assert_close(result[HPV_PROB_FOLDS], probabilities.T)
+    torch.testing.assert_close(result[FEATURES], torch.stack([member["features"] for member in members], dim=1))
     with torch.no_grad():
         torch.testing.assert_close(made(image), result[SEG_PROB])
 
@@ -88,8 +103,9 @@ def test_prediction_under_autocast_is_float32(image):
     ("tasks", "keys"),
     [
         pytest.param(("seg",), {SEG_PROB}, id="seg"),
-        pytest.param(("surv",), {LOG_HAZARD, LOG_HAZARD_STD}, id="surv"),
-        pytest.param(("hpv", "surv"), {HPV_PROB, HPV_PROB_STD, LOG_HAZARD, LOG_HAZARD_STD}, id="hpv+surv"),
+        pytest.param(("hpv",), HPV_KEYS, id="hpv"),
+        pytest.param(("surv",), SURVIVAL_KEYS, id="surv"),
+        pytest.param(("hpv", "surv"), HPV_KEYS | SURVIVAL_KEYS, id="hpv+surv"),
     ],
 )
 def test_prediction_of_some_tasks(tasks, keys, image):

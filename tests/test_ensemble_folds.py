@@ -14,7 +14,9 @@ from ensemble_folds import calibrate, choose_hpv_threshold, out_of_fold
 from experiment import ExperimentError
 
 from scripts.ensemble import FoldEnsemble, SettingsMismatch, load_weights, read_state, save_weights
+from scripts.evaluation import write_features
 from scripts.networks import MultitaskNet
+from scripts.quality import check_features
 from scripts.survival import Calibration
 
 FEATURES = ["age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage"]
@@ -54,6 +56,7 @@ def write_tables(fold: int, folder: Path, rng: np.random.Generator) -> None:
         )
         (folder / part).mkdir(parents=True)
         table.to_csv(folder / part / "cases.csv", index=False)
+        write_features(folder / part, table["PatientID"], fold + rng.normal(size=(count, 1, 236)))
 
 
 @pytest.fixture
@@ -200,6 +203,33 @@ def test_without_both_classes_there_is_no_threshold():
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_knows_what_features_its_training_cases_have(runs, tmp_path):
+    ensemble_folds.ensemble_folds(str(runs), str(tmp_path / "model.pt"))
+    known = load_weights(ensemble_folds.empty_ensemble(SETTINGS), tmp_path / "model.pt").provenance
+    like_fold = np.random.default_rng(5).normal(size=236)
+    verdicts = [check_features(fold + like_fold, known["feature_statistics"][fold]).verdict for fold in range(3)]
+    assert verdicts == ["ok", "ok", "ok"]
+    assert check_features(30 + like_fold, known["feature_statistics"][0]).verdict != "ok"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        pytest.param(None, "run the evaluation again", id="evaluated_before_features_were_kept"),
+        pytest.param(5, "N of 10 or more", id="few_training_cases"),
+    ],
+)
+def test_no_statistics_without_features(runs, rows, message):
+    folder = runs / "fold_1" / "evaluation_training"
+    if rows is None:
+        (folder / "features.npz").unlink()
+        with pytest.raises(FileNotFoundError, match=message):
+            ensemble_folds.describe_features(runs, 1)
+    else:
+        write_features(folder, ["a"] * rows, np.zeros((rows, 1, 236)))
+        assert message in ensemble_folds.describe_features(runs, 1)["reason"]
 
 
 def test_missing_folds_are_refused_unless_allowed(runs, tmp_path):

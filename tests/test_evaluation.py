@@ -30,6 +30,7 @@ from scripts.evaluation import (
     count_lesions,
     dice_groups,
     format_summary,
+    read_features,
     roc_auc,
     roc_curve,
     summarise,
@@ -309,3 +310,15 @@ def test_the_handler_writes_table_metrics_survival_and_plots(tmp_path: Path) -> 
     handler.rows = cases.assign(hpv=1.0, dice=math.nan).to_dict("records")
     handler.write(SimpleNamespace())
     assert not list((tmp_path / "figures").iterdir()), "plots of another evaluation must not stay"
+
+
+def test_the_handler_keeps_the_deep_features(tmp_path: Path) -> None:
+    handler = CaseTable(str(tmp_path), "cohort", "model.pt")
+    handler.rows = table(40).assign(PatientID=[f"P{k:02d}" for k in range(40)]).to_dict("records")
+    handler.features = [np.ones((39, 2, 5), dtype=np.float32), np.zeros((1, 2, 5), dtype=np.float32)]
+    handler.write(SimpleNamespace())
+    patients, features = read_features(tmp_path)
+    assert patients == [row["PatientID"] for row in handler.rows]
+    assert features.shape == (40, 2, 5) and features[:, 0, 0].sum() == 39
+    with pytest.raises(FileNotFoundError, match="run the evaluation again"):
+        read_features(tmp_path / "elsewhere")

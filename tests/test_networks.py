@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from scripts.keys import HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
+from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.losses import MultitaskLoss
 from scripts.networks import MultitaskNet
 
@@ -102,6 +102,10 @@ def test_survival_weights_are_the_fully_connected_layers():
 def test_tasks_give_their_outputs_and_train_every_parameter(tasks, image):
     net = MultitaskNet(tasks=tasks).train()
     outputs = net(image, torch.rand(2, 7))
+    features = outputs.pop(FEATURES, None)
+    expected = None if "surv" not in tasks else (2, 236) if "hpv" in tasks else (2, 124)
+    assert (None if features is None else tuple(features.shape)) == expected
+    assert features is None or not features.requires_grad
     assert {name: tuple(value.shape) for name, value in outputs.items()} == dict(SHAPES[task] for task in tasks)
     sum((value * torch.randn_like(value)).sum() for value in outputs.values()).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
@@ -253,12 +257,13 @@ def test_autocast_gives_every_parameter_about_the_same_gradient():
     """At 32 voxels the deepest maps have a depth of 2, where a bfloat16 kernel of oneDNN has no gradient."""
     image, gradients = torch.rand(4, 2, 32, 32, 32), []
     net = MultitaskNet(mask_gradient="flow", dropout=0.0, dense_dropout=0.0)
+    names = (SEG_LOGITS, HPV_LOGIT, LOG_HAZARD)
     weights = [torch.randn(shape) for shape in ((4, 1, 32, 32, 32), (4,), (4,))]
     for autocast in (False, True):
         net.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             outputs = net(image)
-        sum((w * outputs[name]).mean() for w, name in zip(weights, outputs, strict=True)).backward()
+        sum((w * outputs[name]).mean() for w, name in zip(weights, names, strict=True)).backward()
         gradients.append({name: p.grad.norm().item() for name, p in net.named_parameters()})
     plain, fast = gradients
     assert [name for name in plain if not 0.2 * plain[name] - 1e-4 < fast[name] < 5 * plain[name] + 1e-4] == []

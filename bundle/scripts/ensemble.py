@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from scripts.files import written_whole
 from scripts.keys import (
+    FEATURES,
     HPV_LOGIT,
     HPV_PROB,
+    HPV_PROB_FOLDS,
     HPV_PROB_STD,
     LOG_HAZARD,
+    LOG_HAZARD_FOLDS,
     LOG_HAZARD_STD,
     SEG_LOGITS,
     SEG_PROB,
@@ -38,6 +41,7 @@ __all__ = [
     "join_folds",
     "load_weights",
     "save_weights",
+    "saved_provenance",
     "saved_settings",
 ]
 
@@ -121,12 +125,13 @@ class FoldEnsemble(nn.Module):
             clinical: (B, F) coded clinical values; None where all are missing.
 
         Returns:
-            float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds, and
-            ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected: 0 for one fold).
+            float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds;
+            ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected: 0 for one fold);
+            ``hpv_prob_folds``, ``log_hazard_folds`` (B, K), of each fold; ``features`` (B, K, F), its deep features.
             Those of absent tasks are absent.
         """
         seg_total: Tensor | None = None
-        scores: dict[str, list[Tensor]] = {HPV_PROB: [], LOG_HAZARD: []}
+        scores: dict[str, list[Tensor]] = {HPV_PROB: [], LOG_HAZARD: [], FEATURES: []}
         for fold in self.folds:
             outputs = {name: value.float() for name, value in fold(image, clinical).items()}
             if SEG_LOGITS in outputs:
@@ -134,13 +139,20 @@ class FoldEnsemble(nn.Module):
                 seg_total = probability if seg_total is None else seg_total + probability
             if HPV_LOGIT in outputs:
                 scores[HPV_PROB].append(torch.sigmoid(outputs[HPV_LOGIT]))
-            if LOG_HAZARD in outputs:
-                scores[LOG_HAZARD].append(outputs[LOG_HAZARD])
+            for name in (LOG_HAZARD, FEATURES):
+                if name in outputs:
+                    scores[name].append(outputs[name])
         result = {} if seg_total is None else {SEG_PROB: seg_total / len(self.folds)}
-        for name, spread in ((HPV_PROB, HPV_PROB_STD), (LOG_HAZARD, LOG_HAZARD_STD)):
+        for name, spread, each in (
+            (HPV_PROB, HPV_PROB_STD, HPV_PROB_FOLDS),
+            (LOG_HAZARD, LOG_HAZARD_STD, LOG_HAZARD_FOLDS),
+        ):
             if scores[name]:
-                stacked = torch.stack(scores[name])
-                result[name], result[spread] = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+                stacked = torch.stack(scores[name], dim=1)
+                result[name], result[spread] = stacked.mean(dim=1), stacked.std(dim=1, correction=0)
+                result[each] = stacked
+        if scores[FEATURES]:
+            result[FEATURES] = torch.stack(scores[FEATURES], dim=1)
         return result
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -293,6 +305,13 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | No
     if default is not None and not Path(path).exists():
         return dict(default)
     return dict(read_state(path)[EXTRA_STATE][SETTINGS])
+
+
+def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The provenance stored in a checkpoint file; arguments and errors as :func:`saved_settings`."""
+    if default is not None and not Path(path).exists():
+        return dict(default)
+    return dict(read_state(path)[EXTRA_STATE].get(PROVENANCE, {}))
 
 
 def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEnsemble:

@@ -24,10 +24,12 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.stats import rankdata
 
 from scripts import keys
-from scripts.files import write_text
+from scripts.files import write_text, written_whole
 from scripts.metrics import concordance_index
 
 logger = logging.getLogger(__name__)
+
+FEATURES_FILE = "features.npz"
 
 BOOTSTRAP_SAMPLES = 1000
 HPV_THRESHOLD = 0.5
@@ -346,6 +348,9 @@ def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
 class CaseTable:
     """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
 
+    Where the network tells its deep features they go to ``features.npz`` (see :func:`read_features`), from which
+    an ensemble learns what its training cases look like.
+
     Args:
         output_dir: folder for the files; the plots go to ``figures/`` in it.
         dataset_dir: stated in ``metrics.json``: no figure without its data.
@@ -368,10 +373,11 @@ class CaseTable:
         self.seed = seed
         self.training_cases = training_cases
         self.rows: list[dict[str, Any]] = []
+        self.features: list[np.ndarray] = []
 
     def attach(self, engine: Workflow) -> None:
         """Register with the evaluator ``engine`` (which must not decollate)."""
-        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.STARTED, lambda _: (self.rows.clear(), self.features.clear()))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
@@ -379,12 +385,16 @@ class CaseTable:
         """Append the cases of one batch."""
         batch: Mapping[str, Any] = engine.state.batch
         self.rows.extend(case_rows(batch, engine.state.output["pred"]))
+        if keys.FEATURES in engine.state.output["pred"]:
+            self.features.append(engine.state.output["pred"][keys.FEATURES].float().cpu().numpy())
 
     def write(self, engine: Workflow) -> None:
         """Write all files and log the table of metrics."""
         cases = pd.DataFrame(self.rows)
         summary = summarise(cases, self.seed)
         write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
+        if self.features:
+            write_features(self.output_dir, cases["PatientID"], np.concatenate(self.features))
         report = {**self.about, "cases": len(cases), "metrics": summary, "centres": summarise_centres(cases, self.seed)}
         if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
             report["tumour_inside_box"] = {
@@ -408,6 +418,25 @@ class CaseTable:
         )
         test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
         return survival_metrics(train, test, cases["log_hazard"].to_numpy(), seed=self.seed)
+
+
+def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) -> None:
+    """Write the deep features (N, K, F) of N patients by the K networks of an ensemble to ``features.npz``."""
+    with written_whole(folder / FEATURES_FILE) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, patients=np.asarray(patients, dtype=str), features=features)
+
+
+def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
+    """Patients (N) and their deep features (N, K, F) that an evaluation left in ``folder``.
+
+    Raises:
+        FileNotFoundError: where there are none; the message says how to get them.
+    """
+    path = Path(folder) / FEATURES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run the evaluation again, which writes it for networks with survival")
+    with np.load(path) as stored:
+        return stored["patients"].tolist(), stored["features"]
 
 
 def write_plots(folder: Path, cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> None:

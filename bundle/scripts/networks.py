@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.keys import HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASKS
+from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASKS
 
 __all__ = ["MASK_GRADIENTS", "MultitaskNet"]
 
@@ -331,7 +331,7 @@ class MultitaskNet(nn.Module):
         >>> with torch.no_grad():
         ...     unknown, zeros = net(image), net(image, torch.zeros(2, 7))
         >>> {name: tuple(value.shape) for name, value in unknown.items()}
-        {'seg_logits': (2, 1, 32, 32, 32), 'hpv_logit': (2,), 'log_hazard': (2,)}
+        {'seg_logits': (2, 1, 32, 32, 32), 'hpv_logit': (2,), 'log_hazard': (2,), 'features': (2, 236)}
         >>> torch.equal(unknown["log_hazard"], zeros["log_hazard"])
         True
     """
@@ -387,22 +387,30 @@ class MultitaskNet(nn.Module):
             clinical: (B, F) coded clinical values, 0 where missing; None where all are missing.
 
         Returns:
-            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), those of absent tasks absent.
+            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), those of absent tasks absent; with
+            the log hazard ``features`` (B, 236 or 124), the z1 and z2 that it was made of, without a gradient.
 
         Raises:
             ValueError: for an image or clinical values of the wrong shape, or a single case in training mode.
         """
         self.check_shapes(image, clinical)
-        seg_logits, hpv_logit, log_hazard = self.heads(image, clinical)
-        outputs = {SEG_LOGITS: seg_logits, HPV_LOGIT: hpv_logit, LOG_HAZARD: log_hazard}
+        seg_logits, hpv_logit, log_hazard, features = self.heads(image, clinical)
+        outputs = {SEG_LOGITS: seg_logits, HPV_LOGIT: hpv_logit, LOG_HAZARD: log_hazard, FEATURES: features}
         return {name: value for name, value in outputs.items() if value is not None}
 
-    def heads(self, image: Tensor, clinical: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def heads(
+        self, image: Tensor, clinical: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """:meth:`forward` as a tuple, None where a task is absent: what exporters can trace."""
-        features = self.encode(image)
-        seg_logits = self.decode(features)
+        maps = self.encode(image)
+        seg_logits = self.decode(maps)
         hpv_logit, z2 = self.classify(image, seg_logits)
-        return seg_logits, hpv_logit, self.survive(image, features, z2, clinical)
+        deep = self.summarise(maps, z2)
+        if self.survival is None:
+            return seg_logits, hpv_logit, None, None
+        if clinical is None:
+            clinical = image.new_zeros((image.shape[0], self.clinical_features))
+        return seg_logits, hpv_logit, self.survival(deep, clinical), torch.cat(deep, dim=1).detach().float()
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """The encoder's five feature maps; none where no task needs them."""
@@ -429,17 +437,12 @@ class MultitaskNet(nn.Module):
         logit, z2 = self.hpv(x)
         return logit, z2
 
-    def survive(
-        self, image: Tensor, features: list[Tensor], z2: Tensor | None, clinical: Tensor | None
-    ) -> Tensor | None:
-        """Log hazard (B,), or None without the survival task."""
-        if self.survival is None or self.summaries is None:
-            return None
-        z1 = self.summaries(features)
-        if clinical is None:
-            clinical = z1.new_zeros((image.shape[0], self.clinical_features))
-        deep = [z1] if z2 is None else [z1, z2]
-        return self.survival(deep, clinical)
+    def summarise(self, maps: list[Tensor], z2: Tensor | None) -> list[Tensor]:
+        """The deep features that the survival branch reads: z1 (B, 124) and, where there is one, z2 (B, 112)."""
+        if self.summaries is None:
+            return []
+        z1 = self.summaries(maps)
+        return [z1] if z2 is None else [z1, z2]
 
     def tumour_probability(self, image: Tensor) -> Tensor:
         """The segmentation path alone: image (B, 2, R, R, R) -> float32 probability (B, 1, R, R, R).
