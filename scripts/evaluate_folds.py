@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
 
 from compare_clinical import code_cohort, fill_missing, fit_cox  # noqa: E402
-from ensemble_folds import choose_hpv_threshold  # noqa: E402
+from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
+from ensemble_folds import choose_hpv_threshold, finished_folds, out_of_fold  # noqa: E402
 from experiment import (  # noqa: E402
     FINISHED,
     OUT_OF_FOLD_FILE,
@@ -72,6 +73,7 @@ from scripts.survival import (  # noqa: E402
     HorizonError,
     Outcomes,
     SurvivalFunction,
+    ensemble_survival,
     fit_calibration,
     normalise_out_of_fold,
     paired_bootstrap,
@@ -408,7 +410,11 @@ def oracle(run: Run, seed: int, samples: int) -> dict[str, Any] | None:
 def judge_external(run: Run, path: Path, seed: int, samples: int) -> dict[str, Any]:
     """Figures of another cohort from the table that the bundle's ``evaluating`` wrote with the ensemble.
 
-    Its log hazards are the mean over the folds, on no common scale: they rank, and give no absolute risk.
+    ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
+    common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
+
+    Raises:
+        ExperimentError: patients of the experiment are among them, or the table is not of this ensemble.
     """
     cases = read_cases(path)
     train = run.cases if run.reference is None else run.reference
@@ -424,14 +430,16 @@ def judge_external(run: Run, path: Path, seed: int, samples: int) -> dict[str, A
     report["centres"] = summarise_centres(cases, seed)
     known = cases.dropna(subset=[keys.TIME])
     if "log_hazard" in cases and len(known):
+        folds = finished_folds(run.folder, run.record, allow_missing=True)
+        stored = calibrate_ensemble(run.folder, folds, out_of_fold(run.folder, folds))
+        try:
+            needed = ensemble_survival(known, stored)
+        except ValueError as error:
+            raise ExperimentError(f"{path}: {error}") from error
         report["survival"] = survival_metrics(
-            outcomes_of(train), outcomes_of(known), known["log_hazard"], survival=_no_scale, seed=seed, samples=samples
+            outcomes_of(train), outcomes_of(known), **needed, seed=seed, samples=samples
         )
     return report
-
-
-def _no_scale(days: np.ndarray) -> np.ndarray:
-    raise FigureUnavailableError("the table has the mean log hazard of the folds, not that of each: no absolute risk")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

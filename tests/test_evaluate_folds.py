@@ -215,18 +215,40 @@ def test_two_experiments_are_compared_on_the_patients_of_both(run, cohort, tmp_p
     assert all(row["value"] == row["low"] == row["high"] == 0 for row in same.values())
 
 
-def test_an_external_cohort_is_ranked_but_has_no_absolute_risk(run, tmp_path):
-    judged = tool.read_run(run)
-    table = pd.read_csv(run / "out_of_fold.csv").drop(columns="fold")
+def external_table(run, folder, folds=3):
+    """Strangers with the log hazards of three networks on scales of their own, as synthetic_run gives them."""
+    table = pd.read_csv(run / "out_of_fold.csv")
+    risk = (table["log_hazard"] - 10 * table["fold"]) / (1 + 2 * table["fold"])
+    for k in range(folds):
+        table[f"log_hazard_fold_{k}"] = risk * (1 + 2 * k) + 10 * k
+    table["log_hazard"] = table[[f"log_hazard_fold_{k}" for k in range(folds)]].mean(axis=1)
     table["PatientID"] = "X" + table["PatientID"]
-    table.to_csv(tmp_path / "cases.csv", index=False)
-    report = tool.judge_external(judged, tmp_path / "cases.csv", 0, SAMPLES)
+    table.drop(columns="fold").to_csv(folder / "cases.csv", index=False)
+    return folder / "cases.csv"
+
+
+def test_an_external_cohort_is_judged_with_the_calibration_of_the_ensemble(run, tmp_path):
+    judged = tool.read_run(run)
+    report = tool.judge_external(judged, external_table(run, tmp_path), 0, SAMPLES)
     assert report["metrics"]["c_index"]["patients"] == 80
+    assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
     assert report["survival"]["uno_c_index"]["value"] is not None
-    assert "no absolute risk" in report["survival"]["brier_skill"]["reason"]
+    assert report["survival"]["brier_skill"]["value"] > 0
+    assert abs(report["survival"]["calibration_2y"]["difference"]["value"]) < 0.2
+    assert set(report["survival"]["risk_groups"]) == {"median", "tertiles"}
     assert len(report["metrics"]["balanced_accuracy"]["thresholds"]) == 1
-    with pytest.raises(ExperimentError, match="is no external cohort: 90 patients"):
-        tool.judge_external(judged, run / "out_of_fold.csv", 0, SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda run, folder: run / "out_of_fold.csv", "is no external cohort: 90 patients", id="its_own"),
+        pytest.param(lambda run, folder: external_table(run, folder, 2), "no column log_hazard_fold_2", id="two_folds"),
+    ],
+)
+def test_what_is_no_external_cohort_of_the_ensemble_is_refused(run, tmp_path, make, message):
+    with pytest.raises(ExperimentError, match=message):
+        tool.judge_external(tool.read_run(run), make(run, tmp_path), 0, SAMPLES)
 
 
 def test_few_events_leave_the_probabilities_out(copy):

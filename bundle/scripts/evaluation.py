@@ -24,12 +24,14 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.stats import rankdata
 
 from scripts import keys
+from scripts.ensemble import FoldEnsemble
 from scripts.files import write_text, written_whole
 from scripts.metrics import concordance_index
 
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.npz"
+FOLD_COLUMN = "log_hazard_fold_"  # then the number of the member of an ensemble
 
 BOOTSTRAP_SAMPLES = 1000
 HPV_THRESHOLD = 0.5
@@ -356,8 +358,11 @@ class CaseTable:
         dataset_dir: stated in ``metrics.json``: no figure without its data.
         checkpoint: stated in ``metrics.json``.
         seed: of the bootstrap.
-        training_cases: cases that the network was trained on (:mod:`scripts.cohort`), whose follow-up weights the
-            survival figures of :func:`scripts.survival.survival_metrics`; None leaves these out.
+        training_cases: cases (:mod:`scripts.cohort`) whose follow-up weights the survival figures of
+            :func:`scripts.survival.survival_metrics`: those that the network was trained on, or those judged where it
+            was trained elsewhere; None leaves these figures out.
+        ensemble: the network, where the cohort is one that it has not learnt from: the calibration that it carries then
+            gives absolute risk, which is judged too.
     """
 
     def __init__(
@@ -367,11 +372,13 @@ class CaseTable:
         checkpoint: str,
         seed: int = 0,
         training_cases: Sequence[Mapping[str, Any]] | None = None,
+        ensemble: FoldEnsemble | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint)}
         self.seed = seed
         self.training_cases = training_cases
+        self.ensemble = ensemble
         self.rows: list[dict[str, Any]] = []
         self.features: list[np.ndarray] = []
 
@@ -409,7 +416,7 @@ class CaseTable:
         logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
 
     def _survival(self, cases: pd.DataFrame) -> dict[str, Any]:
-        from scripts.survival import Outcomes, survival_metrics  # imports this module in its turn
+        from scripts.survival import Outcomes, ensemble_survival, survival_metrics  # imports this module in its turn
 
         known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
         train = Outcomes(
@@ -417,7 +424,8 @@ class CaseTable:
             np.array([case[keys.EVENT] for case in known], dtype=float),
         )
         test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
-        return survival_metrics(train, test, cases["log_hazard"].to_numpy(), seed=self.seed)
+        stored = None if self.ensemble is None else self.ensemble.provenance.get("calibration")
+        return survival_metrics(train, test, **ensemble_survival(cases, stored), seed=self.seed)
 
 
 def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) -> None:
@@ -497,6 +505,9 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
     columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
     if keys.LOG_HAZARD in pred:
         columns["log_hazard"] = _numbers(pred[keys.LOG_HAZARD])
+        folds = pred[keys.LOG_HAZARD_FOLDS].float().cpu().numpy() if keys.LOG_HAZARD_FOLDS in pred else np.empty((0, 0))
+        if folds.shape[1] > 1:
+            columns |= {f"{FOLD_COLUMN}{k}": folds[:, k] for k in range(folds.shape[1])}
     columns["time"] = _numbers(batch[keys.TIME], batch[keys.SURV_KNOWN])
     columns["event"] = _numbers(batch[keys.EVENT], batch[keys.SURV_KNOWN])
     if keys.HPV_PROB in pred:

@@ -656,6 +656,34 @@ def survival_metrics(
     return figures
 
 
+def ensemble_survival(cases: pd.DataFrame, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What :func:`survival_metrics` needs of an ensemble's predictions of patients that it has not learnt from.
+
+    Args:
+        cases: columns ``log_hazard`` and, for several members, ``log_hazard_fold_<k>``, as ``cases.csv`` has them.
+        stored: :meth:`Calibration.to_dict` that the ensemble carries, ``{"reason": why it has none}``, or None.
+
+    Returns:
+        ``log_hazard``: the mean of the members' normalised ones, and the ``calibration``; without a calibration the
+        mean as it is, and a ``survival`` function that raises :class:`FigureUnavailableError` with the reason.
+    """
+    if stored is None or "reason" in stored:
+        why = "no calibration was stored with the weights" if stored is None else str(stored["reason"])
+
+        def unavailable(days: np.ndarray) -> np.ndarray:
+            raise FigureUnavailableError(f"no absolute risk: {why}")
+
+        return {"log_hazard": cases["log_hazard"].to_numpy(), "survival": unavailable}
+    calibration = Calibration.from_dict(stored)
+    names = [f"{evaluation.FOLD_COLUMN}{k}" for k in range(len(calibration.fold_centres))]
+    if len(names) == 1:
+        names = ["log_hazard"]
+    missing = [name for name in names if name not in cases]
+    if missing:
+        raise ValueError(f"the table of cases has no column {missing[0]}: evaluate with the ensemble of these folds")
+    return {"log_hazard": calibration.normalise(cases[names].to_numpy()).mean(axis=1), "calibration": calibration}
+
+
 def paired_bootstrap(
     statistic: Callable[[pd.DataFrame], float],
     cases_a: pd.DataFrame,
