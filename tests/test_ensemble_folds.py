@@ -151,6 +151,20 @@ def test_inference_reads_it_and_says_what_it_is(runs, tmp_path, tiny_cohort, run
     assert row["log_hazard_std"] > 0
 
 
+def test_the_ensemble_is_evaluated_on_another_cohort(runs, tmp_path, tiny_cohort, run_bundle):
+    ensemble_folds.ensemble_folds(str(runs), str(tmp_path / "models" / "model.pt"))
+    files = ["--config_file", "['configs/train.json','configs/evaluate.json']", "--evaluate_on", "all"]
+    where = ["--dataset_dir", str(tiny_cohort), "--ckpt_dir", str(tmp_path / "models")]
+    options = ["--output_dir", str(tmp_path), "--device", "cpu", "--num_workers", "0", "--batch_size", "2"]
+    run_bundle("evaluating", *files, *where, *options)
+    table = pd.read_csv(tmp_path / "evaluation_all" / "cases.csv")
+    assert len(table) == 6
+    fold_columns = [f"log_hazard_fold_{k}" for k in range(3)]
+    assert table[fold_columns].mean(axis=1).to_numpy() == pytest.approx(table["log_hazard"].to_numpy(), abs=1e-5)
+    report = json.loads((tmp_path / "evaluation_all" / "metrics.json").read_text())
+    assert report["survival"]["risk_groups"].keys() == {"median", "tertiles"}, "cut points of its own training"
+
+
 # --- calibration and threshold --------------------------------------------------------------------------------------
 
 
