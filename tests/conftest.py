@@ -33,13 +33,14 @@ def write_image(path: Path, array: np.ndarray, spacing: float) -> None:
 
 
 def make_tiny_cohort(folder: Path, patients: int = 6) -> Path:
-    """Cohort of blocks: a body, a warm brain at its top, a hot tumour below; labels missing here and there."""
+    """Cohort of blocks: a body with an airway, a warm brain at its top, a hot tumour; labels missing here and there."""
     rows = []
     for k in range(patients):
         patient = f"CHUM-{k + 1:03d}"
         rng = np.random.default_rng(k)
         ct = np.full((28, 28, 32), -1000, dtype=np.int16)
         ct[6:22, 6:22, :28] = 40 + rng.integers(-20, 20, (16, 16, 28))
+        ct[13:15, 18:20, :18] = -950
         pet = np.zeros((28, 28, 32), dtype=np.float32)
         pet[6:22, 6:22, :28] = 0.8
         pet[8:20, 8:20, 19:27] = 7.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,19 @@ def predictions(cases: list[dict[str, Any]], truth: pd.DataFrame, plan: Plan, fo
     return pd.DataFrame(rows)
 
 
-def make_run(folder: Path, cohort: Path, protocol: str = "partial", seed: int = 0, **overrides: Any) -> Path:
-    """The folder of a finished experiment."""
+def make_run(
+    folder: Path,
+    cohort: Path,
+    protocol: str = "partial",
+    seed: int = 0,
+    config_files: Sequence[str] = (),
+    split_seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """The folder of a finished experiment; ``seed`` is of the noise, ``split_seed`` the config's."""
+    overrides |= {"seed": split_seed} if split_seed else {}
     plan = make_plan(
-        str(cohort), protocol, (), None, str(folder), overrides, f"python scripts/train_folds.py {protocol}"
+        str(cohort), protocol, config_files, None, str(folder), overrides, f"python scripts/train_folds.py {protocol}"
     )
     path = cohort / "truth.csv"
     truth = pd.read_csv(path, dtype={"PatientID": str}).set_index("PatientID") if path.is_file() else pd.DataFrame()

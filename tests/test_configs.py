@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import nibabel
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
+from scripts.images import read_image
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -38,14 +42,17 @@ def test_training_and_inference_define_the_same_network(item: str) -> None:
 
 def test_training_and_inference_preprocess_alike() -> None:
     train, inference = config("train.json"), config("inference.json")
-    assert train["validate"]["preprocessing"] == inference["preprocessing"]
+    first, *others = inference["preprocessing"]["transforms"]
+    assert first == "@transforms#request"  # of a server; a case passes it unchanged
+    assert train["validate"]["preprocessing"]["transforms"] == others
     for name in ("load", "box_on_head_and_neck", "resample", "intensity", "clinical"):
         assert train["transforms"][name] == inference["transforms"][name]
 
 
 def test_inference_defaults_are_those_of_training() -> None:
     train = config("train.json")
-    assert config("inference.json")["default_settings"] == {k: train[k] for k in config("train.json")["settings"]}
+    assert config("inference.json")["default_settings"] == train["default_settings"]
+    assert set(train["default_settings"]) == set(train["settings"])
 
 
 @pytest.mark.parametrize("overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json"])
@@ -135,6 +142,20 @@ def test_a_cohort_with_masks_only_is_judged_by_dice(tmp_path: Path, run_bundle) 
     assert "early stopping by Dice" in result.stdout + result.stderr
 
 
+def test_training_leaves_out_faulty_scans_and_keeps_other_body_regions(tmp_path: Path, run_bundle) -> None:
+    """No head in view is no reason to leave a training case out, a PET in Bq/mL is; both are told."""
+    cohort = make_tiny_cohort(tmp_path / "cohort")
+    for patient in (f"CHUM-{k}" for k in ("001", "002", "003", "004", "005", "006")):
+        scans = cohort / "Task 1" / patient
+        change_image(scans / f"{patient}__CT.nii.gz", lambda ct: np.where(ct == -950, 40, ct).astype(np.int16))
+    change_image(scans / f"{patient}__PT.nii.gz", lambda pet: pet * np.float32(5000))
+    arguments = ["--dataset_dir", str(cohort), "--output_dir", str(tmp_path / "out"), *SMALL_RUN, "--epochs", "1"]
+    result = run_bundle("training", "--config_file", TRAIN, *arguments)
+    (row,) = rows_of(tmp_path / "out" / "exclusions.csv")
+    assert row["PatientID"] == "CHUM-006" and "is the PET in Bq/mL" in row["reason"]
+    assert "kept in spite of head_in_view" in result.stdout + result.stderr
+
+
 def test_without_a_cohort_one_line_says_how_to_make_one(tmp_path: Path, run_bundle) -> None:
     bundle = shutil.copytree(BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("output", "data"))
     result = run_bundle("training", "--config_file", TRAIN, code=1, cwd=bundle)
@@ -188,15 +209,22 @@ def test_settings_that_differ_from_the_weights_are_refused(trained: Path, tiny_c
 
 @pytest.fixture(scope="module")
 def faulty_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good patients, one without PET, one whose CT is damaged, one without a clinical row."""
-    folder = make_tiny_cohort(tmp_path_factory.mktemp("faulty"), patients=5)
+    """Good patients, one without PET, one whose CT is damaged, one without a clinical row, one with PET in Bq/mL."""
+    folder = make_tiny_cohort(tmp_path_factory.mktemp("faulty"), patients=6)
     images = folder / "Task 1"
     (images / "CHUM-002" / "CHUM-002__PT.nii.gz").unlink()
     damaged = images / "CHUM-003" / "CHUM-003__CT.nii.gz"
     damaged.write_bytes(damaged.read_bytes()[:500])
     table = folder / "HECKTOR_2025_Training_Task_3.csv"
     table.write_text("".join(line for line in table.read_text().splitlines(True) if "CHUM-004" not in line))
+    change_image(images / "CHUM-006" / "CHUM-006__PT.nii.gz", lambda pet: pet * np.float32(5000))
     return folder
+
+
+def change_image(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write an image again with other values."""
+    array, affine = read_image(path)
+    nibabel.save(nibabel.Nifti1Image(change(array.copy()), affine), path)
 
 
 def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path, tmp_path: Path, run_bundle) -> None:
@@ -218,10 +246,12 @@ def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path,
         "CHUM-003": "failed",
         "CHUM-004": "incomplete",
         "CHUM-005": "ok",
+        "CHUM-006": "failed",
     }
     assert "PET" in rows["CHUM-002"]["reason"]
     assert "CHUM-003__CT.nii.gz" in rows["CHUM-003"]["reason"]
     assert "clinical" in rows["CHUM-004"]["reason"]
+    assert "is the PET in Bq/mL" in rows["CHUM-006"]["reason"] and "--force True" in rows["CHUM-006"]["reason"]
     good = rows["CHUM-001"]
     assert np.isfinite([float(good[c]) for c in ("log_hazard", "hpv_probability", "tumour_volume_ml")]).all()
     assert good["crop_method"]
@@ -232,6 +262,32 @@ def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path,
     volume = np.count_nonzero(np.asarray(mask.dataobj)) * 8**3 / 1000
     assert float(good["tumour_volume_ml"]) == pytest.approx(volume)
     assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.parent.name for path in tmp_path.glob("*/prediction.json")) == [
+        "CHUM-001",
+        "CHUM-004",
+        "CHUM-005",
+    ]
+    said = json.loads((tmp_path / "CHUM-001" / "prediction.json").read_text())
+    jsonschema.validate(said, json.loads((BUNDLE / "docs" / "prediction.schema.json").read_text()))
+    assert float(good["log_hazard"]) == said["survival"]["log_hazard"]
+    assert good["model_sha256"] == hashlib.sha256((trained / "models" / "model.pt").read_bytes()).hexdigest()
+    assert good["trained_on"] == "3 cases of 1 centre (CHUM); research use only, not for clinical use"
+
+
+def test_by_force_a_rejected_patient_is_predicted_and_every_output_says_so(
+    trained: Path, faulty_cohort: Path, tmp_path: Path, run_bundle
+) -> None:
+    where = ["--dataset_dir", str(faulty_cohort), "--ckpt_dir", str(trained / "models"), "--output_dir", str(tmp_path)]
+    run_bundle("inference", "--config_file", INFERENCE, *where, "--force", "True", code=1)
+    rows = {row["PatientID"]: row for row in rows_of(tmp_path / "predictions.csv")}
+    assert (rows["CHUM-006"]["status"], rows["CHUM-006"]["quality"]) == ("ok", "reject")
+    assert {patient: row["forced"] for patient, row in rows.items()} == {
+        **{"CHUM-001": "False", "CHUM-002": "", "CHUM-003": "", "CHUM-004": "False", "CHUM-005": "False"},
+        "CHUM-006": "True",
+    }
+    said = json.loads((tmp_path / "CHUM-006" / "prediction.json").read_text())
+    assert said["quality"]["forced"]
+    assert "pet_body" in [check["name"] for check in said["quality"]["checks"] if check["verdict"] == "reject"]
 
 
 def test_inference_without_weights_says_so(tiny_cohort: Path, tmp_path: Path, run_bundle) -> None:

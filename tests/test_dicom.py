@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from dicom_study import AXIAL, SECRETS, pet_header, write_series
 
 from scripts.dicom import (
     PRIVATE_CODES,
@@ -32,114 +33,14 @@ from scripts.dicom import (
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.config import disable_value_validation  # noqa: E402
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
+from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.sr.codedict import codes  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid  # noqa: E402
+from pydicom.uid import JPEGLSLossless, RLELossless  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "PT": "1.2.840.10008.5.1.4.1.1.128"}
-AXIAL = (1, 0, 0, 0, 1, 0)
-SECRETS = ("Doe", "Jane", "ID-4711", "19991231", "ACC-0815", "1.2.3.4.")
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef")
 
-# --- builders ----------------------------------------------------------------------------------------------------
-
-
-def pet_tags(**changes):
-    """Header of a PET in Bq/ml: 70 kg, 370 MBq injected at 10:00, scanned from 11:50, half-life 6600 s = 110 min."""
-    item = Dataset()
-    item.RadiopharmaceuticalStartTime = "100000"
-    item.RadionuclideTotalDose = 370e6
-    item.RadionuclideHalfLife = 6600
-    tags = {
-        **{"Units": "BQML", "DecayCorrection": "START", "CorrectedImage": ["DECY", "ATTN", "SCAT"]},
-        **{"SeriesDate": "20200102", "SeriesTime": "115000", "PatientWeight": 70},
-        **{"AcquisitionDate": "20200102", "AcquisitionTime": "115000.000000", "SeriesType": ["STATIC", "IMAGE"]},
-        "RadiopharmaceuticalInformationSequence": [item],
-    }
-    for name, value in changes.items():
-        if name.startswith("Radi") and not name.endswith("Sequence"):
-            _set(item, name, value)
-        else:
-            tags[name] = value
-    return tags
-
-
-def _set(dataset, name, value):
-    if value is None:
-        if name in dataset:
-            delattr(dataset, name)
-    elif name.startswith("private"):
-        group, creator, offset, vr, content = value
-        dataset.private_block(group, creator, create=True).add_new(offset, vr, content)
-    else:
-        setattr(dataset, name, value)
-
-
-def pet_header(**changes):
-    dataset = Dataset()
-    with disable_value_validation():  # odd values on purpose
-        for name, value in pet_tags(**changes).items():
-            _set(dataset, name, value)
-    return dataset
-
-
-def slice_dataset(modality, values, position, tags):
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", SOP_CLASS.get(modality, SOP_CLASS["CT"]))
-    meta.MediaStorageSOPInstanceUID = generate_uid(prefix="1.2.3.4.")
-    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    defaults = {
-        **{"Modality": modality, "PatientName": "Doe^Jane", "PatientID": "ID-4711", "PatientBirthDate": "19991231"},
-        **{"StudyInstanceUID": "1.2.3.4.1", "FrameOfReferenceUID": "1.2.3.4.2", "AccessionNumber": "ACC-0815"},
-        **{"PatientSex": "F", "StudyDate": "20200102", "StudyTime": "100000", "StudyID": "1"},
-        **{"SeriesDescription": "Doe Jane", "ReferringPhysicianName": "", "Manufacturer": "GE MEDICAL SYSTEMS"},
-        **{"SeriesNumber": 1, "PositionReferenceIndicator": "", "Laterality": "", "PatientPosition": "HFS"},
-        **{"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PixelSpacing": [2.5, 2.0], "SliceThickness": 3},
-        **{"ImageOrientationPatient": list(AXIAL), "RescaleSlope": 1, "RescaleIntercept": 0, "InstanceNumber": 1},
-        **{"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16},
-        **{"HighBit": 15, "PixelRepresentation": int(values.dtype.kind == "i"), "SeriesInstanceUID": "1.2.3.4.3"},
-    }
-    for name, value in {**defaults, **tags}.items():
-        _set(dataset, name, value)
-    dataset.ImagePositionPatient = [round(float(p), 6) for p in position]
-    dataset.Rows, dataset.Columns = values.shape
-    dataset.PixelData = values.tobytes()
-    return dataset
-
-
-def write_series(
-    folder, modality="CT", *, uid="1.2.3.4.3", depths=None, shape=(6, 5), origin=(-20.0, -30.0, 100.0), tags=None,
-    each=None, edit=None, seed=0, syntax=None,
-):  # fmt: skip
-    """A series of slices at ``depths`` mm along their normal, filed in no particular order; returns its stored values.
-
-    ``each`` gives further tags by slice; ``edit`` changes a slice's position; ``syntax`` compresses.
-    """
-    depths = np.arange(12) * 3.0 if depths is None else np.asarray(depths, dtype=float)
-    tags = {**(pet_tags() if modality == "PT" else {}), **(tags or {}), "SeriesInstanceUID": uid}
-    axes = np.array(tags.get("ImageOrientationPatient", AXIAL), dtype=float)
-    normal = np.cross(axes[:3], axes[3:])
-    rng = np.random.default_rng(seed)
-    dtype = tags.pop("dtype", np.int16)
-    low, high = (-1000, 1000) if np.dtype(dtype).kind == "i" else (0, 4000)
-    stored = rng.integers(low, high, (len(depths), *shape)).astype(dtype)
-    names = rng.permutation(len(depths))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with disable_value_validation():
-        for k, depth in enumerate(depths):
-            position = np.array(origin) + depth * normal
-            if edit is not None:
-                position = edit(k, position)
-            own = {**tags, "InstanceNumber": int(names[k]) + 1, **(each(k) if each else {})}
-            dataset = slice_dataset(modality, stored[k], position, own)
-            if syntax is not None:
-                dataset.compress(syntax, generate_instance_uid=False)
-            dataset.save_as(Path(folder) / f"IM{names[k]:04d}", enforce_file_format=True)
-    return stored
+# --- helpers -----------------------------------------------------------------------------------------------------
 
 
 def only(folder):

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from lifelines.utils import concordance_index as lifelines_c_index
 from monai.metrics import compute_dice
 
+from conftest import TINY
 from scripts import keys
 from scripts.engine import learning_rate_schedule
 from scripts.ensemble import FoldEnsemble
@@ -22,6 +23,7 @@ from scripts.handlers import (
     ConcordanceIndexHandler,
     DiceHandler,
     LossHandler,
+    MaskGradientWarmup,
     TrainingState,
     choose_key_metric,
     validation_metrics,
@@ -139,7 +141,7 @@ def test_key_metric_comes_first_and_tasks_bring_their_metrics() -> None:
     assert list(validation_metrics("c_index", ("surv",), loss)) == ["c_index", "loss"]
 
 
-def training_state(folder: Path, metric: str, patience: int) -> TrainingState:
+def training_state(folder: Path, metric: str, patience: int, keep: str = "best") -> TrainingState:
     """A state around a network of one number, whose evaluator's metric the test sets."""
     network = FoldEnsemble(MultitaskNet(tasks=("surv",)), {})
     optimizer = torch.optim.Adam(network.parameters())
@@ -156,21 +158,23 @@ def training_state(folder: Path, metric: str, patience: int) -> TrainingState:
         output_dir=str(folder),
         settings={},
         patience=patience,
+        keep=keep,
     )
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "patience", "best_epoch", "stops_at"),
+    ("metric", "values", "patience", "keep", "best_epoch", "stops_at"),
     [
-        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 0, 2, None, id="no_patience_asked"),
-        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 2, 2, 4, id="two_without_improvement"),
-        pytest.param("c_index", [0.5, 0.5, 0.6], 2, 3, None, id="improves_in_time"),
-        pytest.param("loss", [0.5, 0.4, 0.6], 0, 2, None, id="lower_loss_is_better"),
-        pytest.param("c_index", [math.nan, 0.4, math.nan], 0, 2, None, id="nan_never_wins"),
+        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 0, "best", 2, None, id="no_patience_asked"),
+        pytest.param("c_index", [0.5, 0.7, 0.6, 0.6, 0.6], 2, "best", 2, 4, id="two_without_improvement"),
+        pytest.param("c_index", [0.5, 0.5, 0.6], 2, "best", 3, None, id="improves_in_time"),
+        pytest.param("loss", [0.5, 0.4, 0.6], 0, "best", 2, None, id="lower_loss_is_better"),
+        pytest.param("c_index", [math.nan, 0.4, math.nan], 0, "best", 2, None, id="nan_never_wins"),
+        pytest.param("c_index", [0.5, 0.7, 0.6], 0, "last", 3, None, id="last_epoch_is_kept"),
     ],
 )
-def test_best_epoch_and_early_stopping(tmp_path, metric, values, patience, best_epoch, stops_at) -> None:
-    state = training_state(tmp_path, metric, patience)
+def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep, best_epoch, stops_at) -> None:
+    state = training_state(tmp_path, metric, patience, keep)
     trainer = SimpleNamespace(
         state=SimpleNamespace(epoch=0, max_epochs=len(values), output=[{"loss": 1.0}]), stopped_at=None
     )
@@ -192,8 +196,66 @@ def test_best_epoch_and_early_stopping(tmp_path, metric, values, patience, best_
 
 
 @pytest.mark.parametrize(
+    ("keep", "patience", "message"),
+    [("newest", 0, "keep_epoch is 'best' or 'last'"), ("last", 5, "set early_stop_patience to 0, not 5")],
+)
+def test_what_to_keep_is_checked(tmp_path, keep, patience, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_state(tmp_path, "c_index", patience, keep)
+
+
+@pytest.mark.parametrize(
     ("metric", "value", "best", "better"),
     [("dice", 0.7, 0.6, True), ("dice", 0.6, 0.6, False), ("loss", 0.5, 0.6, True), ("c_index", math.nan, -1, False)],
 )
 def test_comparison(metric, value, best, better) -> None:
     assert Comparison(metric)(value, best) is better
+
+
+# --- gradient warm-up -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask_gradient", "warmup", "expected"),
+    [
+        pytest.param("flow", 0, "flow flow flow flow", id="no_warmup"),
+        pytest.param("flow", 2, "stop stop flow flow", id="warmup"),
+        pytest.param("flow", 9, "stop stop stop stop", id="longer_than_the_run"),
+        pytest.param("stop", 2, "stop stop stop stop", id="nothing_to_warm_up_for"),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 1, 3], ids=lambda epoch: f"resumed_after_{epoch}")
+def test_mask_gradient_of_each_epoch(mask_gradient, warmup, expected, start) -> None:
+    network = MultitaskNet(mask_gradient=mask_gradient)
+    seen: list[str] = []
+    engine = Engine(lambda engine, batch: seen.append(network.mask_gradient))
+    engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", start))  # as on resuming
+    MaskGradientWarmup(network, mask_gradient, warmup).attach(engine)
+    engine.run([0], max_epochs=4)
+    assert seen == expected.split()[start:]
+
+
+def test_mask_gradient_warmup_refuses_a_negative_number() -> None:
+    with pytest.raises(ValueError, match="mask_gradient_after is -1"):
+        MaskGradientWarmup(MultitaskNet(tasks=("seg",)), "flow", -1)
+
+
+OPTIONS = ["--mask_gradient", "flow", "--mask_gradient_after", "1", "--task_weights", "uncertainty"]
+
+
+def test_a_run_with_warmup_and_learned_weights_ends_alike_when_broken_off(tiny_cohort, tmp_path, run_bundle) -> None:
+    common = ["--dataset_dir", str(tiny_cohort), "--val_interval", "1", "--batch_size", "2", "--num_folds", "2"]
+    for folder, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for epoch in epochs:
+            options = [*common, *OPTIONS, "--output_dir", str(tmp_path / folder), "--epochs", str(epoch)]
+            run_bundle("training", "--config_file", "configs/train.json", *options, *TINY)
+    whole, parts = (
+        torch.load(tmp_path / name / "models" / "resume" / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert whole["history"] == parts["history"]
+    assert {f"weight_{task}" for task in keys.TASKS} <= set(whole["history"][0])
+    assert set(whole["loss"]) >= {f"log_variances.{task}" for task in keys.TASKS}
+    for name in ("loss", "network"):
+        tensors = [{k: v for k, v in state[name].items() if isinstance(v, torch.Tensor)} for state in (whole, parts)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert all(float(whole["loss"][f"log_variances.{task}"]) for task in ("seg", "hpv"))

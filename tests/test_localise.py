@@ -9,7 +9,7 @@ import pytest
 
 from scripts.geometry import Grid, box_grid, share_inside
 from scripts.images import read_image
-from scripts.localise import locate_head_neck, locate_mask
+from scripts.localise import Candidate, NoCoarsePass, credible_bounds, find_anchor, locate_head_neck, locate_mask
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "images"
 
@@ -266,3 +266,121 @@ def test_real_legs_fall_back():
         assert "no plausible brain" in location.flag, folder.name
         mask, _ = read_image(folder / f"{folder.name}.nii.gz")
         assert share_inside(mask, grid, box_grid(location.centre_mm, 32, 7.0)) > 0.99, folder.name
+
+
+# --- what the network proposes -------------------------------------------------------------------------------
+
+
+def candidate(centre, size_mm=30.0, mass_ml=10.0, confidence=0.95) -> Candidate:
+    half = np.full(3, size_mm / 2)
+    return Candidate(np.stack([np.asarray(centre, dtype=float) - half, np.asarray(centre) + half]), mass_ml, confidence)
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """A whole body: nothing of the scan's edge moves the box."""
+    return patient(ct_field=with_top(40, -1150), ct_spacing=(10, 10, 10), pet_spacing=(10, 10, 10))
+
+
+NOT_BELIEVED = [
+    pytest.param([], id="nothing_seen"),
+    pytest.param([candidate(BRAIN_CENTRE, 60, 200)], id="brain"),
+    pytest.param([candidate((0, 10, -950), 90, 300)], id="bladder"),
+    pytest.param([candidate((190, 0, -200), 40, 100)], id="injection_site_at_the_elbow"),
+    pytest.param([candidate(TUMOUR, mass_ml=0.5)], id="tiny"),
+    pytest.param([candidate(TUMOUR, confidence=0.6)], id="uncertain"),
+]
+
+
+@pytest.mark.parametrize("seen", NOT_BELIEVED)
+def test_what_cannot_be_a_tumour_of_the_neck_moves_nothing(scans, seen):
+    rules = locate_head_neck(*scans, 32, 7.0)
+    both = locate_head_neck(*scans, 32, 7.0, proposer=lambda *_: seen)
+    assert (both.method, both.flag) == ("pet_brain", "the network sees no tumour there")
+    np.testing.assert_array_equal(both.centre_mm, rules.centre_mm)
+
+
+@pytest.mark.parametrize(
+    ("seen", "centre"),
+    [
+        pytest.param([candidate(TUMOUR)], TUMOUR, id="one"),
+        pytest.param([candidate(TUMOUR), candidate(NODE)], (TUMOUR + NODE) / 2, id="tumour_and_node"),
+        pytest.param(
+            [candidate(BRAIN_CENTRE, 60, 200), candidate(TUMOUR), candidate((0, 10, -950), 90, 300)],
+            TUMOUR,
+            id="among_brain_and_bladder",
+        ),
+        pytest.param(
+            [candidate((0, 0, -380), mass_ml=9), candidate(TUMOUR), candidate((0, 30, -150), mass_ml=8)],
+            (TUMOUR + np.array([0.0, 30.0, -150.0])) / 2,
+            id="what_does_not_fit_beside_heavier_ones",
+        ),
+    ],
+)
+def test_box_is_centred_on_the_tumour_that_the_network_sees(scans, seen, centre):
+    location = locate_head_neck(*scans, 32, 7.0, proposer=lambda *_: seen)
+    assert (location.method, location.rule, location.flag) == ("pet_brain+network", "pet_brain", "")
+    np.testing.assert_allclose(
+        location.centre_mm, centre, atol=15.1
+    )  # the box's corners, not the middles, are averaged
+
+
+def test_network_is_asked_about_the_neck_only(scans):
+    asked = []
+    locate_head_neck(*scans, 32, 7.0, proposer=lambda *arguments: asked.append(arguments[4]) or [])
+    low, high = credible_bounds(asked[0])
+    for tumour in (TUMOUR, NODE):
+        assert (low < tumour).all()
+        assert (tumour < high).all()
+    assert high[2] < BRAIN_CENTRE[2]
+    assert low[2] > -500
+
+
+def test_network_helps_where_the_head_is_cut_off():
+    ct, ct_grid, pet, pet_grid = patient(ct_field=with_top(-135))
+    location = locate_head_neck(ct, ct_grid, pet, pet_grid, 16, 8.0, proposer=lambda *_: [candidate(NODE)])
+    assert location.method == "ct_body_top+network"
+    assert "cut off" in location.flag
+    np.testing.assert_allclose(location.centre_mm, NODE, atol=1)
+
+
+def test_anywhere_is_believed_where_no_anatomy_is_known():
+    ct, ct_grid, pet, pet_grid = patient()
+    asked = []
+
+    def propose(*arguments):
+        asked.append(credible_bounds(arguments[4]))
+        return [candidate((-120, -60, -100))]
+
+    location = locate_head_neck(np.full_like(ct, -1000), ct_grid, pet, pet_grid, 16, 8.0, proposer=propose)
+    assert (location.method, asked) == ("scan_centre+network", [None])
+    assert "no body" in location.flag
+    np.testing.assert_allclose(location.centre_mm, (-120, -60, -100), atol=1)
+
+
+@pytest.mark.parametrize("fault", [blank, becquerel, not_a_number, apart])
+def test_network_is_not_shown_a_faulty_pet(fault):
+    def never(*_):
+        raise AssertionError("the network was asked")
+
+    location = locate_head_neck(*fault(*patient()), 32, 7.0, proposer=never)
+    assert location.method == "ct_body_top"
+
+
+def test_network_that_need_not_look_changes_nothing(scans):
+    location = locate_head_neck(*scans, 32, 7.0, proposer=lambda *_: None)
+    assert (location.method, location.flag) == ("pet_brain", "")
+
+
+def test_anything_but_a_whole_brain_is_doubtful(scans):
+    assert not find_anchor(*scans).doubtful
+    assert find_anchor(*patient(ct_field=with_top(-60))).doubtful
+    assert find_anchor(*patient(brain_suv=0.9)).doubtful
+
+
+def test_absent_pass_is_told(scans):
+    def absent(*_):
+        raise NoCoarsePass("no weights at model.pt")
+
+    location = locate_head_neck(*scans, 32, 7.0, proposer=absent)
+    assert (location.method, location.flag) == ("pet_brain", "no coarse pass: no weights at model.pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -462,10 +463,117 @@ def test_multitask_each_flag_silences_its_own_task_only():
         assert all(torch.equal(parts[other], full[other]) for other in full if other != task)
 
 
+# --- learned task weights ----------------------------------------------------------------------------------
+
+
+def descend(loss, outputs, targets, steps=600):
+    """Learn the log variances alone, the outputs being fixed."""
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(outputs, targets).backward()
+        optimizer.step()
+
+
+def test_learned_weights_start_at_one_and_cost_nothing_there():
+    outputs, targets = batch()
+    learned = MultitaskLoss(task_weights="uncertainty")
+    torch.testing.assert_close(learned(outputs, targets), MultitaskLoss()(outputs, targets))
+    assert {name: value.item() for name, value in learned.parts.items() if name.startswith("weight")} == {
+        "weight_seg": 1.0,
+        "weight_hpv": 1.0,
+        "weight_surv": 1.0,
+    }
+
+
+def test_learned_weights_gradient_is_that_of_the_formula():
+    outputs, targets = batch()
+    loss = MultitaskLoss(task_weights="uncertainty")
+    with torch.no_grad():
+        for task, start in {"seg": -0.7, "hpv": 0.3, "surv": 1.1}.items():
+            loss.log_variances[task].fill_(start)
+    loss(outputs, targets).backward()
+    equal = MultitaskLoss()
+    terms = equal.components(outputs, targets)
+    for task, log_variance in loss.log_variances.items():
+        expected = 0.5 - torch.exp(-log_variance) * terms[task]
+        torch.testing.assert_close(log_variance.grad, expected.detach())
+    (slope,) = torch.autograd.grad(terms["hpv"], outputs[HPV_LOGIT])
+    torch.testing.assert_close(outputs[HPV_LOGIT].grad, slope * math.exp(-0.3))
+
+
+def test_learned_weights_reach_the_closed_form_optimum():
+    outputs, targets = batch()
+    loss = MultitaskLoss(task_weights="uncertainty")
+    descend(loss, outputs, targets)
+    for task, log_variance in loss.log_variances.items():
+        assert log_variance.item() == pytest.approx(math.log(2 * loss.parts[task].item()), abs=1e-3)
+        assert loss.parts[f"weight_{task}"].item() == pytest.approx(1 / (2 * loss.parts[task].item()), rel=1e-2)
+
+
+SILENT = [
+    pytest.param("seg", {SEG_KNOWN: torch.zeros(4, dtype=torch.bool)}, id="no_mask"),
+    pytest.param("hpv", {HPV_KNOWN: torch.zeros(4, dtype=torch.bool)}, id="no_status"),
+    pytest.param("surv", {SURV_KNOWN: torch.zeros(4, dtype=torch.bool)}, id="no_outcome"),
+    pytest.param("surv", {EVENT: torch.zeros(4, dtype=torch.bool)}, id="no_event"),
+]
+
+
+@pytest.mark.parametrize(("silent", "changed"), SILENT)
+def test_learned_weight_of_a_silent_task_is_left_alone(silent, changed):
+    outputs, targets = batch()
+    loss = MultitaskLoss(task_weights="uncertainty")
+    with torch.no_grad():
+        loss.log_variances[silent].fill_(2.0)
+    loss(outputs, targets | changed).backward()
+    slopes = {task: value.grad.item() for task, value in loss.log_variances.items()}
+    assert slopes.pop(silent) == 0
+    assert all(slopes.values())
+
+
+def test_learned_weights_count_as_one_in_evaluation():
+    outputs, targets = batch()
+    loss = MultitaskLoss(task_weights="uncertainty")
+    descend(loss, outputs, targets, steps=20)
+    assert loss(outputs, targets) != MultitaskLoss()(outputs, targets)
+    torch.testing.assert_close(loss.eval()(outputs, targets), MultitaskLoss()(outputs, targets))
+
+
+def test_learned_weights_are_those_of_the_tasks_and_are_state():
+    loss = MultitaskLoss(("seg", "surv"), task_weights="uncertainty")
+    assert set(loss.log_variances) == {"seg", "surv"}
+    with torch.no_grad():
+        loss.log_variances["surv"].fill_(-1.5)
+    again = MultitaskLoss(("seg", "surv"), task_weights="uncertainty")
+    again.load_state_dict(loss.state_dict())
+    assert again.log_variances["surv"].item() == -1.5
+
+
+def test_optimiser_gets_the_learned_weights_at_their_own_rate_and_nothing_more_without():
+    network = torch.nn.Linear(2, 1)
+    kept = [torch.nn.Parameter(torch.ones(2, 2))]
+    (alone,) = MultitaskLoss(survival_weights=kept).parameter_groups(network, 0.01)
+    assert alone == {"params": list(network.parameters())}
+    loss = MultitaskLoss(survival_weights=kept, task_weights="uncertainty")
+    groups = torch.optim.Adam(loss.parameter_groups(network, 0.01), lr=1e-4).param_groups
+    assert [group["lr"] for group in groups] == [1e-4, 0.01]
+    assert [id(value) for value in groups[1]["params"]] == [id(value) for value in loss.log_variances.values()]
+
+
+def test_multitask_passes_the_focal_parameters_of_hpv_on():
+    outputs, targets = batch()
+    terms = MultitaskLoss(hpv_alpha=0.6, hpv_gamma=1.0).components(outputs, targets)
+    torch.testing.assert_close(terms["hpv"], HPVLoss(alpha=0.6, gamma=1.0)(outputs[HPV_LOGIT], targets[HPV]))
+    assert terms["hpv"] != MultitaskLoss().components(outputs, targets)["hpv"]
+
+
 MULTITASK_ERRORS = [
     pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
     pytest.param({"tasks": ()}, "tasks is", id="no_task"),
     pytest.param({"tasks": ("seg",), "task_weights": {"os": 1.0}}, "task_weights names", id="weight_of_unknown_task"),
+    pytest.param(
+        {"task_weights": "equal"}, "task_weights is 'equal'; it must be 'uncertainty'", id="unknown_weighting"
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import list_data_collate
+from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
 
 from conftest import SHARED_DATA
@@ -35,6 +36,7 @@ from scripts.quality import (
     fit_feature_statistics,
     fit_voxel_limits,
     merge_limits,
+    reject_action,
     verdict,
 )
 from scripts.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
@@ -387,6 +389,13 @@ def chain(**settings: object) -> Compose:
     return Compose([LoadScansd(), LocaliseBoxd(ROI, SPACING), checks, ResampleToBoxd(ROI)])
 
 
+def why(chain: Compose, case: Case) -> str:
+    """Why the chain rejects a case."""
+    with pytest.raises(RuntimeError) as caught:
+        chain(item(case))
+    return sampling.reason(caught.value)
+
+
 def test_transform_adds_checks_that_collate(case: Case) -> None:
     done = chain()(item(case))
     checks = checks_from_json(done[K.QUALITY])
@@ -408,9 +417,51 @@ def test_transform_takes_limits(case: Case) -> None:
     assert "pet_lowest" in chain(limits=limits)(item(case))[K.QUALITY]
 
 
+def test_advisory_checks_warn_where_they_would_reject(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """A cohort without heads trains; a fault in its values still excludes a case."""
+    case.ct[case.airway], case.pet[case.brain] = 40, 0.8
+    assert "head_in_view" in why(chain(), case)
+    advised = chain(advisory=["head_in_view"])
+    checks = {c.name: c for c in checks_from_json(advised(item(case))[K.QUALITY])}
+    assert checks["head_in_view"].verdict == "warn"
+    assert "CHUM-001: kept in spite of head_in_view" in caplog.text
+    case.pet[0, 0, 0] = -5
+    assert "pet_lowest" in why(advised, case) and "head_in_view" not in why(advised, case)
+
+
+def test_limits_belong_to_what_a_cache_is_keyed_by() -> None:
+    keyed = pickle_hashing(CheckQualityd(ROI))
+    assert keyed == pickle_hashing(CheckQualityd(ROI, limits={}))
+    assert keyed != pickle_hashing(CheckQualityd(ROI, limits={"pet_body": {"reject_above": 9.0}}))
+
+
+@pytest.mark.parametrize("force", [True, "True", "true"])
+def test_force_flags(force: bool | str) -> None:
+    assert reject_action(force) == "flag"
+
+
+@pytest.mark.parametrize("force", [False, "False", "false"])
+def test_without_force_a_case_is_rejected(force: bool | str) -> None:
+    assert reject_action(force) == "raise"
+
+
+@pytest.mark.parametrize("force", ["yes", "flase", "", 1, None])
+def test_a_mistyped_force_is_an_error(force: object) -> None:
+    with pytest.raises(ValueError, match="true or false"):
+        reject_action(force)  # type: ignore[arg-type]
+
+
+def test_statistics_that_could_not_be_fitted_are_no_warning() -> None:
+    check = check_features(np.zeros(4), {"reason": "7 training cases"})
+    assert (check.verdict, check.value) == ("ok", None)
+    assert "not available" in check.message and "7 training cases" in check.message
+
+
 def test_transform_refuses_unknown_ways() -> None:
     with pytest.raises(ValueError, match="'raise' or 'flag', got 'stop'"):
         CheckQualityd(ROI, on_reject="stop")
+    with pytest.raises(ValueError, match="no quality check is called head"):
+        CheckQualityd(ROI, advisory=["head"])
 
 
 def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> None:
@@ -423,7 +474,7 @@ def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> No
         (row,) = csv.DictReader(file)
     assert row["PatientID"] == "CHUP-002"
     assert "patient CHUP-002: rejected by quality control: pet_body: median PET value of the body" in row["reason"]
-    assert "is the PET in Bq/mL" in row["reason"] and "flag instead of raise" in row["reason"]
+    assert "is the PET in Bq/mL" in row["reason"] and "--force True" in row["reason"]
 
 
 def test_quality_error_survives_a_process_boundary() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -116,7 +118,17 @@ def test_channels_are_the_resampled_scans(case):
     assert set(np.unique(item[K.SEG].numpy())) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("kind", ["path", "Path", "pair", "meta_tensor", "meta_tensor_with_channel"])
+class Series:
+    """What reads a scan when it is asked to, as a DICOM series does."""
+
+    def __init__(self, array, affine):
+        self.scan = (array, affine)
+
+    def read(self):
+        return self.scan
+
+
+@pytest.mark.parametrize("kind", ["path", "Path", "pair", "meta_tensor", "meta_tensor_with_channel", "series"])
 def test_scans_from_anywhere(case, kind):
     def give(key):
         array, affine = scans()[key]
@@ -127,6 +139,7 @@ def test_scans_from_anywhere(case, kind):
             "pair": (array, affine),
             "meta_tensor": MetaTensor(tensor, affine=torch.from_numpy(affine)),
             "meta_tensor_with_channel": MetaTensor(tensor[None], affine=torch.from_numpy(affine)),
+            "series": Series(array, affine),
         }[kind]
 
     loaded = LoadScansd()({K.PATIENT_ID: "a", **{key: give(key) for key in scans()}})
@@ -240,11 +253,45 @@ def test_coded_clinical_values_pass():
     assert CodeClinicald(("age", "gender"))({K.CLINICAL: [61.0, 2.0]})[K.CLINICAL].tolist() == [61.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"age": 61, "gender": "male", "m_stage": "Mx"}, id="as written"),
+        pytest.param([61.0, 2.0, 0.0], id="coded already"),
+    ],
+)
+def test_clinical_values_stay_beside_their_coding(given):
+    item = CodeClinicald(("age", "gender", "m_stage"))({K.CLINICAL: given})
+    assert json.loads(item[K.CLINICAL_VALUES]) == [
+        {"name": "age", "value": 61.0, "coded": 61.0, "missing": False},
+        {"name": "gender", "value": 1.0, "coded": 2.0, "missing": False},
+        {"name": "m_stage", "value": None, "coded": 0.0, "missing": True},
+    ]
+
+
 def test_item_for_inference_has_no_labels(case):
-    item = ToNetworkItemd(INFERENCE_KEYS)(chain(5)(case))
+    item = ToNetworkItemd(INFERENCE_KEYS)({**chain(5)(case), K.QUALITY: "[]"})
     assert set(item) == set(INFERENCE_KEYS)
     with pytest.raises(KeyError):
         ToNetworkItemd()({K.IMAGE: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint16, np.uint8])
+def test_native_pet_goes_with_the_item(case, dtype):
+    """Unchanged, in its own type, through a loader and back: SUV is measured on it."""
+    pet = (scans()[K.PET][0] * 10).astype(dtype)
+    given = {**case, K.PET: (pet, PET_AFFINE)}
+    prepare = Compose([chain(5), lambda d: {**d, K.QUALITY: "[]"}, ToNetworkItemd(INFERENCE_KEYS)])
+    (batch,) = DataLoader(Dataset([given], prepare), batch_size=1)
+    (item,) = decollate_batch(batch)
+    np.testing.assert_array_equal(item[K.PET][0].numpy(), pet)
+    assert item[K.PET].numpy().dtype == dtype
+    np.testing.assert_allclose(item[K.PET].affine, PET_AFFINE)
+    assert 0 <= time.monotonic() - float(item[K.STARTED]) < 60
+
+
+def test_without_a_probability_there_is_no_mask():
+    assert RestoreMaskd()({K.PATIENT_ID: "a"}) == {K.PATIENT_ID: "a"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ RECORD_FILE = "cohort.json"
 
 _MAX_FAULTS = 20
 _ABLATION_HANDS = (0, 1, 0, 0, 1, 0, 0, 1, 0, 2)  # of ten cases 6 for training (0), 3 for validation, 1 for test
-_SUFFIX = r"\.nii(?:\.gz)?"
+_SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE)
 _MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE)
 _CONTAINER = re.compile(r"images|labels|(images|labels)t[rs]|task[ _-]*\d+", re.IGNORECASE)
 _PATIENT_FOLDER = re.compile(r"[A-Za-z]{2,}[-_]\d+")
-_ID_COLUMNS = frozenset(("patientid", "patient", "subjectid", "caseid", "id"))
+ID_COLUMNS = frozenset(("patientid", "patient", "subjectid", "caseid", "id"))
 _CENTRE_COLUMNS = frozenset(("centerid", "centreid", "center", "centre"))
 
 
@@ -82,12 +82,15 @@ class Split:
         """The cases of one part.
 
         Args:
-            name: ``training``, ``validation`` or ``test``.
+            name: ``training``, ``validation``, ``test``, or ``all`` for those of all three, for a cohort that the
+                network has not learnt from.
 
         Raises:
             CohortError: there is no such part, or it is empty.
         """
         parts = {"training": self.training, "validation": self.validation, "test": self.test}
+        everyone = {case[keys.PATIENT_ID]: case for cases in parts.values() for case in cases}
+        parts["all"] = [everyone[patient] for patient in sorted(everyone)]
         if name not in parts:
             raise CohortError(f"evaluate_on is '{name}'; the parts of a split are {', '.join(parts)}")
         if not parts[name]:
@@ -212,7 +215,8 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
 
     The folder holds patient folders (``<PatientID>/<PatientID>__CT.nii.gz``, ``__PT.nii.gz``, mask
     ``<PatientID>.nii.gz``), or the files themselves, or is a single patient's folder; or it has these in
-    ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are left alone.
+    ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are left alone. ``.nii``,
+    ``.mha``, ``.mhd`` and ``.nrrd`` are read as well.
 
     Args:
         dataset_dir: the folder.
@@ -359,9 +363,9 @@ def _choose_tables(paths: list[Path], folder: Path) -> list[Path]:
 
 def _header(path: Path) -> list[str]:
     """Column names of a CSV with a PatientID column; empty for any other file."""
-    records = _read_records(path)
+    records = read_records(path)
     header = records[0][1] if records else []
-    return header if any(_squeeze(name) in _ID_COLUMNS for name in header) else []
+    return header if any(_squeeze(name) in ID_COLUMNS for name in header) else []
 
 
 def _patients_named(path: Path) -> set[str]:
@@ -369,23 +373,28 @@ def _patients_named(path: Path) -> set[str]:
     header = _header(path)
     if not header:
         return set()
-    column = _first_column(header, _ID_COLUMNS)
-    return {patient_key(cells[column]) for _, cells in _read_records(path)[1:] if column < len(cells)}
+    column = first_column(header, ID_COLUMNS)
+    return {patient_key(cells[column]) for _, cells in read_records(path)[1:] if column < len(cells)}
 
 
 def _squeeze(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "", text.lower())
 
 
-def _first_column(header: Sequence[str], names: frozenset[str]) -> int:
+def first_column(header: Sequence[str], names: frozenset[str]) -> int:
     """Position of the first column with one of the names, or -1; ``patientid`` goes before ``id``."""
     squeezed = [_squeeze(name) for name in header]
     matches = [index for index, name in enumerate(squeezed) if name in names]
     return max(matches, key=lambda index: (len(squeezed[index]), -index), default=-1)
 
 
-def _read_records(path: Path) -> list[tuple[int, list[str]]]:
-    """Non-empty records of a CSV with the row number a spreadsheet shows; delimiter and encoding are found out."""
+def read_records(path: Path) -> list[tuple[int, list[str]]]:
+    """Non-empty records of a CSV with the row number a spreadsheet shows; delimiter and encoding are found out.
+
+    A JSON file gives the same: a header, then one record an object, counted from 1.
+    """
+    if path.suffix.lower() == ".json":
+        return _json_records(path)
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = data.decode("utf-16")
@@ -398,7 +407,7 @@ def _read_records(path: Path) -> list[tuple[int, list[str]]]:
         raise CohortError(f"{path} is not a text file: save the table as CSV")
     first = next((line for line in text.splitlines() if line.strip() and not line.lower().startswith("sep=")), "")
     delimiter = max(
-        ",;\t", key=lambda mark: (any(_squeeze(n) in _ID_COLUMNS for n in first.split(mark)), first.count(mark))
+        ",;\t", key=lambda mark: (any(_squeeze(n) in ID_COLUMNS for n in first.split(mark)), first.count(mark))
     )
     try:
         records = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1))
@@ -408,11 +417,42 @@ def _read_records(path: Path) -> list[tuple[int, list[str]]]:
     return records[1:] if records and records[0][1][0].lower().startswith("sep=") else records
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CohortError: the file is not there or is no valid JSON; the message says where it breaks off.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CohortError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CohortError(f"{path} is not a text file in UTF-8") from error
+    except json.JSONDecodeError as error:
+        before = error.doc[: error.pos].rstrip()
+        comma = before.endswith(",") or error.msg.startswith("Illegal trailing comma")
+        hint = "; JSON has no comma after the last entry: remove it" if comma else ""
+        raise CohortError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){hint}") from error
+
+
+def _json_records(path: Path) -> list[tuple[int, list[str]]]:
+    """The records of a list of objects (or of a single one) as if they stood in a CSV."""
+    content = read_json(path)
+    rows = content if isinstance(content, list) else [content]
+    if not all(isinstance(row, dict) for row in rows):
+        raise CohortError(f"{path}: expected a list of objects, one a patient, with the names of the CSV's columns")
+    titles = list(dict.fromkeys(str(name) for row in rows for name in row))
+    cells = [["" if row.get(name) is None else str(row[name]).strip() for name in titles] for row in rows]
+    return [(0, titles), *enumerate(cells, start=1)]
+
+
 def read_tables(paths: Iterable[str | Path], features: Sequence[str] = DEFAULT_FEATURES) -> Tables:
     """Read and merge CSV files by patient; every cell goes through :func:`scripts.clinical.parse_value`.
 
     Args:
-        paths: CSV files (comma, semicolon or tab; with or without byte-order mark).
+        paths: CSV files (comma, semicolon or tab; with or without byte-order mark), or JSON files with a list of
+            objects that have the same names as the columns of a CSV.
         features: clinical features to read besides the labels.
 
     Returns:
@@ -443,7 +483,7 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables) -> None:
     """Add one CSV to the merged tables."""
     if not path.is_file():
         raise CohortError(f"no such table: {path}")
-    records = _read_records(path)
+    records = read_records(path)
     header = _read_header(path, records[0][1] if records else [], features, tables)
     rows: dict[str, int] = {}
     for row, cells in records[1:]:
@@ -467,7 +507,7 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables) -> None:
 
 def _read_header(path: Path, titles: list[str], features: Sequence[str], tables: Tables) -> _Header:
     """Find the columns of a table and note them in the merged tables."""
-    patient_id = _first_column(titles, _ID_COLUMNS)
+    patient_id = first_column(titles, ID_COLUMNS)
     if patient_id < 0:
         raise CohortError(
             f"{path} has no PatientID column; its columns are: {', '.join(titles) or 'none (empty file)'}"
@@ -485,7 +525,7 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
         else:
             tables.columns.setdefault(name, []).extend(titles[index] for index in columns[name])
     tables.files.append(path)
-    return _Header(path.name, titles, patient_id, _first_column(titles, _CENTRE_COLUMNS), columns, labels)
+    return _Header(path.name, titles, patient_id, first_column(titles, _CENTRE_COLUMNS), columns, labels)
 
 
 def _read_row(record: Record, header: _Header, cells: Sequence[str], place: str) -> list[Fault]:
@@ -525,7 +565,7 @@ def _list_faults(title: str, faults: Sequence[str]) -> str:
 # --- cases -----------------------------------------------------------------------------------------------
 
 
-def _make_case(scans: Scans | None, record: Record | None, features: Sequence[str], has_tables: bool) -> Case:
+def make_case(scans: Scans | None, record: Record | None, features: Sequence[str], has_tables: bool) -> Case:
     """The dictionary of one patient, with every label's own flag; without any table, no row is missed."""
     files = {kind: getattr(scans, kind) if scans else None for kind in ("ct", "pet", "mask")}
     values = record.values if record else {}
@@ -555,7 +595,8 @@ def _text(path: Path | None) -> str | None:
 
 def _fingerprint(paths: Iterable[Path | None]) -> str:
     """Sizes and times of the files as a short text: a cache keyed by the case notices changed files."""
-    stats = [(path.stat().st_size, path.stat().st_mtime_ns) if path else None for path in paths]
+    files = [path if path and path.is_file() else None for path in paths]
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) if path else None for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
@@ -723,7 +764,7 @@ def load_cohort(
     cases, exclusions = [], []
     for key in sorted({*scans, *tables.records}):
         reason = _reason_to_exclude(scans.get(key), tables.records.get(key), require_images)
-        case = _make_case(scans.get(key), tables.records.get(key), clinical_features, bool(tables.files))
+        case = make_case(scans.get(key), tables.records.get(key), clinical_features, bool(tables.files))
         if reason is None:
             cases.append(case)
         else:
@@ -753,8 +794,8 @@ def _gather(
     scans, notes = find_scans(root) if dataset_dir is not None else ({}, [])
     if require_images and not any(found.ct or found.pet for found in scans.values()):
         raise CohortError(
-            f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz there, "
-            "or in images/, Task N/ or imagesTr/ below it"
+            f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
+            ".nrrd) there, or in images/, Task N/ or imagesTr/ below it"
         )
     if ehr_csv is None:
         paths = find_tables(root, scans)
@@ -840,7 +881,6 @@ def inference_cases(
         CohortError: the folder holds no scan, or a table cannot be read at all.
     """
     scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
-    problems = _problems(tables)
     for note in notes:
         logger.warning("%s", note)
     masks_only = {key for key, found in scans.items() if found.mask and not (found.ct or found.pet)}
@@ -849,19 +889,40 @@ def inference_cases(
     if not all(root in path.resolve().parents for path in tables.files):
         logger.info("%d patients of the tables have no scans in %s", len(rows_only), dataset_dir)
         rows_only = set()
-    if masks_only - set(tables.records):
-        logger.warning("masks without scans are left alone: %s", _some(sorted(masks_only - set(tables.records))))
+    left_alone = masks_only - set(tables.records)
+    if left_alone:
+        logger.warning("masks without scans are left alone: %s", _some(sorted(left_alone)))
+    patients = sorted({*scans, *rows_only} - left_alone)
+    return cases_to_predict(patients, scans, tables, clinical_features, str(dataset_dir))
+
+
+def cases_to_predict(
+    patients: Iterable[str], scans: Mapping[str, Scans], tables: Tables, features: Sequence[str], place: str
+) -> list[Case]:
+    """Cases of the patients named, each with what keeps it from being predicted in ``case[keys.PROBLEM]``.
+
+    Args:
+        patients: keys of the patients, see :func:`patient_key`.
+        scans: files by patient key.
+        tables: what is known about the patients.
+        features: names of the clinical values, in the network's order.
+        place: where scans were looked for, for patients that have none.
+
+    Raises:
+        CohortError: a table has a fault that concerns no single patient.
+    """
+    problems = patient_problems(tables)
     cases = []
-    for key in sorted({*scans, *rows_only} - (masks_only - set(tables.records))):
-        case = _make_case(scans.get(key), tables.records.get(key), clinical_features, bool(tables.files))
+    for key in patients:
+        case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
         missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
-        lacking = [f"no {' and no '.join(missing)} found in {scans[key].folder if key in scans else dataset_dir}"]
+        lacking = [f"no {' and no '.join(missing)} found in {scans[key].folder if key in scans else place}"]
         case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
         cases.append(case)
     return cases
 
 
-def _problems(tables: Tables) -> dict[str, list[str]]:
+def patient_problems(tables: Tables) -> dict[str, list[str]]:
     """What keeps each patient from being predicted; a fault that concerns no single patient is raised."""
     problems: dict[str, list[str]] = {}
     for fault in tables.faults:

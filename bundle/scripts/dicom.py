@@ -37,6 +37,7 @@ import numpy as np
 from .files import written_whole
 from .geometry import Grid
 from .images import LPS_TO_RAS
+from .keys import RESEARCH_USE_ONLY
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -63,7 +64,6 @@ LONGEST_UPTAKE = timedelta(hours=6)  # an FDG scan starts 1 to 2 h after the inj
 
 SEG_SERIES_NUMBER, SR_SERIES_NUMBER = 9101, 9102  # far above those of scanners
 UTF_8 = "ISO_IR 192"  # holds whatever the source's names and the notes are written in
-RESEARCH_USE_ONLY = "Research use only. Not a medical device; not for clinical decisions."
 
 
 class DicomError(ValueError):

@@ -384,7 +384,8 @@ class CaseTable:
 
     def attach(self, engine: Workflow) -> None:
         """Register with the evaluator ``engine`` (which must not decollate)."""
-        engine.add_event_handler(Events.STARTED, lambda _: (self.rows.clear(), self.features.clear()))
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.STARTED, lambda _: self.features.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 

@@ -1,4 +1,4 @@
-"""Ignite handlers: metrics under masks, the choice of the best checkpoint, resuming, progress.
+"""Ignite handlers: metrics under masks, the choice of the best checkpoint, resuming, gradient warm-up, progress.
 
 Metric handlers are thin: they select from the engine's output and leave the arithmetic to :mod:`scripts.metrics`.
 """
@@ -25,11 +25,13 @@ from scripts import keys
 from scripts.ensemble import FoldEnsemble, save_weights
 from scripts.files import write_text, written_whole
 from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
+from scripts.networks import MultitaskNet
 from scripts.sampling import EventBatchSampler, seed_epoch
 
 logger = logging.getLogger(__name__)
 
 C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy", "loss"
+BEST, LAST = "best", "last"
 LOWER_IS_BETTER = (LOSS,)
 
 
@@ -182,10 +184,10 @@ class Comparison:
 
 # --- best checkpoint, early stopping, resuming ------------------------------------------------------------------
 class TrainingState:
-    """Keeps a run on disk: the best weights, and after every epoch all that is needed to go on from there.
+    """Keeps a run on disk: the weights to use, and after every epoch all that is needed to go on from there.
 
     Attach *after* the validation handler. At the end of each epoch it compares the validation metric, writes
-    ``<ckpt_dir>/model.pt`` when it is the best so far, ``<ckpt_dir>/resume/last.pt`` always, and
+    ``<ckpt_dir>/model.pt`` when it is the best so far (or always, see ``keep``), ``<ckpt_dir>/resume/last.pt``, and
     ``<output_dir>/history.json``; each file appears under its name only when whole. At the start it continues from
     ``last.pt``. Each epoch's random numbers follow from ``(seed, epoch)``, so that a run that was killed ends with
     the metrics of an unbroken one.
@@ -205,6 +207,13 @@ class TrainingState:
         settings: plain dictionary of what defines the run; a ``last.pt`` of other settings is refused.
         seed: of the run.
         patience: validations without improvement after which training stops; 0 to never stop early.
+        keep: ``"best"``: ``model.pt`` is of the epoch with the best validation metric, as in the paper; ``"last"``: of
+            the last validated one. The C-index of some 20 events is so uncertain that the best of several epochs is
+            picked by chance; with a learning rate that runs out the last one is the best trained, and its validation
+            figures are not flattered by the choice.
+
+    Raises:
+        ValueError: for another ``keep``, or early stopping, which needs the best, with ``"last"``.
     """
 
     def __init__(
@@ -221,7 +230,13 @@ class TrainingState:
         settings: Mapping[str, Any],
         seed: int = 0,
         patience: int = 0,
+        keep: str = BEST,
     ) -> None:
+        if keep not in (BEST, LAST):
+            raise ValueError(f"keep_epoch is '{BEST}' or '{LAST}'; got {keep!r}")
+        if keep == LAST and patience:
+            raise ValueError(f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {patience}")
+        self.keep = keep
         self.ensemble = ensemble
         self.parts: dict[str, Any] = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
         self.sampler = sampler
@@ -313,7 +328,7 @@ class TrainingState:
 
     def _judge(self, epoch: int) -> bool:
         value = float(self.evaluator.state.metrics[self._key])
-        improved = is_better(value, self.best, self._key)
+        improved = self.keep == LAST or is_better(value, self.best, self._key)
         if improved:
             self.best, self.best_epoch, self.stale = value, epoch, 0
         else:
@@ -340,7 +355,9 @@ class TrainingState:
     def _report(self, row: Mapping[str, float]) -> None:
         shown = "  ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in row.items() if k.startswith("val_"))
         best = "none yet" if self.best is None else f"{self.best:.3f} at epoch {self.best_epoch}"
-        logger.info("epoch %d  train loss %.3f | %s | best %s: %s", row["epoch"], row["loss"], shown, self._key, best)
+        logger.info(
+            "epoch %d  train loss %.3f | %s | %s %s: %s", row["epoch"], row["loss"], shown, self.keep, self._key, best
+        )
 
     def _refuse_other_run(self, found: Mapping[str, Any]) -> None:
         differences = [
@@ -363,6 +380,42 @@ def is_first_rank() -> bool:
 def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
     """``row`` with null for what does not exist: NaN is not JSON."""
     return {name: None if math.isnan(value) else value for name, value in row.items()}
+
+
+# --- gradient through the probability map -----------------------------------------------------------------------
+class MaskGradientWarmup:
+    """Stops the gradient through the tumour probability map until segmentation has warmed up.
+
+    Until the map means something, the HPV and survival losses that flow through it can keep segmentation from
+    learning. The first epochs have the gradient stopped, all later ones have it as asked. It follows from the epoch's
+    number alone, so that a run that is continued does the same.
+
+    Args:
+        network: whose :attr:`~scripts.networks.MultitaskNet.mask_gradient` is set at the start of each epoch.
+        mask_gradient: "flow" or "stop" (nothing to warm up for), after the first epochs.
+        epochs: how many of them; 0 for none.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    def __init__(self, network: MultitaskNet, mask_gradient: str, epochs: int = 0) -> None:
+        if epochs < 0:
+            raise ValueError(f"mask_gradient_after is {epochs}; it must be 0 or a number of epochs")
+        self.network = network
+        self.mask_gradient = mask_gradient
+        self.epochs = epochs
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with the trainer ``engine``."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.set_gradient)
+
+    def set_gradient(self, engine: Workflow) -> None:
+        """Stop the gradient, or let it be as asked, for the epoch that begins (the first is number 1)."""
+        epoch = engine.state.epoch
+        self.network.mask_gradient = "stop" if epoch <= self.epochs else self.mask_gradient
+        if self.epochs and epoch == self.epochs + 1 and self.mask_gradient != "stop":
+            logger.info("gradient through the tumour probability map: %s from epoch %d on", self.mask_gradient, epoch)
 
 
 # --- progress ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ PATIENT_ID = "patient_id"  # str
 CENTRE = "centre"  # str, e.g. "CHUM"
 FINGERPRINT = "fingerprint"  # str, size and time of the case's files: tells a cache when they changed
 PROBLEM = "problem"  # str, "" or why the case cannot be predicted; only in lists made for inference
+DICOM = "dicom"  # scripts.dicom.Choice, the series of a case that was given as DICOM; only in lists made for inference
 
 # --- scans as found (paths), then as loaded (MetaTensor, channel first) ----------------------------------
 CT = "ct"  # HU
@@ -21,6 +22,7 @@ MASK = "mask"  # 0 background, 1 GTVp, 2 GTVn, on the CT grid; None where the ca
 IMAGE = "image"  # (2, *roi_size) float32: channel 0 CT, channel 1 PET
 CLINICAL = "clinical"  # dict of raw values in a datalist; (F,) float32 once coded
 CLINICAL_FOUND = "clinical_found"  # bool, False where no CSV row belongs to the patient
+CLINICAL_SOURCE = "clinical_source"  # dict, clinical value -> where it comes from, where that is not a table
 
 # --- what it learns from: each label with a flag of its own ---------------------------------------------
 SEG = "seg"  # (1, *roi_size) float32 in {0, 1}; zeros where unknown
@@ -39,6 +41,9 @@ BOX_AFFINE = "box_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the net
 CROP_METHOD = "crop_method"  # str, how the box was placed
 CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
 QUALITY = "quality"  # str, the checks of the scans as JSON (see scripts.quality)
+CLINICAL_VALUES = "clinical_values"  # str, the clinical values as given and as coded, as JSON (see scripts.transforms)
+STARTED = "started"  # float64, the monotonic clock in seconds when reading the case began
+REQUEST = "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (see scripts.label)
 
 # --- network output ----------------------------------------------------------------------------------------
 SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size)
@@ -62,3 +67,6 @@ TASKS = (TASK_SEG, TASK_HPV, TASK_SURV)
 
 # --- mask values -------------------------------------------------------------------------------------------
 BACKGROUND, GTVP, GTVN = 0, 1, 2
+
+# --- what every output says --------------------------------------------------------------------------------
+RESEARCH_USE_ONLY = "Research use only. Not a medical device; not for clinical decisions."

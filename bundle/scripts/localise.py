@@ -1,13 +1,14 @@
-"""Where to put the network's box: on the tumour's mask, on the brain seen in the PET, or on the top of the body.
+"""Where to put the network's box: on the tumour's mask; without one by the brain in the PET or the top of the body.
 
 Everything happens in world millimetres (RAS+), so that no rule depends on the order or the direction of the array's
-axes. Each answer says by which rule it was found and what makes it doubtful.
+axes. Each answer says by which rule it was found and what makes it doubtful. What a coarse look of the network itself
+proposes (:mod:`scripts.coarse`) moves the box where the anatomy found by the rules allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +19,7 @@ METHOD_MASK = "mask"
 METHOD_PET_BRAIN = "pet_brain"
 METHOD_CT_TOP = "ct_body_top"
 METHOD_CENTRE = "scan_centre"
+BY_NETWORK = "+network"  # behind the rule's name: the box was then moved onto what the network sees
 
 # --- the box in relation to the brain ------------------------------------------------------------------------
 # From the authors' rule: the box reaches 30 mm above the lowest slice of the brain, the rest lies below, and it is
@@ -47,6 +49,15 @@ SKULL_SHARE = 0.12
 # hot neighbour grown into it.
 BRAIN_BASE_SHARE = 0.15
 
+# --- what the network may propose --------------------------------------------------------------------------------
+CANDIDATE_ML = 1.0
+CANDIDATE_CONFIDENCE = 0.8
+CANDIDATE_MARGIN_MM = 10.0
+# How far above and below the height from which the box hangs a tumour's middle may lie, by rule. That height is 30 mm
+# above the brain's base; without a brain it is less certain. Disease lies at most 330 mm below the top of a CT.
+REACH_MM = {METHOD_PET_BRAIN: (-20.0, 256.0), METHOD_CT_TOP: (60.0, 330.0)}
+REACH_SIDE_MM = 110.0  # to the sides, to the front and to the back
+
 # --- what passes for SUV, and for a head ------------------------------------------------------------------------
 MAX_MEAN_SUV = 50.0  # the mean over a field of view is below 2 in SUV, in the hundreds in Bq/mL
 MIN_SIGNAL_SUV = 0.5
@@ -61,13 +72,71 @@ class Location:
 
     Args:
         centre_mm: (3,) world position of the box's centre in mm.
-        method: one of the ``METHOD_*`` names.
+        method: one of the ``METHOD_*`` names, with ``BY_NETWORK`` behind it where a candidate moved the box.
         flag: ``""``, or the reasons for doubt, separated by "; ".
+
+    Example:
+        >>> Location(np.zeros(3), METHOD_PET_BRAIN + BY_NETWORK).rule
+        'pet_brain'
     """
 
     centre_mm: np.ndarray
     method: str
     flag: str = ""
+
+    @property
+    def rule(self) -> str:
+        """The ``METHOD_*`` name alone: what is known of the anatomy."""
+        return self.method.removesuffix(BY_NETWORK)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a rule knows of the anatomy, whatever the box's size.
+
+    Args:
+        point_mm: (3,) world position of the middle of the box's upper face in mm; with ``METHOD_CENTRE`` of the box's
+            middle.
+        method: the rule, one of the ``METHOD_*`` names.
+        flag: the reasons for doubt, as of a :class:`Location`.
+    """
+
+    point_mm: np.ndarray
+    method: str
+    flag: str = ""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is anything else than a whole brain in the PET."""
+        return self.method != METHOD_PET_BRAIN or self.flag != ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A connected region that the network takes for tumour.
+
+    Args:
+        bounds_mm: (2, 3) lowest and highest world coordinate in mm.
+        mass_ml: its volume in ml, every voxel weighed by its probability.
+        confidence: its highest probability.
+    """
+
+    bounds_mm: np.ndarray
+    mass_ml: float
+    confidence: float
+
+    @property
+    def centre_mm(self) -> np.ndarray:
+        """Middle of the region's bounding box in world mm, (3,)."""
+        return self.bounds_mm.mean(axis=0)
+
+
+class NoCoarsePass(RuntimeError):  # noqa: N818 - a reason, told as a flag
+    """Why a proposer could not look at a scan."""
+
+
+# (ct, ct_grid, pet, pet_grid, anchor) -> candidates, None where it need not look; raises NoCoarsePass
+Proposer = Callable[[np.ndarray, Grid, np.ndarray, Grid, Anchor], list[Candidate] | None]
 
 
 @dataclass
@@ -114,12 +183,14 @@ def locate_head_neck(
     pet_grid: Grid,
     roi_size: int | Sequence[int],
     spacing_mm: float | Sequence[float],
+    proposer: Proposer | None = None,
 ) -> Location:
     """Find the head and neck in a PET/CT without a mask.
 
     The brain in the PET is used where there is one: warm, of a brain's size and shape, with bone around it. Without it
-    the box hangs from the top of the head in the CT, and without a head from the top of the scan. The box is moved to
-    lie within the CT as far as it can.
+    the box hangs from the top of the head in the CT; without a head it takes the middle of the scan. With a
+    ``proposer`` that looks, the box is centred on the tumour that the network sees where the head and neck can be. See
+    :func:`find_anchor` and :func:`place_box`.
 
     Args:
         ct: (X, Y, Z) CT in HU.
@@ -128,31 +199,114 @@ def locate_head_neck(
         pet_grid: the PET's grid.
         roi_size: voxels of the box.
         spacing_mm: voxel size of the box in mm.
+        proposer: what proposes tumours, as :class:`scripts.coarse.CoarsePass`; None for the rules alone.
 
     Returns:
         The location with the rule that found it and what is doubtful about it.
     """
+    anchor = find_anchor(ct, ct_grid, pet, pet_grid)
+    candidates = None
+    if proposer is not None and not pet_faults(pet, pet_grid, ct_grid):
+        try:
+            candidates = proposer(ct, ct_grid, pet, pet_grid, anchor)
+        except NoCoarsePass as reason:
+            anchor = replace(anchor, flag="; ".join(filter(None, [anchor.flag, f"no coarse pass: {reason}"])))
+    return place_box(anchor, ct_grid, roi_size, spacing_mm, candidates)
+
+
+def find_anchor(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> Anchor:
+    """The anatomy by the best rule that has an answer: brain in the PET, top of the head in the CT, middle of the scan.
+
+    Args:
+        ct: (X, Y, Z) CT in HU.
+        ct_grid: its grid.
+        pet: (X, Y, Z) PET in SUV, on a grid of its own.
+        pet_grid: the PET's grid.
+    """
+    faults = pet_faults(pet, pet_grid, ct_grid)
+    anchor = None if faults else anchor_at_brain(ct, ct_grid, pet, pet_grid)
+    if anchor is not None:
+        return anchor
+    anchor = anchor_at_body_top(ct, ct_grid)
+    reasons = [*(faults or ["no plausible brain in the PET"]), anchor.flag]
+    return replace(anchor, flag="; ".join(filter(None, reasons)))
+
+
+def anchor_at_brain(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> Anchor | None:
+    """In front of the brain in the PET and somewhat above its base; None where there is no plausible brain."""
+    brain = _find_brain(ct, ct_grid, pet, pet_grid)
+    if brain is None:
+        return None
+    x, y, _ = (brain.low + brain.high) / 2
+    point = np.array([x, y + FRONT_OF_BRAIN_MM, brain.base + ABOVE_BRAIN_BASE_MM])
+    return Anchor(point, METHOD_PET_BRAIN, "; ".join(brain.flags))
+
+
+def place_box(
+    anchor: Anchor,
+    ct_grid: Grid,
+    roi_size: int | Sequence[int],
+    spacing_mm: float | Sequence[float],
+    candidates: Sequence[Candidate] | None = None,
+) -> Location:
+    """The box at what the rules and the network have found, within the CT as far as it can.
+
+    Only candidates count that are confident and whose middle lies where the anchor says that a neck is. The heaviest
+    is in the box for sure, the next ones by mass as long as all fit; the box is centred on them together, as it is
+    centred on the mask in training.
+
+    Args:
+        anchor: the anatomy.
+        ct_grid: the CT's grid.
+        roi_size: voxels of the box.
+        spacing_mm: voxel size of the box in mm.
+        candidates: what the network sees, anywhere in the scan; None where it has not looked.
+
+    Returns:
+        The location. Its method ends in ``BY_NETWORK`` where candidates placed the box.
+    """
     box = box_grid((0.0, 0.0, 0.0), roi_size, spacing_mm)
-    flags = _pet_faults(pet, pet_grid, ct_grid)
-    brain = None if flags else _find_brain(ct, ct_grid, pet, pet_grid)
-    if brain is not None:
-        middle = (brain.low + brain.high) / 2
-        centre = _hang(box, middle[0], middle[1] + FRONT_OF_BRAIN_MM, brain.base + ABOVE_BRAIN_BASE_MM)
-        method, flags = METHOD_PET_BRAIN, brain.flags
-    else:
-        flags = flags or ["no plausible brain in the PET"]
-        centre, method, more = _hang_from_ct(ct, ct_grid, box)
-        flags = [*flags, *more]
+    method, doubts = anchor.method, [anchor.flag]
+    drop = 0.0 if anchor.method == METHOD_CENTRE else box.extent[2] / 2
+    centre = anchor.point_mm - [0.0, 0.0, drop]
+    if candidates is not None:
+        bounds = _bounds_of_tumour(anchor, candidates, box.extent - 2 * CANDIDATE_MARGIN_MM)
+        if bounds is None:
+            doubts.append("the network sees no tumour there")
+        else:
+            centre, method = bounds.mean(axis=0), method + BY_NETWORK
     centre = _keep_inside(centre, ct_grid, box)
     covered = _covered(ct_grid, box_grid(centre, roi_size, spacing_mm))
     if covered < 0.5:
-        flags = [*flags, f"the CT covers {100 * covered:.0f} % of the box only"]
-    return Location(centre, method, "; ".join(flags))
+        doubts.append(f"the CT covers {100 * covered:.0f} % of the box only")
+    return Location(centre, method, "; ".join(filter(None, doubts)))
 
 
-def _hang(box: Grid, x: float, y: float, top: float) -> np.ndarray:
-    """Centre of a box whose upper face lies at ``top``."""
-    return np.array([x, y, top - box.extent[2] / 2])
+def credible_bounds(anchor: Anchor) -> np.ndarray | None:
+    """Lowest and highest world position (2, 3) of a tumour's middle, in mm; None where no anatomy excludes any."""
+    if anchor.method == METHOD_CENTRE:
+        return None
+    above, below = REACH_MM[anchor.method]
+    reach = np.array([[-REACH_SIDE_MM, -REACH_SIDE_MM, -below], [REACH_SIDE_MM, REACH_SIDE_MM, above]])
+    return anchor.point_mm + reach
+
+
+def _bounds_of_tumour(anchor: Anchor, candidates: Sequence[Candidate], room: np.ndarray) -> np.ndarray | None:
+    """Bounds (2, 3) of the credible candidates, heaviest first, as long as they fit into ``room`` mm; None without."""
+    credible = credible_bounds(anchor)
+    bounds = None
+    for candidate in sorted(candidates, key=lambda c: -c.mass_ml):
+        if candidate.mass_ml < CANDIDATE_ML or candidate.confidence < CANDIDATE_CONFIDENCE:
+            continue
+        middle = candidate.centre_mm
+        if credible is not None and not ((middle >= credible[0]) & (middle <= credible[1])).all():
+            continue
+        both = candidate.bounds_mm
+        if bounds is not None:
+            both = np.stack([np.minimum(bounds[0], both[0]), np.maximum(bounds[1], both[1])])
+        if bounds is None or (both[1] - both[0] <= room).all():
+            bounds = both
+    return bounds
 
 
 def _keep_inside(centre: np.ndarray, grid: Grid, box: Grid) -> np.ndarray:
@@ -169,8 +323,8 @@ def _covered(grid: Grid, box: Grid) -> float:
     return float(np.prod(np.clip(high - low, 0, None) / box.extent))
 
 
-def _pet_faults(pet: np.ndarray, pet_grid: Grid, ct_grid: Grid) -> list[str]:
-    """Reasons not to look for a brain in this PET."""
+def pet_faults(pet: np.ndarray, pet_grid: Grid, ct_grid: Grid) -> list[str]:
+    """Reasons not to look for a brain or a tumour in this PET; none for a sound one."""
     overlap = np.minimum(pet_grid.bounds[1], ct_grid.bounds[1]) - np.maximum(pet_grid.bounds[0], ct_grid.bounds[0])
     if (overlap <= 0).any():
         return ["PET and CT do not overlap"]
@@ -254,8 +408,8 @@ def _bone_around(
     return float((ct[tuple(there.T)] > SKULL_HU).mean())
 
 
-def _hang_from_ct(ct: np.ndarray, ct_grid: Grid, box: Grid) -> tuple[np.ndarray, str, list[str]]:
-    """Centre of the box below the top of the head in the CT, or below the top of the scan where no head ends."""
+def anchor_at_body_top(ct: np.ndarray, ct_grid: Grid) -> Anchor:
+    """Below the top of the head in the CT, or the top of the scan where no head ends; the scan's middle without one."""
     coarse, coarse_grid = _thin_out(ct, ct_grid, LOOK_SPACING_MM)
     look = _look_grid(ct_grid.bounds[0], ct_grid.bounds[1], LOOK_SPACING_MM * 1.5)
     body = smooth_resample(coarse, coarse_grid, look, LOOK_SIGMA_MM * 1.5, fill=-1024.0) > BODY_HU
@@ -263,9 +417,9 @@ def _hang_from_ct(ct: np.ndarray, ct_grid: Grid, box: Grid) -> tuple[np.ndarray,
     areas = np.array([p.sum() for p in pieces]) * look.spacing[0] * look.spacing[1] / 100.0
     window = bounding_window(body)
     if window is None:
-        return ct_grid.centre, METHOD_CENTRE, ["no body in the CT"]
+        return Anchor(ct_grid.centre, METHOD_CENTRE, "no body in the CT")
     if not (areas >= HEAD_AREA_CM2).any():
-        return look.crop(window).centre, METHOD_CENTRE, ["no head in the CT"]
+        return Anchor(look.crop(window).centre, METHOD_CENTRE, "no head in the CT")
     top, open_ended = _head_top(areas, look)
     slices = np.arange(look.shape[2])
     z = look.to_world(np.stack([0 * slices, 0 * slices, slices], axis=-1))[:, 2]
@@ -273,8 +427,8 @@ def _hang_from_ct(ct: np.ndarray, ct_grid: Grid, box: Grid) -> tuple[np.ndarray,
     head = (z <= top) & (z >= top - 150.0) & (areas > 0)
     middle = np.mean([_middle(pieces[k]) for k in np.flatnonzero(head)], axis=0)
     x, y = look.to_world([*middle, 0.0])[:2]
-    flags = ["the head is cut off or absent at the top of the CT"] if open_ended else []
-    return _hang(box, float(x), float(y), top - drop), METHOD_CT_TOP, flags
+    flag = "the head is cut off or absent at the top of the CT" if open_ended else ""
+    return Anchor(np.array([x, y, top - drop]), METHOD_CT_TOP, flag)
 
 
 def _head_top(areas: np.ndarray, look: Grid) -> tuple[float, bool]:

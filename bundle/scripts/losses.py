@@ -10,6 +10,7 @@ Half precision is computed in float32; float64 stays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -41,6 +42,7 @@ ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive cla
 GAMMA = 2.0
 L2 = "l2"
 TIES = ("breslow", "efron")
+UNCERTAINTY = "uncertainty"
 
 
 class SegmentationLoss(nn.Module):
@@ -247,20 +249,39 @@ class MultitaskLoss(nn.Module):
 
     where W are the fully connected weights of the survival branch (sum of squares, as Keras' ``l2``; no biases).
 
+    **Learned weights.** With ``task_weights="uncertainty"`` each task has a log variance s that is learned with the
+    network, and gives
+
+    .. math:: e^{-s} L_{task} + \frac{s}{2}
+
+    which for a fixed loss is least at :math:`s = \log 2 L`: small losses are weighed up, and none can be weighed down
+    to nothing. Weights start at 1. A task that is exactly 0 in a batch (nothing known, no event) leaves its log
+    variance alone. In evaluation mode these weights count as 1, so that the validation losses of two epochs can be
+    compared. Each rank learns its own; the checkpoint keeps the first rank's. Weights that are given, and that of the
+    L2 term, are constants.
+
     Args:
         tasks: any of "seg", "hpv", "surv".
         survival_weights: ``MultitaskNet.survival_weights()``; none leaves the L2 term out. They stay the network's:
             they are not parameters of the loss.
         l2_weight: weight of the L2 term.
-        task_weights: weight by task name, 1 where not named; that of a task which is not trained has no effect.
+        task_weights: weight by task name, 1 where not named, that of a task which is not trained has no effect; or
+            "uncertainty".
         ties: treatment of tied events, see :class:`CoxLoss`.
         memory: cases remembered by :class:`CoxLoss`.
+        hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
+        hpv_gamma: of :class:`HPVLoss`.
 
     Attributes:
-        parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached.
+        parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached; with learned
+            weights these too ("weight_seg", ...).
 
     Raises:
-        ValueError: for unknown tasks.
+        ValueError: for unknown tasks or weights.
+
+    References:
+        Kendall, Gal, Cipolla, "Multi-task learning using uncertainty to weigh losses for scene geometry and
+        semantics", 2018, eq. 10.
     """
 
     def __init__(
@@ -268,19 +289,25 @@ class MultitaskLoss(nn.Module):
         tasks: Sequence[str] = TASKS,
         survival_weights: Sequence[nn.Parameter] = (),
         l2_weight: float = 0.1,
-        task_weights: Mapping[str, float] | None = None,
+        task_weights: Mapping[str, float] | str | None = None,
         ties: str = "breslow",
         memory: int = 0,
+        hpv_alpha: float = ALPHA,
+        hpv_gamma: float = GAMMA,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        weights = dict(task_weights or {})
+        if isinstance(task_weights, str) and task_weights != UNCERTAINTY:
+            raise ValueError(f"task_weights is {task_weights!r}; it must be '{UNCERTAINTY}' or a weight by task")
+        learned = self.tasks if task_weights == UNCERTAINTY else ()
+        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
+        weights = {} if isinstance(task_weights, str) else dict(task_weights or {})
         if not set(weights) <= set(TASKS):
             raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(TASKS)}")
         self.weights = {task: float(weights.get(task, 1.0)) for task in self.tasks} | {L2: float(l2_weight)}
         self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
         self.segmentation = SegmentationLoss()
-        self.hpv = HPVLoss()
+        self.hpv = HPVLoss(hpv_alpha, hpv_gamma)
         self.cox = CoxLoss(ties, memory)
         self.parts: dict[str, Tensor] = {}
 
@@ -288,7 +315,33 @@ class MultitaskLoss(nn.Module):
         """The weighted sum, a scalar; the arguments are those of :meth:`components`."""
         components = self.components(outputs, targets)
         self.parts = {name: value.detach() for name, value in components.items()}
-        return torch.stack([self.weights[name] * value for name, value in components.items()]).sum()
+        for task, log_variance in self.log_variances.items():
+            self.parts[f"weight_{task}"] = torch.exp(-log_variance.detach())
+        return torch.stack([self._weighted(name, value) for name, value in components.items()]).sum()
+
+    def _weighted(self, name: str, value: Tensor) -> Tensor:
+        """A term with its weight, and what a learned weight costs."""
+        if name not in self.log_variances or not self.training:
+            return self.weights[name] * value
+        log_variance = self.log_variances[name].to(value)
+        # Without this a task that is silent in many batches would gain weight by its silence.
+        cost = torch.where(value.detach() != 0, log_variance / 2, 0.0)
+        return torch.exp(-log_variance) * value + cost
+
+    def parameter_groups(self, network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+        """What an optimiser has to learn: the network, and learned task weights at a rate of their own.
+
+        Args:
+            network: learned at the optimiser's rate.
+            learning_rate: of the log variances, which a network's rate would move too slowly.
+
+        Returns:
+            One group, or two where the task weights are learned.
+        """
+        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        if self.log_variances:
+            groups.append({"params": list(self.parameters()), "lr": learning_rate})
+        return groups
 
     def components(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every unweighted term by name.

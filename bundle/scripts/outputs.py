@@ -1,12 +1,13 @@
-"""What a prediction leaves on disk: one mask a patient on the CT's own grid, and ``predictions.csv``."""
+"""What a prediction leaves on disk: mask and ``prediction.json`` of each patient, and ``predictions.csv``."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +18,114 @@ from monai.engines import IterationEvents, Workflow
 
 from scripts import keys
 from scripts.files import write_text
-from scripts.images import write_mask
+from scripts.images import ITK_SUFFIXES, image_suffix, write_mask
 
 logger = logging.getLogger(__name__)
 
 OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
+YEARS = (1, 2, 3, 5)
 COLUMNS = (
-    "PatientID",
-    "status",
-    "reason",
-    "log_hazard",
-    "log_hazard_std",
-    "hpv_probability",
-    "tumour_volume_ml",
-    "crop_method",
-    "crop_flag",
-    "mask",
+    *("PatientID", "status", "reason"),
+    *("log_hazard", "log_hazard_std", "percentile", "risk_group", *(f"survival_{year}y" for year in YEARS)),
+    *("hpv_probability", "hpv_class"),
+    *("tumour_volume_ml", "lesions", "suv_max", "mtv_ml", "tlg_g"),
+    *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
 )
 NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
 
+Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, str]]
+
 
 class PredictionWriter:
-    """Handler that writes each patient's mask and collects ``predictions.csv``, one row for *every* patient.
+    """Handler that writes each patient's files and collects ``predictions.csv``, one row for *every* patient.
 
     A row's status is ``ok``, ``incomplete`` (predicted, but a clinical table was given and lacks the patient) or
     ``failed`` (no prediction; the reason says why). Rows go to ``predictions.csv.partial`` while the run lasts and
-    take their final name at its end.
+    take their final name at its end. ``prediction.json`` is written last of a patient's files: where it is, they all
+    are. Of a patient that is done only the row is kept in memory.
 
     Args:
-        output_dir: receives ``predictions.csv`` and ``<PatientID>/<PatientID>__tumour.nii.gz``.
+        output_dir: receives ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and
+            ``<PatientID>__tumour.nii.gz`` (``.mha`` where the CT came in a format of ITK).
         cases: the datalist, which fixes the order of the rows.
+        products: more to write of each patient: functions of the case, its result (all keys after the post transforms,
+            ``prediction`` among them) and its folder, which give name -> path of the files written, relative to the
+            folder; these are added to ``files`` of the prediction. What fails here fails the patient.
     """
 
-    def __init__(self, output_dir: str, cases: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, output_dir: str, cases: Sequence[Mapping[str, Any]], products: Sequence[Product] | None = None
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
+        self.products = tuple(products or ())
         self.rows: dict[str, dict[str, Any]] = {}
 
     def attach(self, engine: Workflow) -> None:
         """Register with a :class:`scripts.engine.PatientEvaluator`."""
         # In the same event as the post transforms and after them: what fails here fails one patient.
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.write_patient)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.write_result)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note_failure)
         engine.add_event_handler(Events.COMPLETED, self.write_table)
 
-    def write_patient(self, engine: Workflow) -> None:
-        """Write the mask of the one patient of the batch and fill its row."""
-        result = {**engine.state.batch[0], **engine.state.output[0]}
-        patient = result[keys.PATIENT_ID]
-        row = self._row(patient, OK, "")
-        if self.cases[patient].get(keys.CLINICAL_FOUND) is False:
-            row.update(status=INCOMPLETE, reason=NO_CLINICAL_ROW)
-        scores = {
-            "log_hazard": result.get(keys.LOG_HAZARD),
-            "log_hazard_std": result.get("log_hazard_std"),
-            "hpv_probability": result.get(keys.HPV_PROB),
-            "tumour_volume_ml": result.get("volume_ml"),
-        }
-        row.update({name: _finite(name, value) for name, value in scores.items() if value is not None})
-        row.update(crop_method=result[keys.CROP_METHOD], crop_flag=result[keys.CROP_FLAG])
-        if "pred" in result:
-            path = self.output_dir / patient / f"{patient}__tumour.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mask = np.asarray(torch.as_tensor(result["pred"]).cpu())[0].astype(np.uint8)
-            write_mask(path, mask, np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float))
-            row["mask"] = path.relative_to(self.output_dir).as_posix()
-        self.rows[patient] = row
+    def write_result(self, engine: Workflow) -> None:
+        """Write the files of the one patient of the batch and fill its row."""
+        self.write_patient({**engine.state.batch[0], **engine.state.output[0]})
+
+    def write_patient(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a patient's files, ``prediction.json`` last, and fill the row.
+
+        Args:
+            result: the item after the post transforms, without a batch axis.
+
+        Returns:
+            The prediction as written, its ``files`` filled.
+        """
+        prediction = dict(result[keys.PREDICTION])
+        patient = prediction["patient_id"]
+        case, folder = self.cases[patient], self.output_dir / patient
+        files = dict(prediction["files"])
+        if result.get(keys.PRED) is not None:
+            files["mask"] = f"{patient}__tumour{mask_suffix(case.get(keys.CT))}"
+            mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
+            write_mask(folder / files["mask"], mask, np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float))
+        for product in self.products:
+            files.update(product(case, {**result, keys.PREDICTION: {**prediction, "files": files}}, folder))
+        prediction["files"] = files
+        write_text(folder / "prediction.json", json.dumps(prediction, indent=1, allow_nan=False) + "\n")
+        self.rows[patient] = self._predicted(prediction)
+        return prediction
+
+    def take_over(self, patient: str, sha256: str) -> bool:
+        """Take the row of a patient from the ``prediction.json`` that an earlier run has left.
+
+        Args:
+            patient: one of the cases.
+            sha256: of the model that predicts now.
+
+        Returns:
+            False where there is no such file, or it is damaged, or of another model: the patient is to be predicted.
+        """
+        try:
+            prediction = json.loads((self.output_dir / patient / "prediction.json").read_text(encoding="utf-8"))
+            if prediction["model"]["sha256"] != sha256:
+                return False
+            self.rows[patient] = self._predicted(prediction)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def fail(self, patient: str, why: str) -> None:
+        """Give a patient the row ``failed``."""
+        self.rows[patient] = self._row(patient, FAILED, why)
 
     def note_failure(self, engine: Workflow) -> None:
         """Give a failed patient its row, and keep the table so far."""
         for patient, why in engine.state.failures.items():
-            self.rows[patient] = self._row(patient, FAILED, why)
+            self.fail(patient, why)
         write_text(self._partial, self._table())
 
-    def write_table(self, engine: Workflow) -> None:
+    def write_table(self, engine: Workflow | None = None) -> None:
         """Write ``predictions.csv`` and log what became of the cohort."""
         write_text(self._partial, self._table())
         self._partial.replace(self.output_dir / "predictions.csv")
@@ -117,6 +152,13 @@ class PredictionWriter:
     def _partial(self) -> Path:
         return self.output_dir / "predictions.csv.partial"
 
+    def _predicted(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
+        """Row of a predicted patient."""
+        patient = prediction["patient_id"]
+        lacks_row = self.cases[patient].get(keys.CLINICAL_FOUND) is False
+        status, why = (INCOMPLETE, NO_CLINICAL_ROW) if lacks_row else (OK, "")
+        return {**self._row(patient, status, why), **prediction_row(prediction)}
+
     def _row(self, patient: str, status: str, why: str) -> dict[str, Any]:
         return {**dict.fromkeys(COLUMNS, ""), "PatientID": patient, "status": status, "reason": why}
 
@@ -128,8 +170,30 @@ class PredictionWriter:
         return text.getvalue()
 
 
-def _finite(name: str, value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"the network gave {name} = {number}; the weights or the input are damaged")
-    return number
+def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``predictions.csv`` says of a prediction, as ``prediction.json`` holds it; nothing where it says nothing."""
+    survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
+    at = {row["years"]: row["survival"] for row in survival.get("recurrence_free_survival", [])}
+    mask = prediction["files"].get("mask")
+    row = {
+        **{name: survival.get(name) for name in ("log_hazard", "log_hazard_std", "percentile", "risk_group")},
+        **{f"survival_{year}y": at.get(year) for year in YEARS},
+        "hpv_probability": hpv.get("probability"),
+        "hpv_class": {True: "positive", False: "negative"}.get(hpv.get("positive")),  # type: ignore[arg-type]
+        "tumour_volume_ml": tumour.get("volume_ml"),
+        **{name: tumour.get(name) for name in ("lesions", "suv_max", "mtv_ml", "tlg_g")},
+        "quality": prediction["quality"]["verdict"],
+        "forced": prediction["quality"]["forced"],
+        "crop_method": prediction["crop"]["method"],
+        "crop_flag": prediction["crop"]["flag"],
+        "trained_on": prediction["model"]["trained_on"],
+        "model_sha256": prediction["model"]["sha256"],
+        "mask": mask and f"{prediction['patient_id']}/{mask}",
+    }
+    return {name: "" if value is None else value for name, value in row.items()}
+
+
+def mask_suffix(ct: Any) -> str:
+    """Ending of the mask's file name: that of the CT's family of formats."""
+    is_file = isinstance(ct, str | os.PathLike)
+    return ".mha" if is_file and image_suffix(ct) in ITK_SUFFIXES else ".nii.gz"

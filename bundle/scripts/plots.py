@@ -21,6 +21,7 @@ from scripts.files import write_text, written_whole
 
 COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#999933", "#555555")  # Okabe and Ito
 GREY = "#8a8a8a"
+GROUP_COLOURS = {"low": COLOURS[0], "intermediate": COLOURS[1], "high": COLOURS[2]}  # of the risk
 DAYS_PER_YEAR = 365.25
 DPI = 110
 LEAST_AT_RISK = 10  # curves of fewer patients are steps of single patients: not shown
@@ -253,6 +254,39 @@ def _beside(panel: Axes, place: int, text: str, colour: str) -> None:
         fontsize=8,
         color=colour,
     )
+
+
+def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8.0) -> None:
+    """Recurrence-free survival as predicted for one patient: the curve, the spread of the folds, the given years.
+
+    Args:
+        panel: to draw into.
+        survival: the entry ``survival`` of a prediction (see :mod:`scripts.prediction`), with its ``curve`` and, where
+            it has them, ``training_curves``: one entry of ``risk_groups`` of
+            :func:`scripts.survival.survival_metrics`, shown in grey.
+        size: of the text, in points.
+    """
+    curve = survival["curve"]
+    years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR
+    for training in (survival.get("training_curves") or {}).get("curves", []):
+        days = np.array(training["days"]) / DAYS_PER_YEAR
+        panel.plot(days, training["survival"], drawstyle="steps-post", color=GREY, linewidth=0.8)
+        if len(days):
+            panel.annotate(f"{training['group']}", (days[-1], training["survival"][-1]), fontsize=size - 1, color=GREY)
+    colour = GROUP_COLOURS.get(survival.get("risk_group") or "", GREY)
+    panel.fill_between(
+        years, _floats(curve["low"]), _floats(curve["high"]), step="post", color=colour, alpha=0.2, linewidth=0
+    )
+    panel.plot(years, _floats(curve["survival"]), drawstyle="steps-post", color=colour, linewidth=1.8)
+    for given in survival.get("recurrence_free_survival", []):
+        panel.plot(given["years"], given["survival"], "o", color=colour, markersize=4)
+    panel.set(xlim=(0, max(1.0, float(years[-1])) * 1.02), ylim=(0, 1.03))
+    panel.set_ylabel("recurrence-free survival", fontsize=size)
+    panel.set_xlabel("years", fontsize=size)
+    panel.tick_params(labelsize=size)
+    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.25)
 
 
 def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> Figure:

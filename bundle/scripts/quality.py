@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import fft, ndimage
 
 from . import keys as K
 from .geometry import Grid, box_grid, resample, smooth_resample
 from .localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
+from .transforms import array_and_grid
+
+logger = logging.getLogger(__name__)
 
 OK, WARN, REJECT = "ok", "warn", "reject"
 VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
+RAISE, FLAG = "raise", "flag"  # what to do with a case that is rejected
+HEAD_IN_VIEW = "head_in_view"
 
 Limits = Mapping[str, Mapping[str, float]]
 
@@ -179,7 +184,7 @@ class QualityError(ValueError):
         faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
         return (
             f"patient {self.patient}: rejected by quality control: {faults}. Correct the scans or leave the case out; "
-            "to go on in spite of it, have the checks flag instead of raise"
+            "with --force True it is predicted all the same"
         )
 
 
@@ -193,11 +198,13 @@ class CheckQualityd(MapTransform):
         on_reject: ``"raise"`` stops a case that a rule rejects, so that it is listed as an exclusion; ``"flag"`` lets
             it pass with its checks.
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+        advisory: names of checks that warn where they would reject, e.g. those on the field of view in training, whose
+            boxes lie on masks.
         keys: CT and PET, as :class:`scripts.transforms.LoadScansd` leaves them.
 
     Raises:
         QualityError: when a rule rejects the case and ``on_reject`` is ``"raise"``.
-        ValueError: when ``on_reject`` or a limit's name is not known.
+        ValueError: when ``on_reject`` or the name of a limit or of a check is not known.
     """
 
     def __init__(
@@ -205,14 +212,17 @@ class CheckQualityd(MapTransform):
         roi_size: int | Sequence[int],
         on_reject: str = "raise",
         limits: Limits | None = None,
+        advisory: Sequence[str] = (),
         keys: KeysCollection = (K.CT, K.PET),
     ) -> None:
         super().__init__(keys)
-        if on_reject not in ("raise", "flag"):
-            raise ValueError(f"on_reject is 'raise' or 'flag', got {on_reject!r}")
-        merge_limits(limits)
-        self.roi_size, self.on_reject = roi_size, on_reject
-        self.limits = None if limits is None else {name: dict(values) for name, values in limits.items()}
+        if on_reject not in (RAISE, FLAG):
+            raise ValueError(f"on_reject is {RAISE!r} or {FLAG!r}, got {on_reject!r}")
+        unknown = sorted(set(advisory) - {*DEFAULT_LIMITS, HEAD_IN_VIEW})
+        if unknown:
+            raise ValueError(f"no quality check is called {', '.join(unknown)}")
+        self.roi_size, self.on_reject, self.advisory = roi_size, on_reject, tuple(advisory)
+        self.limits = merge_limits(limits)  # all of them: a cache that is keyed by a transform's values must know them
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Check the case."""
@@ -222,12 +232,20 @@ class CheckQualityd(MapTransform):
         half = (np.broadcast_to(np.asarray(self.roi_size, dtype=float), 3) - 1) / 2
         centre = affine[:3, :3] @ half + affine[:3, 3]
         location = Location(centre, d[K.CROP_METHOD], d[K.CROP_FLAG])
-        (ct, ct_grid), (pet, pet_grid) = (_volume(d[key]) for key in self.keys)
+        (ct, ct_grid), (pet, pet_grid) = (array_and_grid(d[key]) for key in self.keys)
         checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
+        checks = [self._advise(check, d) for check in checks]
         if self.on_reject == "raise" and verdict(checks) == REJECT:
             raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)
         d[K.QUALITY] = checks_to_json(checks)
         return d
+
+    def _advise(self, check: Check, case: Mapping[Hashable, Any]) -> Check:
+        """A check that may only warn, and a line in the log for what it would have rejected."""
+        if check.verdict != REJECT or check.name not in self.advisory:
+            return check
+        logger.warning("patient %s: kept in spite of %s: %s", case.get(K.PATIENT_ID, "?"), check.name, check.message)
+        return replace(check, verdict=WARN)
 
 
 def check_case(
@@ -277,6 +295,25 @@ def check_case(
     head = _check_head(location, ct, ct_grid, box, table)
     order = [*table]
     return sorted([*checks.values(), head], key=lambda c: order.index("airway" if c is head else c.name))
+
+
+def reject_action(force: bool | str) -> str:
+    """What to do with a rejected case: ``"flag"`` where it is to be predicted all the same, else ``"raise"``.
+
+    Args:
+        force: True or False, also as text from a command line.
+
+    Raises:
+        ValueError: for anything else: a mistyped word must not switch the checks off.
+
+    Example:
+        >>> reject_action(False), reject_action("true")
+        ('raise', 'flag')
+    """
+    actions = {"true": FLAG, "false": RAISE}
+    if str(force).lower() not in actions:
+        raise ValueError(f"force is true or false, got {force!r}")
+    return actions[str(force).lower()]
 
 
 def verdict(checks: Iterable[Check]) -> str:
@@ -401,12 +438,17 @@ def check_features(features: np.ndarray, statistics: Mapping[str, Any], limits: 
 
     Args:
         features: (F,) of one case, from the network whose statistics these are.
-        statistics: of :func:`fit_feature_statistics`.
+        statistics: of :func:`fit_feature_statistics`, or ``{"reason": why there are none}``.
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
 
     Returns:
-        The check ``feature_distance``: the distance in units of the held-out training cases' 99th percentile.
+        The check ``feature_distance``: the distance in units of the held-out training cases' 99th percentile. Without
+        statistics it is ``ok`` without a value and its message says ``not available``: the model, not the case, is to
+        blame.
     """
+    if "reason" in statistics:
+        unknown = _judge("feature_distance", None, merge_limits(limits))
+        return replace(unknown, verdict=OK, message=f"not available, and so not checked: {statistics['reason']}")
     distance = float(feature_distance(np.asarray(features).reshape(1, -1), statistics)[0])
     value = distance / statistics["reference"]
     if not np.isfinite(value):
@@ -467,7 +509,7 @@ def _range(limits: Mapping[str, float], unit: str) -> str:
 
 def _tell(check: Check, more: str) -> Check:
     """A check with more words to its message."""
-    return Check(**{**asdict(check), "message": f"{check.message} ({more})"})
+    return replace(check, message=f"{check.message} ({more})")
 
 
 def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, table: Limits) -> Check:
@@ -477,14 +519,14 @@ def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, ta
     """
     limit = f"a tumour mask, a brain, or an airway of {_range(table['airway'], 'mm')}"
     found = f"box placed by {location.method}" + (f" ({location.flag})" if location.flag else "")
-    if location.method in (METHOD_MASK, METHOD_PET_BRAIN):
-        return Check("head_in_view", location.method, "", limit, WARN if location.flag else OK, found)
+    if location.rule in (METHOD_MASK, METHOD_PET_BRAIN):
+        return Check(HEAD_IN_VIEW, location.method, "", limit, WARN if location.flag else OK, found)
     airway = _judge("airway", _airway_mm(ct, ct_grid, box), table)
-    result = REJECT if location.method == METHOD_CENTRE else airway.verdict
+    result = REJECT if location.rule == METHOD_CENTRE else airway.verdict
     if result == OK and location.flag:  # no brain, or the head cut off, and yet a neck
         result = WARN
     message = f"{'head or neck outside the field of view? ' if result == REJECT else ''}{found}; {airway.message}"
-    return Check("head_in_view", location.method, "", limit, result, message)
+    return Check(HEAD_IN_VIEW, location.method, "", limit, result, message)
 
 
 # --- quantities ----------------------------------------------------------------------------------------------------
@@ -666,9 +708,3 @@ def _correlate(one: np.ndarray, other: np.ndarray, reach: Sequence[int]) -> np.n
     shape = [fft.next_fast_len(n + r, real=True) for n, r in zip(one.shape, reach, strict=True)]
     product = np.conj(fft.rfftn(one, shape)) * fft.rfftn(other, shape)
     return fft.irfftn(product, shape)[np.ix_(*(np.arange(-r, r + 1) for r in reach))]
-
-
-def _volume(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
-    """The (X, Y, Z) array of a loaded scan, sharing its memory, and its grid."""
-    array = scan.as_tensor().detach().cpu()[0].numpy()
-    return array, Grid(array.shape, np.asarray(scan.affine))

@@ -1,12 +1,15 @@
 """MONAI dictionary transforms from a case (see :mod:`scripts.keys`) to the network's input, and back to the CT's grid.
 
-The chain, as the configs write it: ``LoadScansd, LocaliseBoxd, ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald``
-and last ``ToNetworkItemd``. Random augmentation goes between with MONAI's own transforms. All of these are
-deterministic and hold plain parameters only, so that a cache can be keyed by them.
+The chain, as the configs write it: ``LoadScansd, LocaliseBoxd, CheckQualityd`` (:mod:`scripts.quality`),
+``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald`` and last ``ToNetworkItemd``. Random augmentation goes between
+with MONAI's own transforms. All of these are deterministic and hold plain parameters only, so that a cache can be keyed
+by them.
 """
 
 from __future__ import annotations
 
+import json
+import time
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +23,15 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from . import keys as K
-from .clinical import DEFAULT_FEATURES, code_clinical
+from .clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
 from .geometry import Grid, box_grid, resample, share_inside, to_ct_window
 from .images import read_image
-from .localise import locate_head_neck, locate_mask
+from .localise import Proposer, locate_head_neck, locate_mask
 
 CT_FILL = -1024.0  # air, in HU
 PET_FILL = 0.0
 
-INFERENCE_KEYS = (
+ITEM_KEYS = (
     K.PATIENT_ID,
     K.IMAGE,
     K.CLINICAL,
@@ -38,16 +41,18 @@ INFERENCE_KEYS = (
     K.CROP_METHOD,
     K.CROP_FLAG,
 )
+# what is measured and told of a patient besides: the native PET, the checks, the clinical values, the time it took
+INFERENCE_KEYS = (*ITEM_KEYS, K.PET, K.QUALITY, K.CLINICAL_VALUES, K.STARTED)
 LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
-TRAINING_KEYS = (*INFERENCE_KEYS, *LABEL_KEYS)
+TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS)
 
 
 class LoadScansd(MapTransform):
     """Read CT, PET and mask, or take them as they are when they are in memory already.
 
-    An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), or a pair (array, affine). It becomes a
-    ``MetaTensor`` (1, X, Y, Z) in the file's own data type, with its affine to world mm (RAS+). The files are read
-    side by side.
+    An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
+    method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
+    data type, with its affine to world mm (RAS+). The scans are read side by side. Also sets ``started``, the clock.
 
     Args:
         keys: what to load. The mask may be absent or None, the others may not.
@@ -64,6 +69,7 @@ class LoadScansd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load the case's scans."""
         d = dict(data)
+        d[K.STARTED] = torch.tensor(time.monotonic(), dtype=torch.float64)
         for key in self.keys:
             if d.get(key) is None and key != K.MASK:
                 raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: no {str(key).upper()} image")
@@ -84,6 +90,8 @@ class LocaliseBoxd(MapTransform):
         spacing_mm: voxel size of the box in mm.
         use_mask: centre on the tumour's mask where there is one that is not empty (training); otherwise, and for
             all other cases, on the head and neck found without it.
+        proposer: what proposes tumours where there is no mask, as :class:`scripts.coarse.CoarsePass`; None for the
+            rules alone.
         keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
     """
 
@@ -92,20 +100,22 @@ class LocaliseBoxd(MapTransform):
         roi_size: int | Sequence[int],
         spacing_mm: float | Sequence[float],
         use_mask: bool = False,
+        proposer: Proposer | None = None,
         keys: KeysCollection = (K.CT, K.PET, K.MASK),
     ) -> None:
         super().__init__(keys, allow_missing_keys=True)
-        self.roi_size, self.spacing_mm, self.use_mask = roi_size, spacing_mm, use_mask
+        self.roi_size, self.spacing_mm, self.use_mask, self.proposer = roi_size, spacing_mm, use_mask, proposer
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Place the box."""
         d = dict(data)
-        ct, ct_grid = _volume(d[K.CT])
+        ct, ct_grid = array_and_grid(d[K.CT])
         mask = d.get(K.MASK) if self.use_mask else None
-        if mask is not None and _volume(mask)[0].any():
-            where = locate_mask(*_volume(mask), self.roi_size, self.spacing_mm)
+        if mask is not None and array_and_grid(mask)[0].any():
+            where = locate_mask(*array_and_grid(mask), self.roi_size, self.spacing_mm)
         else:
-            where = locate_head_neck(ct, ct_grid, *_volume(d[K.PET]), self.roi_size, self.spacing_mm)
+            pet, pet_grid = array_and_grid(d[K.PET])
+            where = locate_head_neck(ct, ct_grid, pet, pet_grid, self.roi_size, self.spacing_mm, self.proposer)
         d[K.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
         d[K.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
         d[K.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
@@ -114,7 +124,7 @@ class LocaliseBoxd(MapTransform):
 
 
 class ResampleToBoxd(MapTransform):
-    """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native volumes.
+    """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native CT and mask.
 
     Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
     where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_known``; and ``seg_inside``, the share
@@ -133,11 +143,13 @@ class ResampleToBoxd(MapTransform):
         """Resample the case's scans onto the box."""
         d = dict(data)
         box = _box(d[K.BOX_AFFINE], self.roi_size)
-        ct, pet, mask = d.pop(K.CT), d.pop(K.PET), d.pop(K.MASK, None)
-        image = np.stack([resample(*_volume(ct), box, fill=CT_FILL), resample(*_volume(pet), box, fill=PET_FILL)])
+        ct, pet, mask = d.pop(K.CT), d[K.PET], d.pop(K.MASK, None)
+        image = np.stack(
+            [resample(*array_and_grid(ct), box, fill=CT_FILL), resample(*array_and_grid(pet), box, fill=PET_FILL)]
+        )
         seg, inside = np.zeros(box.shape, dtype=np.float32), float("nan")
         if mask is not None:
-            labels, grid = _volume(mask)
+            labels, grid = array_and_grid(mask)
             seg = (resample(labels, grid, box, "nearest") != 0).astype(np.float32)
             inside = share_inside(labels, grid, box)
         d[K.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
@@ -194,7 +206,8 @@ class CodeClinicald(MapTransform):
     """Code the clinical values as the network reads them, (F,) float32 (see :func:`scripts.clinical.code_clinical`).
 
     A dictionary of raw values is coded; None or an absent key means that all are missing; a vector that is coded
-    already passes.
+    already passes. Sets ``clinical_values`` beside it: a JSON text, a list of ``name``, ``value`` (None where missing),
+    ``coded`` and ``missing``, which collates as text does.
 
     Args:
         features: names of the clinical values, in the network's order.
@@ -212,16 +225,18 @@ class CodeClinicald(MapTransform):
         """Code the values."""
         d = dict(data)
         for key in self.keys:
-            values = d.get(key)
-            if values is None or isinstance(values, Mapping):
-                values = code_clinical(values, self.features)
-            coded = torch.as_tensor(values, dtype=torch.float32)
+            given = d.get(key)
+            raw = given is None or isinstance(given, Mapping)
+            coded = torch.as_tensor(code_clinical(given, self.features) if raw else given, dtype=torch.float32)
             if coded.shape != (len(self.features),):
                 raise ValueError(
                     f"patient {d.get(K.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
                     f"expected ({len(self.features)},) for {', '.join(self.features)}"
                 )
             d[key] = coded
+            d[K.CLINICAL_VALUES] = _clinical_text(
+                self.features, coded.tolist(), (given or {}) if raw else None, d.get(K.CLINICAL_SOURCE) or {}
+            )
         return d
 
 
@@ -244,7 +259,8 @@ class ToNetworkItemd(MapTransform):
 class RestoreMaskd(MapTransform):
     """Turn the tumour probability on the box into a mask on the CT's own grid, and measure it.
 
-    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume.
+    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. A
+    case without the probability (a model that does not segment) passes.
 
     Args:
         keys: the probability (1, R, R, R), beside the box's affine and the CT's shape and affine.
@@ -270,6 +286,8 @@ class RestoreMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore the mask."""
         d = dict(data)
+        if d.get(self.keys[0]) is None:
+            return d
         prob = _plain(d[self.keys[0]])[0].float()
         shape = [int(n) for n in d[K.CT_SHAPE]]
         ct = Grid((shape[0], shape[1], shape[2]), _plain(d[K.CT_AFFINE]).numpy())
@@ -281,17 +299,26 @@ class RestoreMaskd(MapTransform):
         return d
 
 
+def array_and_grid(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
+    """The (X, Y, Z) array of a loaded volume (1, X, Y, Z), sharing its memory, and its grid."""
+    array = _plain(scan)[0].numpy()
+    return array, Grid(array.shape, np.asarray(scan.affine))
+
+
 def _load(item: Any) -> MetaTensor:
-    """One scan as a channel-first MetaTensor, from a path, a MetaTensor or a pair (array, affine)."""
+    """One scan as a channel-first MetaTensor, from a path, a MetaTensor, a pair (array, affine) or what reads one."""
     if isinstance(item, (str, Path)):
         array, affine = read_image(item)
         return _meta_tensor(array, affine, filename_or_obj=str(item))
     if isinstance(item, MetaTensor):
         return item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)
+    if callable(getattr(item, "read", None)):
+        item = item.read()
     if isinstance(item, (tuple, list)) and len(item) == 2:
         array, affine = item
         return _meta_tensor(np.asarray(array), np.asarray(affine))
-    raise ValueError(f"a scan is a path, a MetaTensor or a pair (array, affine), got {type(item).__name__}")
+    kinds = "a path, a MetaTensor, a pair (array, affine) or an object whose read() gives such a pair"
+    raise ValueError(f"a scan is {kinds}, got {type(item).__name__}")
 
 
 def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
@@ -308,10 +335,25 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
     return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).detach().cpu()
 
 
-def _volume(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
-    """The (X, Y, Z) array of a loaded scan, sharing its memory, and its grid."""
-    array = _plain(scan)[0].numpy()
-    return array, Grid(array.shape, np.asarray(scan.affine))
+def _clinical_text(
+    features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None, sources: Mapping[str, str]
+) -> str:
+    """Clinical values as given and as coded, as JSON; ``given`` None where there is only the coding, which then tells.
+
+    A value that is named in ``sources`` says where it comes from.
+
+    Raises:
+        scripts.clinical.ClinicalValueError: a value cannot be read.
+    """
+    rows = []
+    for name, code in zip(features, coded, strict=True):
+        if given is not None:
+            value = parse_value(name, given.get(name))
+        else:  # 0 is missing, levels are shifted by one (see code_clinical)
+            value = None if code == 0 else code - (1.0 if feature_named(name).levels else 0.0)
+        row = {"name": name, "value": value, "coded": code, "missing": value is None}
+        rows.append({**row, "source": sources[name]} if name in sources else row)
+    return json.dumps(rows, allow_nan=False)
 
 
 def _box(affine: torch.Tensor, roi_size: int | Sequence[int]) -> Grid:

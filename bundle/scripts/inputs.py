@@ -1,0 +1,224 @@
+"""What somebody points at, as cases to predict: a folder, a list of cases, a pair of scans, DICOM; and clinical values.
+
+Every function gives cases as :func:`scripts.cohort.inference_cases` does: what keeps a patient from being predicted
+stands in the case, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import cohort, keys
+from scripts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
+from scripts.cohort import Case, CohortError, Scans, patient_key
+from scripts.dicom import DicomError
+from scripts.dicom_cases import (
+    HEADER,
+    UNNAMED,
+    DicomScan,
+    Examination,
+    clinical_values,
+    find_examinations,
+    pair_examination,
+)
+from scripts.images import image_suffix
+
+logger = logging.getLogger(__name__)
+
+LISTS = (".csv", ".json")
+_COLUMNS = {
+    keys.CT: frozenset(("ct", "ctpath", "ctfile", "ctimage")),
+    keys.PET: frozenset(("pet", "pt", "petpath", "ptpath", "petfile", "petimage")),
+}
+
+
+def find_cases(
+    source: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
+) -> list[Case]:
+    """The cases in a folder of images, in a folder of DICOM, or in a list.
+
+    Args:
+        source: a folder in one of the layouts of :func:`scripts.cohort.find_scans`; a folder with DICOM files in any
+            order; or a CSV or JSON list of cases, see :func:`listed_cases`.
+        features: names of the clinical values to read, in the network's order.
+        clinical: a table of clinical values (CSV or JSON); None: found beside the scans.
+
+    Raises:
+        CohortError: there is nothing to predict, or a table cannot be read at all.
+        scripts.dicom.DicomError: a DICOM file is damaged.
+    """
+    source = Path(source).expanduser()
+    if source.is_file() and source.suffix.lower() in LISTS:
+        return listed_cases(source, features, clinical)
+    if not source.is_dir():
+        what = "is a single file: name the CT with --ct and the PET with --pet" if source.exists() else "is not there"
+        raise CohortError(f"{source} {what}")
+    if any(scans.ct or scans.pet for scans in cohort.find_scans(source)[0].values()):
+        return cohort.inference_cases(source, clinical, features)
+    try:
+        return _dicom_cases(find_examinations(source), features, clinical, source)
+    except DicomError as error:
+        if "no DICOM series" not in str(error):
+            raise
+        raise CohortError(
+            f"{source} holds no scan: neither <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
+            ".nrrd) nor DICOM files; name two files with --ct and --pet"
+        ) from error
+
+
+def listed_cases(
+    path: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
+) -> list[Case]:
+    """The cases of a list: one row (CSV) or object (JSON) a patient with ``patient_id``, ``ct`` and ``pet``.
+
+    Further columns may hold clinical values, by the same names as in any table. Relative paths start at the list's own
+    folder. A path may also be a folder that holds the DICOM series.
+
+    Args:
+        path: the list.
+        features: names of the clinical values to read, in the network's order.
+        clinical: another table with clinical values.
+
+    Raises:
+        CohortError: it is no such list, or a fault concerns no single patient.
+    """
+    path = Path(path)
+    records = cohort.read_records(path)
+    titles = records[0][1] if records else []
+    place = {kind: cohort.first_column(titles, names) for kind, names in _COLUMNS.items()}
+    if min(place.values()) < 0:
+        raise CohortError(f"{path}: a list of cases has the columns patient_id, ct and pet; it has {', '.join(titles)}")
+    tables = cohort.read_tables([path, *([clinical] if clinical else [])], features)
+    column = cohort.first_column(titles, cohort.ID_COLUMNS)
+    scans: dict[str, Scans] = {}
+    for _, cells in records[1:]:
+        cells = cells + [""] * (len(titles) - len(cells))
+        if cells[column]:
+            files = {kind: path.parent / cells[at] if cells[at] else None for kind, at in place.items()}
+            scans.setdefault(patient_key(cells[column]), Scans(cells[column], path, files[keys.CT], files[keys.PET]))
+    cases = cohort.cases_to_predict(scans, scans, tables, features, str(path))
+    for case in cases:
+        if case[keys.CT] and case[keys.PET] and Path(case[keys.CT]).is_dir() and Path(case[keys.PET]).is_dir():
+            _take_dicom(case, pair_examination(case[keys.CT], case[keys.PET]), features)
+    return [_with_safe_id(case) for case in cases]
+
+
+def pair_case(
+    ct: str | Path, pet: str | Path, features: Sequence[str] = DEFAULT_FEATURES, patient_id: str | None = None
+) -> Case:
+    """The case of one CT and one PET, without clinical values but what DICOM tells.
+
+    Args:
+        ct: image file, or a folder with the DICOM series.
+        pet: likewise.
+        features: names of the clinical values, in the network's order.
+        patient_id: what to call the patient; None: as the CT's file name or the DICOM header says.
+
+    Raises:
+        CohortError: a path is not there, or one is a folder and the other a file.
+        scripts.dicom.DicomError: a folder holds no DICOM, or a file of it is damaged.
+    """
+    paths = {"CT": Path(ct).expanduser(), "PET": Path(pet).expanduser()}
+    for name, path in paths.items():
+        if not path.exists():
+            raise CohortError(f"{name} {path} is not there")
+    if paths["CT"].is_dir() != paths["PET"].is_dir():
+        raise CohortError("of CT and PET, one is a folder (DICOM) and the other a file: give two of a kind")
+    if not paths["CT"].is_dir():
+        name = paths["CT"].name.removesuffix(image_suffix(paths["CT"]))
+        name = re.sub(r"__CT$", "", name, flags=re.IGNORECASE)
+        case = cohort.make_case(
+            Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"]), None, features, False
+        )
+        return _with_safe_id({**case, keys.PROBLEM: ""})
+    examination = pair_examination(paths["CT"], paths["PET"])
+    case = cohort.make_case(Scans(patient_id or examination.name, paths["CT"]), None, features, False)
+    case[keys.PROBLEM] = ""
+    _take_dicom(case, examination, features)
+    return _with_safe_id(case)
+
+
+def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source: str) -> None:
+    """Give the values to the only case there is; what a case knows already yields to them.
+
+    Args:
+        cases: changed in place.
+        values: raw values by feature name or column name; None and what the model does not read are left out.
+        source: where they come from, for messages and the output.
+
+    Raises:
+        CohortError: there are several patients.
+        scripts.clinical.ClinicalValueError: a value cannot be read.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return
+    if len(cases) != 1:
+        raise CohortError(f"{source}: clinical values of one patient, but there are {len(cases)}; give a table of them")
+    case = cases[0]
+    known = parse_clinical(given, list(case[keys.CLINICAL]), where=source)
+    for name, value in known.items():
+        if value is not None:
+            case[keys.CLINICAL][name] = value
+            case.setdefault(keys.CLINICAL_SOURCE, {})[name] = source
+    unused = [name for name, value in parse_clinical(given, list(FEATURES), where=source).items() if value is not None]
+    unused = [name for name in unused if name not in case[keys.CLINICAL]]
+    if unused:
+        logger.warning("%s: not read by this model: %s", source, ", ".join(unused))
+
+
+def clinical_object(path: str | Path) -> dict[str, Any] | None:
+    """The content of a JSON file that describes one patient and does not name it (``ehr.json``); None for a table.
+
+    Raises:
+        CohortError: the file cannot be read or is no valid JSON.
+    """
+    if Path(path).suffix.lower() != ".json":
+        return None
+    content = cohort.read_json(path)
+    if not isinstance(content, dict):
+        return None
+    return None if cohort.first_column(list(content), cohort.ID_COLUMNS) >= 0 else content
+
+
+def _dicom_cases(
+    found: Sequence[Examination], features: Sequence[str], clinical: str | Path | None, folder: Path
+) -> list[Case]:
+    names = {patient_key(each.patient_id or UNNAMED) for each in found}
+    paths = [clinical] if clinical else cohort.find_tables(folder, names)
+    tables = cohort.read_tables(paths, features)
+    problems = cohort.patient_problems(tables)
+    cases = []
+    for each in found:
+        key = patient_key(each.patient_id or UNNAMED)
+        case = cohort.make_case(Scans(each.name, folder), tables.records.get(key), features, bool(tables.files))
+        case[keys.PROBLEM] = "; ".join(problems.get(key, []))
+        _take_dicom(case, each, features)
+        cases.append(_with_safe_id(case))
+    return cases
+
+
+def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -> None:
+    """Put the chosen series into a case, and the age and sex that nothing else has told; log what was chosen."""
+    case[keys.CT] = case[keys.PET] = None
+    if examination.choice is None:
+        case[keys.PROBLEM] = "; ".join(filter(None, [examination.problem, case[keys.PROBLEM]]))
+        return
+    case[keys.CT], case[keys.PET] = DicomScan(examination.choice.ct), DicomScan(examination.choice.pet)
+    case[keys.DICOM] = examination.choice
+    for line in examination.choice.describe().splitlines():
+        logger.info("%s: %s", case[keys.PATIENT_ID], line)
+    for name, value in clinical_values(examination.choice, features).items():
+        if case[keys.CLINICAL][name] is None:
+            case[keys.CLINICAL][name] = value
+            case.setdefault(keys.CLINICAL_SOURCE, {})[name] = HEADER
+
+
+def _with_safe_id(case: Case) -> Case:
+    """The case with an id that can be the name of a folder."""
+    safe = re.sub(r"[^\w.+-]+", "_", case[keys.PATIENT_ID]).strip("._") or UNNAMED
+    return {**case, keys.PATIENT_ID: safe}

@@ -1,0 +1,330 @@
+"""Predict from scans: ``python scripts/predict.py INPUT OUTPUT``.
+
+INPUT is a folder of patients (NIfTI, MHA or DICOM) or a CSV or JSON list of cases; ``--ct`` and ``--pet`` name the two
+scans of one patient instead. OUTPUT receives a folder for each patient, ``predictions.csv`` and a page of the cohort.
+The prediction itself is that of the bundle's ``configs/inference.json``. See ``bundle/docs/predict.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fire
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
+
+from scripts import keys  # noqa: E402
+from scripts.clinical import FEATURES  # noqa: E402
+from scripts.cohort import Case  # noqa: E402
+from scripts.engine import plain_errors  # noqa: E402
+from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
+from scripts.outputs import OK  # noqa: E402
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+    from scripts.outputs import PredictionWriter
+    from scripts.report import ReportWriter
+
+logger = logging.getLogger("predict")
+
+TYPED = "option"  # where a clinical value comes from that was given on the command line
+COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, digits
+    "patient": ("PatientID", 0),
+    "status": ("status", 0),
+    "risk group": ("risk_group", 0),
+    "percentile": ("percentile", 0),
+    "log hazard": ("log_hazard", 2),
+    "RFS 2 years": ("survival_2y", 2),
+    "HPV prob.": ("hpv_probability", 2),
+    "volume ml": ("tumour_volume_ml", 1),
+    "SUVmax": ("suv_max", 1),
+    "quality": ("quality", 0),
+    "forced": ("forced", 0),
+}
+
+
+class UsageError(ValueError):
+    """Options that do not go together."""
+
+
+class CaseList(tuple):
+    """Cases that a config parser hands on as they are: no copies, and no reading of ``$`` and ``@`` in paths."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CaseList:
+        return self
+
+
+def predict(
+    input: str | None = None,
+    output: str | None = None,
+    ct: str | None = None,
+    pet: str | None = None,
+    patient_id: str | None = None,
+    clinical: str | None = None,
+    ckpt_dir: str = str(BUNDLE / "models"),
+    device: str | None = None,
+    report: bool = True,
+    explain: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    **values: Any,
+) -> None:
+    """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
+
+    Ends with exit code 1 if a patient could not be predicted; the others are.
+
+    Args:
+        input: folder of patients (NIfTI, MHA, or any mixture of DICOM), or CSV or JSON with patient_id, ct, pet.
+        output: folder for the results.
+        ct: CT of one patient instead of INPUT: an image file, or the folder of its DICOM series.
+        pet: PET of the same patient, in SUV (DICOM: SUV is computed from the headers).
+        patient_id: what to call the patient of --ct and --pet.
+        clinical: clinical values: CSV or JSON with a PatientID, or a JSON object of the only patient (ehr.json).
+        ckpt_dir: folder that holds the weights, model.pt.
+        device: cpu or cuda:0; by default the GPU where there is one.
+        report: write report.html and report.pdf of each patient, and index.html of all.
+        explain: say in the reports what moved each risk; takes several times as long.
+        resume: leave out patients whose prediction is whole, by the same model from the same clinical values.
+        force: predict scans that quality control rejects, too; every output says so.
+        **values: clinical values of the only patient, which go before every other source: --age 61 --gender male
+            --tobacco yes --alcohol no --treatment chemoradiotherapy --performance_status 1 --m_stage M0 --t_stage T2
+            --n_stage N1 --hpv positive.
+    """
+    if ct is not None and pet is not None and output is None:
+        input, output = None, input
+    check_usage(
+        input, output, ct, pet, values, {"report": report, "explain": explain, "resume": resume, "force": force}
+    )
+    configure_log()
+    parser = load_bundle(str(output), ckpt_dir, device, force)
+    features = parser.get_parsed_content("clinical_features")
+    if input is not None:
+        cases = gather_cases(str(input), features, clinical, values)
+    else:
+        cases = one_case(str(ct), str(pet), features, patient_id, clinical, values)
+    writer = run_cases(parser, cases, report=report, explain=explain, resume=resume)
+    print(summary(writer))
+    if any(row["status"] != OK for row in writer.rows.values()):
+        raise SystemExit(1)
+
+
+def check_usage(
+    input: str | None, output: str | None, ct: str | None, pet: str | None, values: Mapping[str, Any], flags: Mapping
+) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        UsageError: says what to give instead.
+    """
+    pair = ct is not None and pet is not None
+    if output is None or (input is not None) == pair or (ct is None) != (pet is None):
+        raise UsageError("give INPUT OUTPUT, or OUTPUT --ct CT --pet PET; --help tells more")
+    unknown = [name for name in values if name not in FEATURES]
+    if unknown:
+        raise UsageError(f"no option --{unknown[0]}; --help lists them, clinical values are {', '.join(FEATURES)}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"--{name} is True or False, got {value!r}; say --{name} True before other words")
+
+
+def configure_log() -> None:
+    """One line a message on the error stream; of libraries only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("predict", "scripts"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bool = False) -> ConfigParser:
+    """The bundle's ``inference.json`` with its places and options set.
+
+    Args:
+        output: folder for the results.
+        ckpt_dir: folder that holds ``model.pt``.
+        device: None for the config's own choice.
+        force: predict what quality control rejects.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+    """
+    from monai.bundle import ConfigParser
+
+    from scripts.ensemble import read_state
+
+    read_state(Path(ckpt_dir) / "model.pt")  # the config itself would go on with default settings for a while
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "inference.json"))
+    parser["bundle_root"] = str(BUNDLE)
+    parser["output_dir"] = str(Path(output).expanduser().resolve())
+    parser["ckpt_dir"] = str(Path(ckpt_dir).expanduser().resolve())
+    parser["force"] = force
+    if device is not None:
+        parser["device"] = f"$torch.device({device!r})"
+    return parser
+
+
+def gather_cases(source: str, features: Sequence[str], clinical: str | None, values: Mapping[str, Any]) -> list[Case]:
+    """The cases of a folder or list with all that is known of them.
+
+    Args:
+        source: folder or list.
+        features: clinical values that the model reads.
+        clinical: file with clinical values.
+        values: of the only patient, as typed.
+    """
+    own = None if clinical is None else clinical_object(clinical)
+    cases = find_cases(source, features, None if own is not None else clinical)
+    return with_values(cases, clinical, own, values)
+
+
+def one_case(
+    ct: str, pet: str, features: Sequence[str], patient_id: str | None, clinical: str | None, values: Mapping[str, Any]
+) -> list[Case]:
+    """The case of one pair of scans; arguments as for :func:`gather_cases`."""
+    own = None if clinical is None else clinical_object(clinical)
+    case = pair_case(ct, pet, features, None if patient_id is None else str(patient_id))
+    if clinical is not None and own is None:
+        raise UsageError(f"with --ct and --pet, --clinical is a JSON object of this patient, not a table: {clinical}")
+    return with_values([case], clinical, own, values)
+
+
+def with_values(
+    cases: list[Case], clinical: str | None, own: Mapping[str, Any] | None, values: Mapping[str, Any]
+) -> list[Case]:
+    """The cases with values of a single patient added; typed ones go before those of a file."""
+    if own is not None:
+        add_clinical_values(cases, own, Path(str(clinical)).name)
+    add_clinical_values(cases, values, TYPED)
+    for case in cases:
+        sources = case.get(keys.CLINICAL_SOURCE, {})
+        for source in dict.fromkeys(sources.values()):
+            names = ", ".join(name for name, of in sources.items() if of == source)
+            logger.info("%s: %s from: %s", case[keys.PATIENT_ID], names, source)
+    return cases
+
+
+def run_cases(
+    parser: ConfigParser, cases: Sequence[Case], report: bool = False, explain: bool = False, resume: bool = False
+) -> PredictionWriter:
+    """Predict the cases; what happened to each stands in the ``rows`` of the writer that is given back.
+
+    Args:
+        parser: of :func:`load_bundle`.
+        cases: what to predict.
+        report: write reports and the page of the cohort.
+        explain: with what moved each risk.
+        resume: leave out what is done.
+    """
+    from scripts.dicom_results import write_dicom_results
+
+    parser["cases"] = CaseList(cases)
+    writer = parser.get_parsed_content("writer")
+    wanted = [*(["report", "report_pdf"] if report or explain else []), *(["explanation"] if explain else [])]
+    done = finished(parser, writer, cases, wanted) if resume else set()
+    todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
+    parser.get_parsed_content("dataset").data = todo
+    writer.products += (write_dicom_results,)
+    reports = add_reports(parser, writer, cases, explain) if report or explain else None
+    for case in todo:  # should a patient fail now, the answer of an earlier run must not stand there
+        (writer.output_dir / case[keys.PATIENT_ID] / "prediction.json").unlink(missing_ok=True)
+    if todo:
+        parser.get_parsed_content("initialize")
+        parser.get_parsed_content("run")
+    else:
+        writer.write_table()
+        if reports is not None:
+            reports.write_cohort()
+    return writer
+
+
+def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], wanted: Sequence[str]) -> set[str]:
+    """Ids of the patients whose files are all there, by the same model from the same clinical values; takes their rows.
+
+    Args:
+        parser: of :func:`load_bundle`.
+        writer: gets the rows.
+        cases: of this run.
+        wanted: names of files, besides those that each prediction names, that there have to be.
+    """
+    from scripts.prediction import Model
+
+    sha256 = Model.of(parser.get_parsed_content("checkpoint")).sha256
+    force = parser.get_parsed_content("force")
+    done = {
+        case[keys.PATIENT_ID]
+        for case in cases
+        if is_whole(writer.output_dir / case[keys.PATIENT_ID], case, [*wanted, *dicom_files(case)], force)
+        and writer.take_over(case[keys.PATIENT_ID], sha256)
+    }
+    logger.info("%d of %d patients are done already", len(done), len(cases))
+    return done
+
+
+def dicom_files(case: Case) -> list[str]:
+    """Names of the files that only a case given as DICOM has."""
+    return ["dicom_sr"] if keys.DICOM in case else []
+
+
+def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bool:
+    """Whether a patient's folder holds a prediction from this case's clinical values, and every file that it names."""
+    try:
+        prediction = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+        files = {name: file for name, file in prediction["files"].items() if file is not None}
+        clinical = {row["name"]: row["value"] for row in prediction["clinical"]}
+        forced = prediction["quality"]["forced"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    there = all((folder / file).is_file() for file in files.values()) and set(wanted) <= set(files)
+    return there and clinical == case[keys.CLINICAL] and (force or not forced)
+
+
+def add_reports(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], explain: bool) -> ReportWriter:
+    """Let the writer make a report of each patient, and the evaluator a page of them all at the end."""
+    from scripts.report import ReportWriter
+
+    explainer = None
+    if explain:
+        from scripts.explain import RiskExplainer
+
+        explainer = RiskExplainer(parser.get_parsed_content("network"))
+    reports = ReportWriter(str(writer.output_dir), cases, explainer)
+    writer.products += (reports,)
+    reports.attach(parser.get_parsed_content("evaluator"))
+    return reports
+
+
+def summary(writer: PredictionWriter) -> str:
+    """A table of the patients, in the order of the cases, and what to think of it."""
+    rows = [writer.rows[patient] for patient in writer.cases]
+    cells = [list(COLUMNS), *([shown(row[name], digits) for name, digits in COLUMNS.values()] for row in rows)]
+    used = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] for row in cells[1:])]
+    widths = {k: max(len(row[k]) for row in cells) for k in used}
+    lines = ["  ".join(row[k].ljust(widths[k]) for k in used).rstrip() for row in cells]
+    lines += [f"{row['PatientID']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]]
+    trained = next((row["trained_on"] for row in rows if row["trained_on"]), "")
+    lines += [f"model trained on: {trained}"] if trained else []
+    return "\n".join([*lines, f"results: {writer.output_dir}", keys.RESEARCH_USE_ONLY])
+
+
+def shown(value: Any, digits: int) -> str:
+    """A cell of the table: numbers rounded, yes or nothing for flags, "" where there is nothing to say."""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    plain_errors()
+    try:
+        fire.Fire(predict)
+    except UsageError as error:
+        sys.exit(f"predict: {error}")

@@ -1,0 +1,266 @@
+"""What somebody points at, as cases: layouts and formats, lists, pairs, DICOM, clinical values, and faults in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_study import SECRETS, write_pet_ct, write_series
+
+from conftest import SHARED_DATA
+from scripts import keys
+from scripts.clinical import ClinicalValueError
+from scripts.cohort import CohortError
+from scripts.dicom import DicomError
+from scripts.inputs import add_clinical_values, clinical_object, find_cases, listed_cases, pair_case
+
+FEATURES = ("age", "gender", "m_stage")
+
+
+def add_scans(folder: Path, patient: str, suffix: str = ".nii.gz") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("CT", "PT"):
+        (folder / f"{patient}__{kind}{suffix}").write_bytes(kind.encode())
+
+
+def write_dicom(folder: Path, patient: str = "P-1", number: int = 1, pet=None, **tags) -> None:
+    """CT of 40 HU and PET of 3 SUV."""
+    tags = {"PatientID": patient, **tags}
+    write_pet_ct(folder, np.full((6, 5, 12), 40), np.full((6, 5, 12), 3.0), 4.0, tags, number, pet)
+
+
+def by_id(cases) -> dict[str, dict]:
+    return {case[keys.PATIENT_ID]: case for case in cases}
+
+
+# --- folders of images ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".MHA"])
+def test_every_format_in_the_hecktor_layout(tmp_path, suffix):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001", suffix)
+    (case,) = find_cases(tmp_path, FEATURES)
+    assert case[keys.PATIENT_ID] == "CHUM-001" and case[keys.PROBLEM] == ""
+    assert [Path(case[kind]).name for kind in (keys.CT, keys.PET)] == [f"CHUM-001__CT{suffix}", f"CHUM-001__PT{suffix}"]
+
+
+def test_one_scan_in_two_formats_is_refused(tmp_path):
+    add_scans(tmp_path, "CHUM-001", ".nii.gz")
+    add_scans(tmp_path, "CHUM-001", ".mha")
+    with pytest.raises(CohortError, match=r"are both the ct of CHUM-001"):
+        find_cases(tmp_path, FEATURES)
+
+
+def test_clinical_json_with_one_object_a_patient(tmp_path):
+    for patient in ("CHUM-001", "CHUM-002"):
+        add_scans(tmp_path / "scans" / patient, patient)
+    table = tmp_path / "ehr.json"
+    table.write_text(
+        json.dumps([{"PatientID": "CHUM_001", "Age": 61, "M-stage": "M1"}, {"PatientID": "CHUM-002", "Age": None}])
+    )
+    cases = by_id(find_cases(tmp_path / "scans", FEATURES, table))
+    assert cases["CHUM-001"][keys.CLINICAL] == {"age": 61.0, "gender": None, "m_stage": 1.0}
+    assert cases["CHUM-002"][keys.CLINICAL]["age"] is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        pytest.param('{"PatientID": "A",\n "Age": 61,\n}', r"t\.json, line [23]: not .*remove it", id="comma"),
+        pytest.param('[{"Age": 61}', r"t\.json, line 1: not valid JSON", id="cut_off"),
+        pytest.param("[1, 2]", r"expected a list of objects", id="numbers"),
+        pytest.param('[{"Age": 61}]', r"no PatientID column; its columns are: Age", id="no_id"),
+    ],
+)
+def test_unusable_json_tables_are_refused(tmp_path, text, message):
+    add_scans(tmp_path / "A-1", "A-1")
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(CohortError, match=message):
+        find_cases(tmp_path, FEATURES, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        pytest.param(lambda p: p / "absent", "is not there", id="absent"),
+        pytest.param(lambda p: p, "holds no scan: neither .* nor DICOM", id="empty"),
+    ],
+)
+def test_nothing_to_predict(tmp_path, make, message):
+    with pytest.raises(CohortError, match=message):
+        find_cases(make(tmp_path), FEATURES)
+
+
+def test_a_single_scan_asks_for_the_other(tmp_path):
+    add_scans(tmp_path, "A-1")
+    with pytest.raises(CohortError, match="single file: name the CT with --ct"):
+        find_cases(tmp_path / "A-1__CT.nii.gz", FEATURES)
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for name in ("a_ct.mha", "a_pet.mha", "b_ct.nii.gz", "b_pet.nii.gz"):
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_csv_and_json_lists_say_the_same(images):
+    (images / "cases.csv").write_text(
+        "patient_id,ct,pet,Age,Gender\na,images/a_ct.mha,images/a_pet.mha,61,male\nb,images/b_ct.nii.gz,images/b_pet.nii.gz,,\n"
+    )
+    rows = [
+        {"patient_id": "a", "ct": "images/a_ct.mha", "pet": "images/a_pet.mha", "Age": 61, "Gender": "male"},
+        {"patient_id": "b", "ct": "images/b_ct.nii.gz", "pet": str(images / "images" / "b_pet.nii.gz")},
+    ]
+    (images / "cases.json").write_text(json.dumps(rows))
+    csv, js = find_cases(images / "cases.csv", FEATURES), find_cases(images / "cases.json", FEATURES)
+    assert csv == js
+    assert csv[0][keys.CLINICAL] == {"age": 61.0, "gender": 1.0, "m_stage": None}
+    assert csv[0][keys.CT] == str(images / "images" / "a_ct.mha")
+    assert [case[keys.PROBLEM] for case in csv] == ["", ""]
+
+
+def test_faults_of_a_list_stay_with_their_patient(images):
+    (images / "cases.csv").write_text(
+        "patient_id,ct,pet,Age\na,images/a_ct.mha,,61\nb,images/b_ct.nii.gz,images/b_pet.nii.gz,old\n"
+        "c/d,images/a_ct.mha,images/a_pet.mha,50\n"
+    )
+    cases = by_id(listed_cases(images / "cases.csv", FEATURES))
+    assert "no PET found in" in cases["a"][keys.PROBLEM]
+    assert "cases.csv, row 3, column 'Age': 'old' is no value of age" in cases["b"][keys.PROBLEM]
+    assert cases["c_d"][keys.PROBLEM] == ""
+
+
+def test_a_list_without_its_columns(images):
+    (images / "cases.csv").write_text("patient_id,ct\na,images/a_ct.mha\n")
+    with pytest.raises(CohortError, match="has the columns patient_id, ct and pet; it has patient_id, ct"):
+        listed_cases(images / "cases.csv", FEATURES)
+
+
+# --- a pair, and values of one patient -----------------------------------------------------------------------------
+def test_a_pair_of_files(images):
+    case = pair_case(images / "images" / "a_ct.mha", images / "images" / "a_pet.mha", FEATURES)
+    assert case[keys.PATIENT_ID] == "a_ct" and case[keys.PROBLEM] == ""
+    assert pair_case(case[keys.CT], case[keys.PET], FEATURES, "../x y")[keys.PATIENT_ID] == "x_y"
+
+
+def test_a_pair_that_is_none(images):
+    with pytest.raises(CohortError, match=r"PET .* is not there"):
+        pair_case(images / "images" / "a_ct.mha", images / "absent.mha")
+    with pytest.raises(CohortError, match="one is a folder"):
+        pair_case(images / "images" / "a_ct.mha", images / "images")
+
+
+def test_values_of_one_patient(images, caplog):
+    case = pair_case(images / "images" / "a_ct.mha", images / "images" / "a_pet.mha", FEATURES)
+    add_clinical_values([case], {"Age": "61", "M-stage": "Mx", "Gender": None, "alcohol": 1}, "ehr.json")
+    assert case[keys.CLINICAL] == {"age": 61.0, "gender": None, "m_stage": None}
+    assert case[keys.CLINICAL_SOURCE] == {"age": "ehr.json"}
+    assert "not read by this model: alcohol" in caplog.text
+    with pytest.raises(ClinicalValueError, match="options, age: '300' is no value of age"):
+        add_clinical_values([case], {"age": 300}, "options")
+    with pytest.raises(CohortError, match="one patient, but there are 2"):
+        add_clinical_values([case, case], {"age": 60}, "options")
+
+
+def test_an_object_without_a_patient_is_no_table(tmp_path):
+    for name, content in (
+        ("one", {"Age": 1}),
+        ("table", [{"PatientID": "a"}]),
+        ("named", {"PatientID": "a", "Age": 1}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert clinical_object(tmp_path / "one.json") == {"Age": 1}
+    assert clinical_object(tmp_path / "table.json") is None and clinical_object(tmp_path / "named.json") is None
+    assert clinical_object(tmp_path / "table.csv") is None
+
+
+# --- DICOM ---------------------------------------------------------------------------------------------------------
+def test_dicom_scans_are_read_when_asked_for(tmp_path):
+    write_dicom(tmp_path)
+    (case,) = find_cases(tmp_path, FEATURES)
+    assert case[keys.PATIENT_ID] == "P-1" and case[keys.PROBLEM] == ""
+    ct, affine = case[keys.CT].read()
+    pet, _ = case[keys.PET].read()
+    assert ct.shape == (6, 5, 12) and (ct == 40).all()
+    np.testing.assert_allclose(pet, 3.0, rtol=1e-5)  # Bq/ml of the file times the factor of its headers
+    np.testing.assert_allclose(np.abs(np.diag(affine)), [4, 4, 4, 1])
+    shutil.rmtree(tmp_path / "PET")
+    with pytest.raises((DicomError, OSError)):
+        case[keys.PET].read()
+
+
+def test_a_pet_without_weight_fails_when_it_is_read(tmp_path):
+    write_dicom(tmp_path, pet={"PatientWeight": None})
+    (case,) = find_cases(tmp_path, FEATURES)
+    with pytest.raises(DicomError, match=r"Patient's Weight \(0010,1030\) is missing"):
+        case[keys.PET].read()
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        pytest.param({"PatientAge": "061Y"}, {"age": 61.0, "gender": 0.0}, id="stated"),
+        pytest.param({"PatientAge": "030M"}, {"age": 2.0, "gender": 0.0}, id="months"),
+        pytest.param({"PatientBirthDate": "19600103"}, {"age": 59.0, "gender": 0.0}, id="day_before_the_birthday"),
+        pytest.param({"PatientBirthDate": "19600102"}, {"age": 60.0, "gender": 0.0}, id="birthday"),
+        pytest.param({"PatientAge": "000Y", "PatientSex": "O"}, {}, id="de_identified"),
+        pytest.param({"PatientAge": "??", "PatientBirthDate": "", "PatientSex": "M"}, {"gender": 1.0}, id="unreadable"),
+    ],
+)
+def test_age_and_sex_of_the_header(tmp_path, tags, expected):
+    write_dicom(tmp_path, **tags)
+    (case,) = find_cases(tmp_path, FEATURES)
+    known = {name: value for name, value in case[keys.CLINICAL].items() if value is not None}
+    assert known == expected
+    assert case.get(keys.CLINICAL_SOURCE, {}) == dict.fromkeys(expected, "DICOM header")
+
+
+def test_a_table_goes_before_the_header(tmp_path):
+    write_dicom(tmp_path / "dicom", PatientAge="061Y")
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\nP-1,50\n")
+    (case,) = find_cases(tmp_path / "dicom", FEATURES, tmp_path / "clinical.csv")
+    assert case[keys.CLINICAL] == {"age": 50.0, "gender": 0.0, "m_stage": None}
+    assert case[keys.CLINICAL_SOURCE] == {"gender": "DICOM header"}
+
+
+def test_a_folder_of_several_patients_and_examinations(tmp_path, caplog):
+    write_dicom(tmp_path / "x", "A", 1, StudyDate="20210101")
+    write_dicom(tmp_path / "y", "A", 2, StudyDate="20200101")
+    write_dicom(tmp_path / "z", "B", 3)
+    write_series(
+        tmp_path / "lone", tags={"PatientID": "C", "StudyInstanceUID": "1.2.9", "FrameOfReferenceUID": "1.2.8"}
+    )
+    (tmp_path / "readme.txt").write_text("no DICOM")
+    with caplog.at_level(logging.INFO):
+        cases = by_id(find_cases(tmp_path, FEATURES))
+    assert set(cases) == {"A", "A_2", "B", "C"}
+    assert cases["A"][keys.DICOM].ct.study_uid == "1.2.3.4.102"  # the earlier one
+    assert "no PET among its DICOM series (CT)" in cases["C"][keys.PROBLEM]
+    assert cases["C"][keys.CT] is None
+    assert "A: CT:  series 2 (CT), 12 slices" in caplog.text
+    assert not [secret for secret in SECRETS if secret in caplog.text]
+
+
+def test_a_pair_of_dicom_folders(tmp_path):
+    write_dicom(tmp_path)
+    case = pair_case(tmp_path / "CT", tmp_path / "PET", FEATURES)
+    assert case[keys.PATIENT_ID] == "P-1" and case[keys.CT].read()[0].shape == (6, 5, 12)
+    (tmp_path / "cases.csv").write_text("patient_id,ct,pet\nmine,CT,PET\n")
+    (listed,) = find_cases(tmp_path / "cases.csv", FEATURES)
+    assert listed[keys.PATIENT_ID] == "mine" and listed[keys.PET].read()[0].shape == (6, 5, 12)
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "dicom").is_dir(), reason="real DICOM is not beside the repository")
+def test_real_dicom():
+    cases = by_id(find_cases(SHARED_DATA / "dicom", FEATURES))
+    assert set(cases) == {"STS_002", "STS_008"}
+    assert cases["STS_002"][keys.CLINICAL]["gender"] == 1.0
+    ct, _ = cases["STS_002"][keys.CT].read()
+    pet, _ = cases["STS_002"][keys.PET].read()
+    assert ct.shape == (161, 143, 48)
+    assert pet.min() >= 0 and 2 < pet.max() < 50

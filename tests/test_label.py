@@ -1,0 +1,519 @@
+"""The bundle in MONAI Label.
+
+What needs MONAI Label itself runs in its own environment: ``python scripts/serve_label.py --check``.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import serve_label
+import torch
+from monai.data import MetaTensor
+
+from conftest import BUNDLE, ROOT, SHARED_DATA
+from scripts import keys as K
+from scripts import label
+from scripts.clinical import ClinicalValueError
+from scripts.cohort import CohortError
+from scripts.engine import EnsembleInferer
+from scripts.ensemble import FoldEnsemble, SettingsMismatch, load_weights, save_weights
+from scripts.networks import MultitaskNet
+from scripts.transforms import ToNetworkItemd
+
+NAME = "head_neck_pet_ct_multitask"
+FEATURES = ("age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage")
+SETTINGS = {
+    "tasks": ["seg", "hpv", "surv"],
+    "clinical_features": list(FEATURES),
+    "roi_size": [32, 32, 32],
+    "spacing_mm": 8.0,
+    "ct_window": [-1000, 1000],
+    "pet_window": None,
+    "bn_eps": 1e-05,
+}
+in_monai_label = pytest.mark.skipif(
+    importlib.util.find_spec("monailabel") is None,
+    reason="MONAI Label has an environment of its own: python scripts/serve_label.py --check",
+)
+
+
+def make_ensemble(folds: int, seed: int = 0) -> FoldEnsemble:
+    torch.manual_seed(seed)
+    ensemble = FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES)), SETTINGS)
+    ensemble.resize(folds)
+    for fold in ensemble.folds:
+        for name, value in fold.named_parameters():
+            if "weight" in name and value.ndim > 1:
+                torch.nn.init.kaiming_normal_(value)
+    ensemble.provenance = {"trained_on": "nothing at all", "calibration": {"reason": "a test"}}
+    return ensemble.eval()
+
+
+def ct_of(cohort: Path, number: int) -> Path:
+    return cohort / "Task 1" / f"CHUM-{number:03d}" / f"CHUM-{number:03d}__CT.nii.gz"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label, "serving", lambda: True)
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+def test_a_case_passes_unchanged() -> None:
+    case = {K.CT: "ct", K.PET: "pet", K.CLINICAL: {"age": 3}}
+    assert label.TakeRequestd(FEATURES)(case) == case
+
+
+def test_a_request_finds_the_pet_and_the_clinical_values(tiny_cohort: Path) -> None:
+    request = {"image": str(ct_of(tiny_cohort, 2)), "device": "cpu", "Age": "72", "M-stage": "M1"}
+    case = label.TakeRequestd(FEATURES)(request)
+    assert case[K.PATIENT_ID] == "CHUM-002"
+    assert case[K.CT] == request["image"]
+    assert Path(case[K.PET]).name == "CHUM-002__PT.nii.gz"
+    known = {"age": 72.0, "gender": 1.0, "tobacco": None, "alcohol": 1.0, "treatment": 1.0, "m_stage": 1.0}
+    assert case[K.CLINICAL] == {**known, "performance_status": None}
+    assert case[K.MASK] is None  # a tumour mask that lies beside the CT is none of the request
+    assert case[K.REQUEST] == request
+
+
+def test_a_request_may_name_pet_patient_and_table(tiny_cohort: Path, tmp_path: Path) -> None:
+    shutil.copy(ct_of(tiny_cohort, 1), tmp_path / "upload.nii.gz")
+    table = tmp_path / "others.csv"
+    table.write_text("PatientID,Age\nX-9,41\n")
+    pet = str(ct_of(tiny_cohort, 1)).replace("__CT", "__PT")
+    request = {"image": str(tmp_path / "upload.nii.gz"), "pet": pet, "patient_id": "X-9", "ehr_csv": str(table)}
+    case = label.request_case(request, FEATURES)
+    assert (case[K.PATIENT_ID], case[K.PET], case[K.CLINICAL]["age"]) == ("X-9", pet, 41.0)
+
+
+FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no_such_image": ({"image": ""}, CohortError, "the server has no such CT"),
+    "no_pet": ({"image": "{lonely}"}, CohortError, "expected LONE-001__PT.nii.gz; or name it"),
+    "no_such_pet": ({"image": "{lonely}", "pet": "other.nii.gz"}, CohortError, "pet 'other.nii.gz': the server has no"),
+    "unnamed_ct": ({"image": "{unnamed}"}, CohortError, "<PatientID>__PT.nii.gz beside <PatientID>__CT.nii.gz"),
+    "dicom_without_pet": ({"image": "{folder}"}, CohortError, "name the folder of the PET series"),
+    "bad_value": ({"image": "{ct}", "gender": "old"}, ClinicalValueError, "request, gender: 'old' is no value"),
+    "no_such_table": ({"image": "{ct}", "ehr_csv": "/none.csv"}, CohortError, "no such table"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_request_that_cannot_be_served_says_why(name: str, tiny_cohort: Path, tmp_path: Path) -> None:
+    request, kind, message = FAULTS[name]
+    for file in ("LONE-001/LONE-001__CT.nii.gz", "scan/scan.nii.gz"):
+        (tmp_path / file).parent.mkdir()
+        shutil.copy(ct_of(tiny_cohort, 1), tmp_path / file)
+    places = {
+        "lonely": tmp_path / "LONE-001" / "LONE-001__CT.nii.gz",
+        "unnamed": tmp_path / "scan" / "scan.nii.gz",
+        "folder": tmp_path,
+        "ct": ct_of(tiny_cohort, 1),
+    }
+    with pytest.raises(kind) as error:
+        label.request_case({key: value.format(**places) for key, value in request.items()}, FEATURES)
+    assert message in str(error.value)
+
+
+def test_a_fault_in_the_patients_row_stops_the_request(tiny_cohort: Path, tmp_path: Path) -> None:
+    table = tmp_path / "faulty.csv"
+    table.write_text("PatientID,Age\nCHUM-001,old\nCHUM-002,50\n")
+    with pytest.raises(CohortError, match=r"CHUM-001: faulty.csv, row 2, column 'Age': 'old'"):
+        label.request_case({"image": str(ct_of(tiny_cohort, 1)), "ehr_csv": str(table)}, FEATURES)
+    assert label.request_case({"image": str(ct_of(tiny_cohort, 2)), "ehr_csv": str(table)})[K.CLINICAL]["age"] == 50
+
+
+# --- item and network ---------------------------------------------------------------------------------------------
+def make_item() -> dict[str, Any]:
+    image = MetaTensor(torch.rand(2, 32, 32, 32), affine=torch.eye(4))
+    return {K.PATIENT_ID: "P-1", K.IMAGE: image, K.CLINICAL: torch.arange(7.0), "other": 3}
+
+
+def test_an_item_without_a_request_is_the_networks_item() -> None:
+    names = (K.PATIENT_ID, K.IMAGE, K.CLINICAL)
+    kept, plain = label.KeepRequestd(names)(make_item()), ToNetworkItemd(names)(make_item())
+    assert list(kept) == list(plain) == list(names)
+    assert K.CLINICAL not in kept[K.IMAGE].meta
+
+
+def test_a_server_gets_its_request_back_and_the_clinical_values_reach_the_network() -> None:
+    request = {"image": "/a/ct.nii.gz", "image_path": "/a/ct.nii.gz", "device": "cpu", "model_filename": "model.pt"}
+    data = {**make_item(), K.REQUEST: request, "latencies": {"pre": {}}}
+    item = label.KeepRequestd((K.PATIENT_ID, K.IMAGE, K.CLINICAL))(data)
+    assert {name: item[name] for name in request if name != "image"} == {
+        k: v for k, v in request.items() if k != "image"
+    }
+    assert "other" not in item
+    batch = item[K.IMAGE][None].to("cpu")  # as MONAI Label makes one
+    network = make_ensemble(2)
+    with torch.no_grad():
+        served = label.ServedInferer()(batch, network)
+        given = EnsembleInferer()(batch.as_tensor(), network, item[K.CLINICAL][None])
+        without = EnsembleInferer()(batch.as_tensor(), network)
+        both = label.ServedInferer()(batch.as_tensor(), network, item[K.CLINICAL][None])
+    assert torch.equal(served[K.LOG_HAZARD], given[K.LOG_HAZARD])
+    assert torch.equal(both[K.LOG_HAZARD], given[K.LOG_HAZARD])
+    assert not torch.allclose(served[K.LOG_HAZARD], without[K.LOG_HAZARD], atol=1e-4)
+    assert not isinstance(served[K.SEG_PROB], MetaTensor)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+def test_edited_masks_get_their_labels_from_the_table(
+    tiny_cohort: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lonely = tmp_path / "LONE-001__CT.nii.gz"
+    shutil.copy(ct_of(tiny_cohort, 1), lonely)
+    pairs = [{"image": str(ct_of(tiny_cohort, k)), "label": f"/masks/{k}.nii.gz"} for k in (1, 2)]
+    cases = label.edited_cases([*pairs, {"image": str(lonely), "label": "/masks/3.nii.gz"}], FEATURES)
+    assert [case[K.PATIENT_ID] for case in cases] == ["CHUM-001", "CHUM-002"]
+    assert [case[K.MASK] for case in cases] == ["/masks/1.nii.gz", "/masks/2.nii.gz"]
+    assert [case[K.HPV_KNOWN] for case in cases] == [True, False]
+    assert [(case[K.TIME], case[K.EVENT], case[K.SURV_KNOWN]) for case in cases] == [
+        (300, True, True),
+        (400, False, True),
+    ]
+    assert cases[0][K.CLINICAL]["age"] == 50
+    assert "left out of the training: patient LONE-001: no PET" in caplog.text
+
+
+def test_without_a_table_an_edited_mask_is_all_that_is_known(tiny_cohort: Path, tmp_path: Path) -> None:
+    for kind in ("CT", "PT"):
+        shutil.copy(str(ct_of(tiny_cohort, 1)).replace("__CT", f"__{kind}"), tmp_path / f"A-1__{kind}.nii.gz")
+    (case,) = label.edited_cases([{"image": str(tmp_path / "A-1__CT.nii.gz"), "label": "/mask.nii.gz"}], FEATURES)
+    assert (case[K.SEG_KNOWN], case[K.HPV_KNOWN], case[K.SURV_KNOWN]) == (True, False, False)
+
+
+def test_a_dataset_of_cases_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    cases = [{K.PATIENT_ID: "A"}, {K.PATIENT_ID: "B"}]
+    assert list(label.case_dataset(cases, lambda x: x, None, FEATURES).data) == cases
+    assert len(label.case_dataset([], lambda x: x, None, FEATURES, label.CaseDataset(cases, lambda x: x))) == 0
+
+
+@pytest.mark.usefixtures("served")
+def test_without_validation_cases_label_chooses_by_the_training_cases(caplog: pytest.LogCaptureFixture) -> None:
+    training = label.CaseDataset([{K.PATIENT_ID: "A"}], lambda x: x)
+    assert list(label.case_dataset([], lambda x: x, None, FEATURES, training).data) == training.data
+    assert "no case is set apart for validation" in caplog.text
+
+
+def test_further_training_starts_from_the_first_fold_of_an_ensemble(tmp_path: Path) -> None:
+    shipped, fresh = make_ensemble(3, seed=1), make_ensemble(1, seed=2)
+    fresh.provenance = {"trained_on": "5 cases"}
+    save_weights(shipped, tmp_path / "model.pt", half=True)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    label.accept_ensembles(fresh)
+    fresh.folds[0].load_state_dict(state, strict=False)  # what MONAI's CheckpointLoader does
+    for name, value in shipped.folds[0].state_dict().items():
+        assert torch.allclose(fresh.folds[0].state_dict()[name].float(), value.float(), atol=1e-2), name
+    assert fresh.provenance["trained_on"] == "5 cases; started from weights trained on nothing at all"
+    assert "trained further" in fresh.provenance["calibration"]["reason"]
+    assert fresh.provenance["hpv_threshold"]["value"] is None
+    fresh.load_state_dict(fresh.state_dict())  # resuming a run is as it was
+
+
+def test_weights_of_other_settings_are_refused() -> None:
+    fresh = make_ensemble(1)
+    fresh.settings = {**SETTINGS, "spacing_mm": 2.0}
+    label.accept_ensembles(fresh)
+    with pytest.raises(SettingsMismatch, match=r"spacing_mm: weights 8\.0, config 2\.0"):
+        fresh.folds[0].load_state_dict(make_ensemble(2).state_dict(), strict=False)
+
+
+def test_outside_of_monai_label_training_installs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "run" / "model.pt").write_text("new")
+    label.install_weights(str(tmp_path / "run"), str(tmp_path), str(tmp_path / "run" / "cache"))
+    assert not (tmp_path / "models").exists()
+    assert (tmp_path / "run" / "cache").exists()
+    assert label.output_dir("/b") == "/b/output"
+    assert label.training_settings("/none", {"roi_size": 3}) == {"roi_size": 3}
+
+
+@pytest.mark.usefixtures("served")
+def test_new_weights_keep_a_copy_of_the_old_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").write_text("old")
+    arguments = (str(tmp_path / "run"), str(tmp_path), str(tmp_path / "run" / "cache"))
+    label.install_weights(*arguments)
+    assert "stays as it was" in caplog.text
+    assert (tmp_path / "models" / "model.pt").read_text() == "old"
+    (tmp_path / "run" / "model.pt").write_text("new")
+    label.install_weights(*arguments)
+    assert (tmp_path / "models" / "model.pt").read_text() == "new"
+    (backup,) = (tmp_path / "models").glob("model_before_*.pt")
+    assert backup.read_text() == "old"
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.usefixtures("served")
+def test_a_training_of_monai_label_says_what_it_was_trained_on(tiny_cohort: Path, tmp_path: Path) -> None:
+    case = {K.CT: str(ct_of(tiny_cohort, 1)), K.CENTRE: "CHUM"}
+    cohort = label.load_cohort("studies", None, FEATURES)
+    assert cohort.statement([case]) == (
+        "1 cases of 1 centre (CHUM); research use only, not for clinical use; masks edited in MONAI Label"
+    )
+    (tmp_path / "images" / "A").mkdir(parents=True)
+    (tmp_path / "cohort.json").write_text(json.dumps({"notice": "Digital phantoms"}))
+    phantom = {K.CT: str(tmp_path / "images" / "A" / "A__CT.nii.gz"), K.CENTRE: "A"}
+    assert cohort.statement([phantom]) == "1 digital phantoms, not for clinical use; masks edited in MONAI Label"
+
+
+# --- the server's script --------------------------------------------------------------------------------------------
+def test_the_server_lists_a_link_to_each_ct(tiny_cohort: Path, tmp_path: Path) -> None:
+    folder = Path(serve_label.list_studies(str(tiny_cohort), str(tmp_path / "store")))
+    again = Path(serve_label.list_studies(str(tiny_cohort), str(tmp_path / "store")))
+    assert folder == again == tmp_path / "store"
+    links = sorted(folder.iterdir())
+    assert [link.name for link in links] == [f"CHUM-{k:03d}__CT.nii.gz" for k in range(1, 7)]
+    assert links[0].resolve() == ct_of(tiny_cohort, 1).resolve()
+    assert serve_label.list_studies("http://127.0.0.1:8042/dicom-web") == "http://127.0.0.1:8042/dicom-web"
+
+
+@pytest.mark.parametrize(("folder", "message"), [("none", "is not there"), ("empty", "no CT in")])
+def test_the_server_needs_scans(folder: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=message):
+        serve_label.list_studies(str(tmp_path / folder))
+
+
+def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
+    app, bundle = tmp_path / "app", tmp_path / "bundle"
+    app.mkdir()
+    (app / "main.py").touch()
+    for name in ("configs", "scripts", "docs", "models"):
+        (bundle / name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="no weights at"):
+        serve_label.install_bundle(Path(sys.executable), app, bundle)
+    (bundle / "models" / "model.pt").write_text("shipped")
+    (bundle / "configs" / "a.json").write_text("1")
+    target = serve_label.install_bundle(Path(sys.executable), app, bundle)
+    assert target == app / "model" / NAME
+    (target / "models" / "model.pt").write_text("trained since")
+    (bundle / "configs" / "a.json").write_text("2")
+    serve_label.install_bundle(Path(sys.executable), app, bundle)
+    assert (target / "configs" / "a.json").read_text() == "2"
+    assert (target / "models" / "model.pt").read_text() == "trained since"
+    serve_label.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
+    assert (target / "models" / "model.pt").read_text() == "shipped"
+    assert [path.read_text() for path in (target / "models").glob("model_before_*")] == ["trained since"]
+
+
+def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(serve_label, "REQUIREMENTS", ("nothing",))
+
+    def make_venv(place: Path, **_: Any) -> None:
+        (place / "bin").mkdir(parents=True)
+        (place / "bin" / "python").symlink_to("/bin/false")
+
+    monkeypatch.setattr(serve_label.venv, "create", make_venv)
+    with pytest.raises(SystemExit) as error:
+        serve_label.serve_label(env=str(tmp_path / "env"), check=True)
+    assert error.value.code == serve_label.NO_ENVIRONMENT
+    told = capsys.readouterr().err
+    assert "MONAI Label's environment cannot be made" in told and "-m pip install" in told
+    assert (tmp_path / "env" / "installed.txt").read_text() == "not finished"
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "pyvenv.cfg").write_text("of another environment")
+    with pytest.raises(serve_label.LabelEnvironmentError, match="holds something else; name a new folder"):
+        serve_label.make_environment(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pyvenv.cfg"]
+
+
+# --- in MONAI Label's own environment -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four phantoms; one more CT has no PET."""
+    from make_cohort import make_cohort
+
+    folder = tmp_path_factory.mktemp("studies") / "cohort"
+    make_cohort(str(folder), cases=4, jobs=1)
+    ct = next(folder.glob("Task 1/*/*__CT.nii.gz"))
+    (folder / "Task 1" / "LONE-001").mkdir()
+    shutil.copy(ct, folder / "Task 1" / "LONE-001" / "LONE-001__CT.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with an ensemble of two folds that nobody has trained, whose mask is half of the box."""
+    folder = tmp_path_factory.mktemp("bundle") / NAME
+    for name in ("configs", "scripts", "docs"):
+        shutil.copytree(BUNDLE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    save_weights(make_ensemble(2), folder / "models" / "model.pt")
+    return folder
+
+
+def predict(run_bundle: Callable, bundle: Path, dataset: Path, output: Path, *more: str) -> Path:
+    """``monai.bundle run inference`` on the patients of ``dataset``."""
+    arguments = ("--dataset_dir", str(dataset), "--output_dir", str(output), "--device", "cpu", *more)
+    run_bundle("inference", "--config_file", "configs/inference.json", *arguments, cwd=bundle)
+    return output
+
+
+def assert_same(reply: dict, mask: Path, expected: Path) -> None:
+    """The reply and mask of MONAI Label are what the bundle itself wrote into the folder ``expected``."""
+    wanted = json.loads((expected / "prediction.json").read_text())
+    one, other = nibabel.load(mask), nibabel.load(next(expected.glob("*__tumour.nii.gz")))
+    voxels = np.asarray(one.dataobj)
+    assert 0 < voxels.sum() < voxels.size
+    assert np.array_equal(voxels, np.asarray(other.dataobj))
+    assert np.allclose(one.affine, other.affine, atol=1e-4)
+    assert reply["survival"]["log_hazard"] == pytest.approx(wanted["survival"]["log_hazard"], abs=1e-5)
+    assert reply["hpv"]["probability"] == pytest.approx(wanted["hpv"]["probability"], abs=1e-5)
+    assert reply["tumour"]["volume_ml"] == pytest.approx(wanted["tumour"]["volume_ml"])
+    assert reply["quality"] == wanted["quality"]
+    assert reply["clinical"] == wanted["clinical"]
+    assert reply["model"] == wanted["model"]
+
+
+@in_monai_label
+def test_the_task_gives_what_the_bundle_gives(
+    studies: Path, bundle: Path, run_bundle: Callable, tmp_path: Path
+) -> None:
+    from monailabel.tasks.infer.bundle import BundleInferTask
+
+    task = BundleInferTask(str(bundle), {})
+    assert task.is_valid() and str(task.type).endswith("SEGMENTATION")
+    assert task.labels == {"tumour": 1}
+    ct = sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))[0]
+    cases = {"phantom": (ct, ())}
+    real = SHARED_DATA / "sts_petct" / "images" / "STS-002" / "STS-002__CT.nii.gz"
+    if real.is_file():
+        cases["real"] = (real, ("--force", "true"))
+    for name, (image, more) in cases.items():
+        expected = predict(run_bundle, bundle, image.parent, tmp_path / name, *more) / image.parent.name
+        mask, reply = task({"image": str(image), "device": "cpu", "force": bool(more)})
+        json.dumps(reply, allow_nan=False)
+        assert_same(reply, Path(mask), expected)
+        Path(mask).unlink()
+
+
+@pytest.fixture(scope="module")
+def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address of a server that ``scripts/serve_label.py`` started, and its copy of the bundle."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--studies", str(studies), "--bundle", str(bundle), "--app", str(folder / "monaibundle"))
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "serve_label.py"),
+        *options,
+        "--env",
+        sys.prefix,
+        f"--port={port}",
+    ]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ""})
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(address), process, folder / "log.txt")
+        yield address, folder / "monaibundle" / "model" / NAME
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(address: str) -> bool:
+    import requests
+
+    try:
+        return NAME in requests.get(f"{address}/info/", timeout=300).json()["models"]
+    except requests.ConnectionError:
+        return False
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: int = 900) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(1)
+
+
+@in_monai_label
+def test_a_server_answers_and_trains(
+    server: tuple[str, Path], studies: Path, run_bundle: Callable, tmp_path: Path
+) -> None:
+    import requests
+
+    address, served = server
+    cts = sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))
+    ids = [ct.name.removesuffix(".nii.gz") for ct in cts]
+
+    def infer(image: str, output: str, **params: Any) -> requests.Response:
+        form = {"params": json.dumps({"device": "cpu", **params})}
+        return requests.post(f"{address}/infer/{NAME}?image={image}&output={output}", data=form, timeout=900)
+
+    # a mask and numbers, with the clinical values of the request in the place of the table's
+    table = next(studies.glob("*Task_1.csv"))
+    rows = list(csv.DictReader(table.open()))
+    dataset = tmp_path / "dataset"
+    (dataset / cts[0].parent.name).mkdir(parents=True)
+    for file in cts[0].parent.iterdir():
+        shutil.copy(file, dataset / cts[0].parent.name)
+    row = {**next(row for row in rows if row["PatientID"] == cts[0].parent.name), "Age": "72", "Gender": "1"}
+    (dataset / "hecktor.csv").write_text("\n".join([",".join(row), ",".join(row.values())]))
+    expected = predict(run_bundle, served, dataset, tmp_path / "out") / cts[0].parent.name
+    reply = infer(ids[0], "json", age=72, gender="male")
+    assert reply.status_code == 200, reply.text
+    mask = tmp_path / "mask.nii.gz"
+    mask.write_bytes(infer(ids[0], "image", age=72, gender="male").content)
+    assert_same(reply.json(), mask, expected)
+
+    # what was wrong with a request
+    for image, params, message in (
+        ("LONE-001__CT", {}, "LONE-001__PT.nii.gz"),
+        ("NO-ONE", {}, "the server has no such CT"),
+        (ids[0], {"age": "old"}, "'old' is no value of age"),
+    ):
+        refused = infer(image, "json", **params)
+        assert refused.status_code == 400
+        assert message in refused.json()["detail"]
+
+    # one epoch on edited masks
+    for ct, image in zip(cts, ids, strict=True):
+        with (ct.parent / f"{ct.parent.name}.nii.gz").open("rb") as file:
+            put = requests.put(f"{address}/datastore/label?image={image}&tag=final", files={"label": file}, timeout=300)
+        assert put.status_code == 200, put.text
+    before = (served / "models" / "model.pt").read_bytes()
+    started = requests.post(f"{address}/train/{NAME}", json={"max_epochs": 1, "device": "cpu"}, timeout=300)
+    assert started.status_code == 200, started.text
+    end = time.monotonic() + 1800
+    while (state := requests.get(f"{address}/train/", timeout=300).json())["status"] in ("SUBMITTED", "RUNNING"):
+        assert time.monotonic() < end
+        time.sleep(2)
+    assert state["status"] == "DONE", "\n".join(state["details"])
+    (backup,) = (served / "models").glob("model_before_*.pt")
+    assert backup.read_bytes() == before
+    trained = load_weights(
+        FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES)), SETTINGS), served / "models/model.pt"
+    )
+    assert len(trained.folds) == 1
+    statement = "3 digital phantoms, not for clinical use; masks edited in MONAI Label; started from weights trained on"
+    assert trained.provenance["trained_on"].startswith(statement)
+    after = infer(ids[0], "json")
+    assert after.json()["model"]["trained_on"].startswith(statement)
+    assert after.json()["model"]["folds"] == 1
+    older = infer(ids[0], "json", model_filename=backup.name)
+    assert older.json()["model"]["trained_on"] == "nothing at all"
+    assert older.json()["model"]["folds"] == 2

@@ -1,0 +1,197 @@
+"""What the writer leaves on disk: whole files, one row a patient, nothing kept in memory."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from scripts import keys as K
+from scripts.images import read_image
+from scripts.outputs import COLUMNS, PredictionWriter, mask_suffix, prediction_row
+
+AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]])
+
+
+def case(patient: str = "CHUM-001", ct: object = "a__CT.nii.gz", **more: object) -> dict:
+    return {K.PATIENT_ID: patient, K.CT: ct, **more}
+
+
+def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
+    rows = [{"years": float(y), "days": 365.25 * y, "survival": 1 - 0.1 * y, "low": 0.1, "high": 0.95} for y in (1, 2)]
+    return {
+        "patient_id": patient,
+        "model": {"trained_on": "phantoms, not for clinical use", "sha256": sha256},
+        "survival": {
+            **{"log_hazard": -0.5, "log_hazard_std": 0.1, "percentile": 40.0, "risk_group": "low"},
+            "recurrence_free_survival": rows,
+        },
+        "hpv": {"probability": 0.7, "positive": True},
+        "tumour": {"volume_ml": 12.0, "lesions": 2, "suv_max": 11.0, "mtv_ml": 5.0, "tlg_g": 40.0},
+        "quality": {"verdict": "warn", "forced": False},
+        "crop": {"method": "pet_brain", "flag": "cut"},
+        "files": {"mask": None},
+    }
+
+
+def result(patient: str = "CHUM-001", mask: bool = True, **more: object) -> dict:
+    volume = np.zeros((1, 6, 5, 4), dtype=np.uint8)
+    volume[0, 2:4, 2:4, 1:3] = 1
+    found = {K.PRED: MetaTensor(torch.from_numpy(volume), affine=torch.from_numpy(AFFINE))} if mask else {}
+    return {
+        **found,
+        K.PATIENT_ID: patient,
+        K.CT_AFFINE: torch.from_numpy(AFFINE),
+        K.PREDICTION: prediction(patient),
+        **more,
+    }
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+
+
+def test_a_patient_has_a_mask_a_json_and_a_row(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    written = writer.write_patient(result())
+    writer.write_table()
+    assert json.loads((tmp_path / "CHUM-001" / "prediction.json").read_text()) == written
+    assert written["files"] == {"mask": "CHUM-001__tumour.nii.gz"}
+    mask, affine = read_image(tmp_path / "CHUM-001" / written["files"]["mask"])
+    np.testing.assert_array_equal(mask, result()[K.PRED][0].numpy())
+    np.testing.assert_allclose(affine, AFFINE)
+    (row,) = table(tmp_path)
+    assert tuple(row) == COLUMNS
+    expected = {
+        **{"PatientID": "CHUM-001", "status": "ok", "reason": "", "log_hazard": "-0.5", "percentile": "40.0"},
+        **{"risk_group": "low", "survival_1y": "0.9", "survival_2y": "0.8", "survival_3y": "", "survival_5y": ""},
+        **{"hpv_probability": "0.7", "hpv_class": "positive", "tumour_volume_ml": "12.0", "lesions": "2"},
+        **{"suv_max": "11.0", "mtv_ml": "5.0", "tlg_g": "40.0", "quality": "warn", "forced": "False"},
+        **{"crop_method": "pet_brain", "crop_flag": "cut", "trained_on": "phantoms, not for clinical use"},
+        **{"model_sha256": "ab", "mask": "CHUM-001/CHUM-001__tumour.nii.gz"},
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "CHUM-001__tumour.nii.gz",
+        "prediction.json",
+        "predictions.csv",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ct", "suffix"),
+    [
+        ("a.nii", ".nii.gz"),
+        ("a.nii.gz", ".nii.gz"),
+        ("A.MHA", ".mha"),
+        (Path("a.mhd"), ".mha"),
+        ((np.zeros((2, 2, 2)), np.eye(4)), ".nii.gz"),
+        (SimpleNamespace(read=None), ".nii.gz"),
+    ],
+)
+def test_masks_are_of_the_scans_format(ct: object, suffix: str) -> None:
+    assert mask_suffix(ct) == suffix
+
+
+def test_a_mask_in_the_format_of_itk_reads_back(tmp_path: Path) -> None:
+    written = PredictionWriter(str(tmp_path), [case(ct="scan.mha")]).write_patient(result())
+    mask, affine = read_image(tmp_path / "CHUM-001" / written["files"]["mask"])
+    np.testing.assert_array_equal(mask, result()[K.PRED][0].numpy())
+    np.testing.assert_allclose(affine, AFFINE)
+
+
+def test_what_a_model_does_not_give_is_left_out(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    bare = {**prediction(), "survival": None, "hpv": None, "tumour": None}
+    written = writer.write_patient(result(mask=False, **{K.PREDICTION: bare}))
+    assert written["files"] == {"mask": None}
+    row = prediction_row(written)
+    assert {name for name, value in row.items() if value != ""} == {
+        *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256")
+    }
+    assert not list(tmp_path.rglob("*__tumour*"))
+
+
+def test_products_are_named_in_the_prediction(tmp_path: Path) -> None:
+    seen = []
+
+    def product(of: dict, given: dict, folder: Path) -> dict[str, str]:
+        assert (folder / given[K.PREDICTION]["files"]["mask"]).is_file()
+        assert not (folder / "prediction.json").exists()
+        seen.append(of[K.PATIENT_ID])
+        return {"report": "report.html"}
+
+    written = PredictionWriter(str(tmp_path), [case()], [product]).write_patient(result())
+    assert written["files"]["report"] == "report.html"
+    assert seen == ["CHUM-001"]
+
+
+def test_a_product_that_fails_leaves_no_prediction(tmp_path: Path) -> None:
+    def product(*_: object) -> dict[str, str]:
+        raise ValueError("no room for the report")
+
+    writer = PredictionWriter(str(tmp_path), [case()], [product])
+    with pytest.raises(ValueError, match="no room"):
+        writer.write_patient(result())
+    assert not (tmp_path / "CHUM-001" / "prediction.json").exists()
+    assert not writer.rows
+
+
+def test_numbers_that_json_does_not_know_are_an_error(tmp_path: Path) -> None:
+    bad = prediction()
+    bad["tumour"]["suv_max"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        PredictionWriter(str(tmp_path), [case()]).write_patient(result(**{K.PREDICTION: bad}))
+    assert not (tmp_path / "CHUM-001" / "prediction.json").exists()
+
+
+def test_rows_follow_the_list_and_failures_have_one(tmp_path: Path) -> None:
+    cases = [case("CHUM-002", **{K.CLINICAL_FOUND: False}), case("CHUM-001"), case("CHUM-003")]
+    writer = PredictionWriter(str(tmp_path), cases)
+    writer.write_patient(result("CHUM-001"))
+    engine = SimpleNamespace(state=SimpleNamespace(failures={"CHUM-003": "no PET"}))
+    writer.note_failure(engine)
+    assert (tmp_path / "predictions.csv.partial").is_file()
+    writer.write_patient(result("CHUM-002"))
+    writer.write_table(engine)
+    assert not (tmp_path / "predictions.csv.partial").exists()
+    assert [(row["PatientID"], row["status"]) for row in table(tmp_path)] == [
+        ("CHUM-002", "incomplete"),
+        ("CHUM-001", "ok"),
+        ("CHUM-003", "failed"),
+    ]
+    assert table(tmp_path)[2]["reason"] == "no PET"
+    with pytest.raises(SystemExit):
+        writer.exit_if_incomplete()
+
+
+def test_an_earlier_prediction_of_the_same_model_is_taken_over(tmp_path: Path) -> None:
+    first = PredictionWriter(str(tmp_path), [case()])
+    first.write_patient(result())
+    again = PredictionWriter(str(tmp_path), [case(), case("CHUM-002")])
+    assert again.take_over("CHUM-001", "ab")
+    assert again.rows == first.rows
+    assert not again.take_over("CHUM-001", "another model")
+    assert not again.take_over("CHUM-002", "ab")
+    (tmp_path / "CHUM-001" / "prediction.json").write_text('{"model": {"sha')
+    assert not again.take_over("CHUM-001", "ab")
+
+
+def test_only_the_row_of_a_patient_stays_in_memory(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    given = result()
+    volume = weakref.ref(given[K.PRED])
+    writer.write_patient(given)
+    del given
+    gc.collect()
+    assert volume() is None
+    assert set(writer.rows["CHUM-001"]) == set(COLUMNS)
+    assert all(isinstance(value, str | float | int | bool) for value in writer.rows["CHUM-001"].values())

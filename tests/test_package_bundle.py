@@ -1,0 +1,185 @@
+"""The package as the zoo wants it, and used elsewhere by the commands of its own README."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import package_bundle
+import pytest
+import yaml
+from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
+
+from conftest import BUNDLE, TINY
+from scripts.ensemble import FoldEnsemble, save_weights
+from scripts.networks import MultitaskNet
+
+SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
+
+
+def change_metadata(bundle: Path, **changes: Any) -> None:
+    file = bundle / "configs" / "metadata.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with tiny weights, metadata of its own version, and what a working copy leaves lying about."""
+    bundle = tmp_path_factory.mktemp("source") / "bundle"
+    shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("output", "data", "*.pt", "__pycache__"))
+    settings = json.loads((bundle / "configs" / "inference.json").read_text())["default_settings"]
+    settings |= {"roi_size": [32, 32, 32], "spacing_mm": 8.0}
+    ensemble = FoldEnsemble(MultitaskNet(len(settings["clinical_features"])), settings)
+    ensemble.provenance = {"trained_on": "nothing: a test"}
+    save_weights(ensemble, bundle / "models" / "model.pt", half=True)
+    change_metadata(bundle, version="9.8.7", changelog={"9.8.7": "a test"})
+    format_ = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
+    format_["inputs"]["image"]["spatial_shape"] = [32, 32, 32]
+    change_metadata(bundle, network_data_format=format_)
+    for stray in ("models/.gitkeep", "output/models/model.pt", "data/a.nii.gz", "scripts/__pycache__/a.pyc"):
+        (bundle / stray).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / stray).write_text("stray")
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def package(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the packaged directory and zip; every check was passed on the way."""
+    out = tmp_path_factory.mktemp("dist")
+    package_bundle.package_bundle("9.8.7", str(out), bundle=str(source))
+    return out
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the checks, which have tests of their own."""
+    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle, names: [])
+
+
+# --- what is in it ------------------------------------------------------------------------------------------------
+def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Path) -> None:
+    assert sorted(path.name for path in package.iterdir()) == [NAME, f"{NAME}_v9.8.7.zip"]
+    root = package / NAME
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert {"LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "models/model.pt"} <= files
+    assert {f"scripts/{path.name}" for path in BUNDLE.glob("scripts/*.py")} <= files
+    assert not [name for name in files if name.startswith(("output", "data")) or "pycache" in name or "/." in name]
+    for name in files:
+        assert (root / name).read_bytes() == (source / name).read_bytes()
+    with zipfile.ZipFile(package / f"{NAME}_v9.8.7.zip") as archive:
+        assert archive.namelist() == sorted(f"{NAME}/{name}" for name in files)
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_the_same_bundle_gives_the_same_zip(package: Path, source: Path, tmp_path: Path, quick: None) -> None:
+    os.utime(source / "LICENSE", (1, 1))
+    package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
+    name = f"{NAME}_v9.8.7.zip"
+    assert (tmp_path / name).read_bytes() == (package / name).read_bytes()
+
+
+def test_large_files_are_named_and_left_out_of_the_directory(source, tmp_path, monkeypatch, quick) -> None:
+    monkeypatch.setattr(package_bundle, "LARGE_BYTES", 5_000_000)
+    with pytest.raises(PackageError, match=r"models/model.pt: over 25 MB; say with --large_files_url"):
+        package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
+    assert not list(tmp_path.iterdir())
+    package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source), large_files_url="https://example.org/x/")
+    assert not (tmp_path / NAME / "models" / "model.pt").exists()
+    (entry,) = yaml.safe_load((tmp_path / NAME / "large_files.yml").read_text())["large_files"]
+    assert entry["path"] == "models/model.pt"
+    assert entry["url"] == "https://example.org/x/model.pt"
+    assert entry["hash_type"] == "sha256"
+    with zipfile.ZipFile(tmp_path / f"{NAME}_v9.8.7.zip") as archive:
+        assert package_bundle.hashlib.sha256(archive.read(f"{NAME}/models/model.pt")).hexdigest() == entry["hash_val"]
+        assert f"{NAME}/large_files.yml" not in archive.namelist()
+
+
+def test_a_changelog_on_the_command_line_goes_into_the_package(source: Path, tmp_path: Path, quick: None) -> None:
+    package_bundle.package_bundle("9.9.0", str(tmp_path), changelog="better", bundle=str(source))
+    packaged = json.loads((tmp_path / NAME / "configs" / "metadata.json").read_text())
+    assert packaged["version"] == "9.9.0"
+    assert list(packaged["changelog"].items()) == [("9.9.0", "better"), ("9.8.7", "a test")]
+    assert json.loads((source / "configs" / "metadata.json").read_text())["version"] == "9.8.7"
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"version": "9.9.0"}, "has version 9.8.7, not 9.9.0", id="other_version"),
+        pytest.param({"version": "new"}, "'new' is no version", id="no_version"),
+        pytest.param({"version": 0.1}, "0.1 is no version", id="number"),
+        pytest.param({"version": "9.8.7", "changelog": "else"}, "says of 9.8.7 already: a test", id="other_changelog"),
+        pytest.param({"version": "9.8.7", "bundle": "."}, "is no bundle", id="no_bundle"),
+    ],
+)
+def test_what_does_not_agree_is_refused(source, tmp_path, quick, monkeypatch, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PackageError, match=message):
+        package_bundle.package_bundle(out=str(tmp_path / "out"), **{"bundle": str(source), **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(source: Path, tmp_path: Path, quick: None) -> None:
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(PackageError, match="is there already"):
+        package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
+
+
+def test_a_bundle_that_fails_a_check_is_not_packaged(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle, names: [("network in and out", "FAILED: shape")])
+    with pytest.raises(PackageError, match="these checks failed: network in and out"):
+        package_bundle.package_bundle("9.8.7", str(tmp_path / "out"), bundle=str(source))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_versions_that_are_not_the_tested_ones_are_named(tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("numpy>=99  # new\nnibabel==5.4.2\nfire\n")
+    numpy = json.loads((BUNDLE / "configs" / "metadata.json").read_text())["numpy_version"]
+    metadata = {"numpy_version": numpy, "required_packages_version": {"nibabel": "1.0", "nowhere-at-all": "1.0"}}
+    assert version_problems(metadata, requirements) == [
+        "fire is required and not named",
+        f"numpy is {numpy}, requirements.txt wants >=99",
+        "nibabel is 1.0, installed is 5.4.2",
+        "nowhere-at-all 1.0 is not installed, so it was not tested with",
+    ]
+
+
+def test_the_bundle_names_every_requirement_with_a_version_that_it_allows() -> None:
+    """Installed versions may be newer here; those that are named must be allowed and complete."""
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    problems = [p for p in version_problems(metadata, REQUIREMENTS) if "required and not named" in p or "wants" in p]
+    assert problems == []
+    assert "torch" in read_requirements(REQUIREMENTS)
+
+
+# --- used elsewhere, with nothing but its README ---------------------------------------------------------------------
+def readme_command(bundle: Path, run: str, cohort: Path) -> list[str]:
+    """The first command of the packaged README that runs ``run``, with a cohort in the place of DIR."""
+    lines = (bundle / "docs" / "README.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("python -m monai.bundle run") and f" {run} " in line)
+    words = [str(cohort) if word == "DIR" else word for word in shlex.split(line)]
+    return [sys.executable, *words[1:]]
+
+
+def test_unzipped_elsewhere_the_readmes_commands_train_and_predict(package: Path, tiny_cohort, tmp_path) -> None:
+    with zipfile.ZipFile(package / f"{NAME}_v9.8.7.zip") as archive:
+        archive.extractall(tmp_path)
+    bundle = tmp_path / NAME
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    for run, extra in (("training", SMALL), ("inference", [])):
+        command = [*readme_command(bundle, run, tiny_cohort), *extra]
+        result = subprocess.run(command, cwd=bundle, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert (bundle / "output" / "models" / "model.pt").is_file()
+    rows = list(csv.DictReader((bundle / "output" / "predictions" / "predictions.csv").read_text().splitlines()))
+    assert [row["status"] for row in rows] == ["ok"] * 6

@@ -1,0 +1,380 @@
+"""predict.py as a user runs it: every kind of input, faults, resuming, exit codes; the same answer as the bundle."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import predict as tool
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from dicom_study import SECRETS, write_pet_ct
+from predict import UsageError, is_whole, predict
+from tiny_model import TRAINED_ON, write_model
+
+from conftest import ROOT, SHARED_DATA, make_tiny_cohort
+from scripts import keys
+from scripts.cohort import CohortError
+from scripts.images import read_image
+
+hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
+SPACING = 8.0
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def patients(tmp_path_factory) -> Path:
+    """Two patients, as folders, without a table."""
+    folder = make_tiny_cohort(tmp_path_factory.mktemp("patients"), 2)
+    next(folder.glob("*.csv")).unlink()
+    return folder / "Task 1"
+
+
+@pytest.fixture
+def options(model) -> dict:
+    return {"ckpt_dir": str(model), "device": "cpu", "report": False}
+
+
+def run(*arguments, code: int = 0, **options) -> None:
+    """Run the tool in this process and check its exit code."""
+    ended = 0
+    try:
+        predict(*map(str, arguments), **options)
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+
+
+def prediction_of(output: Path, patient: str = "CHUM-001") -> dict:
+    return json.loads((output / patient / "prediction.json").read_text())
+
+
+def rows_of(output: Path) -> dict[str, dict[str, str]]:
+    return {row["PatientID"]: row for row in csv.DictReader((output / "predictions.csv").read_text().splitlines())}
+
+
+def told(prediction: dict) -> dict:
+    """What is predicted, without what differs from run to run."""
+    return {name: prediction[name] for name in ("survival", "hpv", "tumour", "clinical", "crop", "model")}
+
+
+def scans(folder: Path, patient: str = "CHUM-001") -> tuple[Path, Path]:
+    return folder / patient / f"{patient}__CT.nii.gz", folder / patient / f"{patient}__PT.nii.gz"
+
+
+def as_mha(source: Path, target: Path) -> Path:
+    """A NIfTI file as MHA."""
+    image = sitk.ReadImage(str(source))
+    for name in image.GetMetaDataKeys():
+        image.EraseMetaData(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(target), True)
+    return target
+
+
+def dicom_of(patients: Path, folder: Path, patient: str = "CHUM-001", number: int = 1, **tags) -> Path:
+    """A patient of the tiny cohort as DICOM, its lower corner at world zero as in the NIfTI files."""
+    ct, pet = (np.asarray(nibabel.load(path).dataobj) for path in scans(patients, patient))
+    pet_tags = tags.pop("pet", None)
+    write_pet_ct(folder, ct, pet, SPACING, {"PatientID": patient, **tags}, number, pet_tags)
+    return folder
+
+
+def said_by(items):
+    """Name and value of every number and text of a structured report."""
+    for item in items:
+        name = item.ConceptNameCodeSequence[0].CodeMeaning if "ConceptNameCodeSequence" in item else ""
+        if item.ValueType == "NUM":
+            yield name, float(item.MeasuredValueSequence[0].NumericValue)
+        elif item.ValueType == "TEXT":
+            yield name, item.TextValue
+        yield from said_by(item.get("ContentSequence", []))
+
+
+# --- the same answer as the bundle's own workflow ------------------------------------------------------------------
+def test_predict_and_bundle_run_give_the_same(model, tiny_cohort, tmp_path, run_bundle):
+    cohort = tmp_path / "one"
+    shutil.copytree(tiny_cohort / "Task 1" / "CHUM-001", cohort / "CHUM-001")
+    table = (tiny_cohort / "HECKTOR_2025_Training_Task_3.csv").read_text().splitlines()
+    (cohort / "clinical.csv").write_text("\n".join(table[:2]) + "\n")
+    arguments = ["--dataset_dir", str(cohort), "--ckpt_dir", str(model), "--output_dir", str(tmp_path / "bundle")]
+    run_bundle("inference", "--config_file", "configs/inference.json", *arguments, "--device", "cpu")
+    command = [sys.executable, "scripts/predict.py", cohort, tmp_path / "tool", "--ckpt_dir", model, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "--report", "False"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    one, other = prediction_of(tmp_path / "bundle"), prediction_of(tmp_path / "tool")
+    assert told(one) == told(other)
+    assert other["clinical"][0]["value"] == 50.0
+    name = "CHUM-001/CHUM-001__tumour.nii.gz"
+    assert (tmp_path / "bundle" / name).read_bytes() == (tmp_path / "tool" / name).read_bytes()
+    ours, theirs = rows_of(tmp_path / "tool"), rows_of(tmp_path / "bundle")
+    assert ours == theirs
+    assert "CHUM-001" in ended.stdout and TRAINED_ON in ended.stdout and keys.RESEARCH_USE_ONLY in ended.stdout
+
+
+# --- every kind of input gives one answer --------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def reference(model, patients, tmp_path_factory) -> Path:
+    """Output for the folder of NIfTI files."""
+    output = tmp_path_factory.mktemp("reference")
+    run(patients, output, ckpt_dir=str(model), device="cpu", report=False)
+    return output
+
+
+def mha_folder(patients: Path, folder: Path) -> dict:
+    for kind, path in zip(("CT", "PT"), scans(patients), strict=True):
+        as_mha(path, folder / "CHUM-001" / f"CHUM-001__{kind}.mha")
+    return {"input": str(folder)}
+
+
+def pair(patients: Path, folder: Path) -> dict:
+    ct, pet = scans(patients)
+    return {"ct": str(ct), "pet": str(pet), "patient_id": "CHUM-001"}
+
+
+def csv_list(patients: Path, folder: Path) -> dict:
+    ct, pet = scans(patients)
+    folder.mkdir()
+    (folder / "cases.csv").write_text(f"patient_id,ct,pet\nCHUM-001,{os.path.relpath(ct, folder)},{pet}\n")
+    return {"input": str(folder / "cases.csv")}
+
+
+def dicom(patients: Path, folder: Path) -> dict:
+    return {"input": str(dicom_of(patients, folder, PatientSex="O", PatientAge="", PatientBirthDate=""))}
+
+
+@pytest.mark.parametrize("make", [mha_folder, pair, csv_list, dicom])
+def test_one_patient_in_every_form(make, patients, reference, options, tmp_path):
+    run(output=str(tmp_path / "out"), **make(patients, tmp_path / "in"), **options)
+    expected, got = prediction_of(reference), prediction_of(tmp_path / "out")
+    approximate = 1e-3 if make is dicom else 1e-6  # the PET of DICOM is stored in steps of 0.01 SUV
+    assert got["survival"]["log_hazard"] == pytest.approx(expected["survival"]["log_hazard"], abs=approximate)
+    assert got["hpv"]["probability"] == pytest.approx(expected["hpv"]["probability"], abs=approximate)
+    assert got["crop"]["method"] == expected["crop"]["method"]
+    np.testing.assert_allclose(got["crop"]["centre_mm"], expected["crop"]["centre_mm"], atol=1e-3)
+    masks = [
+        read_image(folder / "CHUM-001" / name["files"]["mask"])
+        for folder, name in ((reference, expected), (tmp_path / "out", got))
+    ]
+    assert got["files"]["mask"].endswith(".mha" if make is mha_folder else ".nii.gz")
+    volumes = [int(mask.sum()) for mask, _ in masks]
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.01, abs=0 if make is not dicom else 5)
+    if make is not dicom:
+        np.testing.assert_array_equal(masks[0][0], masks[1][0])
+        np.testing.assert_allclose(masks[0][1], masks[1][1], atol=1e-6)
+
+
+def test_dicom_comes_back_as_dicom(patients, options, tmp_path, caplog, capsys):
+    source = dicom_of(patients, tmp_path / "in", PatientAge="061Y", PatientSex="M")
+    with caplog.at_level(logging.INFO):
+        run(source, tmp_path / "out", **options)
+    prediction, folder = prediction_of(tmp_path / "out"), tmp_path / "out" / "CHUM-001"
+    seg = hd.seg.segread(folder / prediction["files"]["dicom_seg"])
+    mask, _ = read_image(folder / prediction["files"]["mask"])
+    voxel_ml = (SPACING / 10) ** 3
+    assert seg.pixel_array.sum() == mask.sum()
+    assert mask.sum() * voxel_ml == pytest.approx(prediction["tumour"]["volume_ml"], rel=1e-6)
+    report = hd.sr.srread(folder / prediction["files"]["dicom_sr"])
+    assert report.PatientID == "CHUM-001" and report.StudyInstanceUID == seg.StudyInstanceUID
+    values = dict(said_by(report.ContentSequence))
+    assert values["Log hazard of recurrence relative to the training cohort"] == pytest.approx(
+        prediction["survival"]["log_hazard"], rel=1e-6
+    )
+    assert values["Volume"] == pytest.approx(prediction["tumour"]["volume_ml"], rel=1e-6)
+    comments = [text for name, text in said_by(report.ContentSequence) if name == "Comment"]
+    assert {keys.RESEARCH_USE_ONLY, f"The model was trained on: {TRAINED_ON}"} <= set(comments)
+    assert "Clinical values that were missing: m_stage" in comments
+    sources = {row["name"]: row.get("source") for row in prediction["clinical"]}
+    assert sources == {"age": "DICOM header", "gender": "DICOM header", "m_stage": None}
+    assert "CHUM-001: age, gender from: DICOM header" in caplog.text
+    shown = caplog.text + capsys.readouterr().out
+    assert not [secret for secret in SECRETS if secret in shown]
+
+
+# --- clinical values -----------------------------------------------------------------------------------------------
+def test_typed_values_go_before_a_file_and_that_before_dicom(patients, options, tmp_path):
+    source = dicom_of(patients, tmp_path / "in", PatientAge="061Y", PatientSex="M")
+    (tmp_path / "ehr.json").write_text(json.dumps({"Age": 70, "M-stage": "M1"}))
+    run(source, tmp_path / "out", clinical=str(tmp_path / "ehr.json"), m_stage="M0", **options)
+    rows = {row["name"]: (row["value"], row.get("source")) for row in prediction_of(tmp_path / "out")["clinical"]}
+    assert rows == {"age": (70.0, "ehr.json"), "gender": (1.0, "DICOM header"), "m_stage": (0.0, "option")}
+
+
+def test_values_change_the_risk(patients, options, tmp_path):
+    ct, pet = scans(patients)
+    risks = []
+    for age in (40, 80):
+        run(output=str(tmp_path / str(age)), ct=str(ct), pet=str(pet), patient_id="x", age=age, **options)
+        risks.append(prediction_of(tmp_path / str(age), "x")["survival"]["log_hazard"])
+    assert abs(risks[0] - risks[1]) > 1e-3
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+def test_one_failed_patient_stops_no_other(patients, options, tmp_path, capsys):
+    broken = shutil.copytree(patients, tmp_path / "in")
+    shutil.copytree(broken / "CHUM-001", broken / "CHUM-003")
+    for path in (broken / "CHUM-003").iterdir():
+        path.rename(path.with_name(path.name.replace("CHUM-001", "CHUM-003")))
+    scans(broken, "CHUM-001")[1].unlink()
+    ct = scans(broken, "CHUM-003")[0]
+    ct.write_bytes(ct.read_bytes()[:500])
+    (tmp_path / "out" / "CHUM-001").mkdir(parents=True)
+    (tmp_path / "out" / "CHUM-001" / "prediction.json").write_text("{}")  # of an earlier run
+    run(broken, tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert {patient: row["status"] for patient, row in rows.items()} == {
+        "CHUM-001": "failed",
+        "CHUM-002": "ok",
+        "CHUM-003": "failed",
+    }
+    assert "no PET found in" in rows["CHUM-001"]["reason"]
+    assert "CHUM-003__CT.nii.gz" in rows["CHUM-003"]["reason"]
+    assert not (tmp_path / "out" / "CHUM-001" / "prediction.json").exists()
+    shown = capsys.readouterr().out
+    assert "CHUM-001: failed: no PET found in" in shown and "CHUM-003: failed" in shown
+
+
+def test_an_unknown_clinical_value_names_file_and_value(patients, options, tmp_path):
+    (tmp_path / "clinical.csv").write_text("PatientID,Age,Gender\nCHUM-001,61,robot\nCHUM-002,50,f\n")
+    run(patients, tmp_path / "out", clinical=str(tmp_path / "clinical.csv"), code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert "clinical.csv, row 2, column 'Gender': 'robot' is no value of gender" in rows["CHUM-001"]["reason"]
+    assert rows["CHUM-002"]["status"] == "ok"
+
+
+def test_a_pet_in_becquerel_is_rejected_and_can_be_forced(patients, options, tmp_path, capsys):
+    folder = shutil.copytree(patients / "CHUM-001", tmp_path / "in" / "CHUM-001")
+    path = scans(folder.parent)[1]
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) * 5000, image.affine), path)
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    assert "pet_body" in rows_of(tmp_path / "out")["CHUM-001"]["reason"]
+    assert not (tmp_path / "out" / "CHUM-001" / "prediction.json").exists()
+    run(tmp_path / "in", tmp_path / "out", force=True, **options)
+    assert prediction_of(tmp_path / "out")["quality"]["forced"] is True
+    assert rows_of(tmp_path / "out")["CHUM-001"]["forced"] == "True"
+    assert "forced" in capsys.readouterr().out
+
+
+def test_a_pet_without_dose_fails_its_patient_only(patients, options, tmp_path):
+    dicom_of(patients, tmp_path / "in" / "a", "CHUM-001", 1, pet={"PatientWeight": None})
+    dicom_of(patients, tmp_path / "in" / "b", "CHUM-002", 2)
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert "Patient's Weight (0010,1030) is missing" in rows["CHUM-001"]["reason"]
+    assert rows["CHUM-002"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        pytest.param({}, "give INPUT OUTPUT", id="nothing"),
+        pytest.param({"input": "x"}, "give INPUT OUTPUT", id="no_output"),
+        pytest.param({"input": "x", "output": "y", "ct": "c", "pet": "p"}, "give INPUT OUTPUT", id="both"),
+        pytest.param({"output": "y", "ct": "c"}, "give INPUT OUTPUT", id="half_a_pair"),
+        pytest.param({"input": "x", "output": "y", "agee": 61}, "no option --agee", id="mistyped"),
+        pytest.param({"input": "y", "resume": "x"}, "give INPUT OUTPUT", id="flag_took_the_input"),
+        pytest.param({"input": "x", "output": "y", "resume": "z"}, "--resume is True or False", id="flag_with_a_word"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        predict(**arguments)
+
+
+def test_faults_end_the_tool_with_one_line(model, tmp_path):
+    command = [sys.executable, "scripts/predict.py", str(tmp_path / "absent"), str(tmp_path / "out")]
+    ended = subprocess.run([*command, "--ckpt_dir", str(model)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'absent'} is not there"
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        predict("x", str(tmp_path / "out"), ckpt_dir=str(tmp_path))
+    with pytest.raises(CohortError, match="one patient, but there are 2"):
+        tool.with_values([{keys.CLINICAL: {}}] * 2, None, None, {"age": 61})
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+def test_a_killed_run_is_resumed(model, patients, tmp_path):
+    """Killed after its first patient, started again: the first is left as it was, the others follow."""
+    cohort = tmp_path / "in"
+    for k in range(1, 7):
+        for path in (patients / "CHUM-001").iterdir():
+            (cohort / f"P-{k}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, cohort / f"P-{k}" / path.name.replace("CHUM-001", f"P-{k}"))
+    output = tmp_path / "out"
+    command = [sys.executable, "scripts/predict.py", str(cohort), str(output), "--ckpt_dir", str(model)]
+    command += ["--report", "False", "--device", "cpu", "--resume"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    first = output / "P-1" / "prediction.json"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [path for path in output.glob("*/prediction.json")]
+    assert 1 <= len(done) < 6 and not (output / "predictions.csv").exists()
+    before = first.stat().st_mtime_ns
+    run(cohort, output, ckpt_dir=str(model), device="cpu", report=False, resume=True)
+    assert first.stat().st_mtime_ns == before
+    assert [row["status"] for row in rows_of(output).values()] == ["ok"] * 6
+    assert not [path.name for path in output.rglob("*") if path.name.startswith(".") or path.suffix == ".partial"]
+
+
+def test_what_is_done_is_done_again_when_something_changed(patients, reference, model, tmp_path, caplog):
+    output = shutil.copytree(reference, tmp_path / "out")
+    options = {"device": "cpu", "report": False, "resume": True}
+
+    def done(**more) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run(patients, output, **{"ckpt_dir": str(model), **options, **more})
+        return next(message for message in caplog.messages if "done already" in message)
+
+    assert done() == "2 of 2 patients are done already"
+    (tmp_path / "c.csv").write_text("PatientID,Age\nCHUM-001,61\nCHUM-002,\n")
+    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
+    (output / "CHUM-002" / "CHUM-002__tumour.nii.gz").unlink()
+    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
+    other = write_model(tmp_path / "other", seed=1)
+    assert done(ckpt_dir=str(other), clinical=str(tmp_path / "c.csv")) == "0 of 2 patients are done already"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {}}'])
+def test_a_damaged_prediction_is_not_whole(tmp_path, content):
+    (tmp_path / "prediction.json").write_text(content)
+    assert not is_whole(tmp_path, {keys.CLINICAL: {}}, [], force=False)
+
+
+# --- reports -------------------------------------------------------------------------------------------------------
+def test_reports_and_explanation(patients, options, tmp_path):
+    shutil.copytree(patients / "CHUM-001", tmp_path / "in" / "CHUM-001")
+    run(tmp_path / "in", tmp_path / "out", explain=True, **{**options, "report": True})
+    files = prediction_of(tmp_path / "out")["files"]
+    assert {"mask", "report", "report_pdf", "explanation"} <= set(files)
+    assert all((tmp_path / "out" / "CHUM-001" / name).stat().st_size for name in files.values())
+    assert "CHUM-001" in (tmp_path / "out" / "index.html").read_text()
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not (SHARED_DATA / "dicom").is_dir(), reason="real DICOM is not beside the repository")
+def test_real_legs_are_rejected_and_can_be_forced(options, tmp_path):
+    source = SHARED_DATA / "dicom" / "STS-002"
+    run(source, tmp_path / "out", code=1, **options)
+    assert "head or neck outside the field of view" in rows_of(tmp_path / "out")["STS_002"]["reason"]
+    run(source, tmp_path / "out", force=True, **options)
+    prediction = prediction_of(tmp_path / "out", "STS_002")
+    assert prediction["quality"]["forced"] and {"dicom_seg", "dicom_sr"} <= set(prediction["files"])

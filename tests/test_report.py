@@ -1,0 +1,303 @@
+"""The report says all that the prediction says, names what is missing, and is one self-contained page."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pypdf import PdfReader
+from report_case import prediction, scans, uncalibrated, without_tasks
+
+import scripts.report
+from scripts import keys
+from scripts.explain import Explanation
+from scripts.findings import FORCED, Section, sections_of, warnings_of
+from scripts.geometry import Grid
+from scripts.report import ReportWriter, write_report
+from scripts.sheet import Sheet, wrapped
+from scripts.summary import SummaryError, write_summary
+
+NOTICE = "Research use only. Not a medical device; not for clinical decisions."
+
+
+def words(page: Path) -> str:
+    """The text of a page, pictures, style and markup aside."""
+    body = re.sub(r"<(style|script)>.*?</\1>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def pdf_words(path: Path) -> str:
+    reader = PdfReader(path)
+    assert len(reader.pages) == 1
+    assert [round(float(edge) * 25.4 / 72) for edge in reader.pages[0].mediabox[2:]] == [210, 297]
+    return " ".join(reader.pages[0].extract_text().split())
+
+
+def written(folder: Path, said: dict[str, Any], masked: bool = True, explanation: Any = None) -> tuple[str, str]:
+    ct, pet, mask = scans()
+    page, sheet = write_report(folder, said, ct, pet, mask if masked else None, explanation)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.pdf"], "nothing else is left over"
+    return words(page), pdf_words(sheet)
+
+
+def explanation(tumour: bool = True) -> Explanation:
+    image = np.zeros((2, 16, 16, 16), dtype=np.float32)
+    image[0, 2, 2, 2], image[1, 8, 8, 8] = -0.1, 0.5
+    inside = np.zeros((16, 16, 16), dtype=bool)
+    inside[8, 8, 8] = True
+    grid = Grid((16, 16, 16), np.diag([10.0, 10.0, 10.0, 1.0]))
+    clinical = [("age", 61.0, 0.3), ("tobacco", 0.0, 0.0)]
+    return Explanation("P", 1.0, 0.3, image, clinical, inside if tumour else None, grid, 8, 1, 0.1)
+
+
+EVERYTHING = (
+    *(NOTICE, "300 digital phantoms, not for clinical use", "CHUM-001"),
+    *("risk group high", "higher than in 81 % of the training cases"),
+    *("1 year 91 % [88 to 93]", "2 years 83 % [77 to 86]", "3 years 72 % [66 to 79]"),
+    *("5 years not given: beyond the follow-up", "0.83 ± 0.21 over 5 folds"),
+    *("probability of HPV 0.73 ± 0.06 over 5 folds", "threshold 0.55", "class positive"),
+    *("lesions 2 (12.1, 6.2 ml)", "volume 18.3 ml", "SUVmax 14.2", "SUVmean 7.3", "MTV 9.8 ml", "TLG 93 g"),
+    *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
+    *("WARNINGS (1 of 2 checks passed)", "warn: ct slice CT slice spacing: 5 mm: beyond the training range"),
+    *("Network 0.2.0, 5 folds", "below the brain as the PET shows it", "in 12.7 s", "2026-11-23T09:00:00+00:00"),
+)
+
+
+def test_everything_is_said(tmp_path: Path) -> None:
+    page, sheet = written(tmp_path, prediction())
+    for said in EVERYTHING:
+        assert said in page
+        assert said in sheet
+    assert "ab12" * 16 in page
+    assert "ab12" * 16 in sheet.replace(" ", ""), "broken over two lines"
+    for text in (page, sheet):
+        assert "overlap is fine" not in text, "checks that are passed are only counted"
+        assert FORCED not in text
+
+
+def test_what_is_not_known_is_said_with_its_reason(tmp_path: Path) -> None:
+    for text in written(tmp_path, uncalibrated()):
+        assert "Not available: no calibration was stored." in text
+        assert "Not available: no threshold was stored." in text
+        assert "risk group not available" in text
+        assert "class not available" in text
+        assert "no tumour found" in text
+        assert "SUVmax" not in text
+        assert "None" not in text
+        assert "nan" not in text.split()
+
+
+def test_tasks_that_a_model_has_not(tmp_path: Path) -> None:
+    for text in written(tmp_path, without_tasks(), masked=False):
+        assert text.count("not a task of this model") == 3
+        assert "this model reads images alone" in text
+        assert "not available: the scans were not checked" in text
+        assert "no tumour outlined" in text
+        assert NOTICE in text
+
+
+def test_forced_predictions_are_loud(tmp_path: Path) -> None:
+    said = prediction()
+    said["quality"].update(verdict="reject", forced=True)
+    for text in written(tmp_path, said):
+        assert FORCED in text
+        assert "REJECTED, prediction FORCED" in text
+    assert warnings_of(said)[0] == FORCED
+
+
+def test_doubts_are_loud() -> None:
+    said = prediction()
+    said["survival"]["doubt"] = "the slope is zero"
+    said["crop"]["flag"] = "no brain"
+    loud = [text for section in sections_of(said) for text in section.loud]
+    assert loud == ["In doubt: the slope is zero", "Place of the box in doubt: no brain"]
+
+
+def test_a_model_that_does_not_say_what_it_was_trained_on() -> None:
+    said = prediction()
+    said["model"]["trained_on"] = ""
+    assert warnings_of(said) == [f"{NOTICE} The model was trained on: not recorded."]
+
+
+def test_texts_from_files_stay_text(tmp_path: Path) -> None:
+    evil = "<script>alert('&')</script> $x_1$ \\frac"
+    said = prediction(patient_id=evil)
+    said["quality"]["checks"][1]["message"] = evil
+    said["crop"]["flag"] = evil
+    page, sheet = written(tmp_path, said)
+    assert page.count(evil) == 4  # title of the document, heading, check, flag
+    assert sheet.replace(" ", "").count(evil.replace(" ", "")) == 3
+    assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
+    written(tmp_path, prediction())
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', source)
+    assert len(addresses) == 2, "the pictures and the curve"
+    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert "url(" not in source
+    assert "http" not in source
+
+
+def test_a_long_list_of_warnings_stays_on_one_page_and_what_is_cut_is_said(tmp_path: Path) -> None:
+    said = prediction(patient_id="LONG-" * 60)
+    warning = said["quality"]["checks"][1]
+    said["quality"]["checks"] = [{**warning, "message": f"warning {k} " + "and so on " * 30} for k in range(60)]
+    page, sheet = written(tmp_path, said)
+    assert "warning 59 and so on" in page
+    assert "warning 0 and so on" in sheet
+    assert "warning 59 and" not in sheet
+    assert re.search(r"\d+ more lines did not fit on this page: see report.html", sheet)
+    assert "Network 0.2.0" in sheet, "the quality of the scans comes last"
+
+
+def test_the_explanation_is_shown(tmp_path: Path) -> None:
+    for text in written(tmp_path, prediction(), explanation=explanation()):
+        assert "images: CT -0.100" in text
+        assert "images: PET +0.500" in text
+        assert "images: tumour +0.500; 83 % of all that" in text
+        assert "Age +0.300" in text
+        assert "missing values 0 (Tobacco Consumption)" in text
+        assert "no statement about causes" in text
+        assert "red raised the computed risk" in text
+
+
+def test_an_explanation_without_a_tumour(tmp_path: Path) -> None:
+    for text in written(tmp_path, without_tasks(), masked=False, explanation=explanation(tumour=False)):
+        assert "images: tumour not available: segmentation is not a task of this model" in text
+
+
+def test_lines_are_as_wide_as_the_column_and_lose_nothing() -> None:
+    text = "some words and " + "x" * 300 + " the end"
+    lines = wrapped(text, 40.0, 8.0)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert len(lines) > 10
+    assert len(wrapped(text, 40.0, 8.0, bold=True)) > len(lines)
+    assert wrapped("", 40.0, 8.0) == [""]
+
+
+def test_sections_keep_together_where_there_is_room() -> None:
+    sections = [Section("one", [("a", "b")] * 5), Section("two", [("c", "d")] * 5)]
+    sheet = Sheet()
+    assert sheet.columns(sections, (255.0, 200.0), 80.0, 8.0, 12.0) == 0
+    left = {text.get_text(): text.get_position()[0] for text in sheet.figure.texts}
+    assert left["one"] < left["two"]
+    assert left["two"] == left["c"]
+
+
+# --- the handler ------------------------------------------------------------------------------------------------
+
+
+def result(said: dict[str, Any]) -> dict[str, Any]:
+    from monai.data import MetaTensor
+
+    items = {}
+    for key, (array, grid) in zip((keys.CT, keys.PET, keys.PRED), scans(), strict=True):
+        items[key] = MetaTensor(array[None].copy(), affine=grid.affine)
+    return {**items, keys.PREDICTION: said}
+
+
+def test_the_writer_is_a_product(tmp_path: Path) -> None:
+    item = result(prediction())
+    ct = item.pop(keys.CT)
+    case = {
+        keys.PATIENT_ID: "CHUM-001",
+        keys.CT: (np.asarray(ct[0]), np.asarray(ct.affine)),
+    }  # read again for the report
+    writer = ReportWriter(str(tmp_path), [case])
+    assert writer(case, item, tmp_path / "CHUM-001") == {"report": "report.html", "report_pdf": "report.pdf"}
+    assert "risk group high" in words(tmp_path / "CHUM-001" / "report.html")
+    assert writer.failures == {}
+
+
+def test_the_writer_explains(tmp_path: Path) -> None:
+    case = {keys.PATIENT_ID: "CHUM-001"}
+    writer = ReportWriter(str(tmp_path), [case], lambda item: explanation())  # type: ignore[arg-type]
+    files = writer(case, result(prediction()), tmp_path)
+    assert files["explanation"] == "explanation.json"
+    assert json.loads((tmp_path / "explanation.json").read_text())["image"]["inside"] == pytest.approx(0.5)
+    assert "What moved the risk" in words(tmp_path / "report.html")
+
+
+def test_a_report_that_fails_leaves_the_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(scripts.report, "write_report", broken)
+    case = {keys.PATIENT_ID: "CHUM-001"}
+    writer = ReportWriter(str(tmp_path), [case])
+    with caplog.at_level(logging.ERROR):
+        assert writer(case, result(prediction()), tmp_path) == {}
+    assert writer.failures == {"CHUM-001": "no space left on device"}
+    assert "CHUM-001: predicted, but no report: no space left on device" in caplog.text
+
+
+# --- the cohort -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Iterator[Path]:
+    """Three predicted patients, one of them forced and one without calibration, and one that failed."""
+    forced = prediction(patient_id="B & <b>")
+    forced["quality"].update(verdict="reject", forced=True)
+    bare = {**uncalibrated(), "patient_id": "C-3"}
+    for said in (prediction(patient_id="A-1"), forced, bare):
+        folder = tmp_path / said["patient_id"]
+        folder.mkdir()
+        (folder / "prediction.json").write_text(json.dumps(said))
+        (folder / "report.html").write_text("a report")
+    (tmp_path / "C-3" / "report.html").unlink()
+    rows = ["PatientID,status,reason", "A-1,ok,", "B & <b>,ok,", "C-3,incomplete,no row", "D-4,failed,PET is missing"]
+    (tmp_path / "predictions.csv").write_text("\n".join(rows) + "\n")
+    yield tmp_path
+
+
+def test_the_page_of_a_cohort(cohort: Path) -> None:
+    page = write_summary(cohort, {"C-3": "no space left"})
+    assert page == cohort / "index.html"
+    text, source = words(page), page.read_text(encoding="utf-8")
+    for said in (
+        *("Predictions of 4 patients", NOTICE, "trained on: 300 digital phantoms, not for clinical use"),
+        *("4 (2 ok, 1 incomplete, 1 failed)", "2 high", "2 positive, 0 negative, 1 without a class"),
+        *("incomplete: no row", "failed: PET is missing", "C-3 no space left"),
+        *("warn: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
+    ):
+        assert said in text
+    assert re.findall(r'href="([^"]*)"', source) == [
+        "A-1/report.html",
+        "B%20%26%20%3Cb%3E/report.html",
+        "predictions.csv",
+    ]
+    assert "http" not in source
+    assert source.count("<script>") == 1
+    assert all(address.startswith("data:") for address in re.findall(r'src="([^"]*)"', source))
+
+
+def test_tables_sort_by_numbers_and_groups(cohort: Path) -> None:
+    source = write_summary(cohort).read_text(encoding="utf-8")
+    assert '<td data-sort="81.2">81</td>' in source
+    assert '<td data-sort="2">high</td>' in source
+    assert '<td data-sort="">\u2013</td>' in source
+
+
+def test_a_cohort_of_failures(tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_text("PatientID,status,reason\nA,failed,no CT\n")
+    text = words(write_summary(tmp_path))
+    assert "Predictions of 1 patient" in text
+    assert "failed: no CT" in text
+    assert "risk groups not available: no prediction" in text
+
+
+def test_no_predictions(tmp_path: Path) -> None:
+    with pytest.raises(SummaryError, match=r"holds no predictions\.csv: predict some patients first"):
+        write_summary(tmp_path)
