@@ -76,7 +76,7 @@ class Plan:
         folder: where it goes.
         config_files: of the training, as the bundle is told in its own folder.
         overrides: ids of the configs and their values, the same for every fold.
-        config: the merged configs with the overrides, not resolved.
+        config: the merged configs with the overrides, as :func:`config_of` gives them.
         epochs: most epochs of a fold.
         cohort: the cases.
         splits: of every fold.
@@ -184,7 +184,7 @@ def make_plan(
         raise ExperimentError(f"folds are {chosen}; this experiment has the folds 0 to {len(splits) - 1}")
     folder = Path(output_dir or ROOT / "runs" / default_name(dataset_dir, protocol, values)).expanduser().resolve()
     values.setdefault("cache_dir", str(folder / "cache"))
-    config = json.loads(json.dumps(parser.get(), default=str))
+    config = config_of(parser)
     return Plan(folder, files, values, config, epochs, cohort, splits, chosen, command)
 
 
@@ -208,6 +208,12 @@ def merge_configs(
     if isinstance(values.get("ehr_csv"), str) and Path(values["ehr_csv"]).is_file():  # else it lies in dataset_dir
         values["ehr_csv"] = str(Path(values["ehr_csv"]).resolve())
     return parser, values
+
+
+def config_of(parser: ConfigParser) -> dict[str, Any]:
+    """The configs as they are written, but for the network's settings, whose values a reader of the record needs."""
+    config = json.loads(json.dumps(parser.get(), default=str))
+    return config | {name: parser.get_parsed_content(name) for name in config["default_settings"]}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -263,7 +263,7 @@ def open_torchscript(path: Path) -> Run:
     network = torch.jit.load(path, map_location="cpu").eval()
 
     def run(image: Tensor, clinical: Tensor) -> Mapping[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # tuning it takes longer than a few cases
             return network(image, clinical)
 
     return run

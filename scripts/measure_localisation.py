@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 import phantom
 from phantom import Ellipsoid, Part, Patient, Pose, Tube
-from scripts.coarse import ALWAYS, CoarsePass
+from scripts.coarse import ALWAYS, COARSE_SPACING_MM, CoarsePass
 from scripts.files import write_text, written_whole
 from scripts.geometry import Grid, box_grid, share_inside
 from scripts.keys import GTVP
@@ -194,12 +194,12 @@ def measure_localisation(
     if min(cases, cases_each) < 1:
         raise MeasureError("--cases and --cases_each are whole numbers, 1 or more")
     tasks = [(name, index) for name in names for index in range(cases if name == DEFAULT else cases_each)]
-    options = {} if coarse_spacing_mm is None else {"spacing_mm": coarse_spacing_mm}
-    proposer = None if checkpoint is None else CoarsePass(checkpoint, ALWAYS, **options)
+    spacing = COARSE_SPACING_MM if coarse_spacing_mm is None else coarse_spacing_mm
+    proposer = None if checkpoint is None else CoarsePass(checkpoint, ALWAYS, spacing)
     rows = _run(partial(measure_case, proposer, seed), tasks, jobs or os.cpu_count() or 1)
     table = pd.DataFrame(rows)
     summary = summarise(table)
-    model = None if checkpoint is None else {"file": Path(checkpoint).name, "coarse_spacing_mm": coarse_spacing_mm}
+    model = None if checkpoint is None else {"file": Path(checkpoint).name, "coarse_spacing_mm": spacing}
     record = {"notice": NOTICE, "seed": seed, "cases": cases, "cases_each": cases_each, "model": model}
     folder = Path(out)
     text = as_markdown(summary)

@@ -151,7 +151,7 @@ def version_problems(metadata: Mapping[str, Any], requirements: Path) -> list[st
             continue
         if number != installed:
             problems.append(f"{name} is {number}, installed is {installed}")
-        elif name in required and not required[name].specifier.contains(number):
+        if name in required and not required[name].specifier.contains(number):
             problems.append(f"{name} is {number}, {requirements.name} wants {required[name].specifier}")
     return problems
 

@@ -25,7 +25,7 @@ from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
-from scripts.outputs import OK  # noqa: E402
+from scripts.outputs import INCOMPLETE, OK  # noqa: E402
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -44,6 +44,7 @@ COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, d
     "log hazard": ("log_hazard", 2),
     "RFS 2 years": ("survival_2y", 2),
     "HPV prob.": ("hpv_probability", 2),
+    "HPV": ("hpv_class", 0),
     "volume ml": ("tumour_volume_ml", 1),
     "SUVmax": ("suv_max", 1),
     "quality": ("quality", 0),
@@ -81,9 +82,15 @@ def predict(
 ) -> None:
     """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
 
-    Ends with exit code 1 if a patient could not be predicted; the others are.
+    Two arguments: INPUT OUTPUT; with --ct and --pet, OUTPUT alone. Ends with exit code 1 if a patient has no
+    prediction, or not all that was asked for; the others have.
+
+    Further options are clinical values of the only patient, which go before every other source: --age 61 --gender male
+    --tobacco yes --alcohol no --treatment chemoradiotherapy --performance_status 1 --m_stage M0 --t_stage T2
+    --n_stage N1 --hpv positive.
 
     Args:
+        **values: clinical values by name.
         input: folder of patients (NIfTI, MHA, or any mixture of DICOM), or CSV or JSON with patient_id, ct, pet.
         output: folder for the results.
         ct: CT of one patient instead of INPUT: an image file, or the folder of its DICOM series.
@@ -96,9 +103,6 @@ def predict(
         explain: say in the reports what moved each risk; takes several times as long.
         resume: leave out patients whose prediction is whole, by the same model from the same clinical values.
         force: predict scans that quality control rejects, too; every output says so.
-        **values: clinical values of the only patient, which go before every other source: --age 61 --gender male
-            --tobacco yes --alcohol no --treatment chemoradiotherapy --performance_status 1 --m_stage M0 --t_stage T2
-            --n_stage N1 --hpv positive.
     """
     if ct is not None and pet is not None and output is None:
         input, output = None, input
@@ -243,6 +247,9 @@ def run_cases(
         writer.write_table()
         if reports is not None:
             reports.write_cohort()
+    for patient, why in (reports.failures if reports is not None else {}).items():
+        writer.rows[patient].update(status=INCOMPLETE, reason=f"no report: {why}")
+        writer.write_table()
     return writer
 
 
@@ -325,6 +332,7 @@ def shown(value: Any, digits: int) -> str:
 if __name__ == "__main__":
     plain_errors()
     try:
-        fire.Fire(predict)
+        # options of any name are clinical values for Fire, --help too
+        fire.Fire(predict, command=["--", "--help"] if {"-h", "--help"} & set(sys.argv[1:]) else None)
     except UsageError as error:
         sys.exit(f"predict: {error}")

@@ -34,7 +34,15 @@ REQUIREMENTS = (
     *("schedule==1.2.2", "timeloop==1.0.2", "expiringdict==1.2.2", "expiring-dict==1.1.2", "cachetools==7.3.2"),
     *("watchdog==7.1.0", "psutil==7.2.2", "PyJWT==2.15.1", "passlib==1.7.4", "bcrypt==5.0.0", "google-auth==2.62.2"),
     *("pydicom==2.4.5", "pynetdicom==2.1.1", "dicomweb-client==0.59.3", "jsonschema==3.2.0", "girder-client==5.0.21"),
-    *("itk==5.4.7", "pynrrd==1.1.3", "numpymaxflow==0.0.7", "scikit-image==0.26.0", "scikit-learn==1.9.1"),
+    *(
+        "itk-core==5.4.7",
+        "itk-io==5.4.7",
+        "itk-numerics==5.4.7",
+        "pynrrd==1.1.3",
+        "numpymaxflow==0.0.7",
+        "scikit-image==0.26.0",
+        "scikit-learn==1.9.1",
+    ),
     *("pillow==13.0.0", "shapely==2.2.0", "setuptools==84.2.1"),
     # what the bundle imports, and its tests
     *("nibabel==5.4.2", "SimpleITK==2.5.7", "isal==1.9.1", "connected-components-3d==4.1.1", "lifelines==0.30.3"),
@@ -71,7 +79,7 @@ def serve_label(
             ``__PT.nii.gz``); or the address of a DICOMweb server.
         port: of the server.
         host: address it listens on; this machine only by default.
-        env: folder of its Python environment; ``.label_env`` beside this project by default (about 3 GB).
+        env: folder of its Python environment; ``.label_env`` beside this project by default (about 2.5 GB).
         app: folder of MONAI Label's app ``monaibundle`` with its copy of the bundle; inside ``env`` by default.
         store: folder of the server's list of CTs and of the masks that are edited; ``<studies>/monailabel`` by default.
         bundle: the bundle to serve; this project's by default.
@@ -107,7 +115,7 @@ def make_environment(place: Path) -> Path:
         return python
     if made is None and place.is_dir() and any(place.iterdir()):
         raise LabelEnvironmentError(f"{place} holds something else; name a new folder with --env")
-    print(f"making MONAI Label's environment in {place} (some minutes, about 3 GB) ...", file=sys.stderr, flush=True)
+    print(f"making MONAI Label's environment in {place} (some minutes, about 2.5 GB) ...", file=sys.stderr, flush=True)
     try:
         venv.create(place, with_pip=True, clear=made is not None)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -33,7 +33,6 @@ from typing import IO, Any
 import fire
 import numpy as np
 import pandas as pd
-from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
@@ -43,16 +42,17 @@ from evaluate_folds import CASES_FILE, clinical_risks, read_cases, read_run  # n
 from experiment import (  # noqa: E402
     EXPERIMENT_FILE,
     FINISHED,
-    NOT_SETTINGS,
     TRAIN_CONFIG,
     TRAINING,
     ExperimentError,
     as_list,
+    config_of,
     evaluation_folder,
     find_config,
     merge_configs,
     read_experiment,
     read_fold,
+    settings_of,
     typed,
 )
 from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
@@ -61,11 +61,11 @@ from scripts import keys  # noqa: E402
 from scripts.cohort import CohortError, load_cohort  # noqa: E402
 from scripts.evaluation import BOOTSTRAP_SAMPLES, HPV_THRESHOLD, MEASURES, bootstrap_interval  # noqa: E402
 from scripts.files import write_text  # noqa: E402
-from scripts.survival import CalibrationError, paired_bootstrap  # noqa: E402
+from scripts.survival import paired_bootstrap  # noqa: E402
 
 TRAIN_TOOL = ROOT / "scripts" / "train_folds.py"
 RUN_FILE, STUDY_FILE, TABLE_FILE, LOG_FOLDER = "run.json", "study.json", "study.md", "logs"
-NOT_COMPARED = (*NOT_SETTINGS, "dataset_dir", "ehr_csv")
+NOT_COMPARED = ("dataset_dir", "ehr_csv")
 POLL_SECONDS = 1.0
 BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"
 
@@ -218,12 +218,13 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     files = (TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files))
     parser, values = merge_configs(files, settings.get("protocol", "partial"), settings)
     parser.update(values)
-    expected = json.loads(json.dumps(parser.get(), default=str))
-    defaults, found = ConfigParser.load_config_file(str(ROOT / "bundle" / TRAIN_CONFIG)), record["settings"]
+    expected = settings_of(config_of(parser))
+    defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
+    there = {name: found.get(name, defaults.get(name)) for name in expected if name not in NOT_COMPARED}
     differences = [
-        f"{name} {found.get(name, defaults.get(name))!r} instead of {value!r}"
-        for name, value in expected.items()
-        if is_plain(value) and name not in NOT_COMPARED and found.get(name, defaults.get(name)) != value
+        f"{name} {value!r} instead of {expected[name]!r}"
+        for name, value in there.items()
+        if is_plain(value) and is_plain(expected[name]) and value != expected[name]
     ]
     if record["cohort"]["fingerprint"] != study.fingerprint:
         differences.append(f"another cohort ({record['dataset_dir']})")
@@ -346,6 +347,7 @@ def stop(active: Sequence[ActiveRun]) -> None:
         except subprocess.TimeoutExpired:
             signal_group(run.process, signal.SIGKILL)
             run.process.wait()
+        run.file.close()
 
 
 def say(text: str) -> None:
@@ -465,8 +467,7 @@ def with_clinical(study: Study, variant: str, cells: Cells) -> Cells:
     """The same cases with the log hazard by a Cox model of clinical values, fitted to the network's training cases.
 
     Raises:
-        CohortError: no model can be fitted.
-        CalibrationError: it gives everybody the same.
+        ValueError: no model can be fitted, or it gives everybody the same.
     """
     found: Cells = {}
     for seed in study.seeds:
@@ -493,7 +494,7 @@ def make_report(study: Study, samples: int, seed: int, command: str) -> dict[str
     notes: list[str] = []
     try:
         others[CLINICAL] = with_clinical(study, first, cells[first])
-    except (CohortError, CalibrationError) as error:
+    except ValueError as error:
         notes.append(f"{CLINICAL}: {str(error).splitlines()[0]}")
     others[ORACLE] = with_oracle(cells[first], study.dataset_dir)
     rows = {}
@@ -581,7 +582,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "",
         *figures_table(report),
         "",
-        f"Difference to `{report['base']}` on the same patients, p two-sided by the paired bootstrap:",
+        f"Difference to `{report['base']}` on the same patients (in so many networks), p two-sided, paired bootstrap:",
         "",
         *differences_table(report),
     ]
@@ -636,7 +637,7 @@ def shown_difference(found: Mapping[str, Any] | None) -> str:
     """A difference to read."""
     if found is None or found["value"] is None:
         return "-"
-    counts = f"{found['patients']} patients, {found['networks']} networks"
+    counts = f"{found['patients']} patients in {found['networks']}"
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}], p {found['p']:.3f} ({counts})"
 
 
@@ -713,8 +714,8 @@ def command_line(study: Study, jobs: int, threads: int) -> str:
         options["variants"] = ",".join(study.variants)
     options |= {"seeds": join(study.seeds).replace(" ", ""), "folds": join(study.folds).replace(" ", "")}
     options |= {"jobs": jobs, "threads": threads, **study.overrides}
-    words = [word for name, value in options.items() for word in (f"--{name}", typed(value))]
-    return shlex.join(["python", "scripts/study_learning.py", *words])
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return shlex.join(["python", "scripts/study_learning.py", *(str(word) for word in words)])
 
 
 if __name__ == "__main__":

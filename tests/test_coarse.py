@@ -8,7 +8,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
+from conftest import BUNDLE
 from scripts import coarse
 from scripts.coarse import CoarsePass, find_candidates, look_grid, see_tumour
 from scripts.ensemble import FoldEnsemble, save_weights
@@ -108,12 +110,12 @@ def test_windows_of_air_are_not_shown():
     assert network.shown == []
 
 
-@pytest.mark.parametrize("length_mm", [96.0, 400.0])
+@pytest.mark.parametrize("length_mm", [96.0, 264.0])
 def test_windows_fit_the_network(length_mm):
     """Odd fields of view are filled up with air to edges that the real network can halve four times."""
     network = MultitaskNet(tasks=["seg"]).eval()
     case = scans(length_mm)
-    grid, probability = see_tumour(network, {**FIXED, "roi_size": 48}, whole(case), *case)
+    grid, probability = see_tumour(network, {**FIXED, "roi_size": 32}, whole(case), *case)
     assert probability.shape == grid.shape
     assert np.isfinite(probability).all()
 
@@ -139,6 +141,10 @@ def test_candidates_are_measured():
     assert find_candidates(probability * 0, grid) == []
 
 
+# a field of view of one window: the real network answers once
+SMALL = scans(96.0)
+
+
 @pytest.fixture
 def model(tmp_path):
     """A file of two folds."""
@@ -159,12 +165,12 @@ def test_weights_are_the_first_fold_and_read_once(model, monkeypatch):
         return see_tumour(network, *arguments)
 
     monkeypatch.setattr(coarse, "see_tumour", keep)
-    coarse_pass(*scans(96.0))
+    coarse_pass(*SMALL)
     image = torch.rand(1, 2, 32, 32, 32)
     with torch.no_grad():
         assert torch.equal(shown[0].tumour_probability(image), ensemble.folds[0].tumour_probability(image))
     path.unlink()
-    coarse_pass(*scans(96.0))
+    coarse_pass(*SMALL)
     assert shown[1] is shown[0]
 
 
@@ -172,7 +178,9 @@ def test_weights_are_the_first_fold_and_read_once(model, monkeypatch):
 def test_voxels_are_no_smaller_than_the_networks(model, monkeypatch, coarse_mm, used_mm):
     path, _ = model
     seen = []
-    monkeypatch.setattr(coarse, "find_candidates", lambda _, grid: seen.append(grid) or [])
+    monkeypatch.setattr(
+        coarse, "see_tumour", lambda _n, _s, look, *_: seen.append(look) or (look, np.zeros(look.shape))
+    )
     CoarsePass(path, spacing_mm=coarse_mm)(*scans())
     np.testing.assert_allclose(seen[0].spacing, used_mm)
 
@@ -181,7 +189,7 @@ def test_cache_knows_new_weights(model):
     """A pickled pass depends on its parameters and its file alone, not on whether it has looked at a scan."""
     path, _ = model
     fresh, used = CoarsePass(path), CoarsePass(path)
-    used(*scans(96.0))
+    used(*SMALL)
     assert pickle.dumps(fresh) == pickle.dumps(used)
     assert len(pickle.dumps(used)) < 2000
     before = pickle.dumps(used)
@@ -196,8 +204,12 @@ CUT_BRAIN = Anchor(np.array([0.0, 0.0, -60.0]), METHOD_PET_BRAIN, "the brain is 
 
 @pytest.mark.parametrize(
     ("when", "anchor", "looks"),
-    [("in_doubt", WHOLE_BRAIN, False), ("in_doubt", CUT_BRAIN, True), ("in_doubt", None, True)]
-    + [("always", WHOLE_BRAIN, True)],
+    [
+        ("in_doubt", WHOLE_BRAIN, False),
+        ("in_doubt", CUT_BRAIN, True),
+        ("in_doubt", None, True),
+        ("always", WHOLE_BRAIN, True),
+    ],
 )
 def test_looks_when_it_is_asked_to(model, monkeypatch, when, anchor, looks):
     path, _ = model
@@ -222,3 +234,30 @@ def test_no_pass_without_segmentation(tmp_path):
     save_weights(FoldEnsemble(MultitaskNet(tasks=["surv"]), settings), tmp_path / "model.pt")
     with pytest.raises(NoCoarsePass, match="not learnt to segment"):
         CoarsePass(tmp_path / "model.pt")(*scans())
+
+
+# --- the configs -----------------------------------------------------------------------------------------------
+
+
+def parsed(*files: str, **changes) -> object:
+    """The localising transform of a config of the bundle."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / name) for name in files])
+    parser.update(changes)
+    return parser.get_parsed_content("transforms#box_on_head_and_neck").proposer
+
+
+def test_inference_and_evaluation_look_alike_and_training_not_at_all(model):
+    path, _ = model
+    inference = parsed("inference.json", checkpoint=str(path))
+    evaluation = parsed("train.json", "evaluate.json", checkpoint=str(path))
+    assert isinstance(inference, CoarsePass)
+    assert vars(inference) == vars(evaluation)
+    assert (inference.when, inference.checkpoint) == ("in_doubt", str(path))
+    assert parsed("train.json") is None
+
+
+def test_pass_can_be_switched_off_and_on(model):
+    path, _ = model
+    assert parsed("inference.json", checkpoint=str(path), **{"proposer#_disabled_": True}) is None
+    assert parsed("inference.json", checkpoint=str(path), **{"proposer#when": "always"}).when == "always"

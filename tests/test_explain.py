@@ -179,6 +179,15 @@ def test_the_explainer_takes_more_points_where_they_are_needed(monkeypatch: pyte
     assert RiskExplainer(ensemble(folds=1), 2)(item()).steps == 4
 
 
+@pytest.mark.parametrize(("at_once", "steps"), [(EDGE**3, 3), (EDGE**3 - 1, 2)], ids=["small box", "large box"])
+def test_large_boxes_take_fewer_points_on_a_cpu(at_once: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripts.explain, "VOXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(scripts.explain, "ACCEPTED_ERROR", 1.0)
+    monkeypatch.setattr(scripts.explain, "STEPS", 3)
+    monkeypatch.setattr(scripts.explain, "STEPS_SLOW", 2)
+    assert RiskExplainer(ensemble(folds=1))(item()).steps == steps
+
+
 def test_a_model_without_a_risk() -> None:
     network = ensemble(folds=1, tasks=(keys.TASK_SEG, keys.TASK_HPV))
     with pytest.raises(ExplainError, match="task\\(s\\) seg, hpv gives no risk to be explained; leave --explain out"):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.contour import QuadContourSet
 
 from conftest import write_image
-from scripts.figures import case_figure, save_case_figure
+from scripts.figures import case_figure, project, save_case_figure
 from scripts.geometry import Grid
 
 
@@ -60,3 +60,42 @@ def test_png_from_files(tmp_path: Path) -> None:
     path = tmp_path / "figures" / "case.png"
     save_case_figure(path, tmp_path / "ct.nii.gz", tmp_path / "ct.nii.gz", {"true": tmp_path / "mask.nii.gz"}, "P-001")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_projections_show_all_of_the_pet_where_it_is() -> None:
+    pet = np.zeros((20, 20, 30), dtype=np.float32)
+    pet[2, 5, 25] = 9.0  # voxels of 4 mm, x against the world's: world x -8, y 20, z 100
+    pet[10, 10, 3] = np.nan
+    grid = Grid(pet.shape, np.diag([-4.0, 4.0, 4.0, 1.0]))
+    mask = np.zeros((10, 10, 15), dtype=np.uint8)
+    mask[1, 2, 12] = 1
+    front, side = project((pet, grid), (mask, Grid(mask.shape, np.diag([-8.0, 8.0, 8.0, 1.0]))))
+    assert (front.name, side.name) == ("coronal", "sagittal")
+    assert front.pet.shape == side.pet.shape == (30, 20)
+    assert not np.isnan(front.pet).any()
+    assert np.argwhere(front.pet == 9.0).tolist() == [[4, 2]], "from the top, and from the patient's right"
+    assert np.argwhere(side.pet == 9.0).tolist() == [[4, 14]], "from the front"
+    assert front.extent == (2.0, -78.0, -2.0, 118.0)
+    assert side.extent == (78.0, -2.0, -2.0, 118.0)
+    assert front.proportion == 1.5
+    left, right, bottom, top = front.mask_extent
+    assert ((left + right) / 2, (bottom + top) / 2) == (-8.0, 96.0)
+    assert front.mask is not None
+    assert front.mask.sum() == 1
+
+
+def test_projections_of_a_turned_pet_lose_nothing() -> None:
+    pet = np.zeros((24, 24, 24), dtype=np.float32)
+    pet[8:14, 8:14, 8:14] = 5.0
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]]
+    grid = Grid(pet.shape, turn @ np.diag([4.0, 4.0, 4.0, 1.0]))
+    front, side = project((pet, grid), (np.zeros((2, 2, 2), dtype=np.uint8), grid.crop((slice(0, 2),) * 3)))
+    assert front.mask is None
+    for projection in (front, side):
+        rows, columns = np.argwhere(projection.pet == 5.0).mean(axis=0)
+        left, right, bottom, top = projection.extent
+        world = grid.to_world([10.5, 10.5, 10.5])[[0 if projection is front else 1, 2]]
+        height, width = projection.pet.shape
+        found = (left + (columns + 0.5) * (right - left) / width, top + (rows + 0.5) * (bottom - top) / height)
+        assert np.abs(world - found).max() < 3.0

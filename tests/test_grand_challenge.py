@@ -74,7 +74,7 @@ def test_the_sign_is_a_choice(given, model, tmp_path):
     risk, _ = run(given, tmp_path / "risk", model)
     time, _ = run(given, tmp_path / "time", model, "time")
     assert time == -risk != 0
-    with pytest.raises(UsageError, match="--rfs is risk .* or time"):
+    with pytest.raises(UsageError, match=r"--rfs is risk .* or time"):
         run(given, tmp_path / "out", model, "days")
 
 
@@ -107,9 +107,9 @@ def test_a_broken_ehr_is_told_and_leaves_no_answer(given, model, tmp_path, text,
 @pytest.mark.parametrize("kind", ["ct", "pet"])
 def test_a_missing_or_doubled_image_is_told(given, model, tmp_path, kind):
     image = next((given / "images" / kind).iterdir())
-    (image.parent / "other.mha").write_bytes(image.read_bytes())
+    (image.parent / "second.mha").write_bytes(image.read_bytes())
     with pytest.raises(
-        CohortError, match=rf"images/{kind}: expected one \.mha file, found {kind}-5f3a\.mha, other\.mha"
+        CohortError, match=rf"images/{kind}: expected one \.mha file, found {kind}-5f3a\.mha, second\.mha"
     ):
         run(given, tmp_path / "out", model)
     for path in image.parent.iterdir():

@@ -135,6 +135,13 @@ def test_faults_of_a_list_stay_with_their_patient(images):
     assert cases["c_d"][keys.PROBLEM] == ""
 
 
+def test_two_patients_that_would_share_a_folder_are_refused(images):
+    rows = [{"patient_id": name, "ct": "images/a_ct.mha", "pet": "images/a_pet.mha"} for name in ("a/b", "a b", "c")]
+    (images / "cases.json").write_text(json.dumps(rows))
+    with pytest.raises(CohortError, match="written to one folder: a_b; rename them"):
+        find_cases(images / "cases.json", FEATURES)
+
+
 def test_a_list_without_its_columns(images):
     (images / "cases.csv").write_text("patient_id,ct\na,images/a_ct.mha\n")
     with pytest.raises(CohortError, match="has the columns patient_id, ct and pet; it has patient_id, ct"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.pages import Page, Words
+from scripts.pages import Link, Page, Ranked, Words
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('&')</script>"
@@ -67,3 +67,32 @@ def test_a_column_of_words_is_set_as_words() -> None:
 def test_rows_must_fit_the_titles() -> None:
     with pytest.raises(ValueError, match="2 titles has a row of 1"):
         Page("t").table(["a", "b"], [["x"]])
+
+
+def test_links_pairs_and_ranked_cells_are_text_too() -> None:
+    page = Page("t")
+    page.link(EVIL, EVIL)
+    page.pairs([(EVIL, EVIL)])
+    page.table(["a", "b"], [[Link(EVIL, 'a b"/x.html'), Ranked(EVIL, 2.5)], ["x", Ranked("-", None)]])
+    html = page.html()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") == 5
+    assert 'href="a%20b%22/x.html"' in html
+    assert 'data-sort="2.5"' in html
+    assert 'data-sort=""' in html
+
+
+def test_only_a_page_with_a_sortable_table_holds_the_script_and_holds_it_once() -> None:
+    page = Page("t")
+    page.table(["a"], [[1]])
+    assert "<script" not in page.html()
+    for _ in range(2):
+        page.table(["a"], [[1]], sortable=True)
+    assert page.html().count("<script>") == 1
+
+
+def test_blocks_are_closed() -> None:
+    page = Page("t")
+    with page.block("columns"), page.block(""):
+        page.paragraph("inside")
+    assert page.parts[1:] == ['<div class="columns">', "<div>", "<p>inside</p>", "</div>", "</div>"]

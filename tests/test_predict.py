@@ -297,6 +297,14 @@ def test_options_that_do_not_go_together(arguments, message):
         predict(**arguments)
 
 
+def test_help_names_every_option():
+    ended = subprocess.run([sys.executable, "scripts/predict.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = ended.stdout + ended.stderr
+    assert ended.returncode == 0 and "Traceback" not in shown
+    for option in ("input", "output", "ct", "pet", "clinical", "ckpt_dir", "explain", "resume", "force", "--age 61"):
+        assert option in shown
+
+
 def test_faults_end_the_tool_with_one_line(model, tmp_path):
     command = [sys.executable, "scripts/predict.py", str(tmp_path / "absent"), str(tmp_path / "out")]
     ended = subprocess.run([*command, "--ckpt_dir", str(model)], cwd=ROOT, capture_output=True, text=True)
@@ -367,6 +375,19 @@ def test_reports_and_explanation(patients, options, tmp_path):
     assert {"mask", "report", "report_pdf", "explanation"} <= set(files)
     assert all((tmp_path / "out" / "CHUM-001" / name).stat().st_size for name in files.values())
     assert "CHUM-001" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_failed_report_keeps_the_prediction_and_is_told(patients, options, tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **more):
+        raise OSError("no ink")
+
+    monkeypatch.setattr("scripts.report.write_report", broken)
+    run(patients, tmp_path / "out", code=1, **{**options, "report": True})
+    assert prediction_of(tmp_path / "out")["files"]["mask"]
+    rows = rows_of(tmp_path / "out")
+    assert {row["status"] for row in rows.values()} == {"incomplete"}
+    assert rows["CHUM-001"]["reason"] == "no report: no ink" and rows["CHUM-001"]["log_hazard"]
+    assert "CHUM-002: incomplete: no report: no ink" in capsys.readouterr().out
 
 
 # --- real data -----------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
 def test_a_long_list_of_warnings_stays_on_one_page_and_what_is_cut_is_said(tmp_path: Path) -> None:
     said = prediction(patient_id="LONG-" * 60)
     warning = said["quality"]["checks"][1]
-    said["quality"]["checks"] = [{**warning, "message": f"warning {k} " + "and so on " * 30} for k in range(60)]
+    said["quality"]["checks"] = [{**warning, "message": f"warning {k} " + "and so on " * 15} for k in range(60)]
     page, sheet = written(tmp_path, said)
     assert "warning 59 and so on" in page
     assert "warning 0 and so on" in sheet

@@ -283,7 +283,7 @@ def test_what_cannot_be_had_says_why(report):
 
 def test_command_writes_json_and_a_table_into_the_document(cohort, runs, tmp_path, capsys):
     page = tmp_path / "learning.md"
-    page.write_text(f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n")
+    page.write_text(f"before\n{tool.BEGIN}\nan earlier table\n{tool.END}\nafter\n")
     options = {"variants": "base,surv", "seeds": 0, "samples": SAMPLES, "doc": str(page)}
     for _ in range(2):
         tool.study_learning(str(cohort), str(runs), report=True, **options)
@@ -294,7 +294,7 @@ def test_command_writes_json_and_a_table_into_the_document(cohort, runs, tmp_pat
     value = written["variants"]["base"]["figures"]["c_index"]["value"]
     row = next(line for line in table.splitlines() if line.startswith("| `base`"))
     assert f"{value:.3f} [" in row and row.count("|") == table.splitlines()[8].count("|")
-    assert "old" not in text
+    assert "an earlier table" not in text
     page.write_text("no marks")
     with pytest.raises(ExperimentError, match="no place for the table"):
         tool.put_into(page, table)

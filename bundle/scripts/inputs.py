@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,14 @@ def find_cases(
         CohortError: there is nothing to predict, or a table cannot be read at all.
         scripts.dicom.DicomError: a DICOM file is damaged.
     """
-    source = Path(source).expanduser()
+    cases = _find_cases(Path(source).expanduser(), features, clinical)
+    twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
+    if twice:
+        raise CohortError(f"{source}: several patients would be written to one folder: {', '.join(twice)}; rename them")
+    return cases
+
+
+def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | None) -> list[Case]:
     if source.is_file() and source.suffix.lower() in LISTS:
         return listed_cases(source, features, clinical)
     if not source.is_dir():

@@ -43,7 +43,9 @@ CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
 QUALITY = "quality"  # str, the checks of the scans as JSON (see scripts.quality)
 CLINICAL_VALUES = "clinical_values"  # str, the clinical values as given and as coded, as JSON (see scripts.transforms)
 STARTED = "started"  # float64, the monotonic clock in seconds when reading the case began
-REQUEST = "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (see scripts.label)
+REQUEST = (
+    "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (see scripts.label)
+)
 
 # --- network output ----------------------------------------------------------------------------------------
 SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size)

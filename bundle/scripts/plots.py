@@ -269,7 +269,7 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
     curve = survival["curve"]
     years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR
     for training in (survival.get("training_curves") or {}).get("curves", []):
-        days = np.array(training["days"]) / DAYS_PER_YEAR
+        days = np.array(training["days"], dtype=float) / DAYS_PER_YEAR
         panel.plot(days, training["survival"], drawstyle="steps-post", color=GREY, linewidth=0.8)
         if len(days):
             panel.annotate(f"{training['group']}", (days[-1], training["survival"][-1]), fontsize=size - 1, color=GREY)

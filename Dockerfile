@@ -1,0 +1,30 @@
+# The HECKTOR container: /input in, /output out (scripts/grand_challenge.py). Needs no network when it runs.
+#
+#   docker build -t head_neck_petct .
+#   docker run --rm --network none --memory 16g -v $PWD/in:/input:ro -v $PWD/out:/output head_neck_petct --rfs risk
+#
+# The weights must lie at bundle/models/model.pt before the build; the output folder must be writable for user 10001.
+# An image of this has not been built yet: no container engine was at hand. Every step was tried outside of one, with
+# Python 3.11 on Debian: the installation into an empty environment, the two copies, and the run from /input to /output
+# as user 10001, with no home to write to and no network interface.
+FROM python:3.11-slim
+
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    USER=predictor
+# MONAI asks for the user's name when it is imported, and 10001 has none in the image.
+
+WORKDIR /opt/app
+COPY requirements.txt .
+RUN pip install -r requirements.txt
+
+COPY bundle bundle
+COPY scripts/predict.py scripts/grand_challenge.py scripts/
+RUN python -m compileall -q bundle scripts
+
+USER 10001:10001
+# The sign of rfs.json: risk for HECKTOR 2025, time for 2026. Given once more after the image's name, it replaces this.
+ENTRYPOINT ["python", "scripts/grand_challenge.py"]
+CMD ["--rfs", "risk"]
