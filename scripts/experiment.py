@@ -212,8 +212,9 @@ def merge_configs(
 
 def config_of(parser: ConfigParser) -> dict[str, Any]:
     """The configs as they are written, but for the network's settings, whose values a reader of the record needs."""
-    config = json.loads(json.dumps(parser.get(), default=str))
-    return config | {name: parser.get_parsed_content(name) for name in config["default_settings"]}
+    config = dict(parser.get())
+    values = {name: parser.get_parsed_content(name) for name in config["default_settings"]}
+    return json.loads(json.dumps(config | values, default=str))
 
 
 def as_list(value: Any) -> list[Any]:

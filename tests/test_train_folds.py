@@ -241,7 +241,7 @@ def test_the_configs_evaluate_the_part_asked_for(centres, part, place):
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / "configs" / name) for name in ("train.json", "evaluate.json")])
     train = json.loads((BUNDLE / "configs" / "train.json").read_text())
-    parser.update({"saved": {name: train[name] for name in train["settings"]}})  # in place of a checkpoint's
+    parser.update({"saved": train["default_settings"]})  # in place of a checkpoint's
     parser.update({"dataset_dir": str(centres), "output_dir": "out", "protocol": "ablation", "evaluate_on": part})
     split = parser.get_parsed_content("split")
     assert parser.get_parsed_content("validate#dataset#data") == getattr(split, part) != []
