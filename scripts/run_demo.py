@@ -90,8 +90,7 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
         [
             "",
             f"== done in {seconds / 60:.1f} min",
-            f"On {len(held_out)} held-out PHANTOMS (no patients), value [95 % interval];",
-            "the best epoch was picked on the same ones:",
+            f"On {len(held_out)} held-out PHANTOMS (no patients), by the last epoch, value [95 % interval]:",
             format_summary(report["metrics"]),
             f"  {'oracle C-index':<22} {c_index(oracle):.3f}  [{low:.3f}, {high:.3f}]  (the phantoms' true log hazard)",
             "",
