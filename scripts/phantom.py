@@ -343,6 +343,7 @@ class Scan:
 
 # --- patients ----------------------------------------------------------------------------------------------
 
+COHORT_IDS = 10_000  # numbers kept for each seed: phantoms of two cohorts are not taken for the same patient
 
 def draw_patient(seed: int, index: int) -> Patient:
     """Patient number ``index`` (from 0) of the cohort ``seed``; depends on nothing else."""
@@ -358,7 +359,7 @@ def draw_patient(seed: int, index: int) -> Patient:
     hazard = log_hazard(volume_ml, sizes["suv_mean"], hpv, status, m1)
     days, relapse = _draw_outcome(_stream(seed, index, _STREAM_OUTCOME), hazard)
     return Patient(
-        patient_id=f"{centre.name}-{index + 1:03d}",
+        patient_id=f"{centre.name}-{COHORT_IDS * seed + index + 1:03d}",
         centre=centre,
         age=int(clinical["age"]),
         male=male,

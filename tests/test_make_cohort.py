@@ -55,7 +55,7 @@ def test_layout_is_that_of_hecktor_2025(cohort):
         if row.mask_known:
             expected.add(f"{home}/{row.PatientID}.nii.gz")
     assert set(digest(cohort)) == expected
-    assert all(re.fullmatch(r"(CHUM|CHUP|CHUS|MDA|HGJ|HMR|USZ)-\d{3}", name) for name in truth["PatientID"])
+    assert all(re.fullmatch(r"(CHUM|CHUP|CHUS|MDA|HGJ|HMR|USZ)-3\d{4}", name) for name in truth["PatientID"])
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,8 @@ def test_a_case_does_not_depend_on_how_many_there_are(cohort, tmp_path):
 def test_other_seeds_give_other_patients():
     one, other = (phantom.draw_patient(seed, 0) for seed in (0, 1))
     assert one.log_hazard != other.log_hazard
+    ids = [{phantom.draw_patient(seed, k).patient_id for k in range(100)} for seed in (0, 1)]
+    assert not ids[0] & ids[1], "nobody may take a phantom for one of another cohort"
 
 
 def test_interrupted_cohort_is_continued(cohort, tmp_path, monkeypatch):
