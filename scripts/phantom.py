@@ -345,6 +345,7 @@ class Scan:
 
 COHORT_IDS = 10_000  # numbers kept for each seed: phantoms of two cohorts are not taken for the same patient
 
+
 def draw_patient(seed: int, index: int) -> Patient:
     """Patient number ``index`` (from 0) of the cohort ``seed``; depends on nothing else."""
     centre = _pick_centre(_spread(seed, index, "centre"))

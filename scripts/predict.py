@@ -25,7 +25,7 @@ from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
-from scripts.outputs import INCOMPLETE, OK  # noqa: E402
+from scripts.outputs import FAILED, OK  # noqa: E402
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("predict")
 
+PREDICTION = "prediction.json"
+ALIKE = 5  # patients with one fault, from which on they are told in one line
 TYPED = "option"  # where a clinical value comes from that was given on the command line
 COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, digits
     "patient": ("PatientID", 0),
@@ -101,7 +103,7 @@ def predict(
         device: cpu or cuda:0; by default the GPU where there is one.
         report: write report.html and report.pdf of each patient, and index.html of all.
         explain: say in the reports what moved each risk; takes several times as long.
-        resume: leave out patients whose prediction is whole, by the same model from the same clinical values.
+        resume: leave out patients whose prediction is whole, by the same model from the same scans and clinical values.
         force: predict scans that quality control rejects, too; every output says so.
     """
     if ct is not None and pet is not None and output is None:
@@ -236,10 +238,10 @@ def run_cases(
     done = finished(parser, writer, cases, wanted) if resume else set()
     todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
     parser.get_parsed_content("dataset").data = todo
-    writer.products += (write_dicom_results,)
-    reports = add_reports(parser, writer, cases, explain) if report or explain else None
-    for case in todo:  # should a patient fail now, the answer of an earlier run must not stand there
-        (writer.output_dir / case[keys.PATIENT_ID] / "prediction.json").unlink(missing_ok=True)
+    writer.products["DICOM objects"] = write_dicom_results
+    reports = add_reports(parser, writer, explain) if report or explain else None
+    for case in todo:
+        forget(writer.output_dir / case[keys.PATIENT_ID])
     if todo:
         parser.get_parsed_content("initialize")
         parser.get_parsed_content("run")
@@ -247,14 +249,27 @@ def run_cases(
         writer.write_table()
         if reports is not None:
             reports.write_cohort()
-    for patient, why in (reports.failures if reports is not None else {}).items():
-        writer.rows[patient].update(status=INCOMPLETE, reason=f"no report: {why}")
-        writer.write_table()
     return writer
 
 
+def forget(folder: Path) -> None:
+    """Remove an earlier prediction and the files it names: should the patient fail now, they must not stand there."""
+    for file in named_files(folder).values():
+        (folder / Path(file).name).unlink(missing_ok=True)
+    (folder / PREDICTION).unlink(missing_ok=True)
+
+
+def named_files(folder: Path) -> dict[str, str]:
+    """The files that a patient's prediction names; none where there is no readable prediction."""
+    try:
+        files = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))["files"]
+        return {name: str(file) for name, file in files.items() if file is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], wanted: Sequence[str]) -> set[str]:
-    """Ids of the patients whose files are all there, by the same model from the same clinical values; takes their rows.
+    """Ids of the patients who are done, by the same model from the same scans and values; takes their rows.
 
     Args:
         parser: of :func:`load_bundle`.
@@ -282,19 +297,21 @@ def dicom_files(case: Case) -> list[str]:
 
 
 def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bool:
-    """Whether a patient's folder holds a prediction from this case's clinical values, and every file that it names."""
+    """Whether a patient's folder holds a prediction from this case's scans and values, and every file that it names."""
+    files = named_files(folder)
     try:
-        prediction = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
-        files = {name: file for name, file in prediction["files"].items() if file is not None}
+        prediction = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))
+        scans = prediction["fingerprint"]
         clinical = {row["name"]: row["value"] for row in prediction["clinical"]}
         forced = prediction["quality"]["forced"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     there = all((folder / file).is_file() for file in files.values()) and set(wanted) <= set(files)
-    return there and clinical == case[keys.CLINICAL] and (force or not forced)
+    same = clinical == case[keys.CLINICAL] and scans == case.get(keys.FINGERPRINT)
+    return there and same and (force or not forced)
 
 
-def add_reports(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], explain: bool) -> ReportWriter:
+def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> ReportWriter:
     """Let the writer make a report of each patient, and the evaluator a page of them all at the end."""
     from scripts.report import ReportWriter
 
@@ -303,8 +320,8 @@ def add_reports(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[
         from scripts.explain import RiskExplainer
 
         explainer = RiskExplainer(parser.get_parsed_content("network"))
-    reports = ReportWriter(str(writer.output_dir), cases, explainer)
-    writer.products += (reports,)
+    reports = ReportWriter(str(writer.output_dir), explainer)
+    writer.products["report"] = reports
     reports.attach(parser.get_parsed_content("evaluator"))
     return reports
 
@@ -312,14 +329,27 @@ def add_reports(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[
 def summary(writer: PredictionWriter) -> str:
     """A table of the patients, in the order of the cases, and what to think of it."""
     rows = [writer.rows[patient] for patient in writer.cases]
-    cells = [list(COLUMNS), *([shown(row[name], digits) for name, digits in COLUMNS.values()] for row in rows)]
-    used = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] for row in cells[1:])]
-    widths = {k: max(len(row[k]) for row in cells) for k in used}
-    lines = ["  ".join(row[k].ljust(widths[k]) for k in used).rstrip() for row in cells]
-    lines += [f"{row['PatientID']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]]
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            alike.setdefault(f"{row['status']}: {row['reason']}", []).append(row["PatientID"])
+    crowds = [what for what, patients in alike.items() if len(patients) > ALIKE and what.startswith(FAILED)]
+    hidden = {patient for what in crowds for patient in alike[what]}
+    lines = table([row for row in rows if row["PatientID"] not in hidden])
+    for what, patients in alike.items():
+        more = f" and {len(patients) - ALIKE} more" if len(patients) > ALIKE else ""
+        lines.append(f"{', '.join(patients[:ALIKE])}{more}: {what}")
     trained = next((row["trained_on"] for row in rows if row["trained_on"]), "")
     lines += [f"model trained on: {trained}"] if trained else []
     return "\n".join([*lines, f"results: {writer.output_dir}", keys.RESEARCH_USE_ONLY])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a table of patients; columns that are empty for all of them are left out."""
+    cells = [list(COLUMNS), *([shown(row[name], digits) for name, digits in COLUMNS.values()] for row in rows)]
+    used = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] for row in cells[1:])]
+    widths = {k: max(len(row[k]) for row in cells) for k in used}
+    return ["  ".join(row[k].ljust(widths[k]) for k in used).rstrip() for row in cells]
 
 
 def shown(value: Any, digits: int) -> str:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +22,8 @@ import fire
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
 SERVER = Path(__file__).resolve().parent / "label_server"
+ENVIRONMENT = ROOT / ".label_env"
 NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task
-NO_ENVIRONMENT = 3  # exit code of --check where the environment cannot be made
 
 # Without their own requirements: MONAI Label asks for sam2, mlflow and more that this needs not, torchvision for CUDA.
 ALONE = ("monailabel==0.8.5", "torchvision==0.28.0", "pydicom-seg==0.4.1")
@@ -70,9 +71,8 @@ def serve_label(
     store: str | None = None,
     bundle: str | None = None,
     fresh_model: bool = False,
-    check: bool = False,
 ) -> None:
-    """Start MONAI Label with this bundle, or check that it works.
+    """Start MONAI Label with this bundle; Ctrl+C or SIGTERM ends it.
 
     Args:
         studies: folder with CT and PET in one of HECKTOR's layouts (``<PatientID>/<PatientID>__CT.nii.gz`` and
@@ -84,18 +84,14 @@ def serve_label(
         store: folder of the server's list of CTs and of the masks that are edited; ``<studies>/monailabel`` by default.
         bundle: the bundle to serve; this project's by default.
         fresh_model: serve the bundle's weights again where training from MONAI Label has put others in their place.
-        check: run ``tests/test_label.py`` in that environment instead. Exit code 3 where it cannot be made.
     """
-    place = Path(env or ROOT / ".label_env").expanduser().resolve()
-    if not check and not studies:
+    if not studies:
         sys.exit("serve_label: name the folder of the scans with --studies")
+    place = Path(env or ENVIRONMENT).expanduser().resolve()
     try:
         python = make_environment(place)
     except LabelEnvironmentError as error:
-        print(f"serve_label: MONAI Label's environment cannot be made: {error}", file=sys.stderr)
-        raise SystemExit(NO_ENVIRONMENT) from None
-    if check:
-        raise SystemExit(run_tests(python))
+        sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
     install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model)
     start_server(python, folder, list_studies(str(studies), store), host, port)
@@ -207,21 +203,29 @@ def list_studies(studies: str, store: str | None = None) -> str:
         scans, notes = find_scans(studies)
     except CohortError as error:
         sys.exit(f"serve_label: {error}")
+    folder = Path(store or Path(studies) / "monailabel").expanduser().resolve()
     with_ct = {key: found for key, found in scans.items() if found.ct}
     if not with_ct:
         sys.exit(f"serve_label: no CT in {studies}: expected <PatientID>/<PatientID>__CT.nii.gz (and __PT.nii.gz)")
-    folder = Path(store or Path(studies) / "monailabel").expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    for link in folder.glob("*__CT.*"):
-        if link.is_symlink():
-            link.unlink()
-    for found in with_ct.values():
-        ct = Path(str(found.ct)).resolve()
-        (folder / ct.name).symlink_to(ct)
+    try:
+        _link(folder, [Path(str(found.ct)).resolve() for found in with_ct.values()])
+    except OSError as error:
+        sys.exit(f"serve_label: the list of CTs cannot be written: {error}; name a folder for it with --store")
+    notes = [note for note in notes if not note.endswith(f": {folder}")]  # of an earlier start
     for note in [*notes, *(f"{key} has no PET" for key, found in with_ct.items() if not found.pet)]:
         print(f"serve_label: {note}", file=sys.stderr)
     print(f"serve_label: {len(with_ct)} CTs; edited masks go to {folder / 'labels' / 'final'}")
     return str(folder)
+
+
+def _link(folder: Path, cts: Sequence[Path]) -> None:
+    """Put links to the CTs into the folder, in the place of those of an earlier start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for link in folder.glob("*__CT.*"):
+        if link.is_symlink():
+            link.unlink()
+    for ct in cts:
+        (folder / ct.name).symlink_to(ct)
 
 
 def start_server(python: Path, app: Path, studies: str, host: str, port: int) -> NoReturn:
@@ -235,14 +239,6 @@ def start_server(python: Path, app: Path, studies: str, host: str, port: int) ->
     command = ["-m", "monailabel.main", "start_server", *where, "--uvicorn_app", "answers:app", *conf]
     print(f"serve_label: starting http://{host}:{port} (model {NAME}); research use only", flush=True)
     os.execve(python, [str(python), *command], environment)
-
-
-def run_tests(python: Path) -> int:
-    """Run the tests of the bundle in MONAI Label; other packages' warnings are no errors there."""
-    options = ["-q", "-x", "-rs", "-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [str(python), "-m", "pytest", *options, "tests/test_label.py"], cwd=ROOT, check=False
-    ).returncode
 
 
 if __name__ == "__main__":

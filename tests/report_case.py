@@ -38,7 +38,6 @@ PREDICTION: dict[str, Any] = {
         ],
         "beyond_follow_up": [5],
         "curve": {"days": DAYS, "survival": SURVIVAL, "low": SURVIVAL, "high": SURVIVAL},
-        "training_curves": None,
         "doubt": "",
         "unavailable": "",
     },
@@ -85,6 +84,7 @@ PREDICTION: dict[str, Any] = {
         ],
     },
     "seconds": {"total": 12.7},
+    "fingerprint": None,
     "files": {"mask": "CHUM-001__tumour.nii.gz"},
 }
 

@@ -29,8 +29,8 @@ from conftest import BUNDLE, ROOT, SHARED_DATA, write_image
 from scripts import keys
 from scripts.clinical import ClinicalValueError
 from scripts.cohort import CohortError
-from scripts.dicom import read_headers
 from scripts.dicom_cases import DicomScan
+from scripts.dicom_series import read_headers
 from scripts.ensemble import save_weights
 from scripts.inputs import find_cases
 
@@ -347,7 +347,7 @@ def test_a_report_that_fails_is_an_error(sdk, predictor, study, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scripts.report, "write_report", full_disk)
-    with pytest.raises(ValueError, match=r"PHANTOM-1: predicted, but there is no report: .*No space left"):
+    with pytest.raises(ValueError, match=r"PHANTOM-1: predicted, but no report: .*No space left"):
         run_operators(sdk, predictor, study, tmp_path)
 
 

@@ -16,20 +16,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from dicom_study import AXIAL, SECRETS, pet_header, write_series
 
-from scripts.dicom import (
-    PRIVATE_CODES,
-    DicomError,
-    Findings,
-    Model,
-    choose_pet_ct,
-    find_series,
-    find_studies,
-    read_headers,
-    read_series,
-    suv_factor,
-    write_seg,
-    write_sr,
-)
+from scripts.dicom_choice import choose_pet_ct, find_studies
+from scripts.dicom_seg import Model, write_seg
+from scripts.dicom_series import find_series, read_headers, read_series
+from scripts.dicom_sr import PRIVATE_CODES, Findings, write_sr
+from scripts.dicom_suv import suv_factor
+from scripts.dicom_tags import DicomError
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
@@ -38,7 +30,7 @@ from pydicom.sr.codedict import codes  # noqa: E402
 from pydicom.uid import JPEGLSLossless, RLELossless  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef")
+MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
 
 # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -214,6 +206,25 @@ def test_any_nesting_and_other_files(tmp_path):
     assert [(s.modality, len(s), s.number) for s in found] == [("CT", 12, 1), ("PT", 12, 5)]
     assert found.ignored == 2
     assert np.all(np.diff(found[0].positions[:, 2]) == 3)
+
+
+def test_a_file_cut_off_in_its_header_is_told_by_the_series_beside_it(tmp_path):
+    pair(tmp_path)
+    path = tmp_path / "pet" / "IM0000"
+    path.write_bytes(path.read_bytes()[:700])
+    found = find_series(tmp_path)
+    assert [bool(series.damaged) for series in found] == [False, True]
+    assert found.damaged and found.damaged[0].startswith("IM0000: not a complete DICOM file")
+    with pytest.raises(DicomError, match=r"a file in its folder is damaged: IM0000: not a complete.*copy it again"):
+        choose_pet_ct(found)
+
+
+def test_a_folder_with_damaged_files_alone(tmp_path):
+    write_series(tmp_path, depths=[0])
+    path = tmp_path / "IM0000"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DicomError, match=r"no DICOM series in it .*IM0000: not a complete DICOM file"):
+        find_studies(tmp_path)
 
 
 def test_files_that_repeat_an_image_are_left_out(tmp_path):
@@ -559,6 +570,9 @@ def test_segment_is_coded_and_carries_patient_and_study(tmp_path):
     assert segment.anatomic_regions == [codes.SCT.HeadAndNeck]
     assert segment.algorithm_identification.name == MODEL.name
     assert segment.algorithm_identification.version == MODEL.version
+    assert segment.SegmentDescription == " ".join(MODEL.statements)
+    assert "trained on=9 phantoms" in segment.algorithm_identification[0].AlgorithmParameters
+    assert "research use only" in seg.SeriesDescription
     for tag in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate"):
         assert seg[tag].value == ct[tag].value
     assert seg.AccessionNumber == "ACC-0815" and seg.SeriesInstanceUID != ct.SeriesInstanceUID
@@ -672,6 +686,7 @@ def test_report_says_what_made_it_and_that_it_is_for_research(tmp_path):
     comments = [text for text in texts if text.startswith(("Research use only", "PET does not"))]
     assert len(comments) == 4, "both in each of two groups"
     assert {MODEL.name, MODEL.version, f"weights: {MODEL.weights}", MODEL.manufacturer} <= set(texts)
+    assert texts.count("The model was trained on: 9 phantoms") == 2
 
 
 def test_codes_are_those_of_the_dictionaries(tmp_path):
@@ -806,8 +821,8 @@ def test_real_patients_equal_their_nifti(patient, tmp_path):
 def test_without_pydicom_the_error_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['pydicom'] = None; sys.modules['highdicom'] = None\n"
-        "import scripts.dicom as d\n"
-        "for call in (lambda: d.find_series('.'), lambda: d._module('highdicom')):\n"
+        "from scripts.dicom_series import find_series\nfrom scripts.dicom_tags import needed_module\n"
+        "for call in (lambda: find_series('.'), lambda: needed_module('highdicom')):\n"
         "    try: call()\n"
         "    except ImportError as error: print(error)\n"
     )

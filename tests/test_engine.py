@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from scripts.engine import (
     as_tasks,
     learning_rate_schedule,
     prepare_batch,
+    speed_up,
 )
 from scripts.ensemble import FoldEnsemble
 from scripts.networks import MultitaskNet
@@ -106,6 +109,83 @@ def test_inferers_give_float32_of_one_network(amp: bool) -> None:
     assert {value.dtype for value in (*raw.values(), *mean.values())} == {torch.float32}
     torch.testing.assert_close(mean[keys.SEG_PROB], torch.sigmoid(raw[keys.SEG_LOGITS]), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(mean[keys.LOG_HAZARD], raw[keys.LOG_HAZARD])
+
+
+def ensemble_with_a_past() -> FoldEnsemble:
+    """Two folds whose batch norms do something, as after training."""
+    torch.manual_seed(1)
+    ensemble = FoldEnsemble(MultitaskNet(), {"roi_size": [32, 32, 32]})
+    ensemble.resize(2)
+    for norm in (module for module in ensemble.modules() if isinstance(module, torch.nn.BatchNorm3d)):
+        for values, low, high in ((norm.running_mean, -0.2, 0.2), (norm.running_var, 0.5, 2), (norm.weight, 0.5, 2)):
+            torch.nn.init.uniform_(values, low, high)
+    return ensemble
+
+
+def plain_answer(ensemble: FoldEnsemble, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """With torch's own convolutions, which a gradient asks for."""
+    return {name: value.detach() for name, value in ensemble.eval().predict(image).items()}
+
+
+@pytest.mark.parametrize("roi", [16, 32, 48])
+def test_the_quick_network_answers_as_the_plain_one(roi: int) -> None:
+    ensemble, image = ensemble_with_a_past(), torch.rand(1, 2, roi, roi, roi)
+    expected, inferer = plain_answer(ensemble, image), EnsembleInferer(amp=False)
+    speed_up(ensemble, inferer)
+    with torch.no_grad():
+        answer = inferer(image, ensemble)
+    torch.testing.assert_close(answer, expected, atol=5e-4, rtol=1e-3)
+    left = [name for name, module in ensemble.named_modules() if isinstance(module, torch.nn.BatchNorm3d)]
+    assert not any("encoder" in name or "decoder" in name or "summaries" in name for name in left)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    ensemble, image = ensemble_with_a_past(), torch.rand(1, 2, 32, 32, 32)
+    expected = plain_answer(ensemble, image)
+    speed_up(ensemble, EnsembleInferer(amp=True))
+    with torch.no_grad():
+        answer = EnsembleInferer(amp=True)(image, ensemble)
+    masks = [answer[keys.SEG_PROB] >= 0.5, expected[keys.SEG_PROB] >= 0.5]
+    assert 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()) > 0.98
+    torch.testing.assert_close(answer[keys.LOG_HAZARD], expected[keys.LOG_HAZARD], atol=0.05, rtol=0.05)
+
+
+def test_training_keeps_its_batch_norms() -> None:
+    ensemble = ensemble_with_a_past()
+    names = list(ensemble.state_dict())
+    speed_up(ensemble)
+    assert list(ensemble.state_dict()) == names
+
+
+def test_without_a_compiler_the_network_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ensemble, image = ensemble_with_a_past(), torch.rand(1, 2, 32, 32, 32)
+    expected, inferer = plain_answer(ensemble, image), EnsembleInferer(amp=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        speed_up(ensemble, inferer, compiled=True)
+    assert "there is no C++ compiler (install g++)" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(inferer(image, ensemble), expected, atol=5e-4, rtol=1e-3)
+
+
+def test_a_compiler_that_fails_leaves_the_network_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ensemble, image = ensemble_with_a_past(), torch.rand(1, 2, 32, 32, 32)
+    expected, inferer = plain_answer(ensemble, image), EnsembleInferer(amp=False)
+
+    def broken(module: MultitaskNet, **options: object) -> None:
+        module._compiled_call_impl = lambda *args: (_ for _ in ()).throw(RuntimeError("no space left for the compiler"))
+
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(MultitaskNet, "compile", broken)
+    with caplog.at_level(logging.WARNING):
+        speed_up(ensemble, inferer, compiled=True)
+    assert "compile: no space left for the compiler; the network runs without" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(inferer(image, ensemble), expected, atol=5e-4, rtol=1e-3)
 
 
 def test_flatten_prediction_leaves_its_input_alone() -> None:

@@ -15,7 +15,7 @@ from conftest import SHARED_DATA
 from scripts import keys
 from scripts.clinical import ClinicalValueError
 from scripts.cohort import CohortError
-from scripts.dicom import DicomError
+from scripts.dicom_tags import DicomError
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, listed_cases, pair_case
 
 FEATURES = ("age", "gender", "m_stage")

@@ -1,12 +1,11 @@
 """The bundle in MONAI Label.
 
-What needs MONAI Label itself runs in its own environment: ``python scripts/serve_label.py --check``.
+What needs MONAI Label itself runs in its own environment: ``python scripts/check_label.py``.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -15,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import check_label
 import nibabel
 import numpy as np
 import pytest
@@ -46,10 +47,12 @@ SETTINGS = {
     "pet_window": None,
     "bn_eps": 1e-05,
 }
+WANTED = os.environ.get("LABEL_ENVIRONMENT") == "1"  # set by check_label.py: there nothing may be skipped for it
 in_monai_label = pytest.mark.skipif(
-    importlib.util.find_spec("monailabel") is None,
-    reason="MONAI Label has an environment of its own: python scripts/serve_label.py --check",
+    not WANTED and find_spec("monailabel") is None, reason="MONAI Label is not in this environment: see check_label.py"
 )
+MAIN_PYTHON = os.environ.get("MAIN_PYTHON", sys.executable)  # of the environment that predict.py is made for
+REAL = SHARED_DATA / "sts_petct" / "images" / "STS-002" / "STS-002__CT.nii.gz"
 
 
 def make_ensemble(folds: int, seed: int = 0) -> FoldEnsemble:
@@ -97,7 +100,8 @@ def test_a_request_may_name_pet_patient_and_table(tiny_cohort: Path, tmp_path: P
     table.write_text("PatientID,Age\nX-9,41\n")
     pet = str(ct_of(tiny_cohort, 1)).replace("__CT", "__PT")
     request = {"image": str(tmp_path / "upload.nii.gz"), "pet": pet, "patient_id": "X-9", "ehr_csv": str(table)}
-    case = label.request_case(request, FEATURES)
+    case = label.TakeRequestd(FEATURES)(request)
+    assert case[K.REQUEST] == request
     assert (case[K.PATIENT_ID], case[K.PET], case[K.CLINICAL]["age"]) == ("X-9", pet, 41.0)
 
 
@@ -240,7 +244,14 @@ def test_outside_of_monai_label_training_installs_nothing(tmp_path: Path) -> Non
     assert not (tmp_path / "models").exists()
     assert (tmp_path / "run" / "cache").exists()
     assert label.output_dir("/b") == "/b/output"
-    assert label.training_settings("/none", {"roi_size": 3}) == {"roi_size": 3}
+    save_weights(make_ensemble(1), tmp_path / "shipped.pt")
+    assert label.training_settings(str(tmp_path / "shipped.pt"), {"roi_size": 3}) == {"roi_size": 3}
+
+
+@pytest.mark.usefixtures("served")
+def test_training_from_monai_label_has_the_settings_of_its_weights(tmp_path: Path) -> None:
+    save_weights(make_ensemble(1), tmp_path / "shipped.pt")
+    assert label.training_settings(str(tmp_path / "shipped.pt"), {"roi_size": 3}) == SETTINGS
 
 
 @pytest.mark.usefixtures("served")
@@ -313,6 +324,24 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
     assert [path.read_text() for path in (target / "models").glob("model_before_*")] == ["trained since"]
 
 
+def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Path, capsys: Any) -> None:
+    studies = tmp_path / "studies"
+    shutil.copytree(ct_of(tiny_cohort, 1).parent, studies / "CHUM-001")
+    store = Path(serve_label.list_studies(str(studies)))
+    first = capsys.readouterr()
+    (store / "labels" / "final").mkdir(parents=True)
+    shutil.copy(studies / "CHUM-001" / "CHUM-001.nii.gz", store / "labels" / "final" / "CHUM-001__CT.nii.gz")
+    assert serve_label.list_studies(str(studies)) == str(store)
+    assert capsys.readouterr() == first
+    assert first.err == ""
+
+
+def test_a_list_that_cannot_be_written_is_told(tiny_cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"the list of CTs cannot be written: .*--store"):
+        serve_label.list_studies(str(tiny_cohort), str(tmp_path / "file"))
+
+
 def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -324,10 +353,12 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
 
     monkeypatch.setattr(serve_label.venv, "create", make_venv)
     with pytest.raises(SystemExit) as error:
-        serve_label.serve_label(env=str(tmp_path / "env"), check=True)
-    assert error.value.code == serve_label.NO_ENVIRONMENT
-    told = capsys.readouterr().err
-    assert "MONAI Label's environment cannot be made" in told and "-m pip install" in told
+        check_label.check_label(str(tmp_path / "env"))
+    assert error.value.code == check_label.SKIPPED == 77
+    told = capsys.readouterr().out
+    assert "SKIPPED, not tested: MONAI Label's environment cannot be made" in told and "-m pip install" in told
+    with pytest.raises(SystemExit, match="MONAI Label's environment cannot be made"):
+        serve_label.serve_label(str(tmp_path), env=str(tmp_path / "env"))
     assert (tmp_path / "env" / "installed.txt").read_text() == "not finished"
 
 
@@ -341,14 +372,17 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 # --- in MONAI Label's own environment -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four phantoms; one more CT has no PET."""
+    """Four phantoms; of two more, one has no PET and one half a CT."""
     from make_cohort import make_cohort
 
     folder = tmp_path_factory.mktemp("studies") / "cohort"
     make_cohort(str(folder), cases=4, jobs=1)
-    ct = next(folder.glob("Task 1/*/*__CT.nii.gz"))
+    ct = sorted(folder.glob("Task 1/*/*__CT.nii.gz"))[0]
     (folder / "Task 1" / "LONE-001").mkdir()
     shutil.copy(ct, folder / "Task 1" / "LONE-001" / "LONE-001__CT.nii.gz")
+    (folder / "Task 1" / "LOST-001").mkdir()
+    (folder / "Task 1" / "LOST-001" / "LOST-001__CT.nii.gz").write_bytes(ct.read_bytes()[:3000])
+    shutil.copy(str(ct).replace("__CT", "__PT"), folder / "Task 1" / "LOST-001" / "LOST-001__PT.nii.gz")
     return folder
 
 
@@ -385,26 +419,57 @@ def assert_same(reply: dict, mask: Path, expected: Path) -> None:
     assert reply["model"] == wanted["model"]
 
 
-@in_monai_label
-def test_the_task_gives_what_the_bundle_gives(
-    studies: Path, bundle: Path, run_bundle: Callable, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def task(bundle: Path) -> Any:
+    """The bundle's task in MONAI Label, without a server."""
     from monailabel.tasks.infer.bundle import BundleInferTask
 
-    task = BundleInferTask(str(bundle), {})
+    return BundleInferTask(str(bundle), {})
+
+
+@in_monai_label
+def test_the_task_is_known_by_the_bundles_files(task: Any) -> None:
     assert task.is_valid() and str(task.type).endswith("SEGMENTATION")
     assert task.labels == {"tumour": 1}
-    ct = sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))[0]
-    cases = {"phantom": (ct, ())}
-    real = SHARED_DATA / "sts_petct" / "images" / "STS-002" / "STS-002__CT.nii.gz"
-    if real.is_file():
-        cases["real"] = (real, ("--force", "true"))
-    for name, (image, more) in cases.items():
-        expected = predict(run_bundle, bundle, image.parent, tmp_path / name, *more) / image.parent.name
-        mask, reply = task({"image": str(image), "device": "cpu", "force": bool(more)})
-        json.dumps(reply, allow_nan=False)
-        assert_same(reply, Path(mask), expected)
-        Path(mask).unlink()
+
+
+@in_monai_label
+@pytest.mark.parametrize("name", ["phantom", "real"])
+def test_bundle_predict_and_label_agree(
+    name: str, task: Any, studies: Path, bundle: Path, run_bundle: Callable, tmp_path: Path
+) -> None:
+    if name == "real" and not REAL.is_file():
+        pytest.skip(f"no real scan at {REAL}")
+    ct = REAL if name == "real" else sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))[0]
+    forced = name == "real"  # there is no head in view
+    folder = tmp_path / "study" / ct.parent.name  # out of reach of any table
+    folder.mkdir(parents=True)
+    for kind in ("CT", "PT"):
+        shutil.copy(ct.with_name(f"{ct.parent.name}__{kind}.nii.gz"), folder)
+    row = {"PatientID": ct.parent.name, "Age": "61", "Gender": "0", "M-stage": "M1"}
+    (folder.parent / "hecktor.csv").write_text("\n".join([",".join(row), ",".join(row.values())]))
+    expected = predict(run_bundle, bundle, folder.parent, tmp_path / "a", "--force", str(forced)) / ct.parent.name
+
+    typed = [f"--{kind}={folder / ct.parent.name}__{file}.nii.gz" for kind, file in (("ct", "CT"), ("pet", "PT"))]
+    typed += [f"--patient_id={ct.parent.name}", "--age=61", "--gender=female", "--m_stage=M1", f"--force={forced}"]
+    command = [MAIN_PYTHON, str(ROOT / "scripts" / "predict.py"), str(tmp_path / "b"), *typed, "--report=False"]
+    done = subprocess.run(
+        [*command, f"--ckpt_dir={bundle / 'models'}", "--device=cpu"],
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "b" / ct.parent.name / "prediction.json").read_text())
+    assert_same(told, next((tmp_path / "b" / ct.parent.name).glob("*__tumour.nii.gz")), expected)
+
+    (folder.parent / "hecktor.csv").unlink()
+    request = {"image": str(folder / ct.name), "device": "cpu", "force": forced, "age": 61, "gender": "female"}
+    mask, reply = task({**request, "M-stage": "M1"})
+    json.dumps(reply, allow_nan=False)
+    assert_same(reply, Path(mask), expected)
+    Path(mask).unlink()
 
 
 def draw_mask(ct: Path, path: Path) -> Path:
@@ -493,11 +558,15 @@ def test_a_server_answers_and_trains(
     for image, params, message in (
         ("LONE-001__CT", {}, "LONE-001__PT.nii.gz"),
         ("NO-ONE", {}, "the server has no such CT"),
+        ("LOST-001__CT", {}, "LOST-001__CT.nii.gz: not a complete gzip file"),
         (ids[0], {"age": "old"}, "'old' is no value of age"),
+        (ids[0], {"force": "maybe"}, "force is true or false"),
     ):
         refused = infer(image, "json", **params)
         assert refused.status_code == 400
         assert message in refused.json()["detail"]
+    named = infer("LONE-001__CT", "json", pet=str(cts[0]).replace("__CT", "__PT"))
+    assert (named.status_code, named.json()["patient_id"]) == (200, "LONE-001")
 
     # one epoch on edited masks
     for ct, image in zip(cts, ids, strict=True):

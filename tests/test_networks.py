@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_residual_convolutions_a_level():
     ]  # fmt: skip
     for level in (*net.encoder.levels, *net.decoder.levels):
         kinds = [type(block.shortcut).__name__ for block in level]
-        assert kinds == ["Conv3d"] + ["Identity"] * (len(level) - 1)
+        assert kinds == ["SafeConv3d"] + ["Identity"] * (len(level) - 1)
 
 
 def test_dense_stages():
@@ -400,3 +401,38 @@ def test_arguments_refused(arguments, message):
 def test_no_probability_without_segmentation(image):
     with pytest.raises(RuntimeError, match="built without the 'seg' task"):
         MultitaskNet(tasks=("surv",)).tumour_probability(image)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_checkpointing_trains_the_same_network(amp: bool) -> None:
+    torch.manual_seed(0)
+    plain = MultitaskNet(dropout=0.0, dense_dropout=0.0).train()
+    frugal = MultitaskNet(dropout=0.0, dense_dropout=0.0, checkpointing=True).train()
+    frugal.load_state_dict(plain.state_dict())
+    image = torch.rand(2, 2, 32, 32, 32)
+    losses = []
+    for net in (plain, frugal):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            outputs = net(image)
+        losses.append(sum(value.float().square().mean() for name, value in outputs.items() if name != "features"))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(dict(frugal.named_buffers()), dict(plain.named_buffers()))
+    for (name, one), other in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=name)
+
+
+def test_checkpointing_keeps_fewer_maps() -> None:
+    kept = {}
+    for checkpointing in (False, True):
+        net, sizes = MultitaskNet(checkpointing=checkpointing).train(), []
+        pack = partial(_note_size, sizes)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            net(torch.rand(2, 2, 32, 32, 32))
+        kept[checkpointing] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def _note_size(sizes: list[int], x: torch.Tensor) -> torch.Tensor:
+    sizes.append(x.numel())
+    return x

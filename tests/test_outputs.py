@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,26 +124,33 @@ def test_what_a_model_does_not_give_is_left_out(tmp_path: Path) -> None:
 def test_products_are_named_in_the_prediction(tmp_path: Path) -> None:
     seen = []
 
-    def product(of: dict, given: dict, folder: Path) -> dict[str, str]:
+    def product(of: dict, given: dict, folder: Path) -> Iterator[tuple[str, str]]:
         assert (folder / given[K.PREDICTION]["files"]["mask"]).is_file()
         assert not (folder / "prediction.json").exists()
         seen.append(of[K.PATIENT_ID])
-        return {"report": "report.html"}
+        yield "report", "report.html"
 
-    written = PredictionWriter(str(tmp_path), [case()], [product]).write_patient(result())
+    written = PredictionWriter(str(tmp_path), [case()], {"report": product}).write_patient(result())
     assert written["files"]["report"] == "report.html"
     assert seen == ["CHUM-001"]
 
 
-def test_a_product_that_fails_leaves_no_prediction(tmp_path: Path) -> None:
-    def product(*_: object) -> dict[str, str]:
-        raise ValueError("no room for the report")
+def test_a_product_that_fails_is_named_and_costs_nothing_else(tmp_path: Path, caplog) -> None:
+    def halfway(*_: object) -> Iterator[tuple[str, str]]:
+        yield "dicom_seg", "tumour_seg.dcm"
+        raise ValueError("no room\nleft")
 
-    writer = PredictionWriter(str(tmp_path), [case()], [product])
-    with pytest.raises(ValueError, match="no room"):
-        writer.write_patient(result())
-    assert not (tmp_path / "CHUM-001" / "prediction.json").exists()
-    assert not writer.rows
+    def report(*_: object) -> Iterator[tuple[str, str]]:
+        yield "report", "report.html"
+
+    writer = PredictionWriter(str(tmp_path), [case()], {"DICOM objects": halfway, "report": report})
+    written = writer.write_patient(result())
+    assert written == json.loads((tmp_path / "CHUM-001" / "prediction.json").read_text())
+    assert {"dicom_seg", "report", "mask"} == set(written["files"])
+    row = writer.rows["CHUM-001"]
+    assert (row["status"], row["reason"]) == ("incomplete", "no DICOM objects: no room left")
+    assert row["log_hazard"] != "" and writer.failures == {"CHUM-001": "no DICOM objects: no room left"}
+    assert "CHUM-001: predicted, but no DICOM objects: no room left" in caplog.text
 
 
 def test_numbers_that_json_does_not_know_are_an_error(tmp_path: Path) -> None:

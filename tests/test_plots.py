@@ -146,18 +146,15 @@ def test_a_plot_is_written_with_its_data(tmp_path: Path) -> None:
         save_plot(tmp_path / "b.png", dice_figure({}), {"all": [math.nan]})
 
 
-def test_the_curve_of_a_patient_shows_the_years_that_are_given_and_the_training_groups() -> None:
+def test_the_curve_of_a_patient_shows_the_years_that_are_given() -> None:
     survival = {
         "curve": {"days": [0, 400, 900], "survival": [1, 0.9, 0.8], "low": [1, 0.8, 0.7], "high": [1, 0.95, 0.9]},
         "recurrence_free_survival": [{"years": 1, "survival": 1.0}, {"years": 2, "survival": 0.9}],
         "risk_group": "high",
-        "training_curves": {"curves": [{"group": "low", "days": [0, 500], "survival": [1, 0.95]}]},
     }
     panel = Figure().subplots()
     draw_patient_curve(panel, survival)
-    training, curve, *points = panel.get_lines()
-    assert training.get_ydata().tolist() == [1, 0.95]
+    curve, *points = panel.get_lines()
     assert curve.get_ydata().tolist() == [1, 0.9, 0.8]
     assert curve.get_color() == GROUP_COLOURS["high"]
     assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [(1, 1.0), (2, 0.9)]
-    assert [text.get_text() for text in panel.texts] == ["low"]

@@ -271,6 +271,39 @@ def test_a_pet_in_becquerel_is_rejected_and_can_be_forced(patients, options, tmp
     assert "forced" in capsys.readouterr().out
 
 
+def test_a_damaged_dicom_file_fails_its_patient_only(patients, options, tmp_path):
+    damaged = dicom_of(patients, tmp_path / "in" / "a", "CHUM-001", 1)
+    dicom_of(patients, tmp_path / "in" / "b", "CHUM-002", 2)
+    path = sorted((damaged / "CT").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:700])
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert f"damaged: {path.name}: not a complete DICOM file" in rows["CHUM-001"]["reason"]
+    assert rows["CHUM-002"]["status"] == "ok"
+
+
+def test_a_value_that_is_no_number_is_told_by_quality_control(patients, options, tmp_path):
+    folder = shutil.copytree(patients / "CHUM-001", tmp_path / "in" / "CHUM-001")
+    path = scans(folder.parent)[1]
+    image = nibabel.load(path)
+    values = np.asarray(image.dataobj, dtype=np.float32)
+    values[0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    assert "CHUM-001: rejected by quality control: pet_not_finite" in rows_of(tmp_path / "out")["CHUM-001"]["reason"]
+
+
+def test_many_patients_without_scans_are_told_in_one_line(patients, options, tmp_path, capsys):
+    cohort = shutil.copytree(patients, tmp_path / "in")
+    table = "".join(f"X-{k:02d},61\n" for k in range(12))
+    (cohort / "clinical.csv").write_text(f"PatientID,Age\nCHUM-001,61\nCHUM-002,62\n{table}")
+    run(cohort, tmp_path / "out", code=1, **options)
+    assert len(rows_of(tmp_path / "out")) == 14
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["patient", "CHUM-001", "CHUM-002"]
+    assert lines[3].startswith("X-00, X-01, X-02, X-03, X-04 and 7 more: failed: no CT and no PET found in")
+
+
 def test_a_pet_without_dose_fails_its_patient_only(patients, options, tmp_path):
     dicom_of(patients, tmp_path / "in" / "a", "CHUM-001", 1, pet={"PatientWeight": None})
     dicom_of(patients, tmp_path / "in" / "b", "CHUM-002", 2)
@@ -355,10 +388,38 @@ def test_what_is_done_is_done_again_when_something_changed(patients, reference, 
     assert done() == "2 of 2 patients are done already"
     (tmp_path / "c.csv").write_text("PatientID,Age\nCHUM-001,61\nCHUM-002,\n")
     assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
+    assert done(clinical=str(tmp_path / "c.csv")) == "2 of 2 patients are done already"
     (output / "CHUM-002" / "CHUM-002__tumour.nii.gz").unlink()
     assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
     other = write_model(tmp_path / "other", seed=1)
     assert done(ckpt_dir=str(other), clinical=str(tmp_path / "c.csv")) == "0 of 2 patients are done already"
+
+
+def test_an_exchanged_scan_is_noticed_and_leaves_nothing_of_the_old_one(patients, reference, model, tmp_path, caplog):
+    cohort = shutil.copytree(patients, tmp_path / "in")
+    output, options = tmp_path / "out", {"ckpt_dir": str(model), "device": "cpu", "report": False, "resume": True}
+    run(cohort, output, **options)
+    pet = scans(cohort, "CHUM-002")[1]
+    pet.write_bytes(b"another scan")
+    with caplog.at_level(logging.INFO):
+        run(cohort, output, code=1, **options)
+    assert "1 of 2 patients are done already" in caplog.messages
+    assert {patient: row["status"] for patient, row in rows_of(output).items()} == {
+        "CHUM-001": "ok",
+        "CHUM-002": "failed",
+    }
+    assert not list((output / "CHUM-002").iterdir())
+
+
+def test_an_exchanged_dicom_slice_is_noticed(patients, options, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = dicom_of(patients, tmp_path / "in")
+    run(source, tmp_path / "out", **options)
+    run(source, tmp_path / "out", resume=True, **options)
+    os.utime(sorted((source / "PET").iterdir())[5], ns=(1, 1))
+    run(source, tmp_path / "out", resume=True, **options)
+    said = [message for message in caplog.messages if "done already" in message]
+    assert said == ["1 of 1 patients are done already", "0 of 1 patients are done already"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {}}'])
@@ -388,6 +449,16 @@ def test_a_failed_report_keeps_the_prediction_and_is_told(patients, options, tmp
     assert {row["status"] for row in rows.values()} == {"incomplete"}
     assert rows["CHUM-001"]["reason"] == "no report: no ink" and rows["CHUM-001"]["log_hazard"]
     assert "CHUM-002: incomplete: no report: no ink" in capsys.readouterr().out
+
+
+def test_a_failed_structured_report_keeps_the_rest(patients, options, tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **more):
+        raise OSError("no ink")
+
+    monkeypatch.setattr("scripts.dicom_results.write_sr", broken)
+    run(dicom_of(patients, tmp_path / "in"), tmp_path / "out", code=1, **options)
+    assert set(prediction_of(tmp_path / "out")["files"]) == {"mask", "dicom_seg"}
+    assert "CHUM-001: incomplete: no DICOM objects: no ink" in capsys.readouterr().out
 
 
 # --- real data -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from pypdf import PdfReader
 from report_case import prediction, scans, uncalibrated, without_tasks
 
-import scripts.report
 from scripts import keys
 from scripts.explain import Explanation
 from scripts.findings import FORCED, Section, sections_of, warnings_of
@@ -212,34 +210,19 @@ def test_the_writer_is_a_product(tmp_path: Path) -> None:
         keys.PATIENT_ID: "CHUM-001",
         keys.CT: (np.asarray(ct[0]), np.asarray(ct.affine)),
     }  # read again for the report
-    writer = ReportWriter(str(tmp_path), [case])
-    assert writer(case, item, tmp_path / "CHUM-001") == {"report": "report.html", "report_pdf": "report.pdf"}
+    writer = ReportWriter(str(tmp_path))
+    written = dict(writer(case, item, tmp_path / "CHUM-001"))
+    assert written == {"report": "report.html", "report_pdf": "report.pdf"}
     assert "risk group high" in words(tmp_path / "CHUM-001" / "report.html")
-    assert writer.failures == {}
 
 
 def test_the_writer_explains(tmp_path: Path) -> None:
     case = {keys.PATIENT_ID: "CHUM-001"}
-    writer = ReportWriter(str(tmp_path), [case], lambda item: explanation())  # type: ignore[arg-type]
-    files = writer(case, result(prediction()), tmp_path)
+    writer = ReportWriter(str(tmp_path), lambda item: explanation())  # type: ignore[arg-type]
+    files = dict(writer(case, result(prediction()), tmp_path))
     assert files["explanation"] == "explanation.json"
     assert json.loads((tmp_path / "explanation.json").read_text())["image"]["inside"] == pytest.approx(0.5)
     assert "What moved the risk" in words(tmp_path / "report.html")
-
-
-def test_a_report_that_fails_leaves_the_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*arguments: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(scripts.report, "write_report", broken)
-    case = {keys.PATIENT_ID: "CHUM-001"}
-    writer = ReportWriter(str(tmp_path), [case])
-    with caplog.at_level(logging.ERROR):
-        assert writer(case, result(prediction()), tmp_path) == {}
-    assert writer.failures == {"CHUM-001": "no space left on device"}
-    assert "CHUM-001: predicted, but no report: no space left on device" in caplog.text
 
 
 # --- the cohort -------------------------------------------------------------------------------------------------
@@ -257,19 +240,25 @@ def cohort(tmp_path: Path) -> Iterator[Path]:
         (folder / "prediction.json").write_text(json.dumps(said))
         (folder / "report.html").write_text("a report")
     (tmp_path / "C-3" / "report.html").unlink()
-    rows = ["PatientID,status,reason", "A-1,ok,", "B & <b>,ok,", "C-3,incomplete,no row", "D-4,failed,PET is missing"]
+    rows = [
+        "PatientID,status,reason",
+        "A-1,ok,",
+        "B & <b>,ok,",
+        "C-3,incomplete,no row; no report: no space left",
+        "D-4,failed,PET is missing",
+    ]
     (tmp_path / "predictions.csv").write_text("\n".join(rows) + "\n")
     yield tmp_path
 
 
 def test_the_page_of_a_cohort(cohort: Path) -> None:
-    page = write_summary(cohort, {"C-3": "no space left"})
+    page = write_summary(cohort)
     assert page == cohort / "index.html"
     text, source = words(page), page.read_text(encoding="utf-8")
     for said in (
         *("Predictions of 4 patients", NOTICE, "trained on: 300 digital phantoms, not for clinical use"),
         *("4 (2 ok, 1 incomplete, 1 failed)", "2 high", "2 positive, 0 negative, 1 without a class"),
-        *("incomplete: no row", "failed: PET is missing", "C-3 no space left"),
+        *("incomplete: no row; no report: no space left", "failed: PET is missing"),
         *("warn: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
     ):
         assert said in text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader
+from monai.data import DataLoader, MetaTensor, ThreadDataLoader, decollate_batch, list_data_collate
 from monai.transforms import Compose, Lambdad, RandShiftIntensityd, Transform
 
 from scripts import keys
@@ -18,6 +20,7 @@ from scripts.sampling import (
     Draw,
     EventBatchSampler,
     GuardedDataset,
+    collate_one,
     prepare_datasets,
     reason,
     seed_epoch,
@@ -164,6 +167,65 @@ def test_guarded_dataset_turns_failures_into_markers() -> None:
     assert keys.IMAGE in dataset[0]
     assert dataset[1] == {keys.PATIENT_ID: "P-001", ERROR: "P-001__CT.nii.gz cannot be read"}
     assert dataset[2] == {keys.PATIENT_ID: "P-002", ERROR: "no PET found"}
+
+
+def prepared_patient() -> dict:
+    pet = torch.rand(6, 5, 4).permute(2, 1, 0)[None]  # in the order of a file
+    return {
+        keys.PATIENT_ID: "P-1",
+        keys.PET: MetaTensor(pet, affine=torch.diag(torch.tensor([4.0, 4.0, 3.0, 1.0])), meta={"filename_or_obj": "a"}),
+        keys.IMAGE: MetaTensor(torch.rand(2, 3, 3, 3)),
+        keys.CLINICAL: torch.rand(7),
+        keys.STARTED: torch.tensor(1.5),
+        keys.CROP_FLAG: "",
+    }
+
+
+def test_a_batch_of_one_is_as_stacked_and_not_copied() -> None:
+    item = prepared_patient()
+    batch, expected = collate_one([item]), list_data_collate([item])
+    assert batch.keys() == expected.keys()
+    assert batch[keys.PET].data_ptr() == item[keys.PET].data_ptr()
+    for one, other in ((batch, expected), (decollate_batch(batch)[0], decollate_batch(expected)[0])):
+        for key, value in other.items():
+            assert type(one[key]) is type(value)
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(one[key], value)
+            else:
+                assert one[key] == value
+    patient = decollate_batch(batch)[0][keys.PET]
+    torch.testing.assert_close(patient.affine, item[keys.PET].affine)
+    assert patient.meta["filename_or_obj"] == "a"
+
+
+def test_a_failed_case_makes_a_batch() -> None:
+    marker = {keys.PATIENT_ID: "P-1", ERROR: "no PET found"}
+    assert collate_one([marker]) == {keys.PATIENT_ID: ["P-1"], ERROR: ["no PET found"]}
+
+
+class Recorder(Transform):
+    """Notes which case is prepared, and by which thread."""
+
+    def __init__(self, seen: list) -> None:
+        self.seen = seen
+
+    def __call__(self, data: dict) -> dict:
+        self.seen.append((data[keys.PATIENT_ID], threading.get_ident()))
+        return data
+
+
+def test_the_next_patients_are_prepared_beside_the_network_and_no_more_than_two() -> None:
+    seen: list = []
+    loader = ThreadDataLoader(GuardedDataset(cases(0, 8), Recorder(seen)), batch_size=1, collate_fn=collate_one)
+    order = []
+    for batch in loader:
+        deadline = time.monotonic() + 5
+        while len(seen) < min(8, len(order) + 2) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the network's work
+        assert len(order) + 2 <= len(seen) <= len(order) + 3 or len(seen) == 8  # so memory is that of three patients
+        order += batch[keys.PATIENT_ID]
+    assert order == [f"P-{i:03d}" for i in range(8)]
+    assert {thread for _, thread in seen}.isdisjoint({threading.get_ident()})
 
 
 def test_reason_is_the_innermost_cause() -> None:

@@ -91,7 +91,8 @@ class CoarsePass:
             anchor: the anatomy, which says where to look; None for the whole scan.
 
         Raises:
-            NoCoarsePass: without weights, without the segmentation task, or where CT and PET do not overlap.
+            NoCoarsePass: without weights, without the segmentation task, where CT and PET do not overlap, or with
+                values that are not finite.
         """
         if anchor is not None and self.when == IN_DOUBT and not anchor.doubtful:
             return None
@@ -158,6 +159,8 @@ def see_tumour(
     look = look.crop([slice(0, max(n, w)) for n, w in zip(look.shape, window, strict=True)])
     suv = np.minimum(resample(pet, pet_grid, look, fill=PET_FILL), HIGHEST_SUV)
     image = torch.from_numpy(np.stack([resample(ct, ct_grid, look, fill=CT_FILL), suv]))
+    if not bool(torch.isfinite(image).all()):  # quality control will say so, and of which patient
+        raise NoCoarsePass("CT or PET holds values that are not finite numbers")
     scale = ScaleIntensityPETCTd(settings["ct_window"], settings["pet_window"])
 
     def predict(windows: Tensor) -> Tensor:

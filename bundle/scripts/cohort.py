@@ -585,7 +585,7 @@ def make_case(scans: Scans | None, record: Record | None, features: Sequence[str
         keys.EVENT: bool(survival_known and values["relapse"] == 1.0),
         keys.SURV_KNOWN: survival_known,
         keys.SEG_KNOWN: files["mask"] is not None,
-        keys.FINGERPRINT: _fingerprint(files.values()),
+        keys.FINGERPRINT: files_fingerprint(files.values()),
     }
 
 
@@ -593,7 +593,7 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _fingerprint(paths: Iterable[Path | None]) -> str:
+def files_fingerprint(paths: Iterable[Path | None]) -> str:
     """Sizes and times of the files as a short text: a cache keyed by the case notices changed files."""
     files = [path if path and path.is_file() else None for path in paths]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if path else None for path in files]
@@ -887,7 +887,9 @@ def inference_cases(
     rows_only = set(tables.records) - set(scans)
     root = Path(dataset_dir).expanduser().resolve()
     if not all(root in path.resolve().parents for path in tables.files):
-        logger.info("%d patients of the tables have no scans in %s", len(rows_only), dataset_dir)
+        if rows_only:
+            listed = _some(sorted(rows_only))
+            logger.info("%d patients of the tables have no scans in %s: %s", len(rows_only), dataset_dir, listed)
         rows_only = set()
     left_alone = masks_only - set(tables.records)
     if left_alone:

@@ -11,19 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scripts.clinical import ClinicalValueError, parse_value
-from scripts.dicom import (
-    Choice,
-    DicomError,
-    Series,
-    SeriesList,
-    Study,
-    choose_pet_ct,
-    find_series,
-    find_studies,
-    read_headers,
-    read_series,
-    suv_factor,
-)
+from scripts.dicom_choice import Choice, Study, choose_pet_ct, find_studies
+from scripts.dicom_series import Series, SeriesList, find_series, read_headers, read_series
+from scripts.dicom_suv import suv_factor
+from scripts.dicom_tags import DicomError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -41,16 +32,16 @@ class DicomScan:
     """A series that is read when it is needed, so that a cohort of them takes no memory.
 
     Args:
-        series: a CT or a PET, from :func:`scripts.dicom.find_series`.
+        series: a CT or a PET, from :func:`scripts.dicom_series.find_series`.
     """
 
     series: Series
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom.read_series` gives it.
+        """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom_series.read_series` gives it.
 
         Raises:
-            scripts.dicom.DicomError: when the slices form no volume, or a PET's headers do not give SUV.
+            scripts.dicom_tags.DicomError: when the slices form no volume, or a PET's headers do not give SUV.
         """
         factor = suv_factor(read_headers(self.series)) if self.series.modality == "PT" else 1.0
         array, affine = read_series(self.series)
@@ -88,7 +79,7 @@ def find_examinations(folder: str | PathLike[str]) -> list[Examination]:
         folder: where to look.
 
     Raises:
-        scripts.dicom.DicomError: no DICOM in it, or a file of it is damaged.
+        scripts.dicom_tags.DicomError: no DICOM in it.
     """
     patients: dict[str, list[Study]] = {}
     for study in find_studies(folder):
@@ -110,7 +101,7 @@ def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Exami
     """The PET/CT whose CT lies in one folder and whose PET lies in another (or in the same one).
 
     Raises:
-        scripts.dicom.DicomError: a folder holds no DICOM, or a file of it is damaged.
+        scripts.dicom_tags.DicomError: a folder holds no DICOM.
     """
     series = {(each.uid, each.part): each for folder in (ct, pet) for each in find_series(folder)}
     if not series:
@@ -134,7 +125,7 @@ def _chosen(patient: str, series: Sequence[Series], ignored: int) -> Examination
     try:
         return Examination(patient, choose_pet_ct(SeriesList(series, ignored)))
     except DicomError as error:
-        return Examination(patient, None, str(error))
+        return Examination(patient, None, "; ".join(str(error).splitlines()))
 
 
 def _date(study: Study) -> tuple[str, str]:

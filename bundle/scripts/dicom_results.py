@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from scripts import keys
-from scripts.dicom import Choice, Findings, Model, write_seg, write_sr
+from scripts.dicom_choice import Choice
+from scripts.dicom_seg import Model, write_seg
+from scripts.dicom_sr import Findings, write_sr
 from scripts.prediction import METADATA
 
 SEG_FILE, SR_FILE = "tumour_seg.dcm", "report_sr.dcm"
-FORCED_SEG = "Tumour, automatic; FORCED although quality control rejected it"  # of at most 64 letters
+FORCED_SEG = "Tumour, research use only; FORCED in spite of quality control"  # of at most 64 letters
 
 
-def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
     """Write SEG and SR of a case that was given as DICOM; a product of :class:`scripts.outputs.PredictionWriter`.
 
     Args:
@@ -26,23 +28,23 @@ def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], fold
         result: ``prediction``, and ``pred`` where the model segments.
         folder: receives ``tumour_seg.dcm`` and ``report_sr.dcm``.
 
-    Returns:
-        Name to file, for ``files`` of the prediction.
+    Yields:
+        Name and file of each, for ``files`` of the prediction.
 
     Raises:
-        scripts.dicom.DicomError: where the source series can no longer be read.
+        scripts.dicom_tags.DicomError: where the source series can no longer be read.
     """
     choice: Choice | None = case.get(keys.DICOM)
     if choice is None:
-        return {}
+        return
     prediction = result[keys.PREDICTION]
-    model, files, seg = dicom_model(prediction), {}, None
+    model, seg = dicom_model(prediction), None
     folder.mkdir(parents=True, exist_ok=True)
     if result.get(keys.PRED) is not None:
         mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
         title: dict[str, Any] = {"description": FORCED_SEG} if prediction["quality"]["forced"] else {}
         seg = write_seg(folder / SEG_FILE, mask, choice.ct, model=model, **title)
-        files["dicom_seg"] = SEG_FILE
+        yield "dicom_seg", SEG_FILE
     write_sr(
         folder / SR_FILE,
         findings(prediction),
@@ -52,14 +54,14 @@ def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], fold
         seg=seg,
         notes=notes(prediction),
     )
-    return {**files, "dicom_sr": SR_FILE}
+    yield "dicom_sr", SR_FILE
 
 
 def dicom_model(prediction: Mapping[str, Any]) -> Model:
     """What made the prediction, as DICOM names it."""
     model = prediction["model"]
     authors = json.loads(METADATA.read_text(encoding="utf-8"))["authors"]
-    return Model(model["name"], model["version"], authors, model["sha256"])
+    return Model(model["name"], model["version"], authors, model["sha256"], model["trained_on"])
 
 
 def findings(prediction: Mapping[str, Any]) -> Findings:
@@ -76,11 +78,11 @@ def findings(prediction: Mapping[str, Any]) -> Findings:
 
 
 def notes(prediction: Mapping[str, Any]) -> list[str]:
-    """What a reader of the numbers must know: training, quality, what was missing; nothing that identifies anyone."""
+    """What a reader of the numbers must know: quality, what was missing; nothing that identifies anyone."""
     survival, hpv = (prediction[part] or {} for part in ("survival", "hpv"))
-    said = [f"The model was trained on: {prediction['model']['trained_on']}"]
+    said = []
     if prediction["quality"]["forced"]:
-        said.append("Quality control rejected these scans; the prediction was forced")
+        said.append("FORCED: quality control rejected these scans, and they were predicted in spite of it")
     said += [
         f"Quality {check['verdict']}: {check['name']}: {check['message']}"
         for check in prediction["quality"]["checks"]

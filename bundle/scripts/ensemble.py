@@ -31,7 +31,7 @@ from scripts.keys import (
     SEG_LOGITS,
     SEG_PROB,
 )
-from scripts.networks import MultitaskNet
+from scripts.networks import MultitaskNet, fold_norms
 
 __all__ = [
     "CheckpointError",
@@ -176,6 +176,11 @@ class FoldEnsemble(nn.Module):
         if differences:
             raise SettingsMismatch("the weights do not belong to this configuration: " + "; ".join(differences))
         self.provenance = copy.deepcopy(dict(state.get(PROVENANCE, {})))
+
+    def fold_norms(self) -> None:
+        """Fold the batch norms of every fold (:func:`scripts.networks.fold_norms`), for inference alone."""
+        for fold in self.folds:
+            fold_norms(fold)
 
     def resize(self, folds: int) -> None:
         """Make the ensemble hold so many members: copies of the first are added, or the last ones dropped.

@@ -20,6 +20,7 @@ CROPS = {
     "ct_body_top": "below the top of the body as the CT shows it",
     "scan_centre": "middle of the scan",
 }
+NETWORK = "+network"  # behind a rule's name: the network itself moved the box
 VERDICTS = {"ok": "all checks passed", "warn": "WARNINGS", "reject": "REJECTED"}
 NOT_CAUSES = (
     "What moved the computed risk of this model: no statement about causes, nor about what a treatment would change."
@@ -194,6 +195,9 @@ def model_section(prediction: Mapping[str, Any]) -> Section:
     model, crop = prediction["model"], prediction.get("crop") or {}
     section = Section("How it was made")
     folds, method = model.get("folds"), crop.get("method") or ""
+    rule = method.removesuffix(NETWORK)
+    placed = CROPS.get(rule, _words(rule) or NOT_AVAILABLE)
+    placed += ", then centred on what a coarse look of the network took for tumour" if rule != method else ""
     seconds = (prediction.get("seconds") or {}).get("total")
     section.rows += [
         (
@@ -202,7 +206,7 @@ def model_section(prediction: Mapping[str, Any]) -> Section:
         ),
         ("trained on", model.get("trained_on") or "not recorded"),
         ("SHA-256", model.get("sha256") or NOT_AVAILABLE),
-        ("network's box", _box(CROPS.get(method, _words(method) or NOT_AVAILABLE), crop)),
+        ("network's box", _box(placed, crop)),
         (
             "made",
             f"{prediction.get('created') or 'time not recorded'}{'' if seconds is None else f', in {seconds:.1f} s'}",

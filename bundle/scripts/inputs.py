@@ -16,7 +16,6 @@ from typing import Any
 from scripts import cohort, keys
 from scripts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
 from scripts.cohort import Case, CohortError, Scans, patient_key
-from scripts.dicom import DicomError
 from scripts.dicom_cases import (
     HEADER,
     UNNAMED,
@@ -26,6 +25,7 @@ from scripts.dicom_cases import (
     find_examinations,
     pair_examination,
 )
+from scripts.dicom_tags import DicomError
 from scripts.images import image_suffix
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ def find_cases(
 
     Raises:
         CohortError: there is nothing to predict, or a table cannot be read at all.
-        scripts.dicom.DicomError: a DICOM file is damaged.
     """
     cases = _find_cases(Path(source).expanduser(), features, clinical)
     twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
@@ -128,7 +127,7 @@ def pair_case(
 
     Raises:
         CohortError: a path is not there, or one is a folder and the other a file.
-        scripts.dicom.DicomError: a folder holds no DICOM, or a file of it is damaged.
+        scripts.dicom_tags.DicomError: a folder holds no DICOM.
     """
     paths = {"CT": Path(ct).expanduser(), "PET": Path(pet).expanduser()}
     for name, path in paths.items():
@@ -218,6 +217,7 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
         return
     case[keys.CT], case[keys.PET] = DicomScan(examination.choice.ct), DicomScan(examination.choice.pet)
     case[keys.DICOM] = examination.choice
+    case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
     for line in examination.choice.describe().splitlines():
         logger.info("%s: %s", case[keys.PATIENT_ID], line)
     for name, value in clinical_values(examination.choice, features).items():

@@ -11,7 +11,7 @@ PATIENT_ID = "patient_id"  # str
 CENTRE = "centre"  # str, e.g. "CHUM"
 FINGERPRINT = "fingerprint"  # str, size and time of the case's files: tells a cache when they changed
 PROBLEM = "problem"  # str, "" or why the case cannot be predicted; only in lists made for inference
-DICOM = "dicom"  # scripts.dicom.Choice, the series of a case that was given as DICOM; only in lists made for inference
+DICOM = "dicom"  # scripts.dicom_choice.Choice, the series of a case given as DICOM; only in lists made for inference
 
 # --- scans as found (paths), then as loaded (MetaTensor, channel first) ----------------------------------
 CT = "ct"  # HU

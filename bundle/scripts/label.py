@@ -67,21 +67,21 @@ class TakeRequestd(MapTransform):
 
     Args:
         features: names of the clinical values, in the network's order.
-        keys: the scans that a case has; with none of them in the data, it is a request.
+        keys: what only a request has at this place of the chain: ``image``.
 
     Raises:
         scripts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says what to do.
         scripts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
 
-    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = (K.CT, K.PET)) -> None:
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.IMAGE) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.features = tuple(features)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Make the case."""
         d = dict(data)
-        if any(key in d for key in self.keys):
+        if not any(key in d for key in self.keys):
             return d
         request = {str(name): value for name, value in d.items()}
         made: dict[Hashable, Any] = {K.REQUEST: request}
@@ -106,7 +106,11 @@ class KeepRequestd(ToNetworkItemd):
 
 
 class ServedInferer(EnsembleInferer):
-    """:class:`scripts.engine.EnsembleInferer` that finds clinical values in the image's metadata when it gets none."""
+    """:class:`scripts.engine.EnsembleInferer` for every runtime, so that all of them answer the same to the last digit.
+
+    It finds clinical values in the image's metadata when it gets none, and folds batch norms as
+    :func:`scripts.engine.speed_up` does.
+    """
 
     def __call__(
         self, inputs: torch.Tensor, network: Any, clinical: torch.Tensor | None = None
@@ -116,6 +120,8 @@ class ServedInferer(EnsembleInferer):
             if clinical is None and K.CLINICAL in inputs.meta:
                 clinical = inputs.meta[K.CLINICAL].reshape(len(inputs), -1).to(inputs.device)
             inputs = inputs.as_tensor()
+        if not network.training:  # servers do not run the config's own start, where this is done
+            network.fold_norms()
         return super().__call__(inputs, network, clinical)
 
 
@@ -133,7 +139,8 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
         scripts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     if not request.get(K.IMAGE) or not Path(request[K.IMAGE]).exists():
-        raise CohortError(f"image {request.get(K.IMAGE) or ''!r}: the server has no such CT")
+        name = f"image {request[K.IMAGE]!r}" if request.get(K.IMAGE) else "image"  # MONAI Label empties an unknown id
+        raise CohortError(f"{name}: the server has no such CT; GET /datastore/?output=all lists its CTs")
     ct = Path(request[K.IMAGE])
     pet = ct.parent / str(request["pet"]) if request.get("pet") else None
     if pet is not None and not pet.exists():

@@ -15,11 +15,15 @@ Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV C
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASKS
 
@@ -41,10 +45,13 @@ MASK_GRADIENTS = ("stop", "flow")
 
 
 class SafeConv3d(nn.Conv3d):
-    """A convolution that is right for maps of depth 2 in training under CPU autocast, too.
+    """A convolution that keeps clear of two faults of torch 2.13 on CPU.
 
-    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16, torch 2.13) leaves the gradient of a 3x3x3 weight unwritten there:
-    it is whatever the memory held. Such maps are tiny, so they are computed in the weight's own precision instead.
+    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16) leaves the gradient of a 3x3x3 weight unwritten on maps of depth 2:
+    it is whatever the memory held. Such maps are tiny, so in training they are computed in the weight's own precision.
+
+    At inference in float32, torch gives a single small map (and on one thread every 1x1x1 kernel) to a kernel of its
+    own that takes several times as long as oneDNN's; here all of them go to oneDNN.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +59,20 @@ class SafeConv3d(nn.Conv3d):
         if self.training and x.shape[2] == 2 and x.device.type == "cpu":
             with torch.autocast("cpu", enabled=False):
                 return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
+        if not torch.jit.is_scripting():  # TorchScript leaves this branch out
+            alone = onednn_alone(x)
+            if alone:
+                layout = (self.stride, self.dilation, self.groups)
+                return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, *layout)  # type: ignore[arg-type]
         return self._conv_forward(x, self.weight, self.bias)
+
+
+def onednn_alone(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` may call oneDNN itself: eager float32 on CPU, without a gradient."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    eager = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return eager and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 class ResidualConv(nn.Module):
@@ -69,20 +89,65 @@ class ResidualConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bn_momentum: float = 0.1, bn_eps: float = 1e-5) -> None:
         super().__init__()
-        self.conv = SafeConv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.BatchNorm3d(out_channels, eps=bn_eps, momentum=bn_momentum)
+        self.conv: nn.Module = SafeConv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm: nn.Module = nn.BatchNorm3d(out_channels, eps=bn_eps, momentum=bn_momentum)
         same = in_channels == out_channels
-        self.shortcut: nn.Module = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.shortcut: nn.Module = nn.Identity() if same else SafeConv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, r, r, r) -> (B, C_out, r, r, r)."""
-        return functional.relu(self.norm(self.conv(x))) + self.shortcut(x)
+        y = functional.relu(self.norm(self.conv(x)), inplace=True)
+        # maps at full resolution cost memory traffic more than arithmetic; autograd still needs the sum's operands
+        return y + self.shortcut(x) if torch.is_grad_enabled() else y.add_(self.shortcut(x))
 
 
-def residual_level(in_channels: int, channels: int, convolutions: int, bn: tuple[float, float]) -> nn.Sequential:
-    """One level of the U-Net: ``convolutions`` residual convolutions, the first from ``in_channels``."""
-    inputs = [in_channels] + [channels] * (convolutions - 1)
-    return nn.Sequential(*(ResidualConv(c, channels, *bn) for c in inputs))
+class ResidualLevel(nn.Sequential):
+    """One level of the U-Net: ``convolutions`` residual convolutions, the first from ``in_channels``.
+
+    Attributes:
+        checkpointing: keep none of its maps for the backward pass, which computes them again: less memory, more time.
+    """
+
+    def __init__(self, in_channels: int, channels: int, convolutions: int, bn: tuple[float, float]) -> None:
+        inputs = [in_channels] + [channels] * (convolutions - 1)
+        super().__init__(*(ResidualConv(c, channels, *bn) for c in inputs))
+        self.checkpointing = False
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, C_in, r, r, r) -> (B, C, r, r, r); with ``skip`` (B, C, r, r, r) x comes from below at half the size."""
+        if not torch.jit.is_scripting():
+            frugal = self.checkpointing and torch.is_grad_enabled()
+            if frugal:
+                at_rest = partial(norms_seen_once, self)
+                return checkpoint(self.convolve, x, skip, use_reentrant=False, context_fn=at_rest)
+        return self.convolve(x, skip)
+
+    def convolve(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """:meth:`forward` itself."""
+        if skip is not None:
+            x = torch.cat([functional.interpolate(x, scale_factor=2.0, mode="nearest"), skip], dim=1)
+        for block in self:
+            x = block(x)
+        return x
+
+
+def norms_seen_once(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a forward pass and of its repetition, in which running statistics stay as they are."""
+    return nullcontext(), norms_at_rest(module)
+
+
+@contextmanager
+def norms_at_rest(module: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode normalise as ever, and learn nothing of the batch."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class Encoder(nn.Module):
@@ -92,7 +157,7 @@ class Encoder(nn.Module):
         super().__init__()
         inputs = (in_channels, *LEVEL_CHANNELS[:-1])
         self.levels = nn.ModuleList(
-            residual_level(c_in, c, n, bn)
+            ResidualLevel(c_in, c, n, bn)
             for c_in, c, n in zip(inputs, LEVEL_CHANNELS, ENCODER_CONVOLUTIONS, strict=True)
         )
 
@@ -113,19 +178,18 @@ class Decoder(nn.Module):
     def __init__(self, bn: tuple[float, float]) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            residual_level(below + c, c, n, bn)
+            ResidualLevel(below + c, c, n, bn)
             for below, c, n in reversed(
                 list(zip(LEVEL_CHANNELS[1:], LEVEL_CHANNELS[:-1], DECODER_CONVOLUTIONS, strict=True))
             )
         )
-        self.logits = nn.Conv3d(LEVEL_CHANNELS[0], 1, kernel_size=1)
+        self.logits = SafeConv3d(LEVEL_CHANNELS[0], 1, kernel_size=1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """The encoder's five feature maps -> tumour logits (B, 1, R, R, R)."""
         x = features[-1]
         for k, level in enumerate(self.levels):
-            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = level(torch.cat([x, features[-2 - k]], dim=1))
+            x = level(x, features[-2 - k])
         return self.logits(x)
 
 
@@ -138,7 +202,7 @@ class LevelSummaries(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(
             nn.Sequential(
-                nn.Conv3d(c, s, kernel_size=1, bias=False), nn.BatchNorm3d(s, momentum=bn[0], eps=bn[1]), nn.ReLU()
+                SafeConv3d(c, s, kernel_size=1, bias=False), nn.BatchNorm3d(s, momentum=bn[0], eps=bn[1]), nn.ReLU()
             )
             for c, s in zip(LEVEL_CHANNELS, SUMMARY_CHANNELS, strict=True)
         )
@@ -220,7 +284,7 @@ class HPVBranch(nn.Module):
 
     def __init__(self, in_channels: int, z2: bool, dropout: float, bn: tuple[float, float]) -> None:
         super().__init__()
-        self.stem = nn.Conv3d(in_channels, STEM_CHANNELS, kernel_size=3, stride=2, padding=1, bias=False)
+        self.stem = SafeConv3d(in_channels, STEM_CHANNELS, kernel_size=3, stride=2, padding=1, bias=False)
         inputs = (STEM_CHANNELS, *TRANSITION_CHANNELS[:-1])
         self.stages = nn.ModuleList(
             DenseStage(c_in, n, c, z2 or c == TRANSITION_CHANNELS[-1], dropout, bn)
@@ -319,6 +383,8 @@ class MultitaskNet(nn.Module):
         dropout: dropout of the survival branch.
         dense_dropout: dropout of the HPV branch's dense layers.
         seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
+        checkpointing: train in less memory, and more time, with the same result: encoder and decoder keep none of
+            their inner maps for the backward pass, which computes them again.
 
     Raises:
         ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, or a ``seg_prior`` outside (0, 1).
@@ -349,6 +415,7 @@ class MultitaskNet(nn.Module):
         dropout: float = 0.5,
         dense_dropout: float = 0.05,
         seg_prior: float | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
@@ -364,6 +431,7 @@ class MultitaskNet(nn.Module):
         deep = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
         self.survival = SurvivalBranch(deep, clinical_features, dropout, bn) if surv else None
         self.apply(initialise)
+        set_checkpointing(self, checkpointing)
         if self.decoder is not None and self.decoder.logits.bias is not None and seg_prior is not None:
             nn.init.constant_(self.decoder.logits.bias, prior_logit(seg_prior))
 
@@ -488,6 +556,42 @@ class MultitaskNet(nn.Module):
                 "a batch of one case in training mode: the survival branch normalises over the batch and needs at "
                 "least two (raise batch_size, or drop the last incomplete batch)"
             )
+
+
+def set_checkpointing(network: nn.Module, checkpointing: bool) -> None:
+    """Whether every level of the U-Net trains in less memory and more time (see :class:`ResidualLevel`)."""
+    for module in network.modules():
+        if isinstance(module, ResidualLevel):
+            module.checkpointing = checkpointing
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Fold each batch norm that follows a convolution directly into it, in place, for inference alone.
+
+    Where an activation lies between the two, or a sum, nothing changes. It does no harm to do it again.
+
+    Example:
+        >>> net, image = MultitaskNet().eval(), torch.rand(1, 2, 32, 32, 32)
+        >>> with torch.no_grad():
+        ...     before, _ = net(image), fold_norms(net)
+        ...     torch.allclose(before["log_hazard"], net(image)["log_hazard"], atol=1e-5)
+        True
+    """
+    for module in network.modules():
+        if isinstance(module, ResidualConv):
+            module.conv, module.norm = fuse(module.conv, module.norm)
+        elif isinstance(module, DenseLayer):
+            module.bottleneck[2], module.growth[0] = fuse(module.bottleneck[2], module.growth[0])
+        elif isinstance(module, LevelSummaries):
+            for level in module.levels:
+                level[0], level[1] = fuse(level[0], level[1])  # type: ignore[index,operator]
+
+
+def fuse(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A convolution that does both, and an identity."""
+    if isinstance(norm, nn.Identity):
+        return convolution, norm
+    return fuse_conv_bn_eval(convolution, norm), nn.Identity()  # type: ignore[type-var,arg-type]
 
 
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from monai.engines import IterationEvents, Workflow
 from scripts import keys
 from scripts.files import write_text
 from scripts.images import ITK_SUFFIXES, image_suffix, write_mask
+from scripts.sampling import reason
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +34,40 @@ COLUMNS = (
 )
 NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
 
-Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, str]]
+Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Iterable[tuple[str, str]]]
 
 
 class PredictionWriter:
     """Handler that writes each patient's files and collects ``predictions.csv``, one row for *every* patient.
 
-    A row's status is ``ok``, ``incomplete`` (predicted, but a clinical table was given and lacks the patient) or
-    ``failed`` (no prediction; the reason says why). Rows go to ``predictions.csv.partial`` while the run lasts and
-    take their final name at its end. ``prediction.json`` is written last of a patient's files: where it is, they all
-    are. Of a patient that is done only the row is kept in memory.
+    A row's status is ``ok``, ``incomplete`` (predicted, but a product could not be written, or a clinical table was
+    given and lacks the patient) or ``failed`` (no prediction); the reason says why. Rows go to
+    ``predictions.csv.partial`` while the run lasts and take their final name at its end. ``prediction.json`` is written
+    last of a patient's files: where it is, all that it names are. Of a patient that is done only the row is kept in
+    memory.
 
     Args:
         output_dir: receives ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and
             ``<PatientID>__tumour.nii.gz`` (``.mha`` where the CT came in a format of ITK).
         cases: the datalist, which fixes the order of the rows.
-        products: more to write of each patient: functions of the case, its result (all keys after the post transforms,
-            ``prediction`` among them) and its folder, which give name -> path of the files written, relative to the
-            folder; these are added to ``files`` of the prediction. What fails here fails the patient.
+        products: more to write of each patient, by what it is called: functions of the case, its result (all keys after
+            the post transforms, ``prediction`` among them) and its folder, which give (name, path relative to the
+            folder) of each file as soon as it is written, for ``files`` of the prediction. A product that fails is
+            named in the row and costs neither the prediction nor the other products.
+
+    Attributes:
+        rows: of ``predictions.csv``, by patient.
+        failures: patient to the products that could not be written, and why.
     """
 
     def __init__(
-        self, output_dir: str, cases: Sequence[Mapping[str, Any]], products: Sequence[Product] | None = None
+        self, output_dir: str, cases: Sequence[Mapping[str, Any]], products: Mapping[str, Product] | None = None
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
-        self.products = tuple(products or ())
+        self.products = dict(products or {})
         self.rows: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
 
     def attach(self, engine: Workflow) -> None:
         """Register with a :class:`scripts.engine.PatientEvaluator`."""
@@ -89,9 +97,18 @@ class PredictionWriter:
             files["mask"] = f"{patient}__tumour{mask_suffix(case.get(keys.CT))}"
             mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
             write_mask(folder / files["mask"], mask, np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float))
-        for product in self.products:
-            files.update(product(case, {**result, keys.PREDICTION: {**prediction, "files": files}}, folder))
+        failed = []
+        for name, product in self.products.items():
+            try:
+                for kind, file in product(case, {**result, keys.PREDICTION: {**prediction, "files": files}}, folder):
+                    files[kind] = file
+            except Exception as error:  # whatever it is, what there is stays
+                failed.append(f"no {name}: {reason(error)}")
+                logger.error("%s: predicted, but %s", patient, failed[-1])
+        if failed:
+            self.failures[patient] = "; ".join(failed)
         prediction["files"] = files
+        prediction["fingerprint"] = case.get(keys.FINGERPRINT)
         write_text(folder / "prediction.json", json.dumps(prediction, indent=1, allow_nan=False) + "\n")
         self.rows[patient] = self._predicted(prediction)
         return prediction
@@ -155,9 +172,10 @@ class PredictionWriter:
     def _predicted(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
         """Row of a predicted patient."""
         patient = prediction["patient_id"]
-        lacks_row = self.cases[patient].get(keys.CLINICAL_FOUND) is False
-        status, why = (INCOMPLETE, NO_CLINICAL_ROW) if lacks_row else (OK, "")
-        return {**self._row(patient, status, why), **prediction_row(prediction)}
+        lacking = [self.failures[patient]] if patient in self.failures else []
+        lacking += [NO_CLINICAL_ROW] if self.cases[patient].get(keys.CLINICAL_FOUND) is False else []
+        row = self._row(patient, INCOMPLETE if lacking else OK, "; ".join(lacking))
+        return {**row, **prediction_row(prediction)}
 
     def _row(self, patient: str, status: str, why: str) -> dict[str, Any]:
         return {**dict.fromkeys(COLUMNS, ""), "PatientID": patient, "status": status, "reason": why}

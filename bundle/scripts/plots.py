@@ -261,18 +261,11 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
 
     Args:
         panel: to draw into.
-        survival: the entry ``survival`` of a prediction (see :mod:`scripts.prediction`), with its ``curve`` and, where
-            it has them, ``training_curves``: one entry of ``risk_groups`` of
-            :func:`scripts.survival.survival_metrics`, shown in grey.
+        survival: the entry ``survival`` of a prediction (see :mod:`scripts.prediction`), with its ``curve``.
         size: of the text, in points.
     """
     curve = survival["curve"]
     years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR
-    for training in (survival.get("training_curves") or {}).get("curves", []):
-        days = np.array(training["days"], dtype=float) / DAYS_PER_YEAR
-        panel.plot(days, training["survival"], drawstyle="steps-post", color=GREY, linewidth=0.8)
-        if len(days):
-            panel.annotate(f"{training['group']}", (days[-1], training["survival"][-1]), fontsize=size - 1, color=GREY)
     colour = GROUP_COLOURS.get(survival.get("risk_group") or "", GREY)
     panel.fill_between(
         years, _floats(curve["low"]), _floats(curve["high"]), step="post", color=colour, alpha=0.2, linewidth=0

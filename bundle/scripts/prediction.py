@@ -94,7 +94,8 @@ def weights_sha256(network: torch.nn.Module) -> str:
 class DescribePredictiond(Transform):
     """Say all there is to say of one patient (see the module), after :class:`scripts.measures.MeasureTumourd`.
 
-    Sets ``prediction``, a dictionary that JSON can hold. Batch axes of length one are accepted everywhere.
+    Sets ``prediction``, a dictionary that JSON can hold. ``fingerprint`` (of the scan files) and ``files`` are for the
+    writer of the files to fill. Batch axes of length one are accepted everywhere.
 
     Args:
         model: the model file, or the network itself. The file is read at the first patient.
@@ -144,6 +145,7 @@ class DescribePredictiond(Transform):
             "crop": describe_crop(d),
             "quality": self._quality(d),
             "seconds": {"total": _seconds(d.get(K.STARTED))},
+            "fingerprint": None,
             "files": {"mask": None},
         }
         return d
@@ -221,7 +223,6 @@ def describe_survival(
         "recurrence_free_survival": [],
         "beyond_follow_up": [],
         "curve": None,
-        "training_curves": provenance.get("training_curves"),
         "doubt": "",
         "unavailable": "",
     }

@@ -183,8 +183,8 @@ class QualityError(ValueError):
     def __str__(self) -> str:
         faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
         return (
-            f"patient {self.patient}: rejected by quality control: {faults}. Correct the scans or leave the case out; "
-            "with --force True it is predicted all the same"
+            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, leave the case out, or "
+            "set 'force' to predict it in spite of this"
         )
 
 

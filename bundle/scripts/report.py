@@ -6,8 +6,7 @@ compute nothing anew.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +35,12 @@ from scripts.figures import (
 from scripts.findings import Section, explanation_section, sections_of, warnings_of
 from scripts.pages import Page
 from scripts.plots import draw_patient_curve
-from scripts.sampling import reason
 from scripts.sheet import INK, MARGIN_MM, PALE, WIDTH_MM, Sheet, wrapped
 from scripts.summary import write_summary
 from scripts.transforms import LoadScansd, array_and_grid
 
 if TYPE_CHECKING:
     from scripts.explain import Explanation, RiskExplainer
-
-logger = logging.getLogger(__name__)
 
 REPORT_HTML, REPORT_PDF = "report.html", "report.pdf"
 INNER_MM = WIDTH_MM - 2 * MARGIN_MM
@@ -210,8 +206,7 @@ def _curve_png(prediction: Mapping[str, Any]) -> bytes:
 def _curve_caption(prediction: Mapping[str, Any]) -> str:
     survival = prediction["survival"]
     spread = "; band: spread over the folds" if len(survival.get("log_hazard_folds") or []) > 1 else ""
-    training = "; grey: risk groups of the training cases" if survival.get("training_curves") else ""
-    return f"Predicted recurrence-free survival, risk group {survival.get('risk_group')}{spread}{training}."
+    return f"Predicted recurrence-free survival, risk group {survival.get('risk_group')}{spread}."
 
 
 def _pdf(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> Sheet:
@@ -245,31 +240,22 @@ class ReportWriter:
     """Writes the report of each patient, and at the end the page of the cohort.
 
     It is one of the ``products`` of :class:`scripts.outputs.PredictionWriter`, so that ``prediction.json`` names the
-    files; given to the evaluator as a handler after that writer, too, it writes ``index.html``. A patient whose report
-    fails keeps the prediction: the reason is logged, stands in :attr:`failures` and on the page of the cohort.
+    files; given to the evaluator as a handler after that writer, too, it writes ``index.html``.
 
     Args:
         output_dir: of the cohort.
-        cases: the datalist, whose scans are shown.
         explainer: says what moved the risk, see :class:`scripts.explain.RiskExplainer`; None: nothing is said of it.
-
-    Attributes:
-        failures: patient to why there is no report.
     """
 
-    def __init__(
-        self, output_dir: str, cases: Sequence[Mapping[str, Any]], explainer: RiskExplainer | None = None
-    ) -> None:
+    def __init__(self, output_dir: str, explainer: RiskExplainer | None = None) -> None:
         self.output_dir = Path(output_dir)
-        self.cases = {case[keys.PATIENT_ID]: case for case in cases}
         self.explainer = explainer
-        self.failures: dict[str, str] = {}
 
     def attach(self, engine: Workflow) -> None:
         """Register with a :class:`scripts.engine.PatientEvaluator`, after the writer of the predictions."""
         engine.add_event_handler(Events.COMPLETED, self.write_cohort)
 
-    def __call__(self, case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    def __call__(self, case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
         """Write one patient's report.
 
         Args:
@@ -277,30 +263,20 @@ class ReportWriter:
             result: the item after the post transforms, without a batch axis.
             folder: of the patient.
 
-        Returns:
-            Name to file of what was written; nothing where it failed.
+        Yields:
+            Name and file of what was written.
         """
-        patient = case[keys.PATIENT_ID]
-        try:
-            return self._write(case, result, folder)
-        except Exception as error:  # whatever it is, the prediction stays
-            self.failures[patient] = reason(error)
-            logger.error("%s: predicted, but no report: %s", patient, self.failures[patient])
-            return {}
-
-    def write_cohort(self, engine: Workflow | None = None) -> None:
-        """Write the page of the cohort."""
-        write_summary(self.output_dir, self.failures)
-
-    def _write(self, case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> dict[str, str]:
         wanted = [key for key in (keys.CT, keys.PET) if result.get(key) is None]
         loaded = LoadScansd(wanted)({key: case[key] for key in wanted}) if wanted else {}
         ct, pet = (array_and_grid(loaded[key] if key in loaded else result[key]) for key in (keys.CT, keys.PET))
         mask = None if result.get(keys.PRED) is None else array_and_grid(result[keys.PRED])
-        files = {}
         explanation = None
         if self.explainer is not None:
             explanation = self.explainer(result)
-            files["explanation"] = explanation.write(folder).name
+            yield "explanation", explanation.write(folder).name
         html, pdf = write_report(folder, result[keys.PREDICTION], ct, pet, mask, explanation)
-        return {**files, "report": html.name, "report_pdf": pdf.name}
+        yield from (("report", html.name), ("report_pdf", pdf.name))
+
+    def write_cohort(self, engine: Workflow | None = None) -> None:
+        """Write the page of the cohort."""
+        write_summary(self.output_dir)

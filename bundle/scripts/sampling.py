@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.data import Dataset, PersistentDataset
+from monai.data import Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Sampler
@@ -82,6 +82,21 @@ class GuardedDataset(Dataset):
             return super().__getitem__(index)
         except Exception as error:
             return {keys.PATIENT_ID: case[keys.PATIENT_ID], ERROR: reason(error)}
+
+
+def collate_one(items: Sequence[Mapping]) -> Any:
+    """MONAI's ``list_data_collate`` for a batch of one patient, whose images get a batch axis and are not copied.
+
+    Stacking would copy the native PET, in the order of a file, voxel by voxel: as long as everything else together.
+    """
+    (item,) = items
+    images = {key: value for key, value in item.items() if isinstance(value, MetaTensor)}
+    stand_ins = {key: MetaTensor(torch.empty(1), meta=image.meta) for key, image in images.items()}
+    batch = list_data_collate([{**item, **stand_ins}])
+    for key, image in images.items():
+        batch[key] = MetaTensor(image.as_tensor()[None], meta=batch[key].meta)
+        batch[key].is_batch = True
+    return batch
 
 
 def reason(error: BaseException) -> str:

@@ -32,12 +32,11 @@ class SummaryError(ValueError):
     """A folder that holds no predictions; the message says what to do."""
 
 
-def write_summary(output_dir: str | Path, report_failures: Mapping[str, str] | None = None) -> Path:
+def write_summary(output_dir: str | Path) -> Path:
     """Write ``index.html`` over what a run left in its folder.
 
     Args:
         output_dir: holds ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and the report.
-        report_failures: patient to why there is no report, where one was wanted.
 
     Returns:
         The page.
@@ -68,7 +67,6 @@ def write_summary(output_dir: str | Path, report_failures: Mapping[str, str] | N
         "Not predicted, or not fully",
         [(r["PatientID"], f"{r['status']}: {r['reason']}") for r in rows if r["reason"]],
     )
-    _problems(page, "Without a report", sorted((report_failures or {}).items()))
     _problems(page, "Quality of the scans", _findings(found))
     path = folder / INDEX
     page.write(path)
@@ -140,9 +138,9 @@ def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
 def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | None) -> list[object]:
     patient = row["PatientID"]
     report = Path(patient) / REPORT
+    if prediction is None:  # whatever report an earlier run has left there
+        return [patient, row["status"], *[NOTHING] * (len(TITLES) - 2)]
     name = Link(patient, report.as_posix()) if (folder / report).is_file() else patient
-    if prediction is None:
-        return [name, row["status"], *[NOTHING] * (len(TITLES) - 2)]
     survival, hpv, tumour = (prediction.get(part) or {} for part in ("survival", "hpv", "tumour"))
     group = survival.get("risk_group")
     positive = hpv.get("positive")

@@ -58,7 +58,7 @@ class StudyOperator(Operator):
 
         Raises:
             scripts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
-            scripts.dicom.DicomError: when a DICOM file is damaged.
+            scripts.dicom_tags.DicomError: when it holds no DICOM.
             scripts.clinical.ClinicalValueError: when a clinical value cannot be read.
         """
         op_output.emit(read_study(self.folder, self.features), "case")
@@ -159,17 +159,16 @@ class ResultOperator(Operator):
         """Write the files.
 
         Raises:
-            ValueError: when there is no report; the other files are there.
-            scripts.dicom.DicomError: when the study can no longer be read.
+            ValueError: when there is no report, segmentation or structured report; the other files are there.
         """
         case, result = op_input.receive("case"), op_input.receive("result")
-        report = ReportWriter(str(self.folder), [case])
-        writer = PredictionWriter(str(self.folder), [case], products=[write_dicom_results, report])
+        report = ReportWriter(str(self.folder))
+        writer = PredictionWriter(str(self.folder), [case], {"DICOM objects": write_dicom_results, "report": report})
         written = writer.write_patient(result)
         for name, file in sorted(written["files"].items()):
             logger.info("written: %s: %s", name, self.folder / written["patient_id"] / file)
-        for patient, why in report.failures.items():  # the writer goes on without it; here it is part of the result
-            raise ValueError(f"patient {patient}: predicted, but there is no report: {why}")
+        for patient, why in writer.failures.items():  # the writer goes on without; here they are part of the result
+            raise ValueError(f"patient {patient}: predicted, but {why}")
 
 
 def read_study(folder: Path, features: Sequence[str]) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def read_study(folder: Path, features: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         scripts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
-        scripts.dicom.DicomError: when a DICOM file is damaged.
+        scripts.dicom_tags.DicomError: when it holds no DICOM.
         scripts.clinical.ClinicalValueError: when a clinical value cannot be read.
     """
     cases = find_cases(folder, features)

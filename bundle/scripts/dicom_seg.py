@@ -1,0 +1,168 @@
+"""A tumour mask as a DICOM segmentation, and what every DICOM object written here says of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dicom_series import Series, read_headers
+from .dicom_tags import DicomError, lenient, needed_module, text_of
+from .files import written_whole
+from .keys import RESEARCH_USE_ONLY
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+LONGEST_TEXT = 1024  # letters of a short text (ST)
+SEG_SERIES_NUMBER = 9101  # far above those of scanners
+UTF_8 = "ISO_IR 192"  # holds whatever the source's names and the notes are written in
+
+
+@dataclass(frozen=True)
+class Model:
+    """What made a result, as it is written into the DICOM objects.
+
+    Args:
+        name: of the model.
+        version: of the model.
+        manufacturer: who is behind it.
+        weights: identifies the weights, e.g. their SHA-256; written as serial number and parameter.
+        trained_on: what the model was trained on, in words.
+    """
+
+    name: str
+    version: str
+    manufacturer: str
+    weights: str = "unknown"
+    trained_on: str = "not recorded"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What is written of it beside name and version."""
+        return {"weights": self.weights, "trained on": self.trained_on}
+
+    @property
+    def statements(self) -> tuple[str, str]:
+        """What has to be said wherever a result stands."""
+        return RESEARCH_USE_ONLY, f"The model was trained on: {self.trained_on}"
+
+
+def write_seg(
+    path: str | PathLike[str],
+    mask: np.ndarray,
+    source: Series,
+    *,
+    model: Model,
+    description: str = "Tumour (primary and nodes), automatic; research use only",
+    series_number: int = SEG_SERIES_NUMBER,
+) -> Dataset:
+    """Write a tumour mask as a binary DICOM segmentation of the CT.
+
+    One segment: category Morphologically Abnormal Structure (SCT 49755003), type Neoplasm (SCT 108369006; primary and
+    nodes are one label), region Head and Neck (SCT 774007). Only slices with tumour are stored. An empty mask is
+    written with all its empty slices, since "looked for and not found" is a result. The segment's description says that
+    it is for research use only and what the model was trained on.
+
+    Args:
+        path: where to; the file appears whole or not at all.
+        mask: (X, Y, Z), 0 or 1, on the grid that :func:`read_series` gives for ``source``.
+        source: the CT, whose patient, study, frame of reference and images the segmentation refers to.
+        model: what made the mask.
+        description: series description, 64 characters at most.
+        series_number: of the new series.
+
+    Returns:
+        The dataset as written, for :func:`write_sr`.
+
+    Raises:
+        DicomError: when the mask is not on the grid of ``source`` or holds other values.
+    """
+    if tuple(mask.shape) != source.grid.shape:
+        raise DicomError(f"the mask has shape {tuple(mask.shape)}, the CT {source.grid.shape}")
+    if mask.dtype.kind not in "bui" or mask.min() < 0 or mask.max() > 1:
+        raise DicomError("the mask holds values other than the integers 0 and 1")
+    hd = needed_module("highdicom")
+    frames = np.ascontiguousarray(mask.transpose(2, 1, 0).astype(np.uint8))
+    with lenient():
+        seg = hd.seg.Segmentation(
+            source_images=source_headers(source),
+            pixel_array=frames,
+            segmentation_type="BINARY",
+            segment_descriptions=[_segment(model)],
+            series_instance_uid=hd.UID(),
+            series_number=series_number,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer=model.manufacturer,
+            manufacturer_model_name=model.name,
+            software_versions=model.version,
+            device_serial_number=model.weights[:64],
+            omit_empty_frames=bool(frames.any()),
+            content_label="TUMOUR",
+            content_description="Research use only",
+            series_description=description,
+            specific_character_set=UTF_8,
+        )
+        save_whole(seg, path)
+    return seg
+
+
+def save_whole(dataset: Dataset, path: str | PathLike[str]) -> None:
+    """Write a DICOM file, whole or not at all."""
+    with written_whole(path) as partial:
+        dataset.save_as(partial, enforce_file_format=True)
+
+
+def source_headers(series: Series) -> list[Dataset]:
+    """Headers to take patient and study tags from; a study id that is too long for DICOM is cut."""
+    headers = read_headers(series)
+    for header in headers:
+        if "StudyID" in header:
+            header.StudyID = text_of(header, "StudyID")[:16]
+    return headers
+
+
+def code(scheme: str, value: str, meaning: str) -> Any:
+    """A coded concept."""
+    return needed_module("highdicom").sr.CodedConcept(value=value, scheme_designator=scheme, meaning=meaning)
+
+
+def _segment(model: Model) -> Any:
+    hd = needed_module("highdicom")
+    segment = hd.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Tumour",
+        segmented_property_category=code("SCT", "49755003", "Morphologically Abnormal Structure"),
+        segmented_property_type=neoplasm(),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=hd.AlgorithmIdentificationSequence(
+            name=model.name,
+            family=artificial_intelligence(),
+            version=model.version,
+            source=model.manufacturer,
+            parameters=model.parameters,
+        ),
+        tracking_uid=hd.UID(),
+        tracking_id="Tumour",
+        anatomic_regions=[head_and_neck()],
+    )
+    segment.SegmentDescription = " ".join(model.statements)[:LONGEST_TEXT]
+    return segment
+
+
+def neoplasm() -> Any:
+    """Primary tumour and nodes, which are one label."""
+    return code("SCT", "108369006", "Neoplasm")
+
+
+def head_and_neck() -> Any:
+    """The region."""
+    return code("SCT", "774007", "Head and Neck")
+
+
+def artificial_intelligence() -> Any:
+    """The family of the algorithm."""
+    return code("DCM", "123110", "Artificial Intelligence")

@@ -1,0 +1,379 @@
+"""Measure each stage of training and prediction beside a plain one: ``python scripts/benchmark.py``.
+
+Every stage runs twice or more: as the bundle does it, and plainly (stock MONAI over whole volumes, the same network in
+float32 with torch's own choices). Each way has a process of its own, which tells its peak memory; their runs take
+turns, so that what else happens on the machine meets all of them, and medians are compared. Before any time counts, the
+answers are held together; where they differ, the benchmark ends with an error. See ``benchmark_stages.py`` for what is
+run, ``bundle/docs/speed.md`` for results.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bundle"), str(ROOT / "scripts")]
+
+import benchmark_stages as at  # noqa: E402
+
+from scripts.files import write_text  # noqa: E402
+
+PLAIN, PRODUCT = "plain", "bundle"
+MIB = 2**20
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "isal", "scipy")
+IMPORTS = ("torch", "monai", "ignite", "nibabel", "scipy.ndimage")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the table, or several.
+
+    Attributes:
+        title: what is measured.
+        ways: name of each way -> what sets it up; the plain one first.
+        check: holds the answers of the plain way and of another together; tells how well they agree.
+        reach: the factor that is aimed at, for the way ``bundle`` (see bundle/docs/speed.md); None where there is none.
+        runs: timed runs of each way.
+        rehearse: whether a run goes before them that does not count; not where one of them takes half a minute.
+        together: whether the ways' processes live at the same time and take turns; no where memory forbids it.
+    """
+
+    title: str
+    ways: Mapping[str, Callable[[at.Setup], at.Run]]
+    check: Callable[[at.Setup, at.Answer, at.Answer], str]
+    reach: float | None
+    runs: int = 4
+    rehearse: bool = True
+    together: bool = True
+
+
+STAGES = {
+    "preprocessing": Stage(
+        "two files to the network's input",
+        {PLAIN: at.preprocess_plainly, PRODUCT: at.preprocess},
+        at.check_preprocessing,
+        25,
+        runs=2,
+        rehearse=False,
+    ),
+    "network": Stage(
+        "network, one case",
+        {PLAIN: at.plain_network_run(1), PRODUCT: at.network_run(1), "compiled": at.network_run(1, compile=True)},
+        at.check_network,
+        6,
+    ),
+    "ensemble": Stage(
+        f"{at.FOLDS} folds, one case",
+        {PLAIN: at.plain_network_run(at.FOLDS), PRODUCT: at.network_run(at.FOLDS)},
+        at.check_network,
+        6,
+        runs=2,
+    ),
+    "mask": Stage(
+        "mask back on the CT's grid and written", {PLAIN: at.restore_plainly, PRODUCT: at.restore}, at.check_mask, None
+    ),
+    "patient": Stage(
+        "one patient, files to mask and JSON",
+        {PLAIN: at.patient_plainly, PRODUCT: at.patient},
+        at.check_patient,
+        15,
+        runs=2,
+        rehearse=False,
+    ),
+    "cohort": Stage(
+        "a cohort",
+        {
+            PLAIN: at.cohort({"_target_": "torch.utils.data.DataLoader"}),
+            PRODUCT: at.cohort({}),
+        },
+        at.check_cohort,
+        None,
+        runs=1,
+    ),
+    "training": Stage(
+        f"training step, batch {at.BATCH}",
+        {PLAIN: at.train_plainly, PRODUCT: at.training(), "frugal": at.training(checkpointing=True)},
+        at.check_training,
+        3.5,
+        runs=2,
+    ),
+    "training_large": Stage(
+        f"training step, batch {at.BATCH}",
+        {PLAIN: at.train_plainly, PRODUCT: at.training(), "frugal": at.training(checkpointing=True)},
+        at.check_training,
+        3.5,
+        runs=1,
+        rehearse=False,
+        together=False,
+    ),
+}
+EXTRAS = ("loading", "startup")
+DEFAULT = (*(name for name in STAGES), *EXTRAS)
+
+
+def benchmark(
+    out: str = "benchmark.json",
+    stages: str | tuple[str, ...] = DEFAULT,
+    cohort: int = 5,
+    quick: bool = False,
+    threads: int = 0,
+    compiled: bool = True,
+    workdir: str = "",
+) -> None:
+    """Measure, print a table and write it as JSON. A few minutes on two cores.
+
+    Args:
+        out: the JSON file.
+        stages: some of preprocessing, network, ensemble, mask, patient, cohort, training (64 voxels an edge),
+            training_large (128), loading, startup.
+        cohort: patients of the cohort; 50 for a figure that leaves start-up out.
+        quick: small images, few runs: to try the tool itself.
+        threads: of torch and of what it calls; 0 for as many as there are cores.
+        compiled: measure the compiled network, too.
+        workdir: keeps the made scans for the next run; a temporary folder if none is given.
+    """
+    names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
+    unknown = sorted(set(names) - set(DEFAULT))
+    if unknown:
+        raise ValueError(f"no stage {unknown[0]!r}; stages are {', '.join(DEFAULT)}")
+    threads = threads or len(os.sched_getaffinity(0))
+    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TQDM_DISABLE="1")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(workdir or temporary).resolve() / ("quick" if quick else "full")
+        setup = at.Setup(folder, 32, 4, min(cohort, 3)) if quick else at.Setup(folder, cohort=cohort)
+        print(f"making the inputs in {folder}", flush=True)
+        at.make_inputs(setup)
+        result: dict[str, Any] = {"machine": machine(threads), "quick": quick, "stages": {}}
+        for name in names:
+            print(f"== {name}", flush=True)
+            if name in STAGES:
+                result["stages"][name] = measure(STAGES[name], of_size(setup, name), quick, compiled)
+            else:
+                result["stages"][name] = {"trace": at.trace_loading(setup) if name == "loading" else startup(setup)}
+            write_text(Path(out), json.dumps(result, indent=1) + "\n")
+    print("\n" + table(result))
+
+
+def of_size(setup: at.Setup, stage: str) -> at.Setup:
+    """The setup for a stage: training at half the edge, too, which is quick enough to repeat."""
+    return replace(setup, roi=setup.roi // 2) if stage == "training" and setup.roi >= 64 else setup
+
+
+# --- one stage ---------------------------------------------------------------------------------------------------
+def measure(stage: Stage, setup: at.Setup, quick: bool, compiled: bool = True) -> dict[str, Any]:
+    """Check a stage's answers, then time its ways in turns.
+
+    Returns:
+        title, agreement (text), and for each way seconds and cpu_seconds (lists), median_s, peak_mib, times_plain.
+    """
+    ways = {name: make for name, make in stage.ways.items() if compiled or name != "compiled"}
+    runs = 1 if quick else stage.runs
+    groups = [list(ways)] if stage.together else [[name] for name in ways]
+    answers: dict[str, at.Answer] = {}
+    timed: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    agreement = {}
+    for group in groups:
+        workers = {name: Worker(ways[name], setup) for name in group}
+        try:
+            for name, worker in workers.items():
+                first, answers[name] = worker.run(answer=True)
+                if not stage.rehearse:
+                    timed[name].append(first)
+                if name != PLAIN:
+                    agreement[name] = stage.check(setup, answers[PLAIN], answers[name])
+                    print(f"   {name}: {agreement[name]}", flush=True)
+            for _ in range(runs if stage.rehearse else runs - 1):
+                for name, worker in workers.items():
+                    timed[name].append(worker.run()[0])
+        finally:
+            for worker in workers.values():
+                worker.close()
+    medians = {name: statistics.median(run["seconds"] for run in of) for name, of in timed.items()}
+    return {
+        "title": stage.title,
+        "roi": setup.roi,
+        "reach": stage.reach,
+        "agreement": agreement,
+        "ways": {
+            name: {
+                "median_s": medians[name],
+                "seconds": [run["seconds"] for run in of],
+                "cpu_seconds": [run["cpu_seconds"] for run in of],
+                "busy_cores": statistics.median(run["cpu_seconds"] / run["seconds"] for run in of),
+                "peak_mib": max(run["peak_mib"] for run in of),
+                "times_plain": medians[PLAIN] / medians[name],
+            }
+            for name, of in timed.items()
+        },
+    }
+
+
+class Worker:
+    """A process that sets one way up and runs it whenever asked."""
+
+    def __init__(self, make: Callable[[at.Setup], at.Run], setup: at.Setup) -> None:
+        self.way = next((s, w) for s, stage in STAGES.items() for w, of in stage.ways.items() if of is make)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, *self.way, setup), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def run(self, answer: bool = False) -> tuple[dict[str, float], at.Answer]:
+        """Seconds, CPU seconds and peak memory of one run; and what it answered, if wanted.
+
+        Raises:
+            RuntimeError: with the traceback of what went wrong over there.
+        """
+        self.pipe.send(answer)
+        try:
+            reply = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{' '.join(self.way)}: the process ended (was there enough memory?)") from None
+        if isinstance(reply, str):
+            raise RuntimeError(f"{' '.join(self.way)}: {reply}")
+        return reply
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join(timeout=20)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def _serve(pipe: Connection, stage: str, way: str, setup: at.Setup) -> None:
+    """Main of a worker's process: the answer to the first run holds whatever setting up raises."""
+    try:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        run = STAGES[stage].ways[way](setup)
+        while True:
+            wanted = pipe.recv()
+            start, cpu = time.perf_counter(), time.process_time()
+            answer = run()
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            reply = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak_mib()}
+            pipe.send((reply, answer if wanted else {}))
+    except EOFError:
+        return
+    except Exception:
+        pipe.recv()
+        pipe.send(traceback.format_exc())
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far.
+
+    Linux tells it of the process itself; ``getrusage`` would begin with that of the parent.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM")) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
+
+
+# --- start-up ----------------------------------------------------------------------------------------------------
+def startup(setup: at.Setup) -> dict[str, float]:
+    """Seconds from the command to the first patient being read, and what imports alone take."""
+    images, models, out = setup.folder / "cohort", setup.models(1), setup.folder / "startup"
+    predict = [str(ROOT / "scripts" / "predict.py"), str(images), str(out / "a"), "--ckpt_dir", str(models)]
+    bundle = ["-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
+    bundle += ["--dataset_dir", str(images), "--ckpt_dir", str(models), "--output_dir", str(out / "b")]
+    found = {
+        "predict_s": _until_started([*predict, "--report", "False", "--force", "True"], out / "a"),
+        "monai_bundle_s": _until_started([*bundle, "--force", "True"], out / "b"),
+    }
+    for name in IMPORTS:
+        found[f"import_{name}_s"] = _seconds([sys.executable, "-c", f"import {name}"])
+    return found
+
+
+def _until_started(command: list[str], out: Path) -> float:
+    whole = min(_seconds([sys.executable, *command]) for _ in range(2))  # the first may have to read from disk
+    said = json.loads((out / at.PATIENT / "prediction.json").read_text(encoding="utf-8"))
+    return whole - float(said["seconds"]["total"])
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT / "bundle", capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+# --- what is said ------------------------------------------------------------------------------------------------
+def machine(threads: int) -> dict[str, Any]:
+    """What was measured on."""
+    capabilities = torch.cpu.get_capabilities()
+    kinds = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "vector_units": [kind for kind in kinds if capabilities.get(kind)],
+        "fp32_gflops": round(matmul_gflops(torch.float32, threads)),
+        "bf16_gflops": round(matmul_gflops(torch.bfloat16, threads)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_at_start": [round(load, 2) for load in os.getloadavg()],
+        "system": f"{platform.system()} {platform.release()} {platform.libc_ver()[0]} {platform.libc_ver()[1]}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def matmul_gflops(dtype: torch.dtype, threads: int, size: int = 1536) -> float:
+    """What the machine reaches where nothing but arithmetic counts: no convolution is quicker than this."""
+    torch.set_num_threads(threads)
+    a, b = (torch.rand((size, size)).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as a Markdown table, and the machine under it."""
+    lines = ["| stage | way | median s | times plain | aim | CPU s | peak MiB |", "|---|---|---|---|---|---|---|"]
+    for name, stage in result["stages"].items():
+        for way, of in stage.get("ways", {}).items():
+            aim = f"{stage['reach']:g}" if stage["reach"] and way == PRODUCT else ""
+            cpu = statistics.median(of["cpu_seconds"])
+            title = f"{stage['title']} ({stage['roi']}^3)"
+            cells = [f"{of['median_s']:.3f}", f"{of['times_plain']:.1f}", aim, f"{cpu:.2f}", f"{of['peak_mib']:.0f}"]
+            lines.append(f"| {title} | {way} | " + " | ".join(cells) + " |")
+        for key, value in stage.get("trace", {}).items():
+            lines.append(f"| {name} | {key} | {value:.3f} | | | | |")
+    told = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    return "\n".join([*lines, "", told])
+
+
+if __name__ == "__main__":
+    fire.Fire(benchmark)
