@@ -411,6 +411,15 @@ def test_transform_flags_instead_of_raising(case: Case) -> None:
     assert [c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"] == ["pet_lowest"]
 
 
+def test_values_that_are_no_numbers_count_as_nothing_in_a_case_that_passes_all_the_same(case: Case) -> None:
+    case.ct, case.pet = case.ct.astype(np.float32), case.pet.astype(np.float32)
+    case.ct[0, 0, 0], case.pet[5, 5, 5] = np.inf, np.nan
+    done = chain(on_reject="flag")(item(case))
+    rejected = {c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"}
+    assert rejected >= {"pet_not_finite", "ct_not_finite"}
+    assert torch.isfinite(done[K.IMAGE]).all()
+
+
 def test_transform_takes_limits(case: Case) -> None:
     set_pet(-3)(case)
     limits = {"pet_lowest": {"reject_below": -5, "warn_below": -4}}

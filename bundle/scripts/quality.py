@@ -25,7 +25,7 @@ from scipy import fft, ndimage
 from . import keys as K
 from .geometry import Grid, box_grid, resample, smooth_resample
 from .localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
-from .transforms import array_and_grid
+from .transforms import CT_FILL, PET_FILL, array_and_grid
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,11 @@ IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, Fals
 
 # name -> unit, quantity, what a value beyond the limits means
 _RULES: dict[str, tuple[str, str, str]] = {
-    "pet_not_finite": ("voxels", "PET values that are not finite numbers", "write the PET again without them"),
+    "pet_not_finite": (
+        "voxels",
+        "PET values that are not finite numbers",
+        "write the PET again without them; forced, they count as no uptake",
+    ),
     "pet_lowest": ("SUV", "lowest PET value", "SUV cannot be negative: look at how it was computed"),
     "pet_contrast": ("SUV", "highest less lowest PET value", "the PET shows (almost) no signal"),
     "pet_body": (
@@ -122,7 +126,11 @@ _RULES: dict[str, tuple[str, str, str]] = {
         f"activity in hot spots more than {LATERAL_MM:g} mm beside the midline",
         "extravasation at an injection site? Then SUV is too low everywhere else",
     ),
-    "ct_not_finite": ("voxels", "CT values that are not finite numbers", "write the CT again without them"),
+    "ct_not_finite": (
+        "voxels",
+        "CT values that are not finite numbers",
+        "write the CT again without them; forced, they count as air",
+    ),
     "ct_lowest": ("HU", "lowest CT value", "no air: is the CT in HU (offset of 1024 left on, grey levels, windowed)?"),
     "ct_tissue": ("HU", "median CT value of the body", "not that of soft tissue: is the CT in HU?"),
     "ct_body": ("%", "share of the CT that is denser than lung", "no body: is the CT in HU, and is somebody in it?"),
@@ -196,7 +204,7 @@ class CheckQualityd(MapTransform):
     Args:
         roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
         on_reject: ``"raise"`` stops a case that a rule rejects, so that it is listed as an exclusion; ``"flag"`` lets
-            it pass with its checks.
+            it pass with its checks, and with air and no uptake where its values are not finite numbers.
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
         advisory: names of checks that warn where they would reject, e.g. those on the field of view in training, whose
             boxes lie on masks.
@@ -238,6 +246,10 @@ class CheckQualityd(MapTransform):
         if self.on_reject == "raise" and verdict(checks) == REJECT:
             raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)
         d[K.QUALITY] = checks_to_json(checks)
+        counts = {check.name: check.value for check in checks}
+        for key, name, fill in zip(self.keys, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
+            if counts[name]:  # a case that passes all the same
+                d[key] = torch.nan_to_num(d[key], nan=fill, posinf=fill, neginf=fill)
         return d
 
     def _advise(self, check: Check, case: Mapping[Hashable, Any]) -> Check:
