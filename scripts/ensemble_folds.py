@@ -257,7 +257,9 @@ def summary(ensemble: FoldEnsemble, path: Path) -> str:
     for fold in known["folds"]:
         metrics = fold["metrics"][VALIDATION]
         values = [f"{name} {row['value']:.3f}" for name, row in metrics.items() if row["value"] is not None]
-        lines.append(f"  fold {fold['fold']}: best epoch {fold['best_epoch']}; {', '.join(values) or 'no metric'}")
+        lines.append(
+            f"  fold {fold['fold']}: weights of epoch {fold['best_epoch']}; {', '.join(values) or 'no metric'}"
+        )
     threshold, calibration = known["hpv_threshold"], known["calibration"]
     chosen = f"{threshold['value']:.3f}" if threshold["value"] is not None else f"none ({threshold['reason']})"
     lines.append(f"  HPV threshold: {chosen}")

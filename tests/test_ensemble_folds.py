@@ -115,7 +115,7 @@ def test_three_folds_become_one_small_file_that_answers_as_their_mean(runs, tmp_
     torch.testing.assert_close(together["log_hazard_std"], alone.std(0, correction=0), atol=1e-2, rtol=1e-2)
     said = capsys.readouterr().out
     assert f"model: 3 folds, trained on {PHANTOMS}" in said
-    assert "fold 1: best epoch 7; c_index 0.610\n" in said
+    assert "fold 1: weights of epoch 7; c_index 0.610\n" in said
     assert "absolute risk: up to day 2000" in said
 
 

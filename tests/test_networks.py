@@ -12,7 +12,7 @@ import torch
 
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.losses import MultitaskLoss
-from scripts.networks import MultitaskNet
+from scripts.networks import MultitaskNet, set_checkpointing
 
 SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
 SUBSETS = [
@@ -407,7 +407,8 @@ def test_no_probability_without_segmentation(image):
 def test_checkpointing_trains_the_same_network(amp: bool) -> None:
     torch.manual_seed(0)
     plain = MultitaskNet(dropout=0.0, dense_dropout=0.0).train()
-    frugal = MultitaskNet(dropout=0.0, dense_dropout=0.0, checkpointing=True).train()
+    frugal = MultitaskNet(dropout=0.0, dense_dropout=0.0).train()
+    set_checkpointing(frugal, True)
     frugal.load_state_dict(plain.state_dict())
     image = torch.rand(2, 2, 32, 32, 32)
     losses = []
@@ -425,7 +426,8 @@ def test_checkpointing_trains_the_same_network(amp: bool) -> None:
 def test_checkpointing_keeps_fewer_maps() -> None:
     kept = {}
     for checkpointing in (False, True):
-        net, sizes = MultitaskNet(checkpointing=checkpointing).train(), []
+        net, sizes = MultitaskNet().train(), []
+        set_checkpointing(net, checkpointing)
         pack = partial(_note_size, sizes)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             net(torch.rand(2, 2, 32, 32, 32))

@@ -40,6 +40,16 @@ class Model:
     trained_on: str = "not recorded"
 
     @property
+    def equipment(self) -> dict[str, str]:
+        """Attributes of the General Equipment module, as highdicom names them."""
+        return {
+            "manufacturer": self.manufacturer,
+            "manufacturer_model_name": self.name,
+            "software_versions": self.version,
+            "device_serial_number": self.weights[:64],
+        }
+
+    @property
     def parameters(self) -> dict[str, str]:
         """What is written of it beside name and version."""
         return {"weights": self.weights, "trained on": self.trained_on}
@@ -96,10 +106,7 @@ def write_seg(
             series_number=series_number,
             sop_instance_uid=hd.UID(),
             instance_number=1,
-            manufacturer=model.manufacturer,
-            manufacturer_model_name=model.name,
-            software_versions=model.version,
-            device_serial_number=model.weights[:64],
+            **model.equipment,
             omit_empty_frames=bool(frames.any()),
             content_label="TUMOUR",
             content_description="Research use only",

@@ -21,7 +21,7 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.ensemble import FoldEnsemble
-from scripts.networks import fold_norms, set_checkpointing
+from scripts.networks import set_checkpointing
 from scripts.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ def speed_up(
     """
     set_checkpointing(network, checkpointing)
     if inferer is not None:
-        network.eval()
-        for fold in network.folds:
-            fold_norms(fold)
+        network.eval().fold_norms()
     if not compiled:
         return
     device = next(network.parameters()).device

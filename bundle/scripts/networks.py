@@ -383,8 +383,6 @@ class MultitaskNet(nn.Module):
         dropout: dropout of the survival branch.
         dense_dropout: dropout of the HPV branch's dense layers.
         seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
-        checkpointing: train in less memory, and more time, with the same result: encoder and decoder keep none of
-            their inner maps for the backward pass, which computes them again.
 
     Raises:
         ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, or a ``seg_prior`` outside (0, 1).
@@ -415,7 +413,6 @@ class MultitaskNet(nn.Module):
         dropout: float = 0.5,
         dense_dropout: float = 0.05,
         seg_prior: float | None = None,
-        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
@@ -431,7 +428,6 @@ class MultitaskNet(nn.Module):
         deep = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
         self.survival = SurvivalBranch(deep, clinical_features, dropout, bn) if surv else None
         self.apply(initialise)
-        set_checkpointing(self, checkpointing)
         if self.decoder is not None and self.decoder.logits.bias is not None and seg_prior is not None:
             nn.init.constant_(self.decoder.logits.bias, prior_logit(seg_prior))
 
