@@ -99,6 +99,7 @@ def random_ensemble(setup: Setup, folds: int) -> FoldEnsemble:
     settings = {
         "tasks": list(K.TASKS),
         "clinical_features": list(DEFAULT_FEATURES),
+        "survival_inputs": ["deep"],
         "roi_size": [setup.roi] * 3,
         "spacing_mm": setup.spacing_mm,
         "ct_window": [-1000, 1000],

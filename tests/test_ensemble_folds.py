@@ -23,6 +23,7 @@ FEATURES = ["age", "gender", "tobacco", "alcohol", "treatment", "performance_sta
 SETTINGS = {
     "tasks": ["seg", "hpv", "surv"],
     "clinical_features": FEATURES,
+    "survival_inputs": ["deep"],
     "roi_size": [32, 32, 32],
     "spacing_mm": 8.0,
     "ct_window": [-1000, 1000],

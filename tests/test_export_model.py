@@ -27,7 +27,9 @@ def make_ensemble(tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 
     torch.manual_seed(0)
     settings = json.loads((BUNDLE / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": list(BOX), "spacing_mm": 8.0, "tasks": list(tasks)}
-    ensemble = FoldEnsemble(MultitaskNet(len(settings["clinical_features"]), tasks), settings)
+    settings["survival_inputs"] = ["deep", "burden"] if "seg" in tasks else ["deep"]
+    network = MultitaskNet(len(settings["clinical_features"]), tasks, survival_inputs=settings["survival_inputs"])
+    ensemble = FoldEnsemble(network, settings)
     ensemble.resize(folds)
     with torch.no_grad():
         for fold in ensemble.folds[1:]:

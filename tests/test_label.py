@@ -41,6 +41,7 @@ FEATURES = ("age", "gender", "tobacco", "alcohol", "treatment", "performance_sta
 SETTINGS = {
     "tasks": ["seg", "hpv", "surv"],
     "clinical_features": list(FEATURES),
+    "survival_inputs": ["burden"],
     "roi_size": [32, 32, 32],
     "spacing_mm": 8.0,
     "ct_window": [-1000, 1000],
@@ -57,7 +58,7 @@ REAL = SHARED_DATA / "sts_petct" / "images" / "STS-002" / "STS-002__CT.nii.gz"
 
 def make_ensemble(folds: int, seed: int = 0) -> FoldEnsemble:
     torch.manual_seed(seed)
-    ensemble = FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES)), SETTINGS)
+    ensemble = FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES), survival_inputs=["burden"]), SETTINGS)
     ensemble.resize(folds)
     for fold in ensemble.folds:
         for name, value in fold.named_parameters():
@@ -584,7 +585,7 @@ def test_a_server_answers_and_trains(
     (backup,) = (served / "models").glob("model_before_*.pt")
     assert backup.read_bytes() == before
     trained = load_weights(
-        FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES)), SETTINGS), served / "models/model.pt"
+        FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES), survival_inputs=["burden"]), SETTINGS), served / "models/model.pt"
     )
     assert len(trained.folds) == 1
     statement = "3 digital phantoms, not for clinical use; masks edited in MONAI Label; started from weights trained on"

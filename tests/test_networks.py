@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from functools import partial
 
@@ -12,7 +13,7 @@ import torch
 
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.losses import MultitaskLoss
-from scripts.networks import MultitaskNet, set_checkpointing
+from scripts.networks import MultitaskNet, set_checkpointing, tumour_burden
 
 SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
 SUBSETS = [
@@ -186,6 +187,76 @@ def test_survival_trains_the_encoder_in_either_case(image):
     net = MultitaskNet()
     net(image)[LOG_HAZARD].pow(2).sum().backward()
     assert all(level[0].conv.weight.grad.any() for level in net.encoder.levels)
+
+
+# --- burden ------------------------------------------------------------------------------------------------
+
+INPUTS = [pytest.param(("burden",), id="burden"), pytest.param(("deep", "burden"), id="both")]
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(("tasks", "burden"), [(("seg", "hpv", "surv"), 4), (("seg", "surv"), 3)], ids=["hpv", "no_hpv"])
+def test_burden_trains_every_parameter(inputs, tasks, burden, image):
+    net = MultitaskNet(tasks=tasks, survival_inputs=inputs)
+    loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)
+    loss.backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+    assert net.burden.burden.in_features == burden
+    assert (net.summaries is None) == (net.survival is None) == ("deep" not in inputs)
+
+
+def test_burden_starts_with_the_same_hazard_for_all(image):
+    net = MultitaskNet(survival_inputs=["burden"]).eval()
+    assert net(image, torch.rand(2, 7))[LOG_HAZARD].tolist() == [0, 0]
+
+
+def test_hazards_of_deep_and_burden_add_up(image):
+    both = MultitaskNet(survival_inputs=["deep", "burden"]).eval()
+    torch.nn.init.normal_(both.burden.burden.weight)
+    alone = [MultitaskNet(survival_inputs=[name]).eval() for name in ("deep", "burden")]
+    for net in alone:  # each takes its part of the same weights
+        net.load_state_dict({k: v for k, v in both.state_dict().items() if k in net.state_dict()})
+    total = sum(net(image)[LOG_HAZARD] for net in alone)
+    torch.testing.assert_close(both(image)[LOG_HAZARD], total)
+
+
+def test_burden_by_hand():
+    """Half a probability in 8 of 4096 voxels, one of which takes up twice as much."""
+    probability, pet = torch.zeros(1, 16, 16, 16), torch.full((1, 16, 16, 16), 0.3)
+    probability[0, :2, :2, :2] = 0.5
+    pet[0, 0, 0, 0] = 0.6
+    volume, mean, highest = tumour_burden(probability, pet)[0].tolist()
+    assert volume == pytest.approx(math.log(1000 * 4 / 4096 + 0.1))
+    assert mean == pytest.approx(0.5 * (7 * 0.3 + 0.6) / (1 + 4))
+    assert highest == pytest.approx(0.5 * 0.6)
+
+
+def test_burden_is_that_of_the_image_and_its_segmentation(image):
+    net = MultitaskNet(survival_inputs=["burden"]).eval()
+    features = net(image)[FEATURES][:, -4:]
+    torch.testing.assert_close(features[:, :3], tumour_burden(net.tumour_probability(image)[:, 0], image[:, 1]))
+    torch.testing.assert_close(features[:, 3], torch.sigmoid(net(image)[HPV_LOGIT]))
+
+
+@pytest.mark.parametrize("mask_gradient", ["stop", "flow"])
+def test_mask_gradient_of_the_survival_loss_by_burden(mask_gradient, image):
+    """With "stop" neither segmentation nor HPV status is bent to the survival loss; with "flow" both are."""
+    net = MultitaskNet(survival_inputs=["burden"], mask_gradient=mask_gradient)
+    torch.nn.init.ones_(net.burden.burden.weight)
+    net(image)[LOG_HAZARD].pow(2).sum().backward()
+    for branch in (net.decoder, net.hpv):
+        assert any(p.grad is not None and bool(p.grad.any()) for p in branch.parameters()) == (mask_gradient == "flow")
+
+
+def test_burden_where_there_is_no_tumour_is_finite():
+    burden = tumour_burden(torch.zeros(2, 16, 16, 16, dtype=torch.bfloat16), torch.zeros(2, 16, 16, 16))
+    assert burden.dtype == torch.float32
+    assert burden.isfinite().all()
+
+
+def test_burden_without_clinical_values(image):
+    net = MultitaskNet(clinical_features=0, survival_inputs=["burden"]).eval()
+    assert net(image)[LOG_HAZARD].shape == (2,)
 
 
 # --- behaviour ---------------------------------------------------------------------------------------------
@@ -389,6 +460,10 @@ BAD_ARGUMENTS = [
     pytest.param({"tasks": ("seg", "seg")}, "tasks is", id="repeated_task"),
     pytest.param({"mask_gradient": "detach"}, "mask_gradient is 'detach'", id="mask_gradient"),
     pytest.param({"seg_prior": 0.0}, "seg_prior is 0.0", id="seg_prior"),
+    pytest.param({"survival_inputs": []}, "survival_inputs is", id="no_survival_input"),
+    pytest.param({"survival_inputs": ["z1"]}, "survival_inputs is", id="unknown_survival_input"),
+    pytest.param({"survival_inputs": ["deep", "deep"]}, "survival_inputs is", id="repeated_survival_input"),
+    pytest.param({"survival_inputs": ["burden"], "tasks": ["surv"]}, "no tumour whose burden", id="burden_of_nothing"),
 ]
 
 

@@ -21,7 +21,7 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.ensemble import FoldEnsemble
-from scripts.networks import set_checkpointing
+from scripts.networks import SURVIVAL_INPUTS, set_checkpointing
 from scripts.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,21 @@ def as_tasks(tasks: str | Sequence[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(f"tasks are some of {list(keys.TASKS)}; got {tasks!r}")
     return tuple(t for t in keys.TASKS if t in names)
+
+
+def as_inputs(survival_inputs: str | Sequence[str]) -> tuple[str, ...]:
+    """What the log hazard is made of, from a list or from ``"deep,burden"`` as typed on a command line.
+
+    >>> as_inputs("burden, deep")
+    ('deep', 'burden')
+
+    Raises:
+        ValueError: unknown or none.
+    """
+    names = [n.strip() for n in survival_inputs.split(",")] if isinstance(survival_inputs, str) else survival_inputs
+    if not names or not set(names) <= set(SURVIVAL_INPUTS):
+        raise ValueError(f"survival_inputs are some of {list(SURVIVAL_INPUTS)}; got {survival_inputs!r}")
+    return tuple(name for name in SURVIVAL_INPUTS if name in names)
 
 
 def as_roi_size(roi_size: int | Sequence[int]) -> tuple[int, int, int]:

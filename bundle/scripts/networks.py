@@ -6,10 +6,13 @@ Three named parts meet in :class:`MultitaskNet`:
   the encoder's five levels give ``z1`` (:class:`LevelSummaries`, 124 features);
 * :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map, gives the HPV logit and ``z2``
   (112 features);
-* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard.
+* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard; beside it or instead
+  of it :class:`BurdenBranch` does so from few values: the burden of the tumour that was found, the HPV probability and
+  ``z3``.
 
 Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
-(HECKTOR 2025). Shapes below: ``B`` cases, ``R`` voxels along an edge of the box, ``C`` channels, ``F`` clinical values.
+(HECKTOR 2025), but for the burden, which is ours. Shapes below: ``B`` cases, ``R`` voxels along an edge of the box,
+``C`` channels, ``F`` clinical values.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASKS
+from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SEG, TASK_SURV, TASKS
 
-__all__ = ["MASK_GRADIENTS", "MultitaskNet"]
+__all__ = ["MASK_GRADIENTS", "SURVIVAL_INPUTS", "MultitaskNet", "tumour_burden"]
 
 LEVEL_CHANNELS = (8, 16, 32, 64, 128)
 ENCODER_CONVOLUTIONS = (2, 2, 3, 3, 4)
@@ -41,7 +44,11 @@ TRANSITION_CHANNELS = (16, 32, 64)  # 112 in all
 HIDDEN_FEATURES = 64
 ROI_FACTOR = 2 ** (len(LEVEL_CHANNELS) - 1)
 
+BURDEN_FEATURES = 3
+BURDEN_FLOOR = 0.1  # permille of the box; about 1 ml in a box of 22 to 26 cm
+
 MASK_GRADIENTS = ("stop", "flow")
+SURVIVAL_INPUTS = ("deep", "burden")
 
 
 class SafeConv3d(nn.Conv3d):
@@ -339,6 +346,77 @@ class SurvivalBranch(nn.Module):
         return self.log_hazard(self.dropout(self.norm(torch.cat(parts, dim=1)))).squeeze(1)
 
 
+def tumour_burden(probability: Tensor, pet: Tensor, floor: float = BURDEN_FLOOR) -> Tensor:
+    r"""How large the tumour is and how much it takes up, from its probability map p over the N voxels of the box.
+
+    .. math:: \ln\Bigl(\frac{1000}{N} \sum p + 0.1\Bigr), \qquad \frac{\sum p \cdot PET}{1 + \sum p}, \qquad
+              \max p \cdot PET
+
+    that is the logarithm of its volume (in permille of the box, so that boxes of different voxels agree), and, in the
+    network's units of PET, its mean and its highest uptake. No tumour is a small one without uptake.
+
+    Args:
+        probability: (B, R, R, R).
+        pet: (B, R, R, R).
+        floor: permille of the box, below which sizes no longer differ.
+
+    Returns:
+        (B, 3) float32.
+
+    Example:
+        A thousandth of the box is tumour, with uptake of 0.5:
+
+        >>> p = torch.zeros(1, 10, 10, 10)
+        >>> tumour_burden(p, torch.full_like(p, 0.5))
+        tensor([[-2.3026,  0.0000,  0.0000]])
+        >>> p[0, 0, 0, 0] = 1
+        >>> tumour_burden(p, torch.full_like(p, 0.5))
+        tensor([[0.0953, 0.2500, 0.5000]])
+    """
+    p = probability.float().flatten(1)
+    uptake = p * pet.float().flatten(1)
+    size = p.sum(dim=1)
+    volume = torch.log(1000 * p.mean(dim=1) + floor)
+    return torch.stack([volume, uptake.sum(dim=1) / (1 + size), uptake.amax(dim=1)], dim=1)
+
+
+class BurdenBranch(nn.Module):
+    """A Cox regression in the network: burden of the tumour, HPV probability and ``z3`` to the log hazard.
+
+    Batch norm, then one linear unit that starts at zero, so that all patients start alike. A few values with a known
+    meaning leave little room to learn chance, where relapses are few.
+
+    Args:
+        burden_features: what is known of the tumour.
+        clinical_features: number F of clinical values.
+        bn: momentum and epsilon of the batch norm.
+    """
+
+    def __init__(self, burden_features: int, clinical_features: int, bn: tuple[float, float]) -> None:
+        super().__init__()
+        self.burden_features = burden_features
+        self.norm = nn.BatchNorm1d(burden_features + clinical_features, momentum=bn[0], eps=bn[1])
+        self.burden = FullPrecisionLinear(burden_features, 1)
+        self.clinical = FullPrecisionLinear(clinical_features, 1) if clinical_features else None
+
+    def forward(self, burden: Tensor, clinical: Tensor) -> Tensor:
+        """What is known of the tumour (B, burden_features) and z3 (B, F) -> log hazard (B,)."""
+        x = self.norm(torch.cat([burden, clinical.to(burden.dtype)], dim=1))
+        log_hazard = self.burden(x[:, : self.burden_features])
+        if self.clinical is not None:
+            log_hazard = log_hazard + self.clinical(x[:, self.burden_features :])
+        return log_hazard.squeeze(1)
+
+    def start_at_zero(self) -> None:
+        """The same hazard for everybody."""
+        for parameter in (*self.burden.parameters(), *self.held_down()):
+            nn.init.zeros_(parameter)
+
+    def held_down(self) -> list[nn.Parameter]:
+        """Weights of the clinical values, which the L2 term holds down; those of the burden itself are free."""
+        return [] if self.clinical is None else [self.clinical.weight]
+
+
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast leaves alone.
 
@@ -367,16 +445,20 @@ class MultitaskNet(nn.Module):
     """Segmentation, HPV status and log hazard from one PET/CT and the clinical values.
 
     Any non-empty subset of the tasks builds the network without the missing branches: without ``seg`` there is no
-    decoder and the HPV branch reads PET and CT alone; without ``hpv`` the survival branch has no ``z2``; without
-    ``surv`` there are neither ``z1`` nor a survival branch; ``("hpv",)`` has no encoder.
+    decoder, the HPV branch reads PET and CT alone and no tumour can be measured; without ``hpv`` survival has neither
+    ``z2`` nor HPV probability; without ``surv`` there are neither ``z1`` nor a survival branch; ``("hpv",)`` has no
+    encoder.
 
-    In training mode the survival branch normalises over the batch, so it needs at least two cases at a time.
+    In training mode survival normalises over the batch, so it needs at least two cases at a time.
 
     Args:
         clinical_features: number F of clinical values.
         tasks: any of "seg", "hpv", "surv".
         mask_gradient: "stop" keeps the gradients of the HPV and survival losses from reaching the segmentation
             through its probability map; "flow" is the published setting. May be changed between steps.
+        survival_inputs: what the log hazard is made of beside the clinical values: "deep" (``z1`` and ``z2``, the
+            paper's :class:`SurvivalBranch`), "burden" (:class:`BurdenBranch`, needs the segmentation), or both, whose
+            log hazards add up.
         in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
         bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
@@ -385,7 +467,8 @@ class MultitaskNet(nn.Module):
         seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
 
     Raises:
-        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, or a ``seg_prior`` outside (0, 1).
+        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are unknown
+            or that the tasks cannot give, or a ``seg_prior`` outside (0, 1).
 
     Example:
         Missing clinical values are zeros, so ``None`` and zeros are the same patient:
@@ -407,6 +490,7 @@ class MultitaskNet(nn.Module):
         clinical_features: int = 7,
         tasks: Sequence[str] = TASKS,
         mask_gradient: str = "stop",
+        survival_inputs: Sequence[str] = ("deep",),
         in_channels: int = 2,
         bn_momentum: float = 0.1,
         bn_eps: float = 1e-5,
@@ -423,11 +507,16 @@ class MultitaskNet(nn.Module):
         seg, hpv, surv = (task in self.tasks for task in TASKS)
         self.encoder = Encoder(in_channels, bn) if seg or surv else None
         self.decoder = Decoder(bn) if seg else None
-        self.hpv = HPVBranch(in_channels + int(seg), surv, dense_dropout, bn) if hpv else None
-        self.summaries = LevelSummaries(bn) if surv else None
-        deep = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
-        self.survival = SurvivalBranch(deep, clinical_features, dropout, bn) if surv else None
+        self.survival_inputs = checked_inputs(survival_inputs, self.tasks) if surv else ()
+        deep, burden = (name in self.survival_inputs for name in SURVIVAL_INPUTS)
+        self.hpv = HPVBranch(in_channels + int(seg), deep, dense_dropout, bn) if hpv else None
+        self.summaries = LevelSummaries(bn) if deep else None
+        widths = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
+        self.survival = SurvivalBranch(widths, clinical_features, dropout, bn) if deep else None
+        self.burden = BurdenBranch(BURDEN_FEATURES + int(hpv), clinical_features, bn) if burden else None
         self.apply(initialise)
+        if self.burden is not None:
+            self.burden.start_at_zero()
         if self.decoder is not None and self.decoder.logits.bias is not None and seg_prior is not None:
             nn.init.constant_(self.decoder.logits.bias, prior_logit(seg_prior))
 
@@ -452,7 +541,8 @@ class MultitaskNet(nn.Module):
 
         Returns:
             ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), those of absent tasks absent; with
-            the log hazard ``features`` (B, 236 or 124), the z1 and z2 that it was made of, without a gradient.
+            the log hazard ``features`` (B, ...), without a gradient: z1, z2 and burden as far as they are computed
+            (236 for the paper's network).
 
         Raises:
             ValueError: for an image or clinical values of the wrong shape, or a single case in training mode.
@@ -468,13 +558,20 @@ class MultitaskNet(nn.Module):
         """:meth:`forward` as a tuple, None where a task is absent: what exporters can trace."""
         maps = self.encode(image)
         seg_logits = self.decode(maps)
-        hpv_logit, z2 = self.classify(image, seg_logits)
-        deep = self.summarise(maps, z2)
-        if self.survival is None:
-            return seg_logits, hpv_logit, None, None
+        probability = self.probability(seg_logits)
+        hpv_logit, z2 = self.classify(image, probability)
         if clinical is None:
             clinical = image.new_zeros((image.shape[0], self.clinical_features))
-        return seg_logits, hpv_logit, self.survival(deep, clinical), torch.cat(deep, dim=1).detach().float()
+        features = self.summarise(maps, z2)
+        hazards: list[Tensor] = []
+        if self.survival is not None:
+            hazards.append(self.survival(features, clinical))
+        if self.burden is not None and probability is not None:
+            features.append(self.measure(image, probability, hpv_logit))
+            hazards.append(self.burden(features[-1], clinical))
+        if len(hazards) == 0:
+            return seg_logits, hpv_logit, None, None
+        return seg_logits, hpv_logit, torch.stack(hazards).sum(dim=0), torch.cat(features, dim=1).detach().float()
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """The encoder's five feature maps; none where no task needs them."""
@@ -488,25 +585,43 @@ class MultitaskNet(nn.Module):
             return None
         return self.decoder(features)
 
-    def classify(self, image: Tensor, seg_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """HPV logit (B,) and z2 (B, 112), or None and None without the HPV task."""
+    def probability(self, seg_logits: Tensor | None) -> Tensor | None:
+        """Tumour probability (B, 1, R, R, R) for the other branches, or None without the segmentation task."""
+        if seg_logits is None:
+            return None
+        return self.passed_on(torch.sigmoid(seg_logits))
+
+    def passed_on(self, estimate: Tensor) -> Tensor:
+        """One task's estimate for another task: with a gradient or, where ``mask_gradient`` is "stop", without."""
+        if self._mask_gradient_flows:
+            return estimate
+        return estimate.detach()
+
+    def classify(self, image: Tensor, probability: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """HPV logit (B,) and z2 (B, 112; 64 without deep survival inputs), or None and None without the HPV task."""
         if self.hpv is None:
             return None, None
         x = image.flip(1)  # [CT, PET] -> [PET, CT]
-        if seg_logits is not None:
-            probability = torch.sigmoid(seg_logits)
-            if not self._mask_gradient_flows:
-                probability = probability.detach()
+        if probability is not None:
             x = torch.cat([x, probability.to(x.dtype)], dim=1)
         logit, z2 = self.hpv(x)
         return logit, z2
 
     def summarise(self, maps: list[Tensor], z2: Tensor | None) -> list[Tensor]:
-        """The deep features that the survival branch reads: z1 (B, 124) and, where there is one, z2 (B, 112)."""
-        if self.summaries is None:
-            return []
-        z1 = self.summaries(maps)
-        return [z1] if z2 is None else [z1, z2]
+        """The deep features: z1 (B, 124), where the survival branch reads it, and z2, where there is an HPV branch."""
+        deep: list[Tensor] = []
+        if self.summaries is not None:
+            deep.append(self.summaries(maps))
+        if z2 is not None:
+            deep.append(z2)
+        return deep
+
+    def measure(self, image: Tensor, probability: Tensor, hpv_logit: Tensor | None) -> Tensor:
+        """What the burden branch reads: :func:`tumour_burden` and the HPV probability, (B, 4; 3 without HPV task)."""
+        burden = tumour_burden(probability[:, 0], image[:, 1])
+        if hpv_logit is None:
+            return burden
+        return torch.cat([burden, self.passed_on(torch.sigmoid(hpv_logit.float())).unsqueeze(1)], dim=1)
 
     def tumour_probability(self, image: Tensor) -> Tensor:
         """The segmentation path alone: image (B, 2, R, R, R) -> float32 probability (B, 1, R, R, R).
@@ -520,15 +635,18 @@ class MultitaskNet(nn.Module):
         return torch.sigmoid(logits.float())
 
     def survival_weights(self) -> list[nn.Parameter]:
-        """The fully connected weights of the survival branch (three; two without z2), for the L2 term of eq. 1.
+        """The weights that the L2 term of eq. 1 holds down.
+
+        All fully connected ones of the survival branch (three; two without z2), and :meth:`BurdenBranch.held_down`.
 
         Example:
             >>> [tuple(weight.shape) for weight in MultitaskNet().survival_weights()]
             [(64, 124), (64, 112), (1, 135)]
+            >>> [tuple(weight.shape) for weight in MultitaskNet(survival_inputs=["burden"]).survival_weights()]
+            [(1, 7)]
         """
-        if self.survival is None:
-            return []
-        return [weight for weight in self.survival.parameters() if weight.ndim == 2]
+        deep = [] if self.survival is None else [weight for weight in self.survival.parameters() if weight.ndim == 2]
+        return deep if self.burden is None else [*deep, *self.burden.held_down()]
 
     def check_shapes(self, image: Tensor, clinical: Tensor | None) -> None:
         """Raise ValueError, saying what would be right, for inputs that the network cannot read."""
@@ -547,9 +665,9 @@ class MultitaskNet(nn.Module):
                 f"the clinical values' shape is {tuple(clinical.shape)}; {expected} is expected: one row a case, "
                 "one column a feature of the config's list"
             )
-        if self.training and self.survival is not None and image.shape[0] < 2:
+        if self.training and TASK_SURV in self.tasks and image.shape[0] < 2:
             raise ValueError(
-                "a batch of one case in training mode: the survival branch normalises over the batch and needs at "
+                "a batch of one case in training mode: survival normalises over the batch and needs at "
                 "least two (raise batch_size, or drop the last incomplete batch)"
             )
 
@@ -604,6 +722,29 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(TASKS):
         raise ValueError(f"tasks is {chosen}; it must name one or more of {', '.join(TASKS)}, each once")
     return tuple(task for task in TASKS if task in chosen)
+
+
+def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
+    """What the log hazard is made of, in its fixed order.
+
+    Raises:
+        ValueError: where there is nothing, something unknown or repeated, or a burden that no task measures.
+
+    Example:
+        >>> checked_inputs(["burden", "deep"], ("seg", "surv"))
+        ('deep', 'burden')
+    """
+    chosen = [survival_inputs] if isinstance(survival_inputs, str) else list(survival_inputs)
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(SURVIVAL_INPUTS):
+        raise ValueError(
+            f"survival_inputs is {chosen}; it must name one or both of {', '.join(SURVIVAL_INPUTS)}, each once"
+        )
+    if "burden" in chosen and TASK_SEG not in tasks:
+        raise ValueError(
+            f"survival_inputs is {chosen} and tasks is {list(tasks)}: without the task 'seg' there is no tumour whose "
+            "burden could be measured; set survival_inputs to ['deep']"
+        )
+    return tuple(name for name in SURVIVAL_INPUTS if name in chosen)
 
 
 def initialise(module: nn.Module) -> None:
