@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,8 +328,12 @@ def fold_means(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def clinical_risks(run: Run) -> pd.DataFrame:
+def clinical_risks(run: Run, others: Sequence[Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Risks by a ridge Cox model of clinical values alone, fitted in each fold to the network's training patients.
+
+    Args:
+        run: whose folds.
+        others: cases of another cohort that get risks, instead of those that each fold held out.
 
     Returns:
         ``PatientID`` and ``clinical_risk``, normalised like the network's; a patient of several folds has the mean.
@@ -345,7 +349,8 @@ def clinical_risks(run: Run) -> pd.DataFrame:
     tables = []
     for fold in run.folds:
         split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
-        parts = [[c for c in split.part(name) if c[keys.SURV_KNOWN]] for name in (TRAINING, run.record["held_out"])]
+        judged = split.part(run.record["held_out"]) if others is None else others
+        parts = [[c for c in cases if c[keys.SURV_KNOWN]] for cases in (split.part(TRAINING), judged)]
         if not parts[1]:
             continue
         train, test = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)

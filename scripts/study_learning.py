@@ -7,6 +7,7 @@ and seed; started again it goes on. With ``--report`` it trains nothing and gath
     STUDY/flow_s1/run.json  where it ran and how long it took
     STUDY/logs/flow_s1.txt  what train_folds.py said
     STUDY/cache/            preprocessed cases, shared by the runs
+    STUDY/flow_s1/fold_0/evaluation_others/   with --test_dir: the network on another cohort
     STUDY/study.json        the report: every figure with its interval and its counts
     STUDY/study.md          the same as a table to read
 
@@ -40,15 +41,18 @@ sys.path.insert(0, str(ROOT / "bundle"))
 from ensemble_folds import choose_hpv_threshold  # noqa: E402
 from evaluate_folds import CASES_FILE, clinical_risks, read_cases, read_run  # noqa: E402
 from experiment import (  # noqa: E402
+    EVALUATE_CONFIG,
     EXPERIMENT_FILE,
     FINISHED,
     TRAIN_CONFIG,
     TRAINING,
     ExperimentError,
     as_list,
+    bundle_command,
     config_of,
     evaluation_folder,
     find_config,
+    fold_folder,
     merge_configs,
     read_experiment,
     read_fold,
@@ -58,11 +62,13 @@ from experiment import (  # noqa: E402
 from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.cohort import CohortError, load_cohort  # noqa: E402
+from scripts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
 from scripts.evaluation import BOOTSTRAP_SAMPLES, HPV_THRESHOLD, MEASURES, bootstrap_interval  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 from scripts.survival import paired_bootstrap  # noqa: E402
 
+BUNDLE = ROOT / "bundle"
+OTHERS = "others"  # the part that the cases of another cohort are, in the names of folders
 TRAIN_TOOL = ROOT / "scripts" / "train_folds.py"
 RUN_FILE, STUDY_FILE, TABLE_FILE, LOG_FOLDER = "run.json", "study.json", "study.md", "logs"
 NOT_COMPARED = ("dataset_dir", "ehr_csv")
@@ -88,26 +94,38 @@ class Variant:
 
 
 BASE = "base"
-PAPER = ("configs/demo.json", "configs/paper.json")
+DEMO = ("configs/demo.json",)
+PAPER = (*DEMO, "configs/paper.json")
 FAST = {"learning_rate": 0.001, "lr_milestones": [16, 21], "lr_factors": [0.3, 0.1]}
+DEEP = {"survival_inputs": ["deep"], "l2_weight": 0.1}  # the paper's survival branch
+
+
+def deep(what: str, **overrides: Any) -> Variant:
+    """A variant of the base."""
+    return Variant(what, {**DEEP, **overrides})
+
+
 VARIANTS = {
-    BASE: Variant("partial labels; segmentation, HPV and survival; gradient through the map stopped; HPV weight 10"),
-    "surv": Variant("survival alone", {"tasks": ["surv"]}),
-    "seg_surv": Variant("segmentation and survival", {"tasks": ["seg", "surv"]}),
-    "flow": Variant("gradient flows through the probability map", {"mask_gradient": "flow"}),
-    "equal": Variant("equal task weights", {"task_weights": None}),
-    "uncertainty": Variant("task weights learned by uncertainty", {"task_weights": "uncertainty"}),
-    "memory": Variant("Cox risk set of the batch and the last 64 cases", {"cox_memory": 64}),
-    "full": Variant("trained on cases with every label only (5 folds)", {"protocol": "full"}),
-    "min_max": Variant("PET by its own minimum and maximum", {"pet_window": None}),
-    "warmup": Variant(
-        "gradient flows through the map from epoch 9 on", {"mask_gradient": "flow", "mask_gradient_after": 8}
+    BASE: deep(
+        "partial labels; segmentation, HPV and survival from deep features; gradient through the map stopped; HPV "
+        "weight 10"
     ),
+    "burden": Variant("survival from burden, HPV probability and clinical values: the configs as they stand"),
+    "both": Variant("survival from deep features and from burden", {"survival_inputs": ["deep", "burden"]}),
+    "surv": deep("survival alone", tasks=["surv"]),
+    "seg_surv": deep("segmentation and survival", tasks=["seg", "surv"]),
+    "flow": deep("gradient flows through the probability map", mask_gradient="flow"),
+    "equal": deep("equal task weights", task_weights=None),
+    "uncertainty": deep("task weights learned by uncertainty", task_weights="uncertainty"),
+    "memory": deep("Cox risk set of the batch and the last 64 cases", cox_memory=64),
+    "full": deep("trained on cases with every label only (5 folds)", protocol="full"),
+    "min_max": deep("PET by its own minimum and maximum", pet_window=None),
+    "warmup": deep("gradient flows through the map from epoch 9 on", mask_gradient="flow", mask_gradient_after=8),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
-    "balanced_hpv": Variant("focal weight 0.5 for HPV instead of 0.25", {"hpv_alpha": 0.5}),
-    "low_l2": Variant("weight of the L2 term 0.001 instead of 0.1", {"l2_weight": 0.001}),
-    "long": Variant("three times as many epochs", {"epochs": 72, "val_interval": 12, "lr_milestones": [48, 63]}),
+    "balanced_hpv": deep("focal weight 0.5 for HPV instead of 0.25", hpv_alpha=0.5),
+    "low_l2": deep("weight of the L2 term 0.001 instead of 0.1", l2_weight=0.001),
+    "long": deep("three times as many epochs", epochs=72, val_interval=12, lr_milestones=[48, 63]),
 }
 """What is compared; the order is that in which they are run unless told otherwise."""
 
@@ -133,6 +151,7 @@ class Study:
         seeds: of folds, initial weights and batches.
         folds: of each run.
         overrides: ids of the configs for every run.
+        test_dir: folder of another cohort to judge the networks by; None: by the cases that each held out.
     """
 
     folder: Path
@@ -142,6 +161,7 @@ class Study:
     seeds: tuple[int, ...]
     folds: tuple[int, ...]
     overrides: Mapping[str, Any]
+    test_dir: str | None = None
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -156,7 +176,41 @@ class Study:
         """Ids of the configs of a run and their values; those for every run go before the variant's."""
         return {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
 
-    def command(self, variant: str, seed: int) -> list[str]:
+    def commands(self, variant: str, seed: int) -> list[list[str]]:
+        """``train_folds.py`` for a run, and with ``test_dir`` the bundle's ``evaluating`` for each fold."""
+        folds = self.folds if self.test_dir else ()
+        return [self.training(variant, seed), *(self.evaluating(variant, seed, fold) for fold in folds)]
+
+    def evaluating(self, variant: str, seed: int, fold: int) -> list[str]:
+        """The bundle's ``evaluating`` of a network on the other cohort."""
+        folder = self.run_folder(variant, seed)
+        options = {
+            "dataset_dir": self.test_dir,
+            "output_dir": str(fold_folder(folder, fold)),
+            "ckpt_dir": str(fold_folder(folder, fold) / "models"),
+            "evaluation_dir": str(evaluation_folder(folder, fold, OTHERS)),
+            "evaluate_on": "all",
+        }
+        files = [TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files), EVALUATE_CONFIG]
+        return bundle_command("evaluating", files, options)
+
+    def cases_files(self, variant: str, seed: int, fold: int) -> tuple[Path, Path]:
+        """Of one network: the cases that judge it, and its training cases, which its HPV threshold is chosen on."""
+        folder = self.run_folder(variant, seed)
+        judged = OTHERS if self.test_dir else read_experiment(folder)["held_out"]
+        paths = (evaluation_folder(folder, fold, part) / CASES_FILE for part in (judged, TRAINING))
+        return next(paths), next(paths)
+
+    def is_complete(self, variant: str, seed: int, folds: Sequence[int]) -> bool:
+        """Whether these folds of a run are trained and evaluated."""
+        folder = self.run_folder(variant, seed)
+        return (folder / EXPERIMENT_FILE).is_file() and all(
+            read_fold(folder, fold)["status"] == FINISHED
+            and all(path.is_file() for path in self.cases_files(variant, seed, fold))
+            for fold in folds
+        )
+
+    def training(self, variant: str, seed: int) -> list[str]:
         """``train_folds.py`` for a run."""
         options = {
             "dataset_dir": self.dataset_dir,
@@ -189,18 +243,6 @@ def check_variants(names: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ExperimentError(f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     return tuple(names) or tuple(VARIANTS)
-
-
-def is_complete(folder: Path, folds: Sequence[int]) -> bool:
-    """Whether every fold of a run is trained and evaluated."""
-    if not (folder / EXPERIMENT_FILE).is_file():
-        return False
-    held_out = read_experiment(folder)["held_out"]
-    return all(
-        read_fold(folder, fold)["status"] == FINISHED
-        and all((evaluation_folder(folder, fold, part) / CASES_FILE).is_file() for part in (held_out, TRAINING))
-        for fold in folds
-    )
 
 
 def check_run(study: Study, variant: str, seed: int) -> None:
@@ -262,14 +304,20 @@ class ActiveRun:
         self.log = study.folder / LOG_FOLDER / f"{self.name}.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.start = time.monotonic()
-        command = study.command(variant, seed)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.file: IO[str] = self.log.open("a", encoding="utf-8")
+        self.commands = study.commands(variant, seed)
+        self.process = self._begin()
+
+    def _begin(self) -> subprocess.Popen:
+        """The next command."""
+        command = self.commands.pop(0)
+        count = str(self.threads)
         self.file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
         self.file.flush()
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             command,
-            env=environment,
+            cwd=BUNDLE,
+            env={**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
             stdin=subprocess.DEVNULL,
             stdout=self.file,
             stderr=subprocess.STDOUT,
@@ -282,13 +330,19 @@ class ActiveRun:
         """Since it began."""
         return (time.monotonic() - self.start) / 60
 
+    def is_over(self) -> bool:
+        """Whether it has failed, or the last of its commands has ended; begins the next one otherwise."""
+        if self.process.poll() == 0 and self.commands:
+            self.process = self._begin()
+        return self.process.poll() is not None
+
     def end(self) -> bool:
         """Note where it ran and how long; whether it failed."""
         self.file.close()
         failed = self.process.returncode != 0
         if not failed:
             about = {"minutes": round(self.minutes, 1), "threads": self.threads, **machine()}
-            about["command"] = shlex.join(self.study.command(self.variant, self.seed))
+            about["command"] = shlex.join(self.study.training(self.variant, self.seed))
             write_text(self.study.run_folder(self.variant, self.seed) / RUN_FILE, json.dumps(about, indent=1))
         return failed
 
@@ -310,7 +364,7 @@ def run_study(study: Study, jobs: int, threads: int) -> list[str]:
     """
     waiting = []
     for variant, seed in study.runs:
-        if is_complete(study.run_folder(variant, seed), study.folds):
+        if study.is_complete(variant, seed, study.folds):
             check_run(study, variant, seed)
             say(f"{run_name(variant, seed)}: finished before")
         else:
@@ -324,7 +378,7 @@ def run_study(study: Study, jobs: int, threads: int) -> list[str]:
                 active.append(ActiveRun(study, *waiting.pop(0), threads))
                 say(f"{active[-1].name}: started, {len(waiting)} of {total} waiting ({active[-1].log})")
             time.sleep(POLL_SECONDS)
-            for run in [run for run in active if run.process.poll() is not None]:
+            for run in [run for run in active if run.is_over()]:
                 active.remove(run)
                 if run.end():
                     failed.append(run.name)
@@ -358,26 +412,24 @@ def say(text: str) -> None:
 # --- what came out ------------------------------------------------------------------------------------------------
 
 Cells = dict[str, pd.DataFrame]
-"""Held-out cases of networks by seed and fold, indexed by patient."""
+"""Cases that networks are judged by, by seed and fold, indexed by patient."""
 
 
 def read_cells(study: Study, variant: str) -> Cells:
-    """Held-out cases of every finished network of a variant, with the HPV threshold chosen on its training cases.
+    """Cases that judge every finished network of a variant, with the HPV threshold chosen on its training cases.
 
     Raises:
         ExperimentError: a run is not what its name says.
     """
     cells: Cells = {}
     for seed in study.seeds:
-        folder = study.run_folder(variant, seed)
         for fold in study.folds:
-            if not is_complete(folder, [fold]):
+            if not study.is_complete(variant, seed, [fold]):
                 continue
             check_run(study, variant, seed)
-            held_out = read_experiment(folder)["held_out"]
-            table = read_cases(evaluation_folder(folder, fold, held_out) / CASES_FILE)
+            table, training = map(read_cases, study.cases_files(variant, seed, fold))
             if "hpv_prob" in table:
-                chosen = choose_hpv_threshold(read_cases(evaluation_folder(folder, fold, TRAINING) / CASES_FILE))
+                chosen = choose_hpv_threshold(training)
                 table["chosen"] = HPV_THRESHOLD if chosen["value"] is None else chosen["value"]
             cells[f"seed {seed}, fold {fold}"] = table.set_index("PatientID").sort_index()
     return cells
@@ -473,7 +525,9 @@ def with_clinical(study: Study, variant: str, cells: Cells) -> Cells:
     for seed in study.seeds:
         mine = {cell: table for cell, table in cells.items() if cell.startswith(f"seed {seed},")}
         if mine:
-            risks = clinical_risks(read_run(study.run_folder(variant, seed))).set_index("PatientID")["clinical_risk"]
+            run = read_run(study.run_folder(variant, seed))
+            others = load_cohort(study.test_dir).cases if study.test_dir else None
+            risks = clinical_risks(run, others).set_index("PatientID")["clinical_risk"]
             found |= {cell: with_risk(table, risks) for cell, table in mine.items()}
     return found
 
@@ -496,7 +550,7 @@ def make_report(study: Study, samples: int, seed: int, command: str) -> dict[str
         others[CLINICAL] = with_clinical(study, first, cells[first])
     except ValueError as error:
         notes.append(f"{CLINICAL}: {str(error).splitlines()[0]}")
-    others[ORACLE] = with_oracle(cells[first], study.dataset_dir)
+    others[ORACLE] = with_oracle(cells[first], study.test_dir or study.dataset_dir)
     rows = {}
     for variant, found in cells.items():
         say(f"{variant}: {len(found)} networks")
@@ -511,6 +565,7 @@ def make_report(study: Study, samples: int, seed: int, command: str) -> dict[str
         "notice": keys.RESEARCH_USE_ONLY,
         "data": read_experiment(study.run_folder(first, seed_of(cells[first])))["cohort"]["trained_on"],
         "dataset_dir": study.dataset_dir,
+        "judged_by": judged_by(study),
         "base": first,
         "seeds": list(study.seeds),
         "folds": list(study.folds),
@@ -521,6 +576,14 @@ def make_report(study: Study, samples: int, seed: int, command: str) -> dict[str
         "comparators": comparators,
         "share_of_oracle": share_of_oracle(rows, comparators),
     }
+
+
+def judged_by(study: Study) -> str:
+    """Which cases the figures are of, in words."""
+    if study.test_dir is None:
+        return "the cases that each network held out"
+    cohort = load_cohort(study.test_dir)
+    return f"other cases, {Path(study.test_dir).name}: {cohort.statement(cohort.cases)}"
 
 
 def seed_of(cells: Cells) -> int:
@@ -573,7 +636,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         f"**{report['notice']}**",
         "",
         f"Data: {report['data']}. Seeds {join(report['seeds'])}, fold {join(report['folds'])} of each: a seed deals the"
-        f" folds anew. Held-out cases only, after the {epochs} epoch of each run.",
+        f" folds anew. Judged by {report['judged_by']}; after the {epochs} epoch of each run.",
         f"Figures are means over networks, [interval: {report['interval']}], ± standard deviation over networks.",
         f"Machine: {'; '.join(places) or 'not recorded'}"
         + (f"; {min(minutes):.0f} to {max(minutes):.0f} min a run." if minutes else "."),
@@ -667,6 +730,7 @@ def study_learning(
     doc: str | None = None,
     samples: int = BOOTSTRAP_SAMPLES,
     bootstrap_seed: int = 0,
+    test_dir: str | None = None,
     **overrides: Any,
 ) -> None:
     """Run variants of the training with several seeds, or report what came out.
@@ -683,6 +747,8 @@ def study_learning(
         doc: with ``report``, a Markdown file whose marked place gets the table.
         samples: draws of the bootstrap.
         bootstrap_seed: of the draws.
+        test_dir: folder of another cohort, none of whose patients is in the first: networks are judged by it instead of
+            by the cases that each held out. Networks that are finished are not trained again for it.
         **overrides: ids of the configs for every run, such as ``epochs``; a variant's own go before them.
     """
     if jobs < 1 or threads < 1:
@@ -692,7 +758,10 @@ def study_learning(
     numbers = [tuple(int(value) for value in as_list(values)) for values in (seeds, folds)]
     cohort = load_cohort(place)
     folder = Path(output_dir).expanduser().resolve()
-    study = Study(folder, place, cohort.fingerprint, names, numbers[0], numbers[1], overrides)
+    other = str(Path(test_dir).expanduser().resolve()) if test_dir else None
+    if other:
+        check_others(cohort, load_cohort(other))
+    study = Study(folder, place, cohort.fingerprint, names, numbers[0], numbers[1], overrides, other)
     if report:
         written = make_report(study, samples, bootstrap_seed, command_line(study, jobs, threads))
         write_text(folder / STUDY_FILE, json.dumps(written, indent=1, allow_nan=False))
@@ -707,12 +776,27 @@ def study_learning(
         sys.exit(f"study_learning: {len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}")
 
 
+def check_others(cohort: Cohort, others: Cohort) -> None:
+    """See that two cohorts have no patient in common.
+
+    Raises:
+        ExperimentError: they have; some are named.
+    """
+    seen, found = ({case[keys.PATIENT_ID] for case in one.cases} for one in (cohort, others))
+    if shared := sorted(seen & found):
+        raise ExperimentError(
+            f"{len(shared)} patients of the test cohort are in the study's own ({', '.join(shared[:3])} ...): give "
+            "another cohort, such as phantoms of another seed"
+        )
+
+
 def command_line(study: Study, jobs: int, threads: int) -> str:
     """What a reader types for the same study."""
     options: dict[str, Any] = {"dataset_dir": Path(study.dataset_dir).name, "output_dir": study.folder.name}
     if study.variants != tuple(VARIANTS):
         options["variants"] = ",".join(study.variants)
     options |= {"seeds": join(study.seeds).replace(" ", ""), "folds": join(study.folds).replace(" ", "")}
+    options |= {"test_dir": Path(study.test_dir).name} if study.test_dir else {}
     options |= {"jobs": jobs, "threads": threads, **study.overrides}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return shlex.join(["python", "scripts/study_learning.py", *(str(word) for word in words)])

@@ -28,13 +28,16 @@ from scripts.evaluation import summarise
 CENTRES = {1: "CHUM", 2: "CHUP", 5: "MDA"}
 
 
-def make_cohort(folder: Path, patients: int = 90, seed: int = 0) -> Path:
-    """Cohort whose scans are single voxels, with a ``truth.csv``; masks, HPV and survival missing here and there."""
+def make_cohort(folder: Path, patients: int = 90, seed: int = 0, first: int = 0) -> Path:
+    """Cohort whose scans are single voxels, with a ``truth.csv``; masks, HPV and survival missing here and there.
+
+    Patients are numbered from ``first``.
+    """
     rng = np.random.default_rng(seed)
     rows, truth = [], []
     for k in range(patients):
         number, name = list(CENTRES.items())[0 if k % 10 < 3 else 1 if k % 30 == 3 else 2]
-        patient = f"{name}-{k:03d}"
+        patient = f"{name}-{first + k:03d}"
         risk = rng.normal()
         place = folder / "Task 1" / patient
         for suffix in ("__CT", "__PT", *([""] if k % 6 else [])):

@@ -585,7 +585,8 @@ def test_a_server_answers_and_trains(
     (backup,) = (served / "models").glob("model_before_*.pt")
     assert backup.read_bytes() == before
     trained = load_weights(
-        FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES), survival_inputs=["burden"]), SETTINGS), served / "models/model.pt"
+        FoldEnsemble(MultitaskNet(clinical_features=len(FEATURES), survival_inputs=["burden"]), SETTINGS),
+        served / "models/model.pt",
     )
     assert len(trained.folds) == 1
     statement = "3 digital phantoms, not for clinical use; masks edited in MONAI Label; started from weights trained on"

@@ -195,7 +195,9 @@ INPUTS = [pytest.param(("burden",), id="burden"), pytest.param(("deep", "burden"
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize(("tasks", "burden"), [(("seg", "hpv", "surv"), 4), (("seg", "surv"), 3)], ids=["hpv", "no_hpv"])
+@pytest.mark.parametrize(
+    ("tasks", "burden"), [(("seg", "hpv", "surv"), 4), (("seg", "surv"), 3)], ids=["hpv", "no_hpv"]
+)
 def test_burden_trains_every_parameter(inputs, tasks, burden, image):
     net = MultitaskNet(tasks=tasks, survival_inputs=inputs)
     loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)

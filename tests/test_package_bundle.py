@@ -48,7 +48,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("output", "data", "*.pt", "__pycache__"))
     settings = json.loads((bundle / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": [32, 32, 32], "spacing_mm": 8.0}
-    ensemble = FoldEnsemble(MultitaskNet(len(settings["clinical_features"]), survival_inputs=settings["survival_inputs"]), settings)
+    ensemble = FoldEnsemble(
+        MultitaskNet(len(settings["clinical_features"]), survival_inputs=settings["survival_inputs"]), settings
+    )
     ensemble.provenance = {"trained_on": "nothing: a test"}
     save_weights(ensemble, bundle / "models" / "model.pt", half=True)
     change_metadata(bundle, version="9.8.7", changelog={"9.8.7": "a test"}, **installed_versions())

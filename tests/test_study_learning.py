@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -60,13 +62,16 @@ def runs(cohort, tmp_path_factory) -> Path:
             ("full", 0, "full", {}),
         ]
     ):
+        options = {**tool.DEEP, **options}
         make_run(folder / f"{name}_s{split_seed}", cohort, protocol, noise, DEMO, split_seed, **options)
     return folder
 
 
-def make_study(cohort: Path, folder: Path, variants="base", seeds=(0,), folds=(0,), **overrides) -> tool.Study:
-    names = tuple(variants.split(","))
-    return tool.Study(folder, str(cohort), load_cohort(cohort).fingerprint, names, seeds, folds, overrides)
+def make_study(
+    cohort: Path, folder: Path, variants="base", seeds=(0,), folds=(0,), test_dir=None, **overrides
+) -> tool.Study:
+    names, other = tuple(variants.split(",")), str(test_dir) if test_dir else None
+    return tool.Study(folder, str(cohort), load_cohort(cohort).fingerprint, names, seeds, folds, overrides, other)
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_every_variant_is_an_experiment_that_differs_from_the_base_as_it_says(co
     assert {name: plan.config[name] for name in settings} == settings
     assert plan.config_files[1] == "configs/demo.json"
     if variant != tool.BASE:
-        base = make_plan(str(cohort), "partial", DEMO, (0,), str(tmp_path), {"seed": 0}, "")
+        base = make_plan(str(cohort), "partial", DEMO, (0,), str(tmp_path), {"seed": 0, **tool.DEEP}, "")
         assert plan.config != base.config
 
 
@@ -270,6 +275,52 @@ def test_oracle_and_clinical_values_are_judged_on_the_same_patients(cohort, runs
     assert report["share_of_oracle"]["base"] == pytest.approx((base["value"] - 0.5) / (oracle["value"] - 0.5))
     clinical = report["comparators"][tool.CLINICAL]["figures"]["c_index"]
     assert clinical["patients"] == base["patients"] and 0.5 < clinical["value"] < oracle["value"]
+
+
+# --- judged by another cohort -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> Path:
+    """Another cohort: patients with the same values and other names."""
+    return make_cohort(tmp_path_factory.mktemp("others"), first=200)
+
+
+def test_another_cohort_is_evaluated_after_the_training(cohort, others, tmp_path, fake, monkeypatch):
+    (fake / "evaluate.py").write_text(FAKE.replace('"name": name', '"name": "evaluate"'))
+    command = [sys.executable, str(fake / "evaluate.py")]
+    monkeypatch.setattr(
+        tool, "bundle_command", lambda _, files, options: [*command, *(f"--{k}={v}" for k, v in options.items())]
+    )
+    study = make_study(cohort, tmp_path, "burden", folds=(0, 2), test_dir=others)
+    assert tool.run_study(study, jobs=1, threads=1) == []
+    assert [call["name"] for call in calls(fake)] == ["burden_s0", "evaluate", "evaluate"]
+    given = calls(fake)[2]["given"]
+    assert given["dataset_dir"] == str(others) and given["evaluate_on"] == "all"
+    assert given["ckpt_dir"] == str(tmp_path / "burden_s0" / "fold_2" / "models")
+    assert given["evaluation_dir"] == str(tmp_path / "burden_s0" / "fold_2" / "evaluation_others")
+
+
+def test_figures_of_another_cohort(cohort, others, runs, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(runs / "base_s0", folder / "base_s0")
+    study = make_study(cohort, folder, test_dir=others)
+    assert tool.read_cells(study, "base") == {}  # trained, but not yet seen the others
+    place = folder / "base_s0" / "fold_0" / "evaluation_others"
+    place.mkdir()
+    cases = held_out(runs, "base_s0")
+    cases["PatientID"] = [f"{name[:-3]}{int(name[-3:]) + 200}" for name in cases["PatientID"]]
+    cases.to_csv(place / "cases.csv", index=False)
+    report = tool.make_report(study, SAMPLES, 0, "")
+    assert report["variants"]["base"]["figures"]["c_index"]["value"] == pytest.approx(lifelines_c_index(cases))
+    assert "others" in report["judged_by"]
+    for name in (tool.CLINICAL, tool.ORACLE):
+        assert report["comparators"][name]["figures"]["c_index"]["patients"] == cases["time"].notna().sum()
+
+
+def test_a_cohort_with_patients_of_the_study_is_refused(cohort, tmp_path):
+    with pytest.raises(ExperimentError, match="patients of the test cohort are in the study's own"):
+        tool.study_learning(str(cohort), str(tmp_path), test_dir=str(cohort))
 
 
 def test_what_cannot_be_had_says_why(report):

@@ -467,8 +467,8 @@ class MultitaskNet(nn.Module):
         seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
 
     Raises:
-        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are unknown
-            or that the tasks cannot give, or a ``seg_prior`` outside (0, 1).
+        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are
+            unknown or that the tasks cannot give, or a ``seg_prior`` outside (0, 1).
 
     Example:
         Missing clinical values are zeros, so ``None`` and zeros are the same patient:
