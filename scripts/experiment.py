@@ -130,8 +130,9 @@ def evaluation_folder(run: str | Path, fold: int, part: str = VALIDATION) -> Pat
 
 
 def bundle_command(workflow: str, config_files: Sequence[str], overrides: Mapping[str, Any]) -> list[str]:
-    """``python -m monai.bundle run`` with configs and overrides."""
-    options = [f"--{name}={typed(value)}" for name, value in overrides.items()]
+    """``python -m monai.bundle run`` with configs and overrides; MONAI passes over None, but not over ``$None``."""
+    values = {name: "$None" if value is None else value for name, value in overrides.items()}
+    options = [f"--{name}={typed(value)}" for name, value in values.items()]
     return [sys.executable, "-m", "monai.bundle", "run", workflow, f"--config_file={list(config_files)}", *options]
 
 

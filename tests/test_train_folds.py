@@ -557,3 +557,12 @@ def test_progress_shows_fold_epoch_and_time_left(centres, tmp_path, monkeypatch,
 def test_examples_in_the_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
+
+
+def test_none_reaches_the_bundle(tmp_path):
+    """MONAI ignores an override of None, so that the config's own value would be trained with."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"pet_window": [0, 25], "training": ["$print('the window is', @pet_window)"]}))
+    command = experiment.bundle_command("training", [str(config)], {"pet_window": None})
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "the window is None" in said.stdout
