@@ -414,7 +414,7 @@ class BurdenBranch(nn.Module):
 
     def held_down(self) -> list[nn.Parameter]:
         """Weights of the clinical values, which the L2 term holds down; those of the burden itself are free."""
-        return [] if self.clinical is None else [self.clinical.weight]
+        return [] if self.clinical is None else [p for p in self.clinical.parameters() if p.ndim == 2]
 
 
 class FullPrecisionLinear(nn.Linear):
