@@ -486,7 +486,8 @@ def training(**options: Any) -> Callable[[Setup], Run]:
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / "train.json"))
         torch.manual_seed(SEED)
-        for name, value in {"bundle_root": str(BUNDLE), "saved": "@default_settings", **options}.items():
+        deep = {"survival_inputs": ["deep"], "l2_weight": 0.1}  # the paper's network, which has the most to do
+        for name, value in {"bundle_root": str(BUNDLE), "saved": "@default_settings", **deep, **options}.items():
             parser[name] = value
         if not parser.get_parsed_content("checkpointing"):
             engine.tune_allocator()

@@ -116,7 +116,7 @@ def test_another_run_in_the_same_folder_is_refused(trained: Path, tiny_cohort: P
 @pytest.mark.parametrize(
     ("tasks", "overlay"),
     [
-        pytest.param("['surv']", [], id="surv"),
+        pytest.param("['surv']", ["configs/paper.json"], id="surv"),
         pytest.param("seg,surv", [], id="seg_surv"),
         pytest.param("['seg','hpv','surv']", ["configs/paper.json"], id="paper"),
     ],
@@ -132,6 +132,13 @@ def test_ablations_and_the_paper_overlay_train_and_evaluate(tmp_path, tiny_cohor
     assert (report["metrics"]["dice"]["value"] is None) == ("seg" not in tasks), result.stdout
     reasons = {name: row.get("reason") for name, row in report["metrics"].items()}
     assert (reasons["balanced_accuracy"] == "not a task of this model") == ("hpv" not in tasks)
+
+
+def test_survival_alone_has_no_tumour_to_measure(tmp_path, tiny_cohort, run_bundle) -> None:
+    arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN, "--tasks", "surv"]
+    said = run_bundle("training", "--config_file", TRAIN, *arguments, code=1).stderr
+    assert "without the task 'seg' there is no tumour" in said and "set survival_inputs to ['deep']" in said
+    assert "Traceback" not in said
 
 
 def test_a_cohort_with_masks_only_is_judged_by_dice(tmp_path: Path, run_bundle) -> None:

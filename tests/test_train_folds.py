@@ -28,7 +28,7 @@ from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
 from scripts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))
-SMALL = {"num_folds": 2, "epochs": 1, "val_interval": 1, "batch_size": 2}
+SMALL = {"num_folds": 2, "epochs": 1, "val_interval": 1, "batch_size": 2, "survival_inputs": "deep"}
 
 # Stands in for ``python -m monai.bundle run``: leaves the files that the real one leaves, or does what is asked of it.
 FAKE_BUNDLE = """
