@@ -46,7 +46,7 @@ SETTINGS = {
     **{"tasks": ["seg", "hpv", "surv"], "roi_size": [32, 32, 32], "spacing_mm": 7.0},
     **{"ct_window": [-1000, 1000], "pet_window": [0, 25], "bn_eps": 1e-05},
     "clinical_features": ["age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage"],
-    "survival_inputs": ["burden"],
+    "survival_inputs": ["deep"],
 }
 EHR = {"Age": 61, "Gender": "male", "M-stage": "M0", "Treatment": 1}
 FILES = {
