@@ -25,6 +25,7 @@ BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
 import predict  # noqa: E402
+from experiment import DEEP  # noqa: E402
 from make_cohort import make_cohort  # noqa: E402
 
 import phantom  # noqa: E402
@@ -99,7 +100,7 @@ def random_ensemble(setup: Setup, folds: int) -> FoldEnsemble:
     settings = {
         "tasks": list(K.TASKS),
         "clinical_features": list(DEFAULT_FEATURES),
-        "survival_inputs": ["deep"],
+        "survival_inputs": DEEP["survival_inputs"],  # the paper's, which have the most to do
         "roi_size": [setup.roi] * 3,
         "spacing_mm": setup.spacing_mm,
         "ct_window": [-1000, 1000],
@@ -486,8 +487,8 @@ def training(**options: Any) -> Callable[[Setup], Run]:
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / "train.json"))
         torch.manual_seed(SEED)
-        deep = {"survival_inputs": ["deep"], "l2_weight": 0.1}  # the paper's network, which has the most to do
-        for name, value in {"bundle_root": str(BUNDLE), "saved": "@default_settings", **deep, **options}.items():
+        changes = {"bundle_root": str(BUNDLE), "saved": "@default_settings", **DEEP, **options}
+        for name, value in changes.items():
             parser[name] = value
         if not parser.get_parsed_content("checkpointing"):
             engine.tune_allocator()

@@ -47,13 +47,13 @@ TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
 FINISHED, FAILED, PENDING = "finished", "failed", "pending"
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 
+DEEP: dict[str, Any] = {"survival_inputs": ["deep"], "l2_weight": 0.1}
+"""Ids of the configs of the paper's survival branch."""
+
 PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
     "partial": {"num_folds": 3},
     "full": {"num_folds": 5},
-    "ablation": {  # the paper's Table 1, with its survival branch
-        **{"num_folds": 1, "epochs": 100, "val_interval": 10},
-        **{"survival_inputs": ["deep"], "l2_weight": 0.1},
-    },
+    "ablation": {"num_folds": 1, "epochs": 100, "val_interval": 10, **DEEP},  # as in the paper's Table 1
     "leave_one_centre_out": {},  # as many folds as centres
 }
 """What a protocol brings along unless the command line or an overlay says otherwise."""

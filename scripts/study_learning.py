@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT / "bundle"))
 from ensemble_folds import choose_hpv_threshold  # noqa: E402
 from evaluate_folds import CASES_FILE, clinical_risks, read_cases, read_run  # noqa: E402
 from experiment import (  # noqa: E402
+    DEEP,
     EVALUATE_CONFIG,
     EXPERIMENT_FILE,
     FINISHED,
@@ -97,7 +98,6 @@ BASE = "base"
 DEMO = ("configs/demo.json",)
 PAPER = (*DEMO, "configs/paper.json")
 FAST = {"learning_rate": 0.001, "lr_milestones": [16, 21], "lr_factors": [0.3, 0.1]}
-DEEP = {"survival_inputs": ["deep"], "l2_weight": 0.1}  # the paper's survival branch
 
 
 def deep(what: str, **overrides: Any) -> Variant:
@@ -306,17 +306,17 @@ class ActiveRun:
         self.start = time.monotonic()
         self.file: IO[str] = self.log.open("a", encoding="utf-8")
         self.commands = study.commands(variant, seed)
-        self.process = self._begin()
+        self.process = self._begin(None)
 
-    def _begin(self) -> subprocess.Popen:
-        """The next command."""
+    def _begin(self, place: Path | None) -> subprocess.Popen:
+        """The next command, in this folder; None: in the caller's, where paths of the user's count from."""
         command = self.commands.pop(0)
         count = str(self.threads)
         self.file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
         self.file.flush()
         return subprocess.Popen(
             command,
-            cwd=BUNDLE,
+            cwd=place,
             env={**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
             stdin=subprocess.DEVNULL,
             stdout=self.file,
@@ -333,7 +333,7 @@ class ActiveRun:
     def is_over(self) -> bool:
         """Whether it has failed, or the last of its commands has ended; begins the next one otherwise."""
         if self.process.poll() == 0 and self.commands:
-            self.process = self._begin()
+            self.process = self._begin(BUNDLE)
         return self.process.poll() is not None
 
     def end(self) -> bool:

@@ -455,7 +455,8 @@ class MultitaskNet(nn.Module):
         clinical_features: number F of clinical values.
         tasks: any of "seg", "hpv", "surv".
         mask_gradient: "stop" keeps the gradients of the HPV and survival losses from reaching the segmentation
-            through its probability map; "flow" is the published setting. May be changed between steps.
+            through its probability map, and that of the survival loss from reaching the HPV branch through its
+            probability; "flow" is the published setting. May be changed between steps.
         survival_inputs: what the log hazard is made of beside the clinical values: "deep" (``z1`` and ``z2``, the
             paper's :class:`SurvivalBranch`), "burden" (:class:`BurdenBranch`, needs the segmentation), or both, whose
             log hazards add up.
