@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bundle"), str(ROOT / "scripts")]
 
+import benchmark_profile  # noqa: E402
 import benchmark_stages as at  # noqa: E402
 
 from scripts.files import write_text  # noqa: E402
@@ -39,7 +39,6 @@ from scripts.files import write_text  # noqa: E402
 PLAIN, PRODUCT = "plain", "bundle"
 MIB = 2**20
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "isal", "scipy")
-IMPORTS = ("torch", "monai", "ignite", "nibabel", "scipy.ndimage")
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,16 @@ STAGES = {
         together=False,
     ),
 }
-EXTRAS = ("loading", "startup")
-DEFAULT = (*(name for name in STAGES), *EXTRAS)
+
+
+EXTRAS: dict[str, Callable[[at.Setup], dict[str, float]]] = {
+    "loading": at.trace_loading,
+    "startup": benchmark_profile.startup,
+    "profile_patient": benchmark_profile.profile_patient,
+    "profile_network": benchmark_profile.profile_network,
+    "profile_training": benchmark_profile.profile_training,
+}
+DEFAULT = (*STAGES, *EXTRAS)
 
 
 def benchmark(
@@ -143,7 +150,8 @@ def benchmark(
     Args:
         out: the JSON file.
         stages: some of preprocessing, network, ensemble, mask, patient, cohort, training (64 voxels an edge),
-            training_large (128), loading, startup.
+            training_large (128), loading, startup; and where the time of one run goes: profile_patient,
+            profile_network, profile_training.
         cohort: patients of the cohort; 50 for a figure that leaves start-up out.
         quick: small images, few runs: to try the tool itself.
         threads: of torch and of what it calls; 0 for as many as there are cores.
@@ -167,7 +175,7 @@ def benchmark(
             if name in STAGES:
                 result["stages"][name] = measure(STAGES[name], of_size(setup, name), quick, compiled)
             else:
-                result["stages"][name] = {"trace": at.trace_loading(setup) if name == "loading" else startup(setup)}
+                result["stages"][name] = {"trace": EXTRAS[name](setup)}
             write_text(Path(out), json.dumps(result, indent=1) + "\n")
     print("\n" + table(result))
 
@@ -290,36 +298,6 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
-
-
-# --- start-up ----------------------------------------------------------------------------------------------------
-def startup(setup: at.Setup) -> dict[str, float]:
-    """Seconds from the command to the first patient being read, and what imports alone take."""
-    images, models, out = setup.folder / "cohort", setup.models(1), setup.folder / "startup"
-    predict = [str(ROOT / "scripts" / "predict.py"), str(images), str(out / "a"), "--ckpt_dir", str(models)]
-    bundle = ["-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
-    bundle += ["--dataset_dir", str(images), "--ckpt_dir", str(models), "--output_dir", str(out / "b")]
-    found = {
-        "predict_s": _until_started([*predict, "--report", "False", "--force", "True"], out / "a"),
-        "monai_bundle_s": _until_started([*bundle, "--force", "True"], out / "b"),
-    }
-    for name in IMPORTS:
-        found[f"import_{name}_s"] = _seconds([sys.executable, "-c", f"import {name}"])
-    return found
-
-
-def _until_started(command: list[str], out: Path) -> float:
-    whole = min(_seconds([sys.executable, *command]) for _ in range(2))  # the first may have to read from disk
-    said = json.loads((out / at.PATIENT / "prediction.json").read_text(encoding="utf-8"))
-    return whole - float(said["seconds"]["total"])
-
-
-def _seconds(command: list[str]) -> float:
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT / "bundle", capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return time.perf_counter() - start
 
 
 # --- what is said ------------------------------------------------------------------------------------------------

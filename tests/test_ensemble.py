@@ -10,11 +10,14 @@ import torch
 from ignite.handlers import Checkpoint
 
 from scripts.ensemble import (
+    EXTRA_STATE,
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
+    count_folds,
     join_folds,
     load_weights,
+    read_state,
     save_weights,
     saved_settings,
 )
@@ -161,6 +164,17 @@ def test_file_round_trip(path, image):
     assert [file.name for file in path.parent.iterdir()] == ["model.pt"], "no partial file is left"
     loaded = load_weights(ensemble(1, seed=1), path)
     torch.testing.assert_close(answers(loaded, image), answers(source, image), atol=0, rtol=0)
+
+
+def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(args) or load(*args, **options))
+    save_weights(ensemble(1), path)
+    first = read_state(path)
+    first.pop(EXTRA_STATE)  # the caller's own dictionary
+    assert EXTRA_STATE in read_state(path) and saved_settings(path) == SETTINGS and len(loads) == 1
+    save_weights(ensemble(2), path)
+    assert count_folds(read_state(path)) == 2 and len(loads) == 2
 
 
 def test_half_precision_on_disk_is_float32_in_memory(path, image):

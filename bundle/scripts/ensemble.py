@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +276,25 @@ def plain_copy(value: Any, name: str) -> Any:
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The network's state dict in a checkpoint file, bare or under "model" or "network".
 
+    Start-up asks for it several times; as long as the file stays as it is, all get the same values, to be read only.
+
     Raises:
         FileNotFoundError: where there is no such file; the message says how to get one.
         CheckpointError: where the file is not such a checkpoint.
     """
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file():
         raise FileNotFoundError(
             f"no weights at {path}: train some with `python -m monai.bundle run training --config_file "
             "configs/train.json`, or name the folder that holds model.pt with --ckpt_dir"
         )
+    status = file.stat()
+    return dict(_read_file(str(file.absolute()), (status.st_ino, status.st_mtime_ns, status.st_size)))
+
+
+@lru_cache(maxsize=1)
+def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
+    """:func:`read_state` of the file as it is in this ``version``."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
@@ -293,7 +304,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = state[key]
     if not isinstance(state, Mapping) or not isinstance(state.get(EXTRA_STATE), Mapping):
         raise CheckpointError(f"{path} is not a checkpoint of this bundle: it carries no settings")
-    return dict(state)
+    return state
 
 
 def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
