@@ -95,7 +95,6 @@ STAGES = {
         at.check_patient,
         15,
         runs=2,
-        rehearse=False,
     ),
     "cohort": Stage(
         "a cohort",
@@ -109,7 +108,12 @@ STAGES = {
     ),
     "training": Stage(
         f"training step, batch {at.BATCH}",
-        {PLAIN: at.train_plainly, PRODUCT: at.training(), "frugal": at.training(checkpointing=True)},
+        {
+            PLAIN: at.train_plainly,
+            PRODUCT: at.training(),
+            "compiled": at.training(compile=True),
+            "frugal": at.training(checkpointing=True),
+        },
         at.check_training,
         3.5,
         runs=2,
@@ -142,7 +146,7 @@ def benchmark(
     cohort: int = 5,
     quick: bool = False,
     threads: int = 0,
-    compiled: bool = True,
+    compiled: bool = False,
     workdir: str = "",
 ) -> None:
     """Measure, print a table and write it as JSON. A few minutes on two cores.
@@ -155,7 +159,7 @@ def benchmark(
         cohort: patients of the cohort; 50 for a figure that leaves start-up out.
         quick: small images, few runs: to try the tool itself.
         threads: of torch and of what it calls; 0 for as many as there are cores.
-        compiled: measure the compiled network, too.
+        compiled: measure compiled networks, too: six minutes more, most of them for the compiler.
         workdir: keeps the made scans for the next run; a temporary folder if none is given.
     """
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
@@ -186,7 +190,7 @@ def of_size(setup: at.Setup, stage: str) -> at.Setup:
 
 
 # --- one stage ---------------------------------------------------------------------------------------------------
-def measure(stage: Stage, setup: at.Setup, quick: bool, compiled: bool = True) -> dict[str, Any]:
+def measure(stage: Stage, setup: at.Setup, quick: bool, compiled: bool = False) -> dict[str, Any]:
     """Check a stage's answers, then time its ways in turns.
 
     Returns:

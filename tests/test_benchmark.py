@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import benchmark
+import benchmark_profile
 import benchmark_stages as at
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_quick_and_plain_agree(setup: at.Setup, name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_training_agrees_with_and_without_checkpoints(setup: at.Setup) -> None:
     stage = benchmark.STAGES["training"]
-    answers = {way: make(setup)() for way, make in stage.ways.items()}
+    answers = {way: stage.ways[way](setup)() for way in (benchmark.PLAIN, benchmark.PRODUCT, "frugal")}
     for way in (benchmark.PRODUCT, "frugal"):
         assert stage.check(setup, answers[benchmark.PLAIN], answers[way])
 
@@ -78,6 +79,23 @@ def test_a_run_writes_table_and_json(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert product["peak_mib"] > 100
     assert result["machine"]["threads"] == 1
     assert "| mask back on the CT's grid and written (32^3) | bundle |" in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("profile", "part"),
+    [
+        pytest.param(benchmark_profile.profile_patient, "LocaliseBoxd", id="patient"),
+        pytest.param(benchmark_profile.profile_network, "convolutions, forward", id="network"),
+        pytest.param(benchmark_profile.profile_training, "convolutions, backward", id="training"),
+    ],
+)
+def test_parts_of_a_profile_make_the_whole(setup: at.Setup, profile, part: str) -> None:
+    spent = profile(setup)
+    whole = spent.pop("whole")
+    assert spent[part] > 0
+    assert sum(spent.values()) == pytest.approx(whole, rel=0.1)
+    assert min(spent.values()) >= 0
 
 
 def test_an_error_in_a_worker_is_told(tmp_path: Path) -> None:
