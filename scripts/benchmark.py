@@ -104,7 +104,7 @@ STAGES = {
         },
         at.check_cohort,
         None,
-        runs=1,
+        runs=2,
     ),
     "training": Stage(
         f"training step, batch {at.BATCH}",
@@ -147,6 +147,7 @@ def benchmark(
     quick: bool = False,
     threads: int = 0,
     compiled: bool = False,
+    amp: bool | None = None,
     workdir: str = "",
 ) -> None:
     """Measure, print a table and write it as JSON. A few minutes on two cores.
@@ -160,6 +161,7 @@ def benchmark(
         quick: small images, few runs: to try the tool itself.
         threads: of torch and of what it calls; 0 for as many as there are cores.
         compiled: measure compiled networks, too: six minutes more, most of them for the compiler.
+        amp: compute in bfloat16 or not, instead of what the configs choose on this machine.
         workdir: keeps the made scans for the next run; a temporary folder if none is given.
     """
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
@@ -170,10 +172,11 @@ def benchmark(
     os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(workdir or temporary).resolve() / ("quick" if quick else "full")
-        setup = at.Setup(folder, 32, 4, min(cohort, 3)) if quick else at.Setup(folder, cohort=cohort)
+        sizes = {"roi": 32, "shrink": 4, "cohort": min(cohort, 3)} if quick else {"cohort": cohort}
+        setup = at.Setup(folder, **sizes, amp=amp)
         print(f"making the inputs in {folder}", flush=True)
         at.make_inputs(setup)
-        result: dict[str, Any] = {"machine": machine(threads), "quick": quick, "stages": {}}
+        result: dict[str, Any] = {"machine": machine(threads), "quick": quick, "amp": amp, "stages": {}}
         for name in names:
             print(f"== {name}", flush=True)
             if name in STAGES:
