@@ -120,6 +120,7 @@ VARIANTS = {
     "memory": deep("Cox risk set of the batch and the last 64 cases", cox_memory=64),
     "full": deep("trained on cases with every label only (5 folds)", protocol="full"),
     "min_max": deep("PET by its own minimum and maximum", pet_window=None),
+    "burden_uncertainty": Variant("as burden, task weights learned by uncertainty", {"task_weights": "uncertainty"}),
     "burden_min_max": Variant("as burden, with PET by its own minimum and maximum", {"pet_window": None}),
     "warmup": deep("gradient flows through the map from epoch 9 on", mask_gradient="flow", mask_gradient_after=8),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
