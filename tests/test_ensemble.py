@@ -14,9 +14,9 @@ from scripts.ensemble import (
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
-    count_folds,
     join_folds,
     load_weights,
+    read_facts,
     read_state,
     save_weights,
     saved_settings,
@@ -173,8 +173,10 @@ def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):
     first = read_state(path)
     first.pop(EXTRA_STATE)  # the caller's own dictionary
     assert EXTRA_STATE in read_state(path) and saved_settings(path) == SETTINGS and len(loads) == 1
+    load_weights(ensemble(1), path)
+    assert read_facts(path)[1] == 1 and len(loads) == 1
     save_weights(ensemble(2), path)
-    assert count_folds(read_state(path)) == 2 and len(loads) == 2
+    assert read_facts(path)[1] == 2 and len(loads) == 2
 
 
 def test_half_precision_on_disk_is_float32_in_memory(path, image):

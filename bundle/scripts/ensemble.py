@@ -276,12 +276,26 @@ def plain_copy(value: Any, name: str) -> Any:
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The network's state dict in a checkpoint file, bare or under "model" or "network".
 
-    Start-up asks for it several times; as long as the file stays as it is, all get the same values, to be read only.
+    Start-up asks for it several times: until :func:`load_weights` has it in a network, and as long as the file stays
+    as it is, all get the same values, to be read only.
 
     Raises:
         FileNotFoundError: where there is no such file; the message says how to get one.
         CheckpointError: where the file is not such a checkpoint.
     """
+    return dict(_read_file(*_version(path)))
+
+
+def read_facts(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], int]:
+    """What a checkpoint file says beside its weights (settings and provenance), and the number of its folds.
+
+    Kept in memory, to be read only; errors as :func:`read_state`.
+    """
+    return _read_facts(*_version(path))
+
+
+def _version(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int, int]]:
+    """A file by its path and what changes with its contents."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
@@ -289,12 +303,11 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             "configs/train.json`, or name the folder that holds model.pt with --ckpt_dir"
         )
     status = file.stat()
-    return dict(_read_file(str(file.absolute()), (status.st_ino, status.st_mtime_ns, status.st_size)))
+    return str(file.absolute()), (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=1)
 def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
-    """:func:`read_state` of the file as it is in this ``version``."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
@@ -305,6 +318,12 @@ def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or not isinstance(state.get(EXTRA_STATE), Mapping):
         raise CheckpointError(f"{path} is not a checkpoint of this bundle: it carries no settings")
     return state
+
+
+@lru_cache(maxsize=8)
+def _read_facts(path: str, version: tuple[int, int, int]) -> tuple[Mapping[str, Any], int]:
+    state = _read_file(path, version)
+    return state[EXTRA_STATE], count_folds(state)
 
 
 def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -320,14 +339,14 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | No
     """
     if default is not None and not Path(path).exists():
         return dict(default)
-    return dict(read_state(path)[EXTRA_STATE][SETTINGS])
+    return dict(read_facts(path)[0][SETTINGS])
 
 
 def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The provenance stored in a checkpoint file; arguments and errors as :func:`saved_settings`."""
     if default is not None and not Path(path).exists():
         return dict(default)
-    return dict(read_state(path)[EXTRA_STATE].get(PROVENANCE, {}))
+    return dict(read_facts(path)[0].get(PROVENANCE, {}))
 
 
 def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEnsemble:
@@ -339,6 +358,7 @@ def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEn
         SettingsMismatch: where its settings differ from the ensemble's.
     """
     ensemble.load_state_dict(read_state(path))
+    _read_file.cache_clear()  # the weights are in memory once, not twice
     logger.info("%s", describe_model(ensemble))
     return ensemble
 

@@ -21,7 +21,7 @@ import torch
 from monai.transforms import Transform
 
 from . import keys as K
-from .ensemble import EXTRA_STATE, PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, count_folds, read_state
+from .ensemble import PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, read_facts
 from .quality import (
     FLAG,
     RAISE,
@@ -72,11 +72,10 @@ class Model:
             scripts.ensemble.CheckpointError: where the file is not a checkpoint of this bundle.
         """
         if isinstance(model, str | os.PathLike):
-            state = read_state(model)
-            extra = state[EXTRA_STATE]
-            tasks = extra[SETTINGS].get("tasks", K.TASKS)
+            facts, folds = read_facts(model)
+            tasks = facts[SETTINGS].get("tasks", K.TASKS)
             digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-            return cls(digest, count_folds(state), tuple(tasks), extra.get(PROVENANCE, {}))
+            return cls(digest, folds, tuple(tasks), facts.get(PROVENANCE, {}))
         return cls(weights_sha256(model), len(model.folds), tuple(model.folds[0].tasks), model.provenance)  # type: ignore[arg-type]
 
 
