@@ -33,7 +33,7 @@ IMPORTS = ("torch", "monai", "ignite", "nibabel", "scipy.ndimage")
 
 
 def profile_patient(setup: at.Setup) -> dict[str, float]:
-    """Seconds of each transform, of the network and of the writer, for the second patient of a run.
+    """Seconds of each transform, of the network and of the writer, when the patient is predicted again.
 
     Reading ahead is off, so that nothing of another patient falls into the parts.
     """

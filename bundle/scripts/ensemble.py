@@ -339,7 +339,7 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | No
     """
     if default is not None and not Path(path).exists():
         return dict(default)
-    return dict(read_facts(path)[0][SETTINGS])
+    return copy.deepcopy(dict(read_facts(path)[0][SETTINGS]))
 
 
 def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
