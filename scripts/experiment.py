@@ -47,8 +47,8 @@ TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
 FINISHED, FAILED, PENDING = "finished", "failed", "pending"
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 
-DEEP: dict[str, Any] = {"survival_inputs": ["deep"], "l2_weight": 0.1}
-"""Ids of the configs of the paper's survival branch."""
+DEEP: dict[str, Any] = {"survival_inputs": ["deep"], "l2_weight": 0.1, "hpv_inputs": ["image"]}
+"""Ids of the configs of the paper's network: survival from deep features, HPV status from the image alone."""
 
 PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
     "partial": {"num_folds": 3},

@@ -105,13 +105,19 @@ def deep(what: str, **overrides: Any) -> Variant:
     return Variant(what, {**DEEP, **overrides})
 
 
+def burden(what: str, **overrides: Any) -> Variant:
+    """A variant of ``burden``: HPV status from the image alone."""
+    return Variant(what, {"hpv_inputs": ["image"], **overrides})
+
+
 VARIANTS = {
     BASE: deep(
         "partial labels; segmentation, HPV and survival from deep features; gradient through the map stopped; HPV "
         "weight 10"
     ),
-    "burden": Variant("survival from burden, HPV probability and clinical values: the configs as they stand"),
-    "both": Variant("survival from deep features and from burden", {"survival_inputs": ["deep", "burden"]}),
+    "burden": burden("survival from burden, HPV probability and clinical values; HPV from the image"),
+    "clinical_hpv": Variant("as burden, HPV from image and clinical values: the configs as they stand"),
+    "both": burden("survival from deep features and from burden", survival_inputs=["deep", "burden"]),
     "surv": deep("survival alone", tasks=["surv"]),
     "seg_surv": deep("segmentation and survival", tasks=["seg", "surv"]),
     "flow": deep("gradient flows through the probability map", mask_gradient="flow"),
@@ -120,8 +126,8 @@ VARIANTS = {
     "memory": deep("Cox risk set of the batch and the last 64 cases", cox_memory=64),
     "full": deep("trained on cases with every label only (5 folds)", protocol="full"),
     "min_max": deep("PET by its own minimum and maximum", pet_window=None),
-    "burden_uncertainty": Variant("as burden, task weights learned by uncertainty", {"task_weights": "uncertainty"}),
-    "burden_min_max": Variant("as burden, with PET by its own minimum and maximum", {"pet_window": None}),
+    "burden_uncertainty": burden("as burden, task weights learned by uncertainty", task_weights="uncertainty"),
+    "burden_min_max": burden("as burden, with PET by its own minimum and maximum", pet_window=None),
     "warmup": deep("gradient flows through the map from epoch 9 on", mask_gradient="flow", mask_gradient_after=8),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),

@@ -14,6 +14,7 @@ from scripts.ensemble import (
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
+    complete,
     join_folds,
     load_weights,
     read_facts,
@@ -172,7 +173,7 @@ def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):
     save_weights(ensemble(1), path)
     first = read_state(path)
     first.pop(EXTRA_STATE)  # the caller's own dictionary
-    assert EXTRA_STATE in read_state(path) and saved_settings(path) == SETTINGS and len(loads) == 1
+    assert EXTRA_STATE in read_state(path) and saved_settings(path) == complete(SETTINGS) and len(loads) == 1
     load_weights(ensemble(1), path)
     assert read_facts(path)[1] == 1 and len(loads) == 1
     save_weights(ensemble(2), path)
@@ -199,7 +200,7 @@ def test_checkpoints_of_several_objects(path, key):
     state = ensemble(2).state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3}, path)
     assert len(load_weights(ensemble(1), path).folds) == 2
-    assert saved_settings(path, {}) == SETTINGS
+    assert saved_settings(path, {}) == complete(SETTINGS)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -241,7 +242,7 @@ def test_copies(duplicate, image):
 def test_settings_are_found_in_a_file_or_default(path):
     assert saved_settings(path, {"spacing_mm": 1.0}) == {"spacing_mm": 1.0}
     save_weights(ensemble(1), path)
-    assert saved_settings(path, {"spacing_mm": 1.0}) == SETTINGS
+    assert saved_settings(path, {"spacing_mm": 1.0}) == complete(SETTINGS)
 
 
 def test_tuples_and_whole_floats_are_the_same_settings():

@@ -8,12 +8,14 @@ import math
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.losses import MultitaskLoss
-from scripts.networks import MultitaskNet, set_checkpointing, tumour_burden
+from scripts.networks import ClinicalTerm, MultitaskNet, set_checkpointing, tumour_burden
 
 SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
 SUBSETS = [
@@ -82,7 +84,7 @@ def test_deep_features(net, image):
     features = net.encode(image)
     assert [tuple(f.shape[1:]) for f in features] == [(8 * 2**k, *[32 // 2**k] * 3) for k in range(5)]
     assert net.summaries(features).shape == (2, 124)
-    logit, z2 = net.classify(image, net.decode(features))
+    logit, z2 = net.classify(image, net.decode(features), torch.zeros(2, 7))
     assert (logit.shape, z2.shape) == ((2,), (2, 112))
 
 
@@ -259,6 +261,75 @@ def test_burden_where_there_is_no_tumour_is_finite():
 def test_burden_without_clinical_values(image):
     net = MultitaskNet(clinical_features=0, survival_inputs=["burden"]).eval()
     assert net(image)[LOG_HAZARD].shape == (2,)
+
+
+# --- HPV status from clinical values -----------------------------------------------------------------------
+
+AGE, TWO_LEVELS, THREE_LEVELS = (20, 60, 10), (1, 1, 1), (1, 1, 1)
+TERMS = [  # coded values, weights of known and of value, the term by hand
+    pytest.param([0, 0, 0], 0, id="nothing_known_adds_nothing"),
+    pytest.param([60, 0, 0], 0.5, id="usual_age"),
+    pytest.param([75, 0, 0], 0.5 + 1.5 * 2, id="older"),
+    pytest.param([10, 0, 0], 0.5 / 2 + (10 - 30) / 10 * 2, id="half_known"),
+    pytest.param([0, 1, 0], 0.25, id="first_level"),
+    pytest.param([0, 2, 0], 0.25 + 3, id="second_level"),
+    pytest.param([0, 0, 3], -1 + 2 * 0.5, id="third_level"),
+    pytest.param([75, 2, 3], 3.5 + 3.25 + 0, id="all"),
+]
+
+
+@pytest.mark.parametrize(("coded", "expected"), TERMS)
+def test_clinical_term_by_hand(coded, expected):
+    term = ClinicalTerm([AGE, TWO_LEVELS, THREE_LEVELS])
+    term.weight.data = torch.tensor([[0.5, 0.25, -1], [2, 3, 0.5]])
+    assert term(torch.tensor([coded], dtype=torch.float32)).tolist() == pytest.approx([expected])
+
+
+def test_clinical_term_is_a_logistic_regression_of_indicators():
+    """Fitted to categories with gaps it finds what scikit-learn finds with a column for each level."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 3, (400, 2))  # 0 is missing
+    log_odds = np.take([0.0, -1.0, 1.5], levels[:, 0]) + np.take([0.0, 0.5, -0.5], levels[:, 1])
+    status = rng.random(400) < 1 / (1 + np.exp(-log_odds))
+    columns = np.concatenate([levels == 1, levels == 2], axis=1).astype(float)
+    oracle = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(columns, status)
+    term = ClinicalTerm([TWO_LEVELS, TWO_LEVELS]).double()
+    coded, target = torch.tensor(levels).double(), torch.tensor(status).double()
+    optimizer = torch.optim.LBFGS(term.parameters(), max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(term(coded), target)
+        loss.backward()
+        return loss
+
+    optimizer.step(step)
+    np.testing.assert_allclose(term(coded).detach(), oracle.decision_function(columns), atol=1e-4)
+
+
+def test_hpv_from_clinical_values_starts_as_that_of_the_image(image):
+    net = MultitaskNet(hpv_inputs=["image", "clinical"]).eval()
+    alone = MultitaskNet().eval()
+    alone.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("hpv_clinical")})
+    clinical = torch.tensor([[1.0, 2, 0, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(net(image, clinical)[HPV_LOGIT], alone(image)[HPV_LOGIT])
+    torch.nn.init.ones_(net.hpv_clinical.weight)
+    one, none = (net(image, clinical)[HPV_LOGIT] - alone(image)[HPV_LOGIT]).tolist()
+    assert (one, none) == (pytest.approx(6 + 2, abs=1e-5), 0)
+
+
+def test_hpv_from_clinical_values_trains_every_parameter(image):
+    net = MultitaskNet(hpv_inputs=["image", "clinical"], survival_inputs=["burden"])
+    loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)
+    loss.backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "without", [{"clinical_features": 0}, {"tasks": ["seg", "surv"]}], ids=["clinical_values", "hpv_task"]
+)
+def test_no_clinical_term_without(without):
+    assert MultitaskNet(hpv_inputs=["image", "clinical"], **without).hpv_clinical is None
 
 
 # --- behaviour ---------------------------------------------------------------------------------------------
@@ -462,6 +533,10 @@ BAD_ARGUMENTS = [
     pytest.param({"tasks": ("seg", "seg")}, "tasks is", id="repeated_task"),
     pytest.param({"mask_gradient": "detach"}, "mask_gradient is 'detach'", id="mask_gradient"),
     pytest.param({"seg_prior": 0.0}, "seg_prior is 0.0", id="seg_prior"),
+    pytest.param({"hpv_inputs": ["clinical"]}, "hpv_inputs is", id="hpv_without_image"),
+    pytest.param({"hpv_inputs": ["image", "age"]}, "hpv_inputs is", id="unknown_hpv_input"),
+    pytest.param({"clinical_scales": [(1, 1, 1)]}, "for each of 7 values", id="scales_of_another_number"),
+    pytest.param({"clinical_scales": [(0, 1, 1)] * 7}, "positive", id="scale_of_zero"),
     pytest.param({"survival_inputs": []}, "survival_inputs is", id="no_survival_input"),
     pytest.param({"survival_inputs": ["z1"]}, "survival_inputs is", id="unknown_survival_input"),
     pytest.param({"survival_inputs": ["deep", "deep"]}, "survival_inputs is", id="repeated_survival_input"),

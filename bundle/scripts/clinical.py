@@ -46,6 +46,7 @@ class Feature:
         low: smallest accepted number.
         high: largest accepted number.
         unit: unit of a number.
+        usual: a usual number and how much patients usually differ, to scale by.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Feature:
     low: float = -math.inf
     high: float = math.inf
     unit: str = ""
+    usual: tuple[float, float] = (0.0, 1.0)
 
     @property
     def accepted(self) -> str:
@@ -74,7 +76,7 @@ class Feature:
 FEATURES: dict[str, Feature] = {
     feature.name: feature
     for feature in (
-        Feature("age", "Age", NUMBER, ("Age at diagnosis",), low=0, high=120, unit="years"),
+        Feature("age", "Age", NUMBER, ("Age at diagnosis",), low=0, high=120, unit="years", usual=(60, 10)),
         Feature("gender", "Gender", CATEGORY, ("Sex",), {0: ("female", "f"), 1: ("male", "m")}),
         Feature("tobacco", "Tobacco Consumption", CATEGORY, ("Tobacco", "Smoking"), {0: _NO, 1: _YES}),
         Feature("alcohol", "Alcohol Consumption", CATEGORY, ("Alcohol",), {0: _NO, 1: _YES}),
@@ -279,6 +281,30 @@ def code_clinical(values: Mapping[str, object] | None, features: Sequence[str] =
         if value is not None:
             coded[index] = value + (1.0 if feature_named(name).levels else 0.0)
     return coded
+
+
+def clinical_scales(features: Sequence[str]) -> list[tuple[float, float, float]]:
+    """How a linear unit scales the values of :func:`code_clinical`: (known from, usual value, usual difference) each.
+
+    Levels, coded 1, 2, ..., count from their lowest. Numbers are taken from a usual one and count as known from four
+    usual differences below it; in between, down to 0 for missing, as partly known, so that no step is in the way of
+    a gradient.
+
+    Args:
+        features: names of the features, in the order of the network's clinical vector.
+
+    Raises:
+        ValueError: an unknown feature.
+
+    Example:
+        >>> clinical_scales(("age", "m_stage"))
+        [(20.0, 60.0, 10.0), (1.0, 1.0, 1.0)]
+    """
+    scales = []
+    for known in map(feature_named, features):
+        usual, spread = map(float, known.usual)
+        scales.append((1.0, 1.0, 1.0) if known.levels else (usual - 4 * spread, usual, spread))
+    return scales
 
 
 def indicator_names(features: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.ensemble import FoldEnsemble
-from scripts.networks import SURVIVAL_INPUTS, set_checkpointing
+from scripts.networks import HPV_INPUTS, SURVIVAL_INPUTS, set_checkpointing
 from scripts.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,32 @@ def as_inputs(survival_inputs: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: unknown or none.
     """
-    names = [n.strip() for n in survival_inputs.split(",")] if isinstance(survival_inputs, str) else survival_inputs
-    if not names or not set(names) <= set(SURVIVAL_INPUTS):
-        raise ValueError(f"survival_inputs are some of {list(SURVIVAL_INPUTS)}; got {survival_inputs!r}")
-    return tuple(name for name in SURVIVAL_INPUTS if name in names)
+    return _chosen("survival_inputs", survival_inputs, SURVIVAL_INPUTS)
+
+
+def as_hpv_inputs(hpv_inputs: str | Sequence[str], clinical_features: Sequence[str]) -> tuple[str, ...]:
+    """What the HPV logit is made of, from a list or from ``"image,clinical"`` as typed on a command line.
+
+    >>> as_hpv_inputs("image, clinical", ["age", "tobacco"])
+    ('image', 'clinical')
+
+    Raises:
+        ValueError: unknown or none, or clinical values among which is the HPV status itself.
+    """
+    inputs = _chosen("hpv_inputs", hpv_inputs, HPV_INPUTS)
+    if "clinical" in inputs and "hpv" in clinical_features:
+        raise ValueError(
+            "the HPV status would be predicted from itself: 'hpv' is among clinical_features and 'clinical' among "
+            "hpv_inputs; leave out one of them (--hpv_inputs image)"
+        )
+    return inputs
+
+
+def _chosen(name: str, chosen: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    names = [n.strip() for n in chosen.split(",")] if isinstance(chosen, str) else chosen
+    if not names or not set(names) <= set(known):
+        raise ValueError(f"{name} are some of {list(known)}; got {chosen!r}")
+    return tuple(n for n in known if n in names)
 
 
 def as_roi_size(roi_size: int | Sequence[int]) -> tuple[int, int, int]:

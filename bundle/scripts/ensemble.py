@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 SETTINGS, PROVENANCE = "settings", "provenance"
 TRAINED_ON = "trained_on"  # in the provenance: what the training cases are, in words for every reader of an output
+EARLIER: Mapping[str, Any] = {"survival_inputs": ["deep"], "hpv_inputs": ["image"]}
+"""What weights were trained with that are older than a setting, by its name."""
 EXTRA_STATE = "_extra_state"  # torch's name for it
 NESTED_KEYS = ("model", "network")  # where a checkpoint of several objects keeps the network
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -173,7 +175,7 @@ class FoldEnsemble(nn.Module):
         """
         if not isinstance(state, Mapping) or SETTINGS not in state:
             raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
-        differences = settings_differences(state[SETTINGS], self.settings)
+        differences = settings_differences(complete(state[SETTINGS]), complete(self.settings))
         if differences:
             raise SettingsMismatch("the weights do not belong to this configuration: " + "; ".join(differences))
         self.provenance = copy.deepcopy(dict(state.get(PROVENANCE, {})))
@@ -228,6 +230,16 @@ def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
     if not found or found != set(range(len(found))):
         raise CheckpointError(f"the weights hold the folds {sorted(found)}; 0, 1, ... without a gap are expected")
     return len(found)
+
+
+def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of stored settings with those that the weights are older than.
+
+    Example:
+        >>> complete({"spacing_mm": 2.0, "survival_inputs": ["burden"]})
+        {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'spacing_mm': 2.0}
+    """
+    return copy.deepcopy({**EARLIER, **settings})
 
 
 def settings_differences(
@@ -339,7 +351,7 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | No
     """
     if default is not None and not Path(path).exists():
         return dict(default)
-    return copy.deepcopy(dict(read_facts(path)[0][SETTINGS]))
+    return complete(read_facts(path)[0][SETTINGS])
 
 
 def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -406,7 +418,7 @@ def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for number, (name, state) in enumerate(states.items()):
         if count_folds(state) != 1:
             raise CheckpointError(f"{name} is an ensemble of {count_folds(state)} folds already")
-        one, other = (states[side][EXTRA_STATE][SETTINGS] for side in (first, name))
+        one, other = (complete(states[side][EXTRA_STATE][SETTINGS]) for side in (first, name))
         differences = settings_differences(one, other, (first, name))
         if differences:
             raise SettingsMismatch(f"{first} and {name} do not belong together: " + "; ".join(differences))

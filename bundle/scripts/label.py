@@ -37,6 +37,7 @@ from scripts.ensemble import (
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
+    complete,
     saved_settings,
     settings_differences,
 )
@@ -307,7 +308,7 @@ def accept_ensembles(ensemble: FoldEnsemble) -> None:
         if prefix or EXTRA_STATE not in state:
             return
         extra = state[EXTRA_STATE]
-        differences = settings_differences(extra[SETTINGS], ensemble.settings)
+        differences = settings_differences(complete(extra[SETTINGS]), complete(ensemble.settings))
         if differences:
             raise SettingsMismatch("the weights to start from are of another configuration: " + "; ".join(differences))
         first = {key.removeprefix(FIRST_FOLD): value for key, value in state.items() if key.startswith(FIRST_FOLD)}

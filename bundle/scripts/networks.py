@@ -5,14 +5,14 @@ Three named parts meet in :class:`MultitaskNet`:
 * :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions, give the tumour probability map, and
   the encoder's five levels give ``z1`` (:class:`LevelSummaries`, 124 features);
 * :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map, gives the HPV logit and ``z2``
-  (112 features);
+  (112 features); where wanted, :class:`ClinicalTerm` adds what the clinical values tell of HPV status;
 * :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard; beside it or instead
   of it :class:`BurdenBranch` does so from few values: the burden of the tumour that was found, the HPV probability and
   ``z3``.
 
 Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
-(HECKTOR 2025), but for the burden, which is ours. Shapes below: ``B`` cases, ``R`` voxels along an edge of the box,
-``C`` channels, ``F`` clinical values.
+(HECKTOR 2025), but for the burden and the clinical term, which are ours. Shapes below: ``B`` cases, ``R`` voxels along
+an edge of the box, ``C`` channels, ``F`` clinical values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SEG, TASK_SURV, TASKS
 
-__all__ = ["MASK_GRADIENTS", "SURVIVAL_INPUTS", "MultitaskNet", "tumour_burden"]
+__all__ = ["HPV_INPUTS", "MASK_GRADIENTS", "SURVIVAL_INPUTS", "MultitaskNet", "tumour_burden"]
 
 LEVEL_CHANNELS = (8, 16, 32, 64, 128)
 ENCODER_CONVOLUTIONS = (2, 2, 3, 3, 4)
@@ -49,6 +49,8 @@ BURDEN_FLOOR = 0.1  # permille of the box; about 1 ml in a box of 22 to 26 cm
 
 MASK_GRADIENTS = ("stop", "flow")
 SURVIVAL_INPUTS = ("deep", "burden")
+HPV_INPUTS = ("image", "clinical")
+LEVEL_SCALE = (1.0, 1.0, 1.0)  # of a clinical value that is a level, coded 1, 2, ...; see ClinicalTerm
 
 
 class SafeConv3d(nn.Conv3d):
@@ -312,6 +314,33 @@ class HPVBranch(nn.Module):
         return self.logit(summaries[-1]).squeeze(1), torch.cat(summaries, dim=1)
 
 
+class ClinicalTerm(nn.Module):
+    r"""A logistic regression in the network: what the clinical values ``z3`` add to the HPV logit.
+
+    .. math:: \sum_j v_j k_j + w_j \frac{z_j - c_j k_j}{s_j}, \qquad k_j = \min(z_j / a_j, 1)
+
+    A value that is missing (coded 0) adds nothing: k says whether it is known. For a category of two levels (coded 1
+    and 2) that is a weight for each level, as in :func:`scripts.clinical.code_indicators`. All weights start at zero.
+
+    Args:
+        scales: (a, c, s) of each value: from where on it counts as known, a usual value, a usual difference.
+    """
+
+    scales: Tensor
+
+    def __init__(self, scales: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32).T.contiguous())
+        self.weight = nn.Parameter(torch.zeros(2, len(scales)))
+
+    def forward(self, clinical: Tensor) -> Tensor:
+        """z3 (B, F) -> part of the HPV logit (B,)."""
+        z = clinical.to(self.weight.dtype)
+        known_from, usual, spread = self.scales[0], self.scales[1], self.scales[2]
+        known = (z / known_from).clamp(max=1.0)
+        return (self.weight[0] * known + self.weight[1] * (z - usual * known) / spread).sum(dim=1)
+
+
 class SurvivalBranch(nn.Module):
     """``z1``, ``z2`` (where there is an HPV branch) and ``z3`` to the log hazard.
 
@@ -460,6 +489,10 @@ class MultitaskNet(nn.Module):
         survival_inputs: what the log hazard is made of beside the clinical values: "deep" (``z1`` and ``z2``, the
             paper's :class:`SurvivalBranch`), "burden" (:class:`BurdenBranch`, needs the segmentation), or both, whose
             log hazards add up.
+        hpv_inputs: what the HPV logit is made of: "image" (the paper's :class:`HPVBranch`) alone, or with "clinical"
+            (:class:`ClinicalTerm`) on top.
+        clinical_scales: of each clinical value for :class:`ClinicalTerm`, as
+            :func:`scripts.clinical.clinical_scales` gives them; None where all are levels.
         in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
         bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
@@ -469,7 +502,8 @@ class MultitaskNet(nn.Module):
 
     Raises:
         ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are
-            unknown or that the tasks cannot give, or a ``seg_prior`` outside (0, 1).
+            unknown or that the tasks cannot give, ``hpv_inputs`` that are unknown or lack the image,
+            ``clinical_scales`` of another number of values, or a ``seg_prior`` outside (0, 1).
 
     Example:
         Missing clinical values are zeros, so ``None`` and zeros are the same patient:
@@ -492,6 +526,8 @@ class MultitaskNet(nn.Module):
         tasks: Sequence[str] = TASKS,
         mask_gradient: str = "stop",
         survival_inputs: Sequence[str] = ("deep",),
+        hpv_inputs: Sequence[str] = ("image",),
+        clinical_scales: Sequence[Sequence[float]] | None = None,
         in_channels: int = 2,
         bn_momentum: float = 0.1,
         bn_eps: float = 1e-5,
@@ -511,6 +547,9 @@ class MultitaskNet(nn.Module):
         self.survival_inputs = checked_inputs(survival_inputs, self.tasks) if surv else ()
         deep, burden = (name in self.survival_inputs for name in SURVIVAL_INPUTS)
         self.hpv = HPVBranch(in_channels + int(seg), deep, dense_dropout, bn) if hpv else None
+        self.hpv_inputs = checked_hpv_inputs(hpv_inputs) if hpv else ()
+        scales = checked_scales(clinical_scales, clinical_features)
+        self.hpv_clinical = ClinicalTerm(scales) if "clinical" in self.hpv_inputs and scales else None
         self.summaries = LevelSummaries(bn) if deep else None
         widths = [LevelSummaries.features] + [HPVBranch.features] * int(hpv)
         self.survival = SurvivalBranch(widths, clinical_features, dropout, bn) if deep else None
@@ -560,9 +599,9 @@ class MultitaskNet(nn.Module):
         maps = self.encode(image)
         seg_logits = self.decode(maps)
         probability = self.probability(seg_logits)
-        hpv_logit, z2 = self.classify(image, probability)
         if clinical is None:
             clinical = image.new_zeros((image.shape[0], self.clinical_features))
+        hpv_logit, z2 = self.classify(image, probability, clinical)
         features = self.summarise(maps, z2)
         hazards: list[Tensor] = []
         if self.survival is not None:
@@ -598,7 +637,9 @@ class MultitaskNet(nn.Module):
             return estimate
         return estimate.detach()
 
-    def classify(self, image: Tensor, probability: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def classify(
+        self, image: Tensor, probability: Tensor | None, clinical: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """HPV logit (B,) and z2 (B, 112; 64 without deep survival inputs), or None and None without the HPV task."""
         if self.hpv is None:
             return None, None
@@ -606,6 +647,8 @@ class MultitaskNet(nn.Module):
         if probability is not None:
             x = torch.cat([x, probability.to(x.dtype)], dim=1)
         logit, z2 = self.hpv(x)
+        if self.hpv_clinical is not None:
+            logit = logit + self.hpv_clinical(clinical)
         return logit, z2
 
     def summarise(self, maps: list[Tensor], z2: Tensor | None) -> list[Tensor]:
@@ -746,6 +789,36 @@ def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tupl
             "burden could be measured; set survival_inputs to ['deep']"
         )
     return tuple(name for name in SURVIVAL_INPUTS if name in chosen)
+
+
+def checked_hpv_inputs(hpv_inputs: Sequence[str]) -> tuple[str, ...]:
+    """What the HPV logit is made of, in its fixed order.
+
+    Raises:
+        ValueError: where it is unknown or repeated, or the image is not among it.
+
+    Example:
+        >>> checked_hpv_inputs(["clinical", "image"])
+        ('image', 'clinical')
+    """
+    chosen = [hpv_inputs] if isinstance(hpv_inputs, str) else list(hpv_inputs)
+    if "image" not in chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(HPV_INPUTS):
+        raise ValueError(f"hpv_inputs is {chosen}; it must be ['image'] or ['image', 'clinical']")
+    return tuple(name for name in HPV_INPUTS if name in chosen)
+
+
+def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: int) -> list[Sequence[float]]:
+    """The scale of each clinical value, that of a level where none are given.
+
+    Raises:
+        ValueError: where they are not three positive numbers for each value.
+    """
+    checked: list[Sequence[float]] = [LEVEL_SCALE] * clinical_features if scales is None else list(scales)
+    if len(checked) != clinical_features or any(len(s) != 3 or min(s) <= 0 for s in checked):
+        raise ValueError(
+            f"clinical_scales is {scales}; it must give three positive numbers for each of {clinical_features} values"
+        )
+    return checked
 
 
 def initialise(module: nn.Module) -> None:
