@@ -108,6 +108,7 @@ def random_ensemble(setup: Setup, folds: int) -> FoldEnsemble:
         "tasks": list(K.TASKS),
         "clinical_features": list(DEFAULT_FEATURES),
         "survival_inputs": DEEP["survival_inputs"],  # the paper's, which have the most to do
+        "hpv_inputs": DEEP["hpv_inputs"],
         "roi_size": [setup.roi] * 3,
         "spacing_mm": setup.spacing_mm,
         "ct_window": [-1000, 1000],

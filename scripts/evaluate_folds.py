@@ -22,6 +22,9 @@ from typing import Any
 import fire
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
@@ -86,6 +89,7 @@ SHARED = -1  # the fold of patients whom every fold validates and none trains on
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 MODEL, CLINICAL_ONLY = "model", "clinical values alone"
 COMPARED = (*PAPER_MEASURES, "hpv_auc")
+HPV_COMPARED = ("hpv_auc", "balanced_accuracy")
 NO_CALIBRATION = "there are no held-out cases of another fold to calibrate on"
 
 
@@ -328,6 +332,36 @@ def fold_means(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
+def clinical_parts(
+    run: Run, known: str, others: Sequence[Mapping[str, Any]] | None = None
+) -> list[tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
+    """Of each fold the network's training cases and those it held out, as far as they have a label.
+
+    Args:
+        run: whose folds.
+        known: flag of the label.
+        others: cases of another cohort, instead of those that each fold held out.
+
+    Raises:
+        CohortError: the cohort is gone or has changed, or no held-out case has the label.
+    """
+    settings = run.record["settings"]
+    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
+    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
+        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
+    found = []
+    for fold in run.folds:
+        split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
+        judged = split.part(run.record["held_out"]) if others is None else others
+        train, test = ([case for case in cases if case[known]] for cases in (split.part(TRAINING), judged))
+        if test:
+            found.append((train, test))
+    if not found:
+        what = "survival" if known == keys.SURV_KNOWN else "HPV status"
+        raise CohortError(f"no held-out case has known {what}")
+    return found
+
+
 def clinical_risks(run: Run, others: Sequence[Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Risks by a ridge Cox model of clinical values alone, fitted in each fold to the network's training patients.
 
@@ -339,28 +373,43 @@ def clinical_risks(run: Run, others: Sequence[Mapping[str, Any]] | None = None) 
         ``PatientID`` and ``clinical_risk``, normalised like the network's; a patient of several folds has the mean.
 
     Raises:
-        CohortError: the cohort is gone or has changed, or no model can be fitted to it.
+        CohortError: as :func:`clinical_parts`, or no model can be fitted.
         CalibrationError: the model gives everybody the same.
     """
-    settings, features = run.record["settings"], list(run.record["settings"]["clinical_features"])
-    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), features)
-    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
-        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
-    tables = []
-    for fold in run.folds:
-        split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
-        judged = split.part(run.record["held_out"]) if others is None else others
-        parts = [[c for c in cases if c[keys.SURV_KNOWN]] for cases in (split.part(TRAINING), judged)]
-        if not parts[1]:
-            continue
+    features, tables = run.record["settings"]["clinical_features"], []
+    for parts in clinical_parts(run, keys.SURV_KNOWN, others):
         train, test = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
         fit = fit_cox(train, CLINICAL_PENALIZER)
         risks = [fit.model.predict_log_partial_hazard(table[fit.used]).to_numpy() for table in (train, test)]
         scale = FoldScale.of(risks[0])
         tables.append(pd.DataFrame({"PatientID": test.index, "clinical_risk": (risks[1] - scale.centre) / scale.scale}))
-    if not tables:
-        raise CohortError("no held-out case has known survival")
     return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_risk"].mean()
+
+
+def clinical_hpv(run: Run, others: Sequence[Mapping[str, Any]] | None = None) -> pd.DataFrame:
+    """HPV probabilities by a logistic regression of clinical values alone, fitted like :func:`clinical_risks`.
+
+    Both classes weigh alike, so that 0.5 is the threshold.
+
+    Returns:
+        ``PatientID`` and ``clinical_hpv``; a patient of several folds has the mean.
+
+    Raises:
+        CohortError: as :func:`clinical_parts`, or no model can be fitted.
+    """
+    features = [name for name in run.record["settings"]["clinical_features"] if name != "hpv"]
+    if not features:
+        raise CohortError("the network reads no clinical values")
+    tables = []
+    for parts in clinical_parts(run, keys.HPV_KNOWN, others):
+        coded = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
+        train, test = (table.drop(columns=[keys.TIME, keys.EVENT]) for table in coded)
+        status = [int(case[keys.HPV]) for case in parts[0]]
+        if len(set(status)) < 2:
+            raise CohortError(f"the {len(status)} training patients of a fold have one HPV status")
+        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced")).fit(train, status)
+        tables.append(pd.DataFrame({"PatientID": test.index, "clinical_hpv": model.predict_proba(test)[:, 1]}))
+    return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_hpv"].mean()
 
 
 def add_clinical(run: Run, cases: pd.DataFrame, seed: int, samples: int) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -376,6 +425,21 @@ def add_clinical(run: Run, cases: pd.DataFrame, seed: int, samples: int) -> tupl
         about["model_minus_clinical"] = compare_tables(
             on_one_scale(table.drop(columns="log_hazard")), table, seed, samples
         )
+    return cases, about
+
+
+def add_clinical_hpv(run: Run, cases: pd.DataFrame, seed: int, samples: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The cases with ``clinical_hpv``, and its figures beside the model's, or why there are none."""
+    about: dict[str, Any] = {"model": "logistic regression, ridge 1, both classes alike"}
+    try:
+        cases = cases.merge(clinical_hpv(run), on="PatientID", how="left", validate="one_to_one")
+    except (CohortError, OSError) as error:
+        none = {"value": None, "reason": str(error).splitlines()[0], "patients": 0}
+        return cases, about | dict.fromkeys(HPV_COMPARED, none)
+    table = cases.dropna(subset=["clinical_hpv"])
+    table = table.assign(hpv_prob=table["clinical_hpv"], hpv_threshold=HPV_THRESHOLD)
+    about |= summarise(table, seed, HPV_COMPARED, samples=samples)
+    about["model_minus_clinical"] = {name: compare_tables(cases, table, seed, samples, name) for name in HPV_COMPARED}
     return cases, about
 
 
@@ -546,9 +610,14 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
     lines = [f"{report['held_out']} cases of {report['data']}; {report['protocol']}, [95 % interval]"]
     lines += [f"  note: {note}" for note in report["notes"]]
     lines += ["pooled out-of-fold", format_summary(report["pooled"]["metrics"])]
-    others = {CLINICAL_ONLY: report["clinical_only"]["c_index"], "phantoms' truth": report["oracle"]}
-    lines += [f"{name}\n{format_summary({'c_index': row})}" for name, row in others.items() if row]
-    differences = {f"C-index less that of {CLINICAL_ONLY}": report["clinical_only"].get("model_minus_clinical")}
+    clinical = report["clinical_only"]
+    hpv = clinical["hpv"] if report["pooled"]["metrics"]["hpv_auc"]["value"] is not None else {}
+    alone = {"c_index": clinical["c_index"], **{name: hpv[name] for name in HPV_COMPARED if name in hpv}}
+    lines.append(f"{CLINICAL_ONLY}\n{format_summary(alone)}")
+    if report["oracle"]:
+        lines.append(f"phantoms' truth\n{format_summary({'c_index': report['oracle']})}")
+    less = {"c_index": clinical.get("model_minus_clinical"), **hpv.get("model_minus_clinical", {})}
+    differences = {f"{MEASURES[name].title} less that of {CLINICAL_ONLY}": row for name, row in less.items()}
     for name, row in report.get("comparison", {}).get("differences", {}).items():
         differences[f"{MEASURES[name].title} less that of {report['comparison']['other']}"] = row
     for name, row in differences.items():
@@ -577,6 +646,7 @@ def evaluate_folds(
     judged = read_run(run)
     folder = judged.folder / EVALUATION_FOLDER
     cases, clinical = add_clinical(judged, judged.cases, seed, samples)
+    cases, clinical["hpv"] = add_clinical_hpv(judged, cases, seed, samples)
     train = cases if judged.reference is None else judged.reference
     report = describe(judged, seed, samples)
     report["pooled"] = judge(judged, judged.cases, train, seed, samples)

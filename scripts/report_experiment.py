@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
-from evaluate_folds import CASES_FILE, EVALUATION_FOLDER, METRICS_FILE  # noqa: E402
+from evaluate_folds import CASES_FILE, EVALUATION_FOLDER, HPV_COMPARED, METRICS_FILE  # noqa: E402
 from experiment import (  # noqa: E402
     FINISHED,
     TEST,
@@ -207,15 +207,26 @@ def write_head(page: Page, main: Experiment) -> None:
         ]
     )
     if "model_minus_clinical" in clinical:
-        row = clinical["model_minus_clinical"]
-        p_value = f"p {row['p']:.3f}, paired" if row["value"] is not None else ""
-        rows.append(["C-index, network less clinical values", value_cell(row), Words(p_value)])
+        rows.append(["C-index, network less clinical values", *difference_cells(clinical["model_minus_clinical"])])
+    if report["pooled"]["metrics"]["hpv_auc"]["value"] is not None:
+        hpv = clinical["hpv"]
+        for name in HPV_COMPARED:
+            title = MEASURES[name].title
+            rows.append([f"{title} of clinical values alone", value_cell(hpv[name]), Words(hpv["model"])])
+            if "model_minus_clinical" in hpv:
+                cells = difference_cells(hpv["model_minus_clinical"][name])
+                rows.append([f"{title}, network less clinical values", *cells])
     if report["oracle"]:
         truth = Words("the risk that the phantoms were made with: no model can do better but by luck")
         rows.append(["C-index of the phantoms' true risk", value_cell(report["oracle"]), truth])
     page.table(["figure", "value [95 % interval]", ""], rows, "All held-out cases together.")
     page.heading("What the figures mean", 3)
     page.definitions(GLOSSARY)
+
+
+def difference_cells(row: Mapping[str, Any]) -> list[Any]:
+    """A paired difference with its interval, and its p value."""
+    return [value_cell(row), Words(f"p {row['p']:.3f}, paired" if row["value"] is not None else "")]
 
 
 def write_data(page: Page, main: Experiment) -> Cohort | None:

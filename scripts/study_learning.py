@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
 
 from ensemble_folds import choose_hpv_threshold  # noqa: E402
-from evaluate_folds import CASES_FILE, clinical_risks, read_cases, read_run  # noqa: E402
+from evaluate_folds import CASES_FILE, clinical_hpv, clinical_risks, read_cases, read_run  # noqa: E402
 from experiment import (  # noqa: E402
     DEEP,
     EVALUATE_CONFIG,
@@ -144,7 +144,7 @@ COLUMNS = {
     "balanced_accuracy_chosen": "HPV balanced accuracy, threshold chosen on training cases",
     "hpv_auc": "HPV ROC AUC",
 }
-CLINICAL, ORACLE = "clinical values alone (Cox)", "oracle (the phantoms' true log hazard)"
+CLINICAL, ORACLE = "clinical values alone (Cox, logistic regression)", "oracle (the phantoms' true log hazard)"
 
 
 @dataclass(frozen=True)
@@ -524,7 +524,7 @@ def with_oracle(cells: Cells, dataset_dir: str) -> Cells:
 
 
 def with_clinical(study: Study, variant: str, cells: Cells) -> Cells:
-    """The same cases with the log hazard by a Cox model of clinical values, fitted to the network's training cases.
+    """The same cases by models of clinical values, fitted to the network's training cases: log hazard, HPV probability.
 
     Raises:
         ValueError: no model can be fitted, or it gives everybody the same.
@@ -536,7 +536,12 @@ def with_clinical(study: Study, variant: str, cells: Cells) -> Cells:
             run = read_run(study.run_folder(variant, seed))
             others = load_cohort(study.test_dir).cases if study.test_dir else None
             risks = clinical_risks(run, others).set_index("PatientID")["clinical_risk"]
-            found |= {cell: with_risk(table, risks) for cell, table in mine.items()}
+            status = clinical_hpv(run, others).set_index("PatientID")["clinical_hpv"]
+            for cell, table in mine.items():
+                found[cell] = with_risk(table, risks)
+                if "hpv" in table:
+                    hpv = {"hpv": table["hpv"], "hpv_prob": status.reindex(table.index), "chosen": HPV_THRESHOLD}
+                    found[cell] = found[cell].assign(**hpv)
     return found
 
 
@@ -567,7 +572,7 @@ def make_report(study: Study, samples: int, seed: int, command: str) -> dict[str
             run_name(variant, number): run_facts(study.run_folder(variant, number)) for number in study.seeds
         }
     comparators = {
-        name: judge(found, cells[first], ("c_index",), samples, seed) for name, found in others.items() if found
+        name: judge(found, cells[first], tuple(COLUMNS), samples, seed) for name, found in others.items() if found
     }
     return {
         "notice": keys.RESEARCH_USE_ONLY,

@@ -42,6 +42,7 @@ PREDICTION: dict[str, Any] = {
         "unavailable": "",
     },
     "hpv": {
+        "inputs": ["image", "clinical"],
         "probability": 0.734,
         "probability_std": 0.06,
         "probability_folds": [0.7] * 5,

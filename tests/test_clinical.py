@@ -198,6 +198,16 @@ def test_indicator_coding_can_leave_missing_numbers_to_the_caller():
     np.testing.assert_array_equal(coded, [NAN, 0, 0])
 
 
+def test_every_value_has_a_scale_that_leaves_missing_ones_at_zero_and_known_ones_apart():
+    """Levels lie one apart from zero on; ages of patients are known in full and lie within four usual differences."""
+    for name, feature in clinical.FEATURES.items():
+        ((known_from, usual, spread),) = clinical.clinical_scales([name])
+        coded = [float(clinical.code_clinical({name: raw}, (name,))[0]) for raw in feature.levels or (20, 60, 100)]
+        assert known_from > 0 and spread > 0 and min(coded) >= known_from
+        scaled = [(value - usual) / spread for value in coded]
+        assert scaled == ([-4, 0, 4] if name == "age" else list(range(len(coded))))
+
+
 def test_mapping_of_a_request_is_read_by_feature_or_column_name():
     request = {"Age": 61, "gender": "male", "M-stage": "Mx", "Tobacco Consumption": 1.0, "HPV Status": 1}
     features = ("age", "gender", "m_stage", "tobacco", "alcohol")

@@ -18,6 +18,7 @@ from scripts.engine import (
     EnsembleInferer,
     FlattenPrediction,
     NetworkInferer,
+    as_hpv_inputs,
     as_roi_size,
     as_tasks,
     learning_rate_schedule,
@@ -45,6 +46,35 @@ def test_tasks(given, expected) -> None:
 def test_unknown_tasks_are_refused(given) -> None:
     with pytest.raises(ValueError, match="tasks are some of"):
         as_tasks(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param("image", ("image",), id="one_word"),
+        pytest.param("clinical,image", ("image", "clinical"), id="as_typed_in_any_order"),
+        pytest.param(["image", "clinical"], ("image", "clinical"), id="list"),
+    ],
+)
+def test_hpv_inputs(given, expected) -> None:
+    assert as_hpv_inputs(given, ["age", "tobacco"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "features", "message"),
+    [
+        pytest.param("", ["age"], "hpv_inputs are some of", id="none"),
+        pytest.param(["image", "mask"], ["age"], "hpv_inputs are some of", id="unknown"),
+        pytest.param("image,clinical", ["age", "hpv"], "predicted from itself.*--hpv_inputs image", id="its_own_label"),
+    ],
+)
+def test_hpv_inputs_refused(given, features, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_hpv_inputs(given, features)
+
+
+def test_hpv_status_may_be_a_clinical_value_of_survival_alone() -> None:
+    assert as_hpv_inputs("image", ["age", "hpv"]) == ("image",)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(64, (64, 64, 64)), ([32, 48, 64], (32, 48, 64))])

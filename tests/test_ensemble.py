@@ -15,6 +15,7 @@ from scripts.ensemble import (
     FoldEnsemble,
     SettingsMismatch,
     complete,
+    count_folds,
     join_folds,
     load_weights,
     read_facts,
@@ -165,6 +166,33 @@ def test_file_round_trip(path, image):
     assert [file.name for file in path.parent.iterdir()] == ["model.pt"], "no partial file is left"
     loaded = load_weights(ensemble(1, seed=1), path)
     torch.testing.assert_close(answers(loaded, image), answers(source, image), atol=0, rtol=0)
+
+
+OLD = {"spacing_mm": 2.0, "roi_size": [32, 32, 32]}  # as versions 0.1 and 0.2 wrote them
+
+
+def test_weights_older_than_a_setting_load_as_what_they_were(tmp_path):
+    torch.manual_seed(0)
+    path, old = tmp_path / "model.pt", FoldEnsemble(MultitaskNet(), OLD)
+    save_weights(old, path)
+    assert saved_settings(path) == {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"]}
+    new = load_weights(FoldEnsemble(MultitaskNet(), saved_settings(path)), path).eval()
+    image = torch.rand(1, 2, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(new.predict(image), old.eval().predict(image))
+
+
+def test_weights_older_than_a_setting_are_refused_where_it_differs(tmp_path):
+    save_weights(FoldEnsemble(MultitaskNet(), OLD), tmp_path / "model.pt")
+    settings = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image", "clinical"]}
+    other = FoldEnsemble(MultitaskNet(hpv_inputs=["image", "clinical"]), settings)
+    with pytest.raises(SettingsMismatch, match=r"hpv_inputs: weights \['image'\], config \['image', 'clinical'\]"):
+        load_weights(other, tmp_path / "model.pt")
+
+
+def test_folds_older_than_a_setting_join_those_that_say_the_same():
+    old, new = (FoldEnsemble(MultitaskNet(), settings) for settings in (OLD, complete(OLD)))
+    assert count_folds(join_folds({"old": old.state_dict(), "new": new.state_dict()})) == 2
 
 
 def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 from compare_clinical import evaluate_coding
 from experiment import ExperimentError, evaluation_folder
+from scipy.optimize import minimize
 from synthetic_run import make_cohort, make_run
 
 from scripts import keys
+from scripts.clinical import code_indicators
 from scripts.cohort import load_cohort
 from scripts.evaluation import c_index
 from scripts.survival import Calibration, fit_calibration
@@ -126,6 +128,55 @@ def test_clinical_values_alone_are_fitted_on_the_same_folds(run, report, cohort)
     assert row["value"] == pytest.approx(
         report["pooled"]["metrics"]["c_index"]["value"] - report["clinical_only"]["c_index"]["value"]
     )
+
+
+def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(run, report, cohort):
+    """Each fold's probabilities are those of a ridge logistic regression by scipy, whose classes weigh alike."""
+    loaded = load_cohort(cohort)
+    judged = pd.read_csv(run / "evaluation" / "cases.csv").set_index("PatientID")
+    features = report["clinical_only"]["features"]
+    for fold in range(3):
+        split = loaded.split("partial", 3, fold, 0)
+        parts = [[case for case in part if case[keys.HPV_KNOWN]] for part in (split.training, split.validation)]
+        coded = [
+            np.array([code_indicators(case[keys.CLINICAL], features, np.nan) for case in part], float) for part in parts
+        ]
+        median = np.nan_to_num(np.nanmedian(coded[0], axis=0))
+        filled = [np.where(np.isnan(values), median, values) for values in coded]
+        mean, deviation = filled[0].mean(axis=0), filled[0].std(axis=0)
+        x = [(values - mean) / np.where(deviation > 0, deviation, 1) for values in filled]
+        status = np.array([case[keys.HPV] for case in parts[0]], float)
+        weight = np.where(status > 0, 0.5 / status.mean(), 0.5 / (1 - status.mean()))
+
+        def objective(w, x=x[0], status=status, weight=weight):
+            score = x @ w[1:] + w[0]
+            return (weight * (np.logaddexp(0, score) - status * score)).sum() + 0.5 * (w[1:] ** 2).sum()
+
+        w = minimize(objective, np.zeros(x[0].shape[1] + 1), method="BFGS").x
+        expected = 1 / (1 + np.exp(-(x[1] @ w[1:] + w[0])))
+        found = judged.loc[[case[keys.PATIENT_ID] for case in parts[1]], "clinical_hpv"]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_hpv_less_that_of_clinical_values(report):
+    hpv, pooled = report["clinical_only"]["hpv"], report["pooled"]["metrics"]
+    for name in ("hpv_auc", "balanced_accuracy"):
+        row = hpv["model_minus_clinical"][name]
+        assert row["patients"] == pooled[name]["patients"] == hpv[name]["patients"]
+        assert row["value"] == pytest.approx(pooled[name]["value"] - hpv[name]["value"])
+    assert hpv["balanced_accuracy"]["thresholds"] == [0.5]
+
+
+def test_one_hpv_status_leaves_no_comparator(run, copy, monkeypatch):
+    """No logistic regression can be fitted where no training patient is negative."""
+    judged = tool.read_run(copy)
+    cohort = load_cohort(judged.record["dataset_dir"])
+    for case in cohort.cases:
+        case[keys.HPV_KNOWN] = case[keys.HPV_KNOWN] and case[keys.HPV] == 1
+    monkeypatch.setattr(tool, "load_cohort", lambda *_: cohort)
+    cases, about = tool.add_clinical_hpv(judged, judged.cases, 0, 10)
+    assert "clinical_hpv" not in cases
+    assert "have one HPV status" in about["hpv_auc"]["reason"] and about["hpv_auc"]["value"] is None
 
 
 def test_the_phantoms_truth_is_the_ceiling(report, cohort):

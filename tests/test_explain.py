@@ -12,6 +12,7 @@ import torch
 
 import scripts.explain
 from scripts import keys
+from scripts.clinical import clinical_scales
 from scripts.ensemble import FoldEnsemble
 from scripts.explain import ExplainError, Explanation, RiskExplainer, explain_risk
 from scripts.geometry import Grid
@@ -47,6 +48,21 @@ def tumour() -> np.ndarray:
 def numbers(network: FoldEnsemble, image: torch.Tensor, clinical: torch.Tensor) -> float:
     with torch.no_grad():
         return float(network.predict(image, clinical)[keys.LOG_HAZARD])
+
+
+def test_clinical_values_that_reach_the_risk_by_hpv_status_add_up() -> None:
+    """They act on the HPV probability, which is a part of the burden; the knots of their scales are on the way."""
+    torch.manual_seed(0)
+    options = {"survival_inputs": ["burden"], "hpv_inputs": ["image", "clinical"]}
+    fold = MultitaskNet(clinical_features=3, clinical_scales=clinical_scales(FEATURES), **options)
+    fold.hpv_clinical.weight.data = torch.tensor([[0.2, -0.5, -1.0], [-0.7, 0.3, -1.5]])
+    torch.nn.init.constant_(fold.burden.burden.weight, -0.8)
+    network = FoldEnsemble(fold, {"clinical_features": FEATURES}).eval()
+    image, clinical = patient()[0], torch.tensor([[71.0, 2.0, 2.0]])
+    found = explain_risk(network, image, clinical, tumour(), GRID, scripts.explain.STEPS)
+    assert found.relative_error < scripts.explain.ACCEPTED_ERROR
+    alone = {name: abs(contribution) for name, _, contribution in found.clinical}
+    assert min(alone["age"], alone["tobacco"]) > 0.02, "nothing but HPV status carries them: there is no other weight"
 
 
 @pytest.mark.parametrize("tasks", [keys.TASKS, (keys.TASK_SURV,)], ids=["all tasks", "survival alone"])

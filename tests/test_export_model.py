@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from ensemble_folds import empty_ensemble
 from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
@@ -18,7 +19,6 @@ from conftest import BUNDLE, make_tiny_cohort
 from scripts import trt
 from scripts.engine import EnsembleInferer
 from scripts.ensemble import FoldEnsemble, save_weights
-from scripts.networks import MultitaskNet
 
 BOX = (16, 16, 16)
 
@@ -28,8 +28,9 @@ def make_ensemble(tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 
     settings = json.loads((BUNDLE / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": list(BOX), "spacing_mm": 8.0, "tasks": list(tasks)}
     settings["survival_inputs"] = ["deep", "burden"] if "seg" in tasks else ["deep"]
-    network = MultitaskNet(len(settings["clinical_features"]), tasks, survival_inputs=settings["survival_inputs"])
-    ensemble = FoldEnsemble(network, settings)
+    ensemble = empty_ensemble(settings)
+    if "hpv" in tasks:
+        torch.nn.init.normal_(ensemble.folds[0].hpv_clinical.weight)  # trained, so that the values matter
     ensemble.resize(folds)
     with torch.no_grad():
         for fold in ensemble.folds[1:]:

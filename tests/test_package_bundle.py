@@ -18,12 +18,12 @@ import package_bundle
 import pytest
 import yaml
 from check_bundle import OWN_VERSIONS
+from ensemble_folds import empty_ensemble
 from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
 from packaging.version import Version
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
-from scripts.ensemble import FoldEnsemble, save_weights
-from scripts.networks import MultitaskNet
+from scripts.ensemble import save_weights
 
 SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
 
@@ -48,9 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("output", "data", "*.pt", "__pycache__"))
     settings = json.loads((bundle / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": [32, 32, 32], "spacing_mm": 8.0}
-    ensemble = FoldEnsemble(
-        MultitaskNet(len(settings["clinical_features"]), survival_inputs=settings["survival_inputs"]), settings
-    )
+    ensemble = empty_ensemble(settings)
     ensemble.provenance = {"trained_on": "nothing: a test"}
     save_weights(ensemble, bundle / "models" / "model.pt", half=True)
     change_metadata(bundle, version="9.8.7", changelog={"9.8.7": "a test"}, **installed_versions())

@@ -207,6 +207,20 @@ def test_calibrations_that_cannot_be_used_are_told(stored: dict, reason: str) ->
     assert reason in valid(describe(ensemble(calibration=stored), result()))["survival"]["unavailable"]
 
 
+@pytest.mark.parametrize("in_file", [False, True], ids=["network", "file"])
+@pytest.mark.parametrize(
+    ("settings", "inputs"),
+    [
+        pytest.param({}, ["image"], id="older_than_the_setting"),
+        pytest.param({"hpv_inputs": ["image", "clinical"]}, ["image", "clinical"], id="image_and_clinical"),
+    ],
+)
+def test_what_the_hpv_probability_is_read_from(tmp_path: Path, settings: dict, inputs: list, in_file: bool) -> None:
+    model = FoldEnsemble(MultitaskNet(**settings), {"tasks": list(K.TASKS), **settings})
+    save_weights(model, tmp_path / "model.pt")
+    assert valid(describe(tmp_path / "model.pt" if in_file else model, result()))["hpv"]["inputs"] == inputs
+
+
 @pytest.mark.parametrize(
     ("hpv", "positive"), [pytest.param(0.41, True, id="above"), pytest.param(0.39, False, id="below")]
 )

@@ -61,6 +61,7 @@ EVERYTHING = (
     *("1 year 91 % [88 to 93]", "2 years 83 % [77 to 86]", "3 years 72 % [66 to 79]"),
     *("5 years not given: beyond the follow-up", "0.83 ± 0.21 over 5 folds"),
     *("probability of HPV 0.73 ± 0.06 over 5 folds", "threshold 0.55", "class positive"),
+    "read from PET/CT and clinical values (2 of 3 known)",
     *("lesions 2 (12.1, 6.2 ml)", "volume 18.3 ml", "SUVmax 14.2", "SUVmean 7.3", "MTV 9.8 ml", "TLG 93 g"),
     *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
     *("WARNINGS (1 of 2 checks passed)", "warn: ct slice CT slice spacing: 5 mm: beyond the training range"),

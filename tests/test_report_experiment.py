@@ -62,6 +62,8 @@ def test_every_figure_of_the_evaluation_is_on_the_page(runs, page) -> None:
         assert tool.value_cell(row, tool.MEASURES[name].digits) in page, name
     assert tool.value_cell(report["oracle"]) in page
     assert tool.value_cell(report["clinical_only"]["model_minus_clinical"]) in page
+    for name, row in report["clinical_only"]["hpv"]["model_minus_clinical"].items():
+        assert tool.value_cell(row) in page and tool.value_cell(report["clinical_only"]["hpv"][name]) in page
     html = (runs["partial"] / "report.html").read_text()
     assert html.count("data:image/png;base64,") == len(report["figures"]) + 3
     assert not re.search(r'(src|href)="(?!data:)', html)

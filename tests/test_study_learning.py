@@ -275,6 +275,9 @@ def test_oracle_and_clinical_values_are_judged_on_the_same_patients(cohort, runs
     assert report["share_of_oracle"]["base"] == pytest.approx((base["value"] - 0.5) / (oracle["value"] - 0.5))
     clinical = report["comparators"][tool.CLINICAL]["figures"]["c_index"]
     assert clinical["patients"] == base["patients"] and 0.5 < clinical["value"] < oracle["value"]
+    figures = report["comparators"][tool.CLINICAL]["figures"]
+    assert figures["hpv_auc"]["patients"] == report["variants"]["base"]["figures"]["hpv_auc"]["patients"]
+    assert figures["balanced_accuracy"]["value"] == figures["balanced_accuracy_chosen"]["value"]
 
 
 # --- judged by another cohort -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ SETTINGS: dict[str, Any] = {
     "tasks": ["seg", "hpv", "surv"],
     "clinical_features": ["age", "gender", "m_stage"],
     "survival_inputs": ["deep", "burden"],
+    "hpv_inputs": ["image", "clinical"],
     "roi_size": [32, 32, 32],
     "spacing_mm": 8.0,
     "ct_window": [-1000, 1000],

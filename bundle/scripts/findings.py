@@ -64,7 +64,7 @@ def sections_of(prediction: Mapping[str, Any]) -> list[Section]:
     """
     return [
         survival_section(prediction.get("survival")),
-        hpv_section(prediction.get("hpv")),
+        hpv_section(prediction.get("hpv"), prediction.get("clinical") or []),
         tumour_section(prediction.get("tumour")),
         clinical_section(prediction.get("clinical") or []),
         model_section(prediction),
@@ -108,8 +108,8 @@ def survival_section(survival: Mapping[str, Any] | None) -> Section:
     return section
 
 
-def hpv_section(hpv: Mapping[str, Any] | None) -> Section:
-    """Probability, threshold and class."""
+def hpv_section(hpv: Mapping[str, Any] | None, clinical: Sequence[Mapping[str, Any]] = ()) -> Section:
+    """Probability, threshold, class, and what they are read from."""
     section = Section("HPV")
     if hpv is None:
         section.rows.append(("HPV status", NO_TASK))
@@ -125,6 +125,11 @@ def hpv_section(hpv: Mapping[str, Any] | None) -> Section:
         ("threshold", none if threshold is None else f"{threshold:.2f}"),
         ("class", none if positive is None else ("positive" if positive else "negative")),
     ]
+    if "clinical" in hpv.get("inputs", ()):
+        known = sum(not value["missing"] for value in clinical)
+        section.rows.append(("read from", f"PET/CT and clinical values ({known} of {len(clinical)} known)"))
+    elif "inputs" in hpv:
+        section.rows.append(("read from", "PET/CT alone"))
     return section
 
 

@@ -21,7 +21,8 @@ import torch
 from monai.transforms import Transform
 
 from . import keys as K
-from .ensemble import PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, read_facts
+from .ensemble import PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, complete, read_facts
+from .networks import MultitaskNet
 from .quality import (
     FLAG,
     RAISE,
@@ -55,12 +56,14 @@ class Model:
         sha256: of the model file; of names and values of the weights where the model has no file.
         folds: members.
         tasks: of "seg", "hpv", "surv".
+        hpv_inputs: what the HPV probability is read from: "image", "clinical".
         provenance: stored with the weights (see :mod:`scripts.ensemble`).
     """
 
     sha256: str
     folds: int
     tasks: tuple[str, ...]
+    hpv_inputs: tuple[str, ...]
     provenance: Mapping[str, Any]
 
     @classmethod
@@ -73,10 +76,11 @@ class Model:
         """
         if isinstance(model, str | os.PathLike):
             facts, folds = read_facts(model)
-            tasks = facts[SETTINGS].get("tasks", K.TASKS)
+            tasks, inputs = facts[SETTINGS].get("tasks", K.TASKS), complete(facts[SETTINGS])["hpv_inputs"]
             digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-            return cls(digest, folds, tuple(tasks), facts.get(PROVENANCE, {}))
-        return cls(weights_sha256(model), len(model.folds), tuple(model.folds[0].tasks), model.provenance)  # type: ignore[arg-type]
+            return cls(digest, folds, tuple(tasks), tuple(inputs), facts.get(PROVENANCE, {}))
+        first: MultitaskNet = model.folds[0]  # type: ignore[assignment]
+        return cls(weights_sha256(model), len(model.folds), first.tasks, first.hpv_inputs, model.provenance)
 
 
 def weights_sha256(network: torch.nn.Module) -> str:
@@ -166,6 +170,7 @@ class DescribePredictiond(Transform):
         stored = self.known.provenance.get("hpv_threshold") or {}
         threshold = stored.get("value")
         return {
+            "inputs": list(self.known.hpv_inputs),
             "probability": probability,
             "probability_std": _number(data, K.HPV_PROB_STD),
             "probability_folds": _numbers(data, K.HPV_PROB_FOLDS),
