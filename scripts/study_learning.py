@@ -64,6 +64,7 @@ from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group,
 
 from scripts import keys  # noqa: E402
 from scripts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
+from scripts.ensemble import EARLIER  # noqa: E402
 from scripts.evaluation import BOOTSTRAP_SAMPLES, HPV_THRESHOLD, MEASURES, bootstrap_interval  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 from scripts.survival import paired_bootstrap  # noqa: E402
@@ -256,7 +257,8 @@ def check_variants(names: Sequence[str]) -> tuple[str, ...]:
 def check_run(study: Study, variant: str, seed: int) -> None:
     """See that a run on disk is what its name says.
 
-    A run may lack an id that came later, as long as the variant leaves it at the default of ``configs/train.json``.
+    A run may lack an id that came later: it was run with what was done then (:data:`scripts.ensemble.EARLIER`), else
+    with the default of ``configs/train.json``.
     Ids of another kind than plain numbers, texts and lists (objects, expressions) follow from the others.
 
     Raises:
@@ -270,10 +272,10 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     parser.update(values)
     expected = settings_of(config_of(parser))
     defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
-    there = {name: found.get(name, defaults.get(name)) for name in expected if name not in NOT_COMPARED}
+    there = {**defaults, **EARLIER, **found}
     differences = [
         f"{name} {value!r} instead of {expected[name]!r}"
-        for name, value in there.items()
+        for name, value in ((name, there.get(name)) for name in expected if name not in NOT_COMPARED)
         if is_plain(value) and is_plain(expected[name]) and value != expected[name]
     ]
     if record["cohort"]["fingerprint"] != study.fingerprint:

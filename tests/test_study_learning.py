@@ -21,6 +21,7 @@ from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
 from scripts.cohort import load_cohort
+from scripts.ensemble import EARLIER
 
 DEMO = ("configs/demo.json",)
 SAMPLES = 30
@@ -169,6 +170,20 @@ def test_a_run_from_before_an_option_existed_counts_as_long_as_it_is_not_the_var
     tool.check_run(make_study(cohort, tmp_path), "base", 0)
     with pytest.raises(ExperimentError, match="mask_gradient_after 0 instead of 8"):
         tool.check_run(make_study(cohort, tmp_path, "warmup"), "warmup", 0)
+
+
+def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs, tmp_path):
+    """It did not take over a default that came later: survival was read from deep features."""
+    for name in ("base_s0", "both_s0"):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = json.loads((runs / "base_s0" / "experiment.json").read_text())
+        for option in EARLIER:
+            del record["settings"][option]
+        (folder / "experiment.json").write_text(json.dumps(record))
+    tool.check_run(make_study(cohort, tmp_path), "base", 0)
+    with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['deep', 'burden'\]"):
+        tool.check_run(make_study(cohort, tmp_path, "both"), "both", 0)
 
 
 def test_a_signal_ends_the_runs(cohort, tmp_path, fake):
