@@ -43,6 +43,7 @@ GAMMA = 2.0
 L2 = "l2"
 TIES = ("breslow", "efron")
 UNCERTAINTY = "uncertainty"
+CLINICAL_TERM = "hpv_clinical"  # a network's name for it
 
 
 class SegmentationLoss(nn.Module):
@@ -328,19 +329,26 @@ class MultitaskLoss(nn.Module):
         cost = torch.where(value.detach() != 0, log_variance / 2, 0.0)
         return torch.exp(-log_variance) * value + cost
 
-    def parameter_groups(self, network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-        """What an optimiser has to learn: the network, and learned task weights at a rate of their own.
+    def parameter_groups(
+        self, network: nn.Module, task_weights_rate: float, clinical_rate: float
+    ) -> list[dict[str, Any]]:
+        """What an optimiser has to learn: the network, and at rates of their own what its rate would move too slowly.
 
         Args:
-            network: learned at the optimiser's rate.
-            learning_rate: of the log variances, which a network's rate would move too slowly.
+            network: learned at the optimiser's rate, but for its clinical term.
+            task_weights_rate: of the log variances.
+            clinical_rate: of :class:`scripts.networks.ClinicalTerm`.
 
         Returns:
-            One group, or two where the task weights are learned.
+            One to three groups, as far as there are such parameters.
         """
-        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        term = [p for name, p in network.named_parameters() if CLINICAL_TERM in name.split(".")]
+        others = [p for name, p in network.named_parameters() if CLINICAL_TERM not in name.split(".")]
+        groups: list[dict[str, Any]] = [{"params": others}]
         if self.log_variances:
-            groups.append({"params": list(self.parameters()), "lr": learning_rate})
+            groups.append({"params": list(self.parameters()), "lr": task_weights_rate})
+        if term:
+            groups.append({"params": term, "lr": clinical_rate})
         return groups
 
     def components(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
