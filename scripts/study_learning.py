@@ -118,6 +118,9 @@ VARIANTS = {
     ),
     "burden": burden("survival from burden, HPV probability and clinical values; HPV from the image"),
     "clinical_hpv": Variant("as burden, HPV from image and clinical values: the configs as they stand"),
+    "clinical_hpv_slow": Variant(
+        "the same, the clinical values' weights learned at the network's rate", {"hpv_clinical_learning_rate": 0.001}
+    ),
     "both": burden("survival from deep features and from burden", survival_inputs=["deep", "burden"]),
     "surv": deep("survival alone", tasks=["surv"]),
     "seg_surv": deep("segmentation and survival", tasks=["seg", "surv"]),

@@ -26,6 +26,7 @@ from scripts.keys import (
     TIME,
 )
 from scripts.losses import CoxLoss, HPVLoss, MultitaskLoss, SegmentationLoss
+from scripts.networks import MultitaskNet
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text(encoding="utf-8"))
 TIES = ("breslow", "efron")
@@ -549,15 +550,25 @@ def test_learned_weights_are_those_of_the_tasks_and_are_state():
     assert again.log_variances["surv"].item() == -1.5
 
 
-def test_optimiser_gets_the_learned_weights_at_their_own_rate_and_nothing_more_without():
+def test_optimiser_gets_the_learned_task_weights_at_their_own_rate_and_nothing_more_without():
     network = torch.nn.Linear(2, 1)
     kept = [torch.nn.Parameter(torch.ones(2, 2))]
-    (alone,) = MultitaskLoss(survival_weights=kept).parameter_groups(network, 0.01)
+    (alone,) = MultitaskLoss(survival_weights=kept).parameter_groups(network, 0.01, 0.02)
     assert alone == {"params": list(network.parameters())}
     loss = MultitaskLoss(survival_weights=kept, task_weights="uncertainty")
-    groups = torch.optim.Adam(loss.parameter_groups(network, 0.01), lr=1e-4).param_groups
+    groups = torch.optim.Adam(loss.parameter_groups(network, 0.01, 0.02), lr=1e-4).param_groups
     assert [group["lr"] for group in groups] == [1e-4, 0.01]
     assert [id(value) for value in groups[1]["params"]] == [id(value) for value in loss.log_variances.values()]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["network", "as_ddp_wraps_it"])
+def test_optimiser_gets_the_clinical_term_at_its_own_rate(wrapped):
+    network = MultitaskNet(hpv_inputs=["image", "clinical"])
+    given = torch.nn.ModuleDict({"module": network}) if wrapped else network
+    groups = torch.optim.Adam(MultitaskLoss().parameter_groups(given, 0.01, 0.02), lr=1e-4).param_groups
+    assert [group["lr"] for group in groups] == [1e-4, 0.02]
+    assert [id(value) for value in groups[1]["params"]] == [id(network.hpv_clinical.weight)]
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
 
 
 def test_multitask_passes_the_focal_parameters_of_hpv_on():
