@@ -273,9 +273,9 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     files = (TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files))
     parser, values = merge_configs(files, settings.get("protocol", "partial"), settings)
     parser.update(values)
-    expected = settings_of(config_of(parser))
+    expected = resolved(settings_of(config_of(parser)))
     defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
-    there = {**defaults, **EARLIER, **found}
+    there = resolved({**defaults, **EARLIER, **found})
     differences = [
         f"{name} {value!r} instead of {expected[name]!r}"
         for name, value in ((name, there.get(name)) for name in expected if name not in NOT_COMPARED)
@@ -285,6 +285,20 @@ def check_run(study: Study, variant: str, seed: int) -> None:
         differences.append(f"another cohort ({record['dataset_dir']})")
     if differences:
         raise ExperimentError(f"{folder} is not the run that its name says: {'; '.join(differences)}")
+
+
+def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which what refers to the config's ``default_settings`` has their value.
+
+    Example:
+        >>> resolved({"default_settings": {"a": [1], "b": [2]}, "a": "$@saved['a']", "b": [3]})
+        {'a': [1], 'b': [3]}
+    """
+    values = dict(settings)
+    for name, value in values.pop("default_settings", {}).items():
+        if not is_plain(values.get(name, "$")):
+            values[name] = value
+    return values
 
 
 def is_plain(value: Any) -> bool:
