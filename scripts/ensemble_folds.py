@@ -45,6 +45,7 @@ from scripts.ensemble import (  # noqa: E402
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
+    complete,
     describe_model,
     join_folds,
     load_weights,
@@ -104,7 +105,7 @@ def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
     """The network as ``inference.json`` defines it, for these settings."""
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
-    parser.update(dict(settings))
+    parser.update(complete(settings))
     return parser.get_parsed_content("network_def")
 
 

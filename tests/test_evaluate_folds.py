@@ -141,7 +141,7 @@ def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(run, report, c
         coded = [
             np.array([code_indicators(case[keys.CLINICAL], features, np.nan) for case in part], float) for part in parts
         ]
-        median = np.nan_to_num(np.nanmedian(coded[0], axis=0))
+        median = pd.DataFrame(coded[0]).median().fillna(0).to_numpy()
         filled = [np.where(np.isnan(values), median, values) for values in coded]
         mean, deviation = filled[0].mean(axis=0), filled[0].std(axis=0)
         x = [(values - mean) / np.where(deviation > 0, deviation, 1) for values in filled]
@@ -170,10 +170,9 @@ def test_hpv_less_that_of_clinical_values(report):
 def test_one_hpv_status_leaves_no_comparator(run, copy, monkeypatch):
     """No logistic regression can be fitted where no training patient is negative."""
     judged = tool.read_run(copy)
-    cohort = load_cohort(judged.record["dataset_dir"])
-    for case in cohort.cases:
-        case[keys.HPV_KNOWN] = case[keys.HPV_KNOWN] and case[keys.HPV] == 1
-    monkeypatch.setattr(tool, "load_cohort", lambda *_: cohort)
+    parts = tool.clinical_parts(judged, keys.HPV_KNOWN)
+    positive = [([case for case in train if case[keys.HPV] == 1], test) for train, test in parts]
+    monkeypatch.setattr(tool, "clinical_parts", lambda *_: positive)
     cases, about = tool.add_clinical_hpv(judged, judged.cases, 0, 10)
     assert "clinical_hpv" not in cases
     assert "have one HPV status" in about["hpv_auc"]["reason"] and about["hpv_auc"]["value"] is None

@@ -326,8 +326,6 @@ class ClinicalTerm(nn.Module):
         scales: (a, c, s) of each value: from where on it counts as known, a usual value, a usual difference.
     """
 
-    scales: Tensor
-
     def __init__(self, scales: Sequence[Sequence[float]]) -> None:
         super().__init__()
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32).T.contiguous())
@@ -336,7 +334,8 @@ class ClinicalTerm(nn.Module):
     def forward(self, clinical: Tensor) -> Tensor:
         """z3 (B, F) -> part of the HPV logit (B,)."""
         z = clinical.to(self.weight.dtype)
-        known_from, usual, spread = self.scales[0], self.scales[1], self.scales[2]
+        scales = self.scales  # not annotated on the class: TorchScript would read the annotation
+        known_from, usual, spread = scales[0], scales[1], scales[2]  # type: ignore[index]
         known = (z / known_from).clamp(max=1.0)
         return (self.weight[0] * known + self.weight[1] * (z - usual * known) / spread).sum(dim=1)
 
