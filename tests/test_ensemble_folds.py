@@ -24,6 +24,7 @@ SETTINGS = {
     "tasks": ["seg", "hpv", "surv"],
     "clinical_features": FEATURES,
     "survival_inputs": ["deep"],
+    "hpv_inputs": ["image"],
     "roi_size": [32, 32, 32],
     "spacing_mm": 8.0,
     "ct_window": [-1000, 1000],
