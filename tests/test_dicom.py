@@ -1,5 +1,7 @@
 """DICOM: series found and chosen, volumes against SimpleITK, SUV by hand, SEG and SR read back."""
 
+import io
+import itertools
 import logging
 import math
 import os
@@ -215,8 +217,53 @@ def test_a_file_cut_off_in_its_header_is_told_by_the_series_beside_it(tmp_path):
     found = find_series(tmp_path)
     assert [bool(series.damaged) for series in found] == [False, True]
     assert found.damaged and found.damaged[0].startswith("IM0000: not a complete DICOM file")
-    with pytest.raises(DicomError, match=r"a file in its folder is damaged: IM0000: not a complete.*copy it again"):
+    with pytest.raises(DicomError, match=r"a damaged file may be a slice of it: IM0000: not a complete.*copy it again"):
         choose_pet_ct(found)
+
+
+@pytest.mark.parametrize(
+    ("last", "damaged"),
+    [
+        # everything of two patients lies in one folder; the header of one patient's PET slice ends after this tag
+        ("SeriesNumber", {("P1", "PT")}),
+        ("SeriesInstanceUID", {("P1", "CT"), ("P1", "PT")}),  # may be cut off itself: of this patient
+        ("StudyInstanceUID", {("P1", "CT"), ("P1", "PT")}),
+        ("PatientID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
+        ("SOPClassUID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
+        (None, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),  # ends after the file's own header
+    ],
+)
+def test_a_file_cut_off_in_its_header_costs_only_whose_it_may_be(tmp_path, last, damaged):
+    flat = tmp_path / "flat"
+    for patient, modality in itertools.product(("P1", "P2"), ("CT", "PT")):
+        name = f"{patient}-{modality}"
+        tags = {"PatientID": patient, "SeriesNumber": 7}
+        write_series(tmp_path / name, modality, uid=f"1.2.3.{patient[1]}.{modality == 'PT':d}", tags=tags)
+        flat.mkdir(exist_ok=True)
+        for path in sorted((tmp_path / name).iterdir()):
+            path.rename(flat / f"{name}-{path.name}")
+    victim = flat / "P1-PT-IM0000"
+    victim.write_bytes(victim.read_bytes()[: end_of(victim, last)])
+    found = find_series(flat)
+    assert len(found) == 4 and len(found.damaged) == 1
+    assert {(s.patient_id, s.modality) for s in found if s.damaged} == damaged
+    for study in find_studies(flat):
+        if study.patient_id in {patient for patient, _ in damaged}:
+            with pytest.raises(DicomError, match=r"a damaged file may be a slice of it: P1-PT-IM0000: .*copy it again"):
+                study.choose()
+        else:
+            study.choose()
+
+
+def end_of(path, keyword):
+    """Bytes up to the end of an element; of the file's own header where there is no keyword."""
+    header = pydicom.dcmread(path)
+    for element in list(header):
+        if keyword is None or element.tag > pydicom.datadict.tag_for_keyword(keyword):
+            del header[element.tag]
+    buffer = io.BytesIO()
+    header.save_as(buffer)
+    return len(buffer.getvalue())
 
 
 def test_a_folder_with_damaged_files_alone(tmp_path):

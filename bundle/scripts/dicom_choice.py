@@ -103,8 +103,7 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
     Not considered: modalities other than CT and PT, multi-frame and secondary-capture objects, localizers, projections
     and screen captures, dynamic or gated PET, PET in other units than BQML, CNTS or GML, PET that says it is not
     attenuation corrected, fewer than 8 slices, slices that are not axial (within 30 degrees), and stacks that
-    :func:`read_series` would refuse (missing slices, tilted gantry) or
-    that lie beside a damaged file.
+    :func:`read_series` would refuse (missing slices, tilted gantry) or that a damaged file may belong to.
 
     Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, original rather than
     derived, more slices, finer pixels, lower series number. Of the CTs in its frame of reference that overlap it:
@@ -192,7 +191,7 @@ def _unfit(series: Series) -> str:
     if series.modality == "PT" and _unfit_pet(series):
         return _unfit_pet(series)
     if series.damaged:
-        return f"a file in its folder is damaged: {series.damaged}"
+        return f"a damaged file may be a slice of it: {series.damaged}"
     if len(series) < MIN_SLICES:
         return f"only {len(series)} slices"
     if series.normal is None or series.positions is None or series.pixel_spacing is None or not series.rows:

@@ -53,7 +53,7 @@ class Series:
 
     A series whose images differ in size, pixel spacing or direction (a scout filed with its scan) becomes several of
     these, with ``part`` 1, 2, ...; ``repeated`` counts files left out because they hold an image that is there already;
-    ``damaged`` names a file beside them that cannot be read and may be one of them, "" where there is none.
+    ``damaged`` tells of a file that cannot be read and may be one of them (:class:`Damaged`), "" where there is none.
     Slices are sorted by their position along the normal of the slice plane.
 
     Args:
@@ -150,6 +150,39 @@ class SeriesList(list[Series]):
         self.ignored, self.damaged = ignored, tuple(damaged)
 
 
+@dataclass(frozen=True, repr=False)
+class Damaged:
+    """A file that says it is DICOM and cannot be read, and what its header tells as far as it goes.
+
+    Args:
+        path: the file.
+        problem: what is wrong, for people.
+        uid: of its series, "" where the header ends before.
+        patient_id: likewise.
+    """
+
+    path: Path
+    problem: str
+    uid: str = ""
+    patient_id: str = ""
+
+    @classmethod
+    def of(cls, path: Path, header: Dataset | None, problem: str) -> Damaged:
+        """From the readable part of the header, None where nothing of it can be read."""
+        if header is None:
+            return cls(path, problem)
+        whole = {header[tag].keyword for tag in sorted(header.keys())[:-1]}  # the last value may be cut off
+        told = (text_of(header, name) if name in whole else "" for name in ("SeriesInstanceUID", "PatientID"))
+        return cls(path, problem, *told)
+
+    def may_belong_to(self, series: Series) -> bool:
+        """Whether it may be a slice of a series: of that series, or beside its files and told to be of no other."""
+        if self.uid:
+            return self.uid == series.uid
+        beside = any(path.parent == self.path.parent for path in series.paths)
+        return beside and self.patient_id in ("", series.patient_id)
+
+
 _AC_WORDS = {True: "attenuation corrected", False: "not attenuation corrected", None: "attenuation correction unknown"}
 _HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
@@ -169,8 +202,8 @@ def find_series(folder: str | PathLike[str]) -> SeriesList:
 
     Returns:
         The series, in the order of their numbers, each cut where its images change size, spacing or direction; with
-        ``.ignored``, the number of other files, and ``.damaged``. A series that has files in one folder with a damaged
-        one says so: a slice of it may be missing.
+        ``.ignored``, the number of other files, and ``.damaged``. A series that a damaged file may belong to says so:
+        a slice of it may be missing.
 
     Raises:
         DicomError: when the folder does not exist.
@@ -179,31 +212,34 @@ def find_series(folder: str | PathLike[str]) -> SeriesList:
     if not Path(folder).is_dir():
         raise DicomError(f"{folder}: no such folder")
     groups: dict[str, list[tuple[Path, Dataset]]] = {}
-    damaged: dict[Path, str] = {}
+    damaged: list[Damaged] = []
     ignored = 0
     with lenient():
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            header = None
             try:
                 header = read_header(path, _HEADER_TAGS)
                 if header is not None:
                     _check_whole(header, path)
             except DicomError as error:
                 logger.warning("%s", error)
-                damaged.setdefault(path.parent, str(error))
+                damaged.append(Damaged.of(path, header, str(error)))
                 continue
             if header is None or not text_of(header, "SeriesInstanceUID"):
                 ignored += 1
             else:
                 groups.setdefault(text_of(header, "SeriesInstanceUID"), []).append((path, header))
         series = [part for members in groups.values() for part in _series_of(members)]
-    for folder_of, why in damaged.items():
-        series = [replace(s, damaged=why) if any(p.parent == folder_of for p in s.paths) else s for s in series]
-    return SeriesList(sorted(series, key=lambda s: (s.number, s.uid, s.part)), ignored, list(damaged.values()))
+    for file in reversed(damaged):  # the first in the folder has the last word
+        series = [replace(s, damaged=file.problem) if file.may_belong_to(s) else s for s in series]
+    problems = [file.problem for file in damaged]
+    return SeriesList(sorted(series, key=lambda s: (s.number, s.uid, s.part)), ignored, problems)
 
 
 def _check_whole(header: Dataset, path: Path) -> None:
     """Refuse an image whose file ends within its header, which pydicom reads as far as it goes."""
-    if text_of(header, "SOPClassUID") in (CT_STORAGE, PET_STORAGE) and not integer_of(header, "Rows"):
+    kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")}
+    if kinds & {CT_STORAGE, PET_STORAGE} and not integer_of(header, "Rows"):
         raise DicomError(f"{path.name}: not a complete DICOM file (no Rows); copy it again or remove it")
 
 
