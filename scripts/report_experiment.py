@@ -424,7 +424,8 @@ def write_survival(page: Page, main: Experiment) -> None:
     write_pictures(page, main, "c_index", "kaplan_meier_median", "kaplan_meier_tertiles", "calibration_2y")
     tau = f"tau = {survival['about']['tau_days'] / DAYS_PER_YEAR:.1f} years"
     titles = {"c_index": "C-index (Harrell)", "uno_c_index": f"C-index (Uno, up to {tau})"}
-    titles |= {name: f"dynamic AUC at {name[4:-1]} years" for name in survival if name.startswith("auc_")}
+    years = {name: name[4:-1] for name in survival if name.startswith("auc_")}
+    titles |= {name: f"dynamic AUC at {count} year{'s' * (count != '1')}" for name, count in years.items()}
     titles |= {
         "integrated_brier": f"Brier score up to {tau}",
         "integrated_brier_null": "the same for the average curve",

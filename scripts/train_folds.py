@@ -419,11 +419,16 @@ def command_line(arguments: Mapping[str, Any]) -> str:
     Example:
         >>> command_line({"dataset_dir": "data", "epochs": 3, "tasks": None})
         'python scripts/train_folds.py --dataset_dir data --epochs 3'
+        >>> print(command_line({"dataset_dir": "data", "tasks": ["seg", "surv"]}))
+        python scripts/train_folds.py --dataset_dir data --tasks '["seg", "surv"]'
     """
     given = {
         name: value for name, value in arguments.items() if value is not None and value is not False and value != []
     }
-    options = [word for name, value in given.items() for word in (f"--{name}", typed(value))]
+    options = []
+    for name, value in given.items():
+        word = typed(value)
+        options += [f"--{name}", word if '"' in word else word.replace("'", '"')]  # easier to read within a shell's
     return shlex.join(["python", "scripts/train_folds.py", *options])
 
 
