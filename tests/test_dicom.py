@@ -231,6 +231,7 @@ def test_a_file_cut_off_in_its_header_is_told_by_the_series_beside_it(tmp_path):
         ("PatientID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
         ("SOPClassUID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
         (None, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),  # ends after the file's own header
+        (140, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),  # bytes: ends within the file's own header
     ],
 )
 def test_a_file_cut_off_in_its_header_costs_only_whose_it_may_be(tmp_path, last, damaged):
@@ -257,6 +258,8 @@ def test_a_file_cut_off_in_its_header_costs_only_whose_it_may_be(tmp_path, last,
 
 def end_of(path, keyword):
     """Bytes up to the end of an element; of the file's own header where there is no keyword."""
+    if isinstance(keyword, int):
+        return keyword
     header = pydicom.dcmread(path)
     for element in list(header):
         if keyword is None or element.tag > pydicom.datadict.tag_for_keyword(keyword):

@@ -237,9 +237,9 @@ def find_series(folder: str | PathLike[str]) -> SeriesList:
 
 
 def _check_whole(header: Dataset, path: Path) -> None:
-    """Refuse an image whose file ends within its header, which pydicom reads as far as it goes."""
-    kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")}
-    if kinds & {CT_STORAGE, PET_STORAGE} and not integer_of(header, "Rows"):
+    """Refuse an image, or what may be one, whose file ends within its header: pydicom reads as far as it goes."""
+    kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
+    if (not kinds or kinds & {CT_STORAGE, PET_STORAGE}) and not integer_of(header, "Rows"):
         raise DicomError(f"{path.name}: not a complete DICOM file (no Rows); copy it again or remove it")
 
 
