@@ -663,7 +663,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     places = sorted({f"{run['cpu']}, {run['cores']} cores, {run['threads']} threads a run" for run in runs})
     minutes = [run["minutes"] for run in runs]
     kept = {facts["kept"] for row in report["variants"].values() for facts in row["runs"].values() if "kept" in facts}
-    epochs = " or ".join(sorted(kept)).replace("best", "best (by the C-index of these same cases)")
+    epochs = " or ".join(sorted(kept)).replace("best", "best (by the C-index of the cases held out)")
     lines = [
         f"**{report['notice']}**",
         "",
