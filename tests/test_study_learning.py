@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import study as study_plan
 import study_learning as tool
-from experiment import ExperimentError, make_plan
+import study_report
+from experiment import DEEP, ExperimentError, make_plan
 from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
@@ -63,16 +65,16 @@ def runs(cohort, tmp_path_factory) -> Path:
             ("full", 0, "full", {}),
         ]
     ):
-        options = {**tool.DEEP, **options}
+        options = {**DEEP, **options}
         make_run(folder / f"{name}_s{split_seed}", cohort, protocol, noise, DEMO, split_seed, **options)
     return folder
 
 
 def make_study(
     cohort: Path, folder: Path, variants="base", seeds=(0,), folds=(0,), test_dir=None, **overrides
-) -> tool.Study:
+) -> study_plan.Study:
     names, other = tuple(variants.split(",")), str(test_dir) if test_dir else None
-    return tool.Study(folder, str(cohort), load_cohort(cohort).fingerprint, names, seeds, folds, overrides, other)
+    return study_plan.Study(folder, str(cohort), load_cohort(cohort).fingerprint, names, seeds, folds, overrides, other)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     home = tmp_path / "fake"
     home.mkdir()
     (home / "train_folds.py").write_text(FAKE)
-    monkeypatch.setattr(tool, "TRAIN_TOOL", home / "train_folds.py")
+    monkeypatch.setattr(study_plan, "TRAIN_TOOL", home / "train_folds.py")
     monkeypatch.setattr(tool, "POLL_SECONDS", 0.02)
     return home
 
@@ -93,18 +95,19 @@ def calls(home: Path) -> list[dict]:
 # --- what is run --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", tool.VARIANTS)
-def test_every_variant_is_an_experiment_that_differs_from_the_base_as_it_says(cohort, tmp_path, variant):
+@pytest.mark.parametrize("variant", study_plan.VARIANTS)
+def test_every_variant_is_an_experiment_that_differs_from_what_it_is_compared_with(cohort, tmp_path, variant):
     study = make_study(cohort, tmp_path, variant)
     settings = study.settings(variant, 0)
     protocol = settings.pop("protocol", "partial")
-    files = tool.VARIANTS[variant].config_files
+    files = study_plan.VARIANTS[variant].config_files
     plan = make_plan(str(cohort), protocol, files, (0,), str(tmp_path), settings, "")
     assert {name: plan.config[name] for name in settings} == settings
     assert plan.config_files[1] == "configs/demo.json"
-    if variant != tool.BASE:
-        base = make_plan(str(cohort), "partial", DEMO, (0,), str(tmp_path), {"seed": 0, **tool.DEEP}, "")
-        assert plan.config != base.config
+    if variant != study_plan.BASE:
+        against = study_plan.VARIANTS[variant].against
+        other = make_plan(str(cohort), "partial", DEMO, (0,), str(tmp_path), study.settings(against, 0), "")
+        assert plan.config != other.config
 
 
 def test_runs_go_variant_by_variant_before_the_next_seed(cohort, tmp_path):
@@ -167,9 +170,9 @@ def test_a_run_from_before_an_option_existed_counts_as_long_as_it_is_not_the_var
         record["settings"] |= {"mask_gradient": "flow"} if name == "warmup_s0" else {}
         del record["settings"]["mask_gradient_after"]
         (folder / "experiment.json").write_text(json.dumps(record))
-    tool.check_run(make_study(cohort, tmp_path), "base", 0)
+    study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
     with pytest.raises(ExperimentError, match="mask_gradient_after 0 instead of 8"):
-        tool.check_run(make_study(cohort, tmp_path, "warmup"), "warmup", 0)
+        study_plan.check_run(make_study(cohort, tmp_path, "warmup"), "warmup", 0)
 
 
 def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs, tmp_path):
@@ -181,9 +184,9 @@ def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs
         for option in EARLIER:
             del record["settings"][option]
         (folder / "experiment.json").write_text(json.dumps(record))
-    tool.check_run(make_study(cohort, tmp_path), "base", 0)
+    study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
     with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['deep', 'burden'\]"):
-        tool.check_run(make_study(cohort, tmp_path, "both"), "both", 0)
+        study_plan.check_run(make_study(cohort, tmp_path, "both"), "both", 0)
 
 
 def test_a_signal_ends_the_runs(cohort, tmp_path, fake):
@@ -221,7 +224,7 @@ def test_refuses(cohort, tmp_path, options, message):
 @pytest.fixture(scope="module")
 def report(cohort, runs) -> dict:
     study = make_study(cohort, runs, "base,surv,memory,full,flow", (0, 1))
-    return json.loads(json.dumps(tool.make_report(study, SAMPLES, 0, "the command")))
+    return json.loads(json.dumps(study_report.make_report(study, SAMPLES, 0, "the command")))
 
 
 def held_out(runs: Path, name: str) -> pd.DataFrame:
@@ -250,31 +253,38 @@ def test_figures_are_means_over_the_networks_own_held_out_cases(runs, report):
 
 def test_threshold_is_chosen_on_training_cases(cohort, runs):
     study = make_study(cohort, runs)
-    (cells,) = tool.read_cells(study, "base").values()
+    (cells,) = study_report.read_cells(study, "base").values()
     training = pd.read_csv(runs / "base_s0" / "fold_0" / "evaluation_training" / "cases.csv", dtype={"PatientID": str})
-    threshold = tool.choose_hpv_threshold(training)["value"]
+    threshold = study_report.choose_hpv_threshold(training)["value"]
     known = held_out(runs, "base_s0").dropna(subset=["hpv"])
     called, positive = known["hpv_prob"] > threshold, known["hpv"] > 0.5
     expected = (called[positive].mean() + (~called[~positive]).mean()) / 2
-    figure = tool.figure({"seed 0, fold 0": cells}, "balanced_accuracy_chosen", SAMPLES, 0)
+    figure = study_report.figure({"seed 0, fold 0": cells}, "balanced_accuracy_chosen", SAMPLES, 0)
     assert figure["value"] == pytest.approx(expected)
 
 
 def test_differences_are_on_shared_patients_and_networks(runs, report):
-    less = report["variants"]["memory"]["minus_base"]["c_index"]
+    less = report["variants"]["memory"]["differences"]["c_index"]
     values = {v: report["variants"][v]["figures"]["c_index"]["value"] for v in ("base", "memory")}
     assert less["value"] == pytest.approx(values["memory"] - values["base"])
     assert less["networks"] == 2 and less["low"] <= less["value"] <= less["high"] and 0 < less["p"] <= 1
-    full = report["variants"]["full"]["minus_base"]["c_index"]
+    full = report["variants"]["full"]["differences"]["c_index"]
     both = held_out(runs, "full_s0").merge(held_out(runs, "base_s0"), on="PatientID", suffixes=("", "_base"))
     assert full["networks"] == 1 and full["patients"] == len(both.dropna(subset=["time"]))
     base = both.drop(columns="log_hazard").rename(columns={"log_hazard_base": "log_hazard"})
     assert full["value"] == pytest.approx(lifelines_c_index(both) - lifelines_c_index(base))
 
 
+@pytest.mark.parametrize(("variants", "against"), [("base,memory,full", "base"), ("memory,full", "memory")])
+def test_the_first_is_compared_with_where_a_variants_own_is_not_there(cohort, runs, variants, against):
+    written = study_report.make_report(make_study(cohort, runs, variants), SAMPLES, 0, "the command")
+    assert written["variants"]["full"]["against"] == against
+    assert f"| `full` | `{against}` |" in study_report.as_markdown(written)
+
+
 def test_a_model_does_not_differ_from_itself(cohort, runs):
-    cells = tool.read_cells(make_study(cohort, runs), "base")
-    less = tool.difference(cells, {name: table.copy() for name, table in cells.items()}, "hpv_auc", SAMPLES, 0)
+    cells = study_report.read_cells(make_study(cohort, runs), "base")
+    less = study_report.difference(cells, {name: table.copy() for name, table in cells.items()}, "hpv_auc", SAMPLES, 0)
     assert (less["value"], less["low"], less["high"], less["p"]) == (0, 0, 0, 1)
 
 
@@ -284,13 +294,13 @@ def test_oracle_and_clinical_values_are_judged_on_the_same_patients(cohort, runs
         lifelines_c_index(table.assign(log_hazard=truth.loc[table["PatientID"]].to_numpy()))
         for table in (held_out(runs, f"base_s{seed}") for seed in (0, 1))
     ]
-    oracle = report["comparators"][tool.ORACLE]["figures"]["c_index"]
+    oracle = report["comparators"][study_report.ORACLE]["figures"]["c_index"]
     assert oracle["value"] == pytest.approx(np.mean(expected))
     base = report["variants"]["base"]["figures"]["c_index"]
     assert report["share_of_oracle"]["base"] == pytest.approx((base["value"] - 0.5) / (oracle["value"] - 0.5))
-    clinical = report["comparators"][tool.CLINICAL]["figures"]["c_index"]
+    clinical = report["comparators"][study_report.CLINICAL]["figures"]["c_index"]
     assert clinical["patients"] == base["patients"] and 0.5 < clinical["value"] < oracle["value"]
-    figures = report["comparators"][tool.CLINICAL]["figures"]
+    figures = report["comparators"][study_report.CLINICAL]["figures"]
     assert figures["hpv_auc"]["patients"] == report["variants"]["base"]["figures"]["hpv_auc"]["patients"]
     assert figures["balanced_accuracy"]["value"] == figures["balanced_accuracy_chosen"]["value"]
 
@@ -308,7 +318,7 @@ def test_another_cohort_is_evaluated_after_the_training(cohort, others, tmp_path
     (fake / "evaluate.py").write_text(FAKE.replace('"name": name', '"name": "evaluate"'))
     command = [sys.executable, str(fake / "evaluate.py")]
     monkeypatch.setattr(
-        tool, "bundle_command", lambda _, files, options: [*command, *(f"--{k}={v}" for k, v in options.items())]
+        study_plan, "bundle_command", lambda _, files, options: [*command, *(f"--{k}={v}" for k, v in options.items())]
     )
     study = make_study(cohort, tmp_path, "burden", folds=(0, 2), test_dir=others)
     assert tool.run_study(study, jobs=1, threads=1) == []
@@ -323,16 +333,16 @@ def test_figures_of_another_cohort(cohort, others, runs, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(runs / "base_s0", folder / "base_s0")
     study = make_study(cohort, folder, test_dir=others)
-    assert tool.read_cells(study, "base") == {}  # trained, but not yet seen the others
+    assert study_report.read_cells(study, "base") == {}  # trained, but not yet seen the others
     place = folder / "base_s0" / "fold_0" / "evaluation_others"
     place.mkdir()
     cases = held_out(runs, "base_s0")
     cases["PatientID"] = [f"{name[:-3]}{int(name[-3:]) + 200}" for name in cases["PatientID"]]
     cases.to_csv(place / "cases.csv", index=False)
-    report = tool.make_report(study, SAMPLES, 0, "")
+    report = study_report.make_report(study, SAMPLES, 0, "")
     assert report["variants"]["base"]["figures"]["c_index"]["value"] == pytest.approx(lifelines_c_index(cases))
     assert "others" in report["judged_by"]
-    for name in (tool.CLINICAL, tool.ORACLE):
+    for name in (study_report.CLINICAL, study_report.ORACLE):
         assert report["comparators"][name]["figures"]["c_index"]["patients"] == cases["time"].notna().sum()
 
 
@@ -346,18 +356,18 @@ def test_what_cannot_be_had_says_why(report):
         "value": None,
         "reason": "not a task of this variant",
     }
-    assert report["variants"]["surv"]["minus_base"]["dice"]["reason"] == "nothing that both have"
+    assert report["variants"]["surv"]["differences"]["dice"]["reason"] == "nothing that both have"
     assert "flow" not in report["variants"]
 
 
 def test_command_writes_json_and_a_table_into_the_document(cohort, runs, tmp_path, capsys):
     page = tmp_path / "learning.md"
-    page.write_text(f"before\n{tool.BEGIN}\nan earlier table\n{tool.END}\nafter\n")
+    page.write_text(f"before\n{study_report.BEGIN}\nan earlier table\n{study_report.END}\nafter\n")
     options = {"variants": "base,surv", "seeds": 0, "samples": SAMPLES, "doc": str(page)}
     for _ in range(2):
         tool.study_learning(str(cohort), str(runs), report=True, **options)
     text, table = page.read_text(), (runs / "study.md").read_text()
-    assert text == f"before\n{tool.BEGIN}\n{table}{tool.END}\nafter\n"
+    assert text == f"before\n{study_report.BEGIN}\n{table}{study_report.END}\nafter\n"
     assert "Research use only" in table and "--variants base,surv --seeds 0 --folds 0" in table
     written = json.loads((runs / "study.json").read_text(), parse_constant=pytest.fail)
     value = written["variants"]["base"]["figures"]["c_index"]["value"]
@@ -366,8 +376,9 @@ def test_command_writes_json_and_a_table_into_the_document(cohort, runs, tmp_pat
     assert "an earlier table" not in text
     page.write_text("no marks")
     with pytest.raises(ExperimentError, match="no place for the table"):
-        tool.put_into(page, table)
+        study_report.put_into(page, table)
 
 
-def test_examples_in_the_documentation_hold():
-    assert doctest.testmod(tool).failed == 0
+@pytest.mark.parametrize("module", [study_plan, study_report, tool])
+def test_examples_in_the_documentation_hold(module):
+    assert doctest.testmod(module).failed == 0
