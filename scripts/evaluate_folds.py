@@ -45,9 +45,9 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
+from scripts.bootstrap import BOOTSTRAP_SAMPLES, paired_bootstrap  # noqa: E402
 from scripts.cohort import CohortError, load_cohort  # noqa: E402
 from scripts.evaluation import (  # noqa: E402
-    BOOTSTRAP_SAMPLES,
     HPV_THRESHOLD,
     MEASURES,
     PAPER_MEASURES,
@@ -71,18 +71,15 @@ from scripts.survival import (  # noqa: E402
     DAYS_PER_YEAR,
     Calibration,
     CalibrationError,
-    FigureUnavailableError,
     FoldScale,
     HorizonError,
     Outcomes,
     SurvivalFunction,
-    ensemble_survival,
     fit_calibration,
     normalise_out_of_fold,
-    paired_bootstrap,
     risk_groups,
-    survival_metrics,
 )
+from scripts.survival_metrics import FigureUnavailableError, ensemble_survival, survival_metrics  # noqa: E402
 
 EVALUATION_FOLDER, METRICS_FILE, CASES_FILE, FIGURES_FOLDER = "evaluation", "metrics.json", "cases.csv", "figures"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
@@ -292,7 +289,7 @@ def judge(run: Run, cases: pd.DataFrame, train: pd.DataFrame, seed: int, samples
 
     Returns:
         ``metrics`` by :func:`scripts.evaluation.summarise`, ``survival`` by
-        :func:`scripts.survival.survival_metrics` or ``{"reason": why not}``.
+        :func:`scripts.survival_metrics.survival_metrics` or ``{"reason": why not}``.
     """
     report: dict[str, Any] = {"cases": len(cases), "metrics": summarise(on_one_scale(cases), seed, samples=samples)}
     known = cases.dropna(subset=[keys.TIME])

@@ -39,8 +39,8 @@ from experiment import ExperimentError, as_list  # noqa: E402
 from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
 
 from scripts import keys  # noqa: E402
+from scripts.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
 from scripts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.evaluation import BOOTSTRAP_SAMPLES  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 
 BUNDLE = ROOT / "bundle"

@@ -22,10 +22,10 @@ from evaluate_folds import clinical_hpv, clinical_risks, read_cases, read_run  #
 from experiment import EXPERIMENT_FILE, ExperimentError, read_experiment  # noqa: E402
 
 from scripts import keys  # noqa: E402
+from scripts.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
 from scripts.cohort import load_cohort  # noqa: E402
-from scripts.evaluation import HPV_THRESHOLD, MEASURES, bootstrap_interval  # noqa: E402
+from scripts.evaluation import HPV_THRESHOLD, MEASURES  # noqa: E402
 from scripts.files import write_text  # noqa: E402
-from scripts.survival import paired_bootstrap  # noqa: E402
 
 RUN_FILE = "run.json"
 BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"

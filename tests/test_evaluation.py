@@ -23,8 +23,6 @@ from scripts.evaluation import (
     aggregated_dice,
     average_precision,
     balanced_accuracy,
-    bootstrap_interval,
-    c_index,
     case_rows,
     confusion,
     count_lesions,
@@ -67,24 +65,6 @@ def test_balanced_accuracy_against_scikit_learn() -> None:
     cases = table()
     expected = balanced_accuracy_score(cases["hpv"], cases["hpv_prob"] > 0.5)
     assert balanced_accuracy(cases) == pytest.approx(expected)
-
-
-def test_interval_covers_the_mean_as_often_as_it_says() -> None:
-    """95 % intervals of a mean over 100 samples of 50: about 95 of them hold the truth."""
-    rng = np.random.default_rng(0)
-    hits = 0
-    for k in range(100):
-        cases = pd.DataFrame({"x": rng.normal(size=50)})
-        low, high = bootstrap_interval(lambda c: float(c["x"].mean()), cases, samples=200, seed=k)
-        hits += low < 0 < high
-    assert 88 <= hits <= 99
-
-
-def test_interval_is_seeded_and_nan_where_nothing_can_be_had() -> None:
-    cases = table()
-    assert bootstrap_interval(c_index, cases, 50, seed=1) == bootstrap_interval(c_index, cases, 50, seed=1)
-    no_events = cases.assign(event=0.0)
-    assert all(math.isnan(x) for x in bootstrap_interval(c_index, no_events, 20))
 
 
 def test_summary_has_counts_and_intervals() -> None:

@@ -21,7 +21,8 @@ from scripts.plots import (
     save_plot,
     training_figure,
 )
-from scripts.survival import Outcomes, survival_metrics
+from scripts.survival import Outcomes
+from scripts.survival_metrics import survival_metrics
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,17 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.stats import rankdata
 
 from scripts import keys
+from scripts.bootstrap import BOOTSTRAP_SAMPLES, bootstrap_interval
 from scripts.ensemble import FoldEnsemble
 from scripts.files import write_text, written_whole
 from scripts.metrics import concordance_index
+from scripts.survival import Outcomes
+from scripts.survival_metrics import ensemble_survival, survival_metrics
 
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.npz"
-FOLD_COLUMN = "log_hazard_fold_"  # then the number of the member of an ensemble
 
-BOOTSTRAP_SAMPLES = 1000
 HPV_THRESHOLD = 0.5
 SURFACE_PERCENTILE = 95
 LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
@@ -44,34 +45,6 @@ Statistic = Callable[[pd.DataFrame], float]
 
 
 # --- statistics of a table of cases -----------------------------------------------------------------------------------
-
-
-def bootstrap_interval(
-    statistic: Callable[[pd.DataFrame], float], cases: pd.DataFrame, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of ``statistic`` over patients drawn with replacement.
-
-    Draws for which the statistic does not exist (no comparable pair, one class) are left out.
-
-    Args:
-        statistic: function of a table of cases.
-        cases: one row a patient.
-        samples: number of draws.
-        seed: of the draws.
-
-    Returns:
-        The 2.5 % and the 97.5 % quantile; NaN where no draw had a value.
-
-    Reference:
-        Efron B., Tibshirani R. An Introduction to the Bootstrap. Chapman & Hall, 1993, chapter 13.
-    """
-    rng = np.random.default_rng(seed)
-    values = np.array([statistic(cases.iloc[rng.integers(0, len(cases), len(cases))]) for _ in range(samples)])
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def c_index(cases: pd.DataFrame) -> float:
@@ -359,8 +332,8 @@ class CaseTable:
         checkpoint: stated in ``metrics.json``.
         seed: of the bootstrap.
         training_cases: cases (:mod:`scripts.cohort`) whose follow-up weights the survival figures of
-            :func:`scripts.survival.survival_metrics`: those that the network was trained on, or those judged where it
-            was trained elsewhere; None leaves these figures out.
+            :func:`scripts.survival_metrics.survival_metrics`: those that the network was trained on, or those judged
+            where it was trained elsewhere; None leaves these figures out.
         ensemble: the network, where the cohort is one that it has not learnt from: the calibration that it carries then
             gives absolute risk, which is judged too.
     """
@@ -417,8 +390,6 @@ class CaseTable:
         logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
 
     def _survival(self, cases: pd.DataFrame) -> dict[str, Any]:
-        from scripts.survival import Outcomes, ensemble_survival, survival_metrics  # imports this module in its turn
-
         known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
         train = Outcomes(
             np.array([case[keys.TIME] for case in known], dtype=float),
@@ -508,7 +479,7 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
         columns["log_hazard"] = _numbers(pred[keys.LOG_HAZARD])
         folds = pred[keys.LOG_HAZARD_FOLDS].float().cpu().numpy() if keys.LOG_HAZARD_FOLDS in pred else np.empty((0, 0))
         if folds.shape[1] > 1:
-            columns |= {f"{FOLD_COLUMN}{k}": folds[:, k] for k in range(folds.shape[1])}
+            columns |= {f"{keys.FOLD_COLUMN}{k}": folds[:, k] for k in range(folds.shape[1])}
     columns["time"] = _numbers(batch[keys.TIME], batch[keys.SURV_KNOWN])
     columns["event"] = _numbers(batch[keys.EVENT], batch[keys.SURV_KNOWN])
     if keys.HPV_PROB in pred:

@@ -57,6 +57,7 @@ HPV_PROB_STD = "hpv_prob_std"  # (B,), spread over the folds
 LOG_HAZARD_STD = "log_hazard_std"  # (B,), spread over the folds
 HPV_PROB_FOLDS = "hpv_prob_folds"  # (B, K), of each fold
 LOG_HAZARD_FOLDS = "log_hazard_folds"  # (B, K), of each fold
+FOLD_COLUMN = "log_hazard_fold_"  # of a table of cases, then the number of the fold
 FEATURES = "features"  # (B, F) of one network, (B, K, F) of an ensemble: the deep features z1 and z2
 PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid
 VOLUME_ML = "volume_ml"  # float, volume of that mask

@@ -48,7 +48,7 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
     """Recurrence-free survival of risk groups with 95 % intervals, censored patients and numbers at risk.
 
     Args:
-        groups: one entry of ``risk_groups`` of :func:`scripts.survival.survival_metrics`.
+        groups: one entry of ``risk_groups`` of :func:`scripts.survival_metrics.survival_metrics`.
         title: above the picture.
     """
     curves = groups["curves"]
@@ -118,7 +118,7 @@ def calibration_figure(calibration: Mapping[str, Any], title: str = "") -> Figur
     """Observed (Kaplan-Meier) against predicted survival of risk groups at one horizon.
 
     Args:
-        calibration: ``calibration_2y`` of :func:`scripts.survival.survival_metrics`.
+        calibration: ``calibration_2y`` of :func:`scripts.survival_metrics.survival_metrics`.
         title: above the picture.
     """
     figure = _figure(4.6, 4.4)
