@@ -27,7 +27,8 @@ from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 from scripts import clinical, keys
-from scripts.cohort import Case, Cohort, CohortError, centre_name, load_cohort
+from scripts.cohort import Case, Cohort, CohortError, load_cohort
+from scripts.cohort_tables import centre_name
 
 CODINGS = ("indicators", "paper")
 FILLS = ("training_median", "cohort_median", "zero")

@@ -19,7 +19,8 @@ import fire
 from predict import BUNDLE, UsageError, configure_log, load_bundle, run_cases
 
 from scripts import keys
-from scripts.cohort import Case, CohortError, read_json
+from scripts.cohort import Case, CohortError
+from scripts.cohort_tables import read_json
 from scripts.engine import plain_errors
 from scripts.files import write_text, written_whole
 from scripts.inputs import add_clinical_values, pair_case

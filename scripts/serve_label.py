@@ -197,7 +197,7 @@ def list_studies(studies: str, store: str | None = None) -> str:
     if studies.startswith(("http://", "https://")):
         return studies
     sys.path.insert(0, str(BUNDLE))
-    from scripts.cohort import CohortError, find_scans
+    from scripts.cohort_scans import CohortError, find_scans
 
     try:
         scans, notes = find_scans(studies)

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import cohort, keys
+from scripts import cohort, cohort_tables, keys
 from scripts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
-from scripts.cohort import Case, CohortError, Scans, patient_key
+from scripts.cohort import Case, CohortError
+from scripts.cohort_scans import Scans, find_scans, patient_key
 from scripts.dicom_cases import (
     HEADER,
     UNNAMED,
@@ -43,8 +44,8 @@ def find_cases(
     """The cases in a folder of images, in a folder of DICOM, or in a list.
 
     Args:
-        source: a folder in one of the layouts of :func:`scripts.cohort.find_scans`; a folder with DICOM files in any
-            order; or a CSV or JSON list of cases, see :func:`listed_cases`.
+        source: a folder in one of the layouts of :func:`scripts.cohort_scans.find_scans`; a folder with DICOM files in
+            any order; or a CSV or JSON list of cases, see :func:`listed_cases`.
         features: names of the clinical values to read, in the network's order.
         clinical: a table of clinical values (CSV or JSON); None: found beside the scans.
 
@@ -64,7 +65,7 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
     if not source.is_dir():
         what = "is a single file: name the CT with --ct and the PET with --pet" if source.exists() else "is not there"
         raise CohortError(f"{source} {what}")
-    if any(scans.ct or scans.pet for scans in cohort.find_scans(source)[0].values()):
+    if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
         return cohort.inference_cases(source, clinical, features)
     try:
         return _dicom_cases(find_examinations(source), features, clinical, source)
@@ -94,13 +95,13 @@ def listed_cases(
         CohortError: it is no such list, or a fault concerns no single patient.
     """
     path = Path(path)
-    records = cohort.read_records(path)
+    records = cohort_tables.read_records(path)
     titles = records[0][1] if records else []
-    place = {kind: cohort.first_column(titles, names) for kind, names in _COLUMNS.items()}
+    place = {kind: cohort_tables.first_column(titles, names) for kind, names in _COLUMNS.items()}
     if min(place.values()) < 0:
         raise CohortError(f"{path}: a list of cases has the columns patient_id, ct and pet; it has {', '.join(titles)}")
-    tables = cohort.read_tables([path, *([clinical] if clinical else [])], features)
-    column = cohort.first_column(titles, cohort.ID_COLUMNS)
+    tables = cohort_tables.read_tables([path, *([clinical] if clinical else [])], features)
+    column = cohort_tables.first_column(titles, cohort_tables.ID_COLUMNS)
     scans: dict[str, Scans] = {}
     for _, cells in records[1:]:
         cells = cells + [""] * (len(titles) - len(cells))
@@ -186,18 +187,18 @@ def clinical_object(path: str | Path) -> dict[str, Any] | None:
     """
     if Path(path).suffix.lower() != ".json":
         return None
-    content = cohort.read_json(path)
+    content = cohort_tables.read_json(path)
     if not isinstance(content, dict):
         return None
-    return None if cohort.first_column(list(content), cohort.ID_COLUMNS) >= 0 else content
+    return None if cohort_tables.first_column(list(content), cohort_tables.ID_COLUMNS) >= 0 else content
 
 
 def _dicom_cases(
     found: Sequence[Examination], features: Sequence[str], clinical: str | Path | None, folder: Path
 ) -> list[Case]:
     names = {patient_key(each.patient_id or UNNAMED) for each in found}
-    paths = [clinical] if clinical else cohort.find_tables(folder, names)
-    tables = cohort.read_tables(paths, features)
+    paths = [clinical] if clinical else cohort_tables.find_tables(folder, names)
+    tables = cohort_tables.read_tables(paths, features)
     problems = cohort.patient_problems(tables)
     cases = []
     for each in found:

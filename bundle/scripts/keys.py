@@ -6,6 +6,10 @@ are spelled here and nowhere else.
 
 from __future__ import annotations
 
+from typing import Any
+
+Case = dict[str, Any]
+
 # --- identity ------------------------------------------------------------------------------------------
 PATIENT_ID = "patient_id"  # str
 CENTRE = "centre"  # str, e.g. "CHUM"

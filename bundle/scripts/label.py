@@ -27,7 +27,9 @@ from monai.transforms import Compose, MapTransform
 from scripts import cohort, inputs
 from scripts import keys as K
 from scripts.clinical import DEFAULT_FEATURES
-from scripts.cohort import Case, Cohort, CohortError, Scans, patient_key
+from scripts.cohort import Case, Cohort, CohortError
+from scripts.cohort_scans import Scans, patient_key
+from scripts.cohort_tables import find_tables, read_tables
 from scripts.engine import EnsembleInferer
 from scripts.ensemble import (
     EXTRA_STATE,
@@ -174,7 +176,7 @@ def _scans_with(ct: Path, pet: Path | None = None, patient: str | None = None) -
     name = patient or named or _stem(ct)
     if pet is None and named:
         pets = re.compile(rf"{re.escape(named)}__(PT|PET)", re.IGNORECASE)
-        # a .nii.gz goes before a .nii of the same name, as in scripts.cohort
+        # a .nii.gz goes before a .nii of the same name, as in scripts.cohort_scans
         pet = max((path for path in ct.parent.iterdir() if pets.fullmatch(_stem(path))), default=None)
     if pet is None:
         expected = f"{named}__PT.nii.gz" if named else "<PatientID>__PT.nii.gz beside <PatientID>__CT.nii.gz"
@@ -203,13 +205,13 @@ def _stem(path: Path) -> str:
 def _named_case(scans: Scans, features: Sequence[str], tables: Sequence[str | Path]) -> Case:
     """The case of these scans, with what the tables say of the patient."""
     key = patient_key(scans.patient_id)
-    read = cohort.read_tables(tables, features)
+    read = read_tables(tables, features)
     return cohort.cases_to_predict([key], {key: scans}, read, features, str(scans.folder))[0]
 
 
 def _tables_of(scans: Scans) -> list[Path]:
     """The tables of the cohort among whose folders the scans lie."""
-    return cohort.find_tables(scans.folder, [patient_key(scans.patient_id)])
+    return find_tables(scans.folder, [patient_key(scans.patient_id)])
 
 
 # --- training ----------------------------------------------------------------------------------------------------

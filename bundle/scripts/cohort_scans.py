@@ -1,0 +1,176 @@
+"""Files of a HECKTOR folder: which scans and masks each patient has, in any of the layouts that HECKTOR has used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+_MAX_FAULTS = 20
+_SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
+_SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE)
+_MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE)
+_PATIENT_FOLDER = re.compile(r"[A-Za-z]{2,}[-_]\d+")
+CONTAINER = re.compile(r"images|labels|(images|labels)t[rs]|task[ _-]*\d+", re.IGNORECASE)
+"""Names of folders that hold patients."""
+
+
+class CohortError(ValueError):
+    """A cohort that cannot be used as it is; the message lists every fault found, with file and row."""
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Files of one patient; None where there is none.
+
+    Attributes:
+        patient_id: the patient's id as the files spell it.
+        folder: folder where the files lie.
+        ct: CT file.
+        pet: PET file.
+        mask: tumour mask.
+    """
+
+    patient_id: str
+    folder: Path
+    ct: Path | None = None
+    pet: Path | None = None
+    mask: Path | None = None
+
+
+@dataclass
+class Remarks:
+    """What was found on the way: faults to raise, and notes grouped by what they say."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, title: str, item: str) -> None:
+        """Add an item to the note called ``title``."""
+        self.notes.setdefault(title, []).append(item)
+
+
+def patient_key(patient_id: str) -> str:
+    """One key for all spellings of a patient's id.
+
+    Example:
+        >>> {patient_key(spelling) for spelling in ("CHUM-001", "CHUM_001", " chum-001 ")}
+        {'CHUM-001'}
+    """
+    return re.sub(r"[-_\s]+", "-", patient_id.strip()).upper()
+
+
+def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
+    """Files of every patient below a folder, in any of the layouts that HECKTOR has used.
+
+    The folder holds patient folders (``<PatientID>/<PatientID>__CT.nii.gz``, ``__PT.nii.gz``, mask
+    ``<PatientID>.nii.gz``), or the files themselves, or is a single patient's folder; or it has these in
+    ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are left alone. ``.nii``,
+    ``.mha``, ``.mhd`` and ``.nrrd`` are read as well.
+
+    Args:
+        dataset_dir: the folder.
+
+    Returns:
+        Scans by patient key, sorted, and notes on what was ambiguous. A patient found in several places is one
+        entry: the place with CT, PET and mask goes first.
+
+    Raises:
+        CohortError: the folder does not exist, a file lies in another patient's folder, or two files of one
+            place claim to be the same scan of the same patient.
+    """
+    root = Path(dataset_dir).expanduser()
+    if not root.is_dir():
+        raise CohortError(f"dataset_dir {root} is {'a file, not a folder' if root.exists() else 'not there'}")
+    found: dict[str, list[Scans]] = {}
+    remarks = Remarks()
+    for container in [root, *containers(root)]:
+        labels_only = container.name.lower().startswith("labels")
+        groups = _group_files(container, remarks, labels_only)
+        folders = {} if labels_only else _patient_folders(container, remarks)
+        for key in {*groups, *folders}:
+            found.setdefault(key, []).extend(scans for scans in (groups.get(key), folders.get(key)) if scans)
+    if remarks.faults:
+        raise CohortError(list_faults(f"{root}: the image files contradict each other", remarks.faults))
+    scans = {key: _merge_scans(found[key], remarks) for key in sorted(found)}
+    return scans, [f"{title}: {some(items)}" for title, items in remarks.notes.items()]
+
+
+def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> dict[str, Scans]:
+    """Sort the files of one folder by patient and kind; a file name that says neither is none of ours."""
+    groups: dict[str, dict[str, Path]] = {}
+    names: dict[str, str] = {}
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith(".")):
+        scan, mask = _SCAN_FILE.fullmatch(path.name), _MASK_FILE.fullmatch(path.name)
+        match = mask if masks_only else scan or mask
+        if match is None:
+            continue
+        kind = "mask" if match is mask else "ct" if match["kind"].lower() == "ct" else "pet"
+        key = patient_key(match["id"])
+        other = groups.setdefault(key, {}).get(kind)
+        if other is not None and other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
+            remarks.faults.append(f"{other} and {path.name} are both the {kind} of {key}")
+        elif other is not None:
+            remarks.note("the .nii.gz is used where a .nii of the same name exists", str(path))
+        groups[key][kind] = path
+        names.setdefault(key, match["id"])
+    return {key: Scans(names[key], folder, **group) for key, group in groups.items()}
+
+
+def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
+    """Patients that have a folder of their own in ``container``."""
+    patients: dict[str, Scans] = {}
+    for folder in sorted(entry for entry in container.iterdir() if entry.is_dir()):
+        if folder.name.startswith(".") or CONTAINER.fullmatch(folder.name):
+            continue
+        key = patient_key(folder.name)
+        groups = _group_files(folder, remarks)
+        scans = groups.pop(key, None)
+        strangers = [str(path) for other in groups.values() for path in (other.ct, other.pet, other.mask) if path]
+        if scans is None and not _PATIENT_FOLDER.fullmatch(folder.name):
+            if strangers:
+                remarks.note("not read, since the folder has no patient's name", str(folder))
+            continue
+        if any(other.ct or other.pet for other in groups.values()):
+            remarks.faults.append(f"{folder} holds scans named for another patient: {some(strangers)}")
+        elif strangers:
+            remarks.note("not read, since neither CT, PET nor mask by its name", some(strangers))
+        if key in patients:
+            remarks.faults.append(f"{patients[key].folder} and {folder.name} are folders of the same patient")
+        patients[key] = replace(scans or Scans(folder.name, folder), patient_id=folder.name)
+    return patients
+
+
+def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
+    """One entry of a patient found in several places: scans that belong together stay together."""
+    best = max(places, key=lambda scans: (bool(scans.ct and scans.pet), bool(scans.mask), bool(scans.ct or scans.pet)))
+    ct, pet, mask = best.ct, best.pet, best.mask
+    for other in places:
+        ct, pet, mask = ct or other.ct, pet or other.pet, mask or other.mask
+        for used, unused in ((ct, other.ct), (pet, other.pet), (mask, other.mask)):
+            if used and unused and used.stat().st_size != unused.stat().st_size:
+                remarks.note("not used, since another folder has this scan of the patient, which differs", str(unused))
+    return Scans(best.patient_id, best.folder, ct, pet, mask)
+
+
+def containers(root: Path) -> list[Path]:
+    """Folders below ``root`` that hold patients, by their names."""
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and CONTAINER.fullmatch(entry.name))
+
+
+def list_faults(title: str, faults: Sequence[str]) -> str:
+    """All faults below a title, cut to the first few."""
+    shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS])
+    more = f"\n  ... and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    return f"{title} ({len(faults)} {'fault' if len(faults) == 1 else 'faults'}):\n{shown}{more}"
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], shown=2)
+        'a, b, and 1 more'
+    """
+    return ", ".join(names[:shown]) + (f", and {len(names) - shown} more" if len(names) > shown else "")

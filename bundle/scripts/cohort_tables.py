@@ -1,0 +1,334 @@
+"""Tables of a cohort: CSV and JSON files, every cell parsed by :mod:`scripts.clinical`, merged by patient."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts import clinical
+from scripts.clinical import DEFAULT_FEATURES, ClinicalValueError
+from scripts.cohort_scans import CONTAINER, CohortError, containers, patient_key
+
+CENTRES = {1: "CHUM", 2: "CHUP", 3: "CHUS", 5: "MDA", 6: "HGJ", 7: "HMR", 8: "USZ"}
+"""CenterID of HECKTOR 2025 -> name of the hospital."""
+
+ID_COLUMNS = frozenset(("patientid", "patient", "subjectid", "caseid", "id"))
+_CENTRE_COLUMNS = frozenset(("centerid", "centreid", "center", "centre"))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a table.
+
+    Attributes:
+        message: what and where.
+        patient: key of the patient, or "" where the whole table is concerned.
+        label: True where only a label is concerned, which prediction does not need.
+    """
+
+    message: str
+    patient: str = ""
+    label: bool = False
+
+
+@dataclass
+class Record:
+    """What the tables say about one patient.
+
+    Attributes:
+        patient_id: the id as the first table spells it.
+        values: parsed value by feature or label name.
+        places: where each value stands, for messages.
+        centre: name of the centre, "" where no table tells it.
+        rows: places of the patient's rows, one a table.
+    """
+
+    patient_id: str
+    values: dict[str, float] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    centre: str = ""
+    rows: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Tables:
+    """All tables of a cohort, merged by patient.
+
+    Attributes:
+        records: by patient key, see :func:`patient_key`.
+        columns: feature or label name -> names of the columns it was found in.
+        faults: everything wrong, in order of file and row.
+        files: the tables read.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+
+def centre_name(centre: str, patient_id: str) -> str:
+    """Name of a centre from CenterID (a number or a name), or else from the first letters of the patient's id.
+
+    Example:
+        >>> centre_name("3.0", "P-1"), centre_name("hgj", "P-1"), centre_name("", "CHUM-001"), centre_name("", "17")
+        ('CHUS', 'HGJ', 'CHUM', 'unknown')
+    """
+    text = centre.strip()
+    prefix = re.match(r"[A-Za-z]+", patient_id.strip())
+    if re.fullmatch(r"\d+([.,]0*)?", text):
+        number = int(re.split("[.,]", text)[0])
+        return CENTRES.get(number, f"centre {number}")
+    if text and text.lower() not in ("nan", "na", "n/a", "none", "unknown"):
+        return text.upper()
+    return prefix.group().upper() if prefix else "unknown"
+
+
+def find_tables(dataset_dir: str | Path, patients: Iterable[str] = ()) -> list[Path]:
+    """CSV files of a cohort.
+
+    Looked for in the folder and its ``Task N/``, ``images/`` ... folders; where there is none, in the folder above
+    (and, if that is called ``Task N`` or ``images``, the one above it), where a table counts only if it names one of
+    ``patients``. Tables called ``hecktor*.csv`` go before others; of others there must be exactly one with a
+    PatientID column (and with a known column besides, if several have that).
+
+    Args:
+        dataset_dir: folder of the cohort.
+        patients: keys of the patients that have scans.
+
+    Returns:
+        Paths, sorted; empty where there is no table.
+
+    Raises:
+        CohortError: several tables could be meant.
+    """
+    root = Path(dataset_dir).expanduser().resolve()
+    inside = _choose_tables([path for folder in (root, *containers(root)) for path in _csv_files(folder)], root)
+    if inside:
+        return inside
+    wanted = set(patients)
+    above = [root.parent, *([root.parent.parent] if CONTAINER.fullmatch(root.parent.name) else [])]
+    for folder in above:
+        tables = _choose_tables([path for path in _csv_files(folder) if wanted & _patients_named(path)], folder)
+        if tables:
+            return tables
+    return []
+
+
+def _csv_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() == ".csv")
+
+
+def _choose_tables(paths: list[Path], folder: Path) -> list[Path]:
+    """The tables meant among the CSV files of a folder."""
+    hecktor = [path for path in paths if path.name.lower().startswith("hecktor") and _header(path)]
+    if hecktor:
+        return hecktor
+    others = [path for path in paths if _header(path)]
+    if len(others) > 1:
+        names = (*clinical.FEATURES, "rfs", "relapse")
+        others = [path for path in others if any(clinical.match_columns(_header(path), name) for name in names)]
+    if len(others) > 1:
+        listed = ", ".join(path.name for path in others)
+        raise CohortError(f"{folder} has several tables with a PatientID ({listed}): name the right one with ehr_csv")
+    return others
+
+
+def _header(path: Path) -> list[str]:
+    """Column names of a CSV with a PatientID column; empty for any other file."""
+    records = read_records(path)
+    header = records[0][1] if records else []
+    return header if any(_squeeze(name) in ID_COLUMNS for name in header) else []
+
+
+def _patients_named(path: Path) -> set[str]:
+    """Keys of the patients in a CSV; empty without a PatientID column."""
+    header = _header(path)
+    if not header:
+        return set()
+    column = first_column(header, ID_COLUMNS)
+    return {patient_key(cells[column]) for _, cells in read_records(path)[1:] if column < len(cells)}
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "", text.lower())
+
+
+def first_column(header: Sequence[str], names: frozenset[str]) -> int:
+    """Position of the first column with one of the names, or -1; ``patientid`` goes before ``id``."""
+    squeezed = [_squeeze(name) for name in header]
+    matches = [index for index, name in enumerate(squeezed) if name in names]
+    return max(matches, key=lambda index: (len(squeezed[index]), -index), default=-1)
+
+
+def read_records(path: Path) -> list[tuple[int, list[str]]]:
+    """Non-empty records of a CSV with the row number a spreadsheet shows; delimiter and encoding are found out.
+
+    A JSON file gives the same: a header, then one record an object, counted from 1.
+    """
+    if path.suffix.lower() == ".json":
+        return _json_records(path)
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = data.decode("utf-16")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+    if "\0" in text:
+        raise CohortError(f"{path} is not a text file: save the table as CSV")
+    first = next((line for line in text.splitlines() if line.strip() and not line.lower().startswith("sep=")), "")
+    delimiter = max(
+        ",;\t", key=lambda mark: (any(_squeeze(n) in ID_COLUMNS for n in first.split(mark)), first.count(mark))
+    )
+    try:
+        records = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1))
+    except csv.Error as error:
+        raise CohortError(f"{path} is no readable CSV: {error}") from error
+    records = [(row, [cell.strip() for cell in cells]) for row, cells in records if any(map(str.strip, cells))]
+    return records[1:] if records and records[0][1][0].lower().startswith("sep=") else records
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CohortError: the file is not there or is no valid JSON; the message says where it breaks off.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CohortError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CohortError(f"{path} is not a text file in UTF-8") from error
+    except json.JSONDecodeError as error:
+        before = error.doc[: error.pos].rstrip()
+        comma = before.endswith(",") or error.msg.startswith("Illegal trailing comma")
+        hint = "; JSON has no comma after the last entry: remove it" if comma else ""
+        raise CohortError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){hint}") from error
+
+
+def _json_records(path: Path) -> list[tuple[int, list[str]]]:
+    """The records of a list of objects (or of a single one) as if they stood in a CSV."""
+    content = read_json(path)
+    rows = content if isinstance(content, list) else [content]
+    if not all(isinstance(row, dict) for row in rows):
+        raise CohortError(f"{path}: expected a list of objects, one a patient, with the names of the CSV's columns")
+    titles = list(dict.fromkeys(str(name) for row in rows for name in row))
+    cells = [["" if row.get(name) is None else str(row[name]).strip() for name in titles] for row in rows]
+    return [(0, titles), *enumerate(cells, start=1)]
+
+
+def read_tables(paths: Iterable[str | Path], features: Sequence[str] = DEFAULT_FEATURES) -> Tables:
+    """Read and merge CSV files by patient; every cell goes through :func:`scripts.clinical.parse_value`.
+
+    Args:
+        paths: CSV files (comma, semicolon or tab; with or without byte-order mark), or JSON files with a list of
+            objects that have the same names as the columns of a CSV.
+        features: clinical features to read besides the labels.
+
+    Returns:
+        The merged tables, with all faults of single rows in :attr:`Tables.faults`.
+
+    Raises:
+        CohortError: a file is not there, is no CSV or has no PatientID column.
+    """
+    tables = Tables()
+    for path in map(Path, paths):
+        _read_table(path, features, tables)
+    return tables
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Columns of one table: names, position of id and centre, positions of each value; which are labels only."""
+
+    file: str
+    titles: list[str]
+    patient_id: int
+    centre: int
+    columns: dict[str, list[int]]
+    labels: frozenset[str]
+
+
+def _read_table(path: Path, features: Sequence[str], tables: Tables) -> None:
+    """Add one CSV to the merged tables."""
+    if not path.is_file():
+        raise CohortError(f"no such table: {path}")
+    records = read_records(path)
+    header = _read_header(path, records[0][1] if records else [], features, tables)
+    rows: dict[str, int] = {}
+    for row, cells in records[1:]:
+        place = f"{path.name}, row {row}"
+        cells = cells + [""] * (len(header.titles) - len(cells))
+        patient_id = cells[header.patient_id]
+        key = patient_key(patient_id)
+        if not patient_id:
+            tables.faults.append(Fault(f"{place}: no PatientID"))
+        elif any(cells[len(header.titles) :]):
+            message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
+            tables.faults.append(Fault(message, key))
+        elif key in rows:
+            tables.faults.append(Fault(f"{place}: {patient_id} stands in row {rows[key]} already", key))
+        else:
+            rows[key] = row
+            record = tables.records.setdefault(key, Record(patient_id))
+            record.rows.append(place)
+            tables.faults += _read_row(record, header, cells, place)
+
+
+def _read_header(path: Path, titles: list[str], features: Sequence[str], tables: Tables) -> _Header:
+    """Find the columns of a table and note them in the merged tables."""
+    patient_id = first_column(titles, ID_COLUMNS)
+    if patient_id < 0:
+        raise CohortError(
+            f"{path} has no PatientID column; its columns are: {', '.join(titles) or 'none (empty file)'}"
+        )
+    cut = [title for title in titles if title.count("(") != title.count(")")]
+    if cut:
+        raise CohortError(f"{path}: the column name {cut[0]!r} is cut in two at a comma; put the whole name in quotes")
+    columns: dict[str, list[int]] = {}
+    labels = frozenset(clinical.LABELS) - frozenset(features)
+    for name in dict.fromkeys((*features, *clinical.LABELS)):
+        try:
+            columns[name] = clinical.match_columns(titles, name)
+        except ClinicalValueError as error:
+            tables.faults.append(Fault(f"{path.name}, {error}", label=name in labels))
+        else:
+            tables.columns.setdefault(name, []).extend(titles[index] for index in columns[name])
+    tables.files.append(path)
+    return _Header(path.name, titles, patient_id, first_column(titles, _CENTRE_COLUMNS), columns, labels)
+
+
+def _read_row(record: Record, header: _Header, cells: Sequence[str], place: str) -> list[Fault]:
+    """Parse the cells of one row into the patient's record; unreadable and contradictory cells are returned."""
+    faults = []
+    key = patient_key(record.patient_id)
+    for name, index in ((name, index) for name, indices in header.columns.items() for index in indices):
+        where = f"{place}, column '{header.titles[index]}'"
+        label = name in header.labels
+        try:
+            value = clinical.parse_value(name, cells[index], where=where)
+        except ClinicalValueError as error:
+            faults.append(Fault(str(error), key, label))
+            continue
+        if value is None:
+            continue
+        if record.values.setdefault(name, value) != value:
+            known = f"{record.values[name]:g} in {record.places[name]}"
+            faults.append(Fault(f"{where}: {name} of {record.patient_id} is {value:g}, but {known}", key, label))
+        record.places.setdefault(name, where)
+    if header.centre >= 0 and cells[header.centre]:
+        centre = centre_name(cells[header.centre], record.patient_id)
+        if record.centre not in ("", centre):
+            message = f"{place}: centre of {record.patient_id} is {centre}, but {record.centre} in {record.rows[0]}"
+            faults.append(Fault(message, key, label=True))
+        record.centre = record.centre or centre
+    return faults
