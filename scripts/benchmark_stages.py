@@ -35,8 +35,9 @@ from scripts.ensemble import FoldEnsemble, load_weights, read_state, save_weight
 from scripts.files import written_whole  # noqa: E402
 from scripts.geometry import Grid, resample  # noqa: E402
 from scripts.images import read_image  # noqa: E402
+from scripts.layers import SafeConv3d  # noqa: E402
 from scripts.losses import MultitaskLoss  # noqa: E402
-from scripts.networks import MultitaskNet, SafeConv3d  # noqa: E402
+from scripts.networks import MultitaskNet  # noqa: E402
 from scripts.transforms import RestoreMaskd, ScaleIntensityPETCTd  # noqa: E402
 
 PATIENT = "PHANTOM-1"

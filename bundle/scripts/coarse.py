@@ -24,8 +24,9 @@ from .ensemble import EXTRA_STATE, SETTINGS, read_state
 from .geometry import Grid, box_grid, resample
 from .keys import IMAGE, TASK_SEG
 from .localise import BODY_HU, Anchor, Candidate, NoCoarsePass, credible_bounds
-from .networks import ROI_FACTOR, MultitaskNet
+from .networks import MultitaskNet
 from .transforms import CT_FILL, PET_FILL, ScaleIntensityPETCTd
+from .unet import ROI_FACTOR
 
 IN_DOUBT, ALWAYS = "in_doubt", "always"
 COARSE_SPACING_MM = 4.0

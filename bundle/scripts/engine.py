@@ -21,8 +21,9 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.ensemble import FoldEnsemble
-from scripts.networks import HPV_INPUTS, SURVIVAL_INPUTS, set_checkpointing
+from scripts.networks import HPV_INPUTS, SURVIVAL_INPUTS
 from scripts.sampling import ERROR, innermost, reason
+from scripts.unet import set_checkpointing
 
 logger = logging.getLogger(__name__)
 

@@ -337,7 +337,7 @@ class MultitaskLoss(nn.Module):
         Args:
             network: learned at the optimiser's rate, but for its clinical term.
             task_weights_rate: of the log variances.
-            clinical_rate: of :class:`scripts.networks.ClinicalTerm`.
+            clinical_rate: of :class:`scripts.branches.ClinicalTerm`.
 
         Returns:
             One to three groups, as far as there are such parameters.
