@@ -51,7 +51,7 @@ NOTICE = "Digital phantoms, for software demonstration only: no real patient, no
 CT_MM, PET_MM = 4.0, 5.0
 CROPS = {"224 mm": (32, 7.0), "256 mm": (128, 2.0)}
 LOST = 0.99  # a box that holds less of the primary tumour has lost it
-VERTEX_Z, TRUNK_Z = 192.0, -920.0  # of the phantom's body, see phantom.py
+VERTEX_Z, TRUNK_Z = 192.0, -920.0  # of the phantom's body, see phantom/anatomy.py
 BRAIN, TOP, CENTRE, NETWORK = "PET brain", "CT body top", "scan centre", "network alone"
 RULES, DOUBT, ALL = "rules", "rules + network in doubt", "rules + network always"
 

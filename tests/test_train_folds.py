@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import doctest
 import fcntl
 import json
 import os
@@ -551,12 +550,6 @@ def test_progress_shows_fold_epoch_and_time_left(centres, tmp_path, monkeypatch,
     said = sys.stderr.text
     assert said.count("fold 0 epoch 4/8 | 25 % of all epochs | 12 min left") == lines
     assert ("\r" in said) == is_terminal
-
-
-@pytest.mark.parametrize("module", [experiment, train_folds, ensemble_folds], ids=lambda module: module.__name__)
-def test_examples_in_the_docstrings(module):
-    results = doctest.testmod(module)
-    assert results.attempted and not results.failed
 
 
 def test_none_reaches_the_bundle(tmp_path):
