@@ -53,7 +53,7 @@ from scripts.ensemble import (  # noqa: E402
     save_weights,
 )
 from scripts.evaluation import balanced_accuracy, read_features  # noqa: E402
-from scripts.quality import fit_feature_statistics  # noqa: E402
+from scripts.quality_features import fit_feature_statistics  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
 
 MISSING_IS_ZERO = "a missing value is 0"
@@ -206,7 +206,7 @@ def calibrate(runs: str | Path, folds: Sequence[int], cases: pd.DataFrame) -> di
 
 
 def describe_features(runs: str | Path, fold: int) -> dict[str, Any]:
-    """What the deep features of a fold's training cases look like: :func:`scripts.quality.fit_feature_statistics`.
+    """The deep features of a fold's training cases, by :func:`scripts.quality_features.fit_feature_statistics`.
 
     Inference compares a patient's features with them. Too few training cases give no statistics but the ``reason``.
 

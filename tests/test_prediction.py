@@ -25,7 +25,8 @@ from scripts.geometry import Grid, box_grid
 from scripts.measures import MeasureTumourd
 from scripts.networks import MultitaskNet
 from scripts.prediction import CURVE_POINTS, DescribePredictiond, Model, survival_curve, weights_sha256
-from scripts.quality import Check, QualityError, checks_to_json, fit_feature_statistics
+from scripts.quality import Check, QualityError, checks_to_json
+from scripts.quality_features import fit_feature_statistics
 from scripts.survival import DAYS_PER_YEAR, Calibration, FoldScale, fit_calibration
 from scripts.transforms import CodeClinicald, RestoreMaskd
 

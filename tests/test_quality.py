@@ -32,13 +32,12 @@ from scripts.quality import (
     check_features,
     checks_from_json,
     checks_to_json,
-    feature_distance,
-    fit_feature_statistics,
     fit_voxel_limits,
     merge_limits,
     reject_action,
     verdict,
 )
+from scripts.quality_features import feature_distance, fit_feature_statistics
 from scripts.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
 
 SHAPE, MM = (72, 60, 64), 5.0

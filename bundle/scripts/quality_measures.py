@@ -1,0 +1,220 @@
+"""The quantities that quality control judges: of CT, of PET, of what they show and of how they lie on each other.
+
+All of them look at thinned-out or coarsely resampled scans. Positions are world millimetres (RAS+), hence nothing
+depends on the order or the direction of the array's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import fft, ndimage
+
+from .geometry import Grid, box_grid, resample, smooth_resample
+
+THIN_MM = 5.0  # voxels of the thinned-out scans: about this
+# Body in the PET, whatever the unit: first above this share of its mean, for which the hottest 1 % are cut so that a
+# bladder does not set it; then, for the outline, above this share of the body's median (fat has a third of it).
+BODY_SHARE_OF_MEAN, BODY_SHARE_OF_MEDIAN = 0.4, 0.4
+# Hot is beyond both; the first holds in SUV, the second whatever the unit.
+HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
+# Head, neck, heart, kidneys and bladder lie within 130 mm of the midline, an arm beside the trunk beyond.
+LATERAL_MM = 130.0
+BODY_HU, AIR_HU = -400.0, -500.0
+TISSUE_HU = -300.0  # lungs, foam and clothes stay below
+AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # grid to look for it; section of a narrow throat
+OUTLINE_MM, OUTLINE_SIGMA_MM = 8.0, 6.0
+OUTLINE_MARGIN_MM = 48.0  # around the box: shoulders and vertex say most about a shift along z
+OUTLINE_LEAST_MM = 80.0  # a common field of view smaller than this shows no outline
+LARGEST_SHIFT_MM = 96.0
+# A shift counts when it raises the agreement of the outlines (-1 to 1) by this, and by this for every millimetre: a
+# cylinder fits itself at any height.
+LEAST_GAIN, GAIN_PER_MM = 0.03, 0.0005
+POINTS = 24  # per axis, to measure shared volumes
+IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])  # neighbours within a slice along z
+
+
+@dataclass(frozen=True)
+class Thin:
+    """Every k-th voxel of a scan, as finite float32."""
+
+    values: np.ndarray
+    grid: Grid
+
+
+def _thin_out(array: np.ndarray, grid: Grid, spacing_mm: float) -> Thin:
+    steps = np.maximum(1, np.rint(spacing_mm / grid.spacing)).astype(int).tolist()
+    window = tuple(slice(None, None, k) for k in steps)
+    values = array[window].astype(np.float32)
+    if array.dtype.kind == "f":
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return Thin(values, grid.crop([slice(0, n) for n in grid.shape], steps))
+
+
+def _not_finite(array: np.ndarray) -> tuple[float, float, float]:
+    """Number of voxels that are not finite, and lowest and highest of the others, of a whole scan."""
+    with np.errstate(invalid="ignore"):
+        lowest, highest = float(array.min()), float(array.max())
+    if np.isfinite(lowest) and np.isfinite(highest):  # either would be NaN or infinite
+        return 0.0, lowest, highest
+    finite = array[np.isfinite(array)]
+    count = float(array.size - finite.size)
+    return (count, float(finite.min()), float(finite.max())) if finite.size else (count, 0.0, 0.0)
+
+
+def measure_pet(pet: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thin]:
+    """Values of the rules on the PET."""
+    count, lowest, highest = _not_finite(pet)
+    thin = _thin_out(pet, grid, THIN_MM)
+    # a sample of some 100 000 voxels settles quantiles
+    sample = thin.values.ravel(order="K")[:: max(1, thin.values.size // 100_000)]
+    body_from = BODY_SHARE_OF_MEAN * float(np.minimum(sample, np.quantile(sample, 0.99)).mean())
+    body = sample[sample > body_from]
+    level = float(np.median(body)) if len(body) else 0.0
+    values: dict[str, float | None] = {
+        "pet_not_finite": count,
+        "pet_lowest": lowest,
+        "pet_contrast": highest - lowest,
+        "pet_body": level,
+        "pet_highest": highest,
+        "pet_injection_site": 100 * _lateral_share(thin, body_from, max(HOT_SUV, HOT_TIMES_BODY * level)),
+    }
+    return values, thin
+
+
+def _lateral_share(pet: Thin, body_from: float, hot_from: float) -> float:
+    """Share of the activity that is in hot voxels far to the left or right of the body's middle."""
+    hot = np.argwhere(pet.values > hot_from)
+    total = float(np.clip(pet.values, 0, None).sum(dtype=np.float64))
+    if len(hot) == 0 or total <= 0:
+        return 0.0
+    body = np.argwhere(pet.values > body_from)
+    middle = np.median(pet.grid.to_world(body[:: max(1, len(body) // 10_000)])[:, 0])
+    lateral = hot[np.abs(pet.grid.to_world(hot)[:, 0] - middle) > LATERAL_MM]
+    return float(pet.values[tuple(lateral.T)].sum(dtype=np.float64)) / total
+
+
+def measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thin]:
+    """Values of the rules on the CT."""
+    thin = _thin_out(ct, grid, THIN_MM)
+    count = _not_finite(ct)[0] if ct.dtype.kind == "f" else 0.0
+    body = thin.values[thin.values > TISSUE_HU]
+    values: dict[str, float | None] = {
+        "ct_not_finite": count,
+        "ct_lowest": float(thin.values.min()),
+        "ct_tissue": float(np.median(body)) if len(body) else None,
+        "ct_body": 100.0 * len(body) / thin.values.size,
+    }
+    return values, thin
+
+
+def voxel_sizes(ct_grid: Grid, pet_grid: Grid) -> dict[str, float]:
+    """Voxel sizes in mm in the slice (mean of the two) and across slices (the axis nearest to the body's)."""
+    sizes = {}
+    for name, grid in (("ct", ct_grid), ("pet", pet_grid)):
+        across = int(np.abs(grid.affine[2, :3] / grid.spacing).argmax())
+        sizes[f"{name}_in_plane"] = float(np.delete(grid.spacing, across).mean())
+        sizes[f"{name}_slice"] = float(grid.spacing[across])
+    return sizes
+
+
+def _points(grid: Grid) -> np.ndarray:
+    """World positions (N, 3) that are evenly spread over a field of view."""
+    steps = [(np.arange(POINTS) + 0.5) * n / POINTS - 0.5 for n in grid.shape]
+    return grid.to_world(np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3))
+
+
+def _inside(points: np.ndarray, grid: Grid) -> np.ndarray:
+    """Whether world positions (N, 3) lie in a field of view, (N,)."""
+    index = grid.to_index(points)
+    return np.asarray(((index >= -0.5) & (index <= np.array(grid.shape) - 0.5)).all(axis=1))
+
+
+def shared_by(box: Grid, *scans: Grid) -> float:
+    """Share of a box that lies in the field of view of every scan."""
+    places = _points(box)
+    return float(np.mean(np.all([_inside(places, scan) for scan in scans], axis=0)))
+
+
+def overlap(one: Grid, other: Grid) -> float:
+    """Share of the smaller field of view that lies inside the larger one."""
+    small, large = sorted((one, other), key=lambda g: float(np.prod(g.extent)))
+    return float(_inside(_points(small), large).mean())
+
+
+def _enclosed(mask: np.ndarray) -> np.ndarray:
+    """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z."""
+    labels: np.ndarray = ndimage.label(~mask, IN_PLANE)[0]
+    rim = np.concatenate([side.ravel() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1])])
+    open_air = np.zeros(int(labels.max()) + 1, dtype=bool)
+    open_air[rim] = True
+    open_air[0] = True
+    return np.asarray(~open_air[labels], dtype=bool)
+
+
+def airway_mm(ct: np.ndarray, ct_grid: Grid, box: Grid) -> float:
+    """Length along z over which the body in the box encloses air."""
+    corners = ct_grid.to_index(box.corners)
+    first = np.clip(np.floor(corners.min(axis=0)), 0, np.array(ct_grid.shape) - 1).astype(int)
+    last = np.clip(np.ceil(corners.max(axis=0)), first, np.array(ct_grid.shape) - 1).astype(int)
+    window = (slice(first[0], last[0] + 1), slice(first[1], last[1] + 1), slice(first[2], last[2] + 1))
+    thin = _thin_out(ct[window], ct_grid.crop(window), AIRWAY_MM)
+    shape = np.maximum(1, np.rint(box.extent / AIRWAY_MM)).astype(int).tolist()
+    hu = resample(thin.values, thin.grid, box_grid(box.centre, shape, AIRWAY_MM), "nearest", -1024.0)
+    air = _enclosed(hu > BODY_HU) & (hu < AIR_HU)
+    return float((air.sum(axis=(0, 1)) * AIRWAY_MM**2 / 100 >= AIRWAY_CM2).sum()) * AIRWAY_MM
+
+
+def body_outlines(ct: Thin, pet: Thin, level: float | None, box: Grid) -> tuple[np.ndarray, np.ndarray] | None:
+    """The body as CT and as PET show it around the box, on one coarse grid; None where that cannot be had.
+
+    Args:
+        ct: thinned-out CT.
+        pet: thinned-out PET.
+        level: median PET value of the body.
+        box: the network's box.
+    """
+    low = np.max([ct.grid.bounds[0], pet.grid.bounds[0], box.bounds[0] - OUTLINE_MARGIN_MM], axis=0)
+    high = np.min([ct.grid.bounds[1], pet.grid.bounds[1], box.bounds[1] + OUTLINE_MARGIN_MM], axis=0)
+    if (high - low).min() < OUTLINE_LEAST_MM or not level:
+        return None
+    grid = box_grid((low + high) / 2, np.floor((high - low) / OUTLINE_MM).astype(int).tolist(), OUTLINE_MM)
+    hu = smooth_resample(ct.values, ct.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
+    suv = smooth_resample(pet.values, pet.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
+    one, other = _signed(hu, BODY_HU), _signed(suv, BODY_SHARE_OF_MEDIAN * level)
+    return None if min((one > 0).mean(), (other > 0).mean()) < 0.01 else (one, other)
+
+
+def best_shift(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+    """Shift (3,) in mm of the second outline against the first, and how well they agree after it.
+
+    Both hold +1 for body, -1 for air and 0 for out of view, so that their mean product is 1 for equal outlines and -1
+    for opposite ones. The shift that raises it most is taken, a smaller one where it does about as well.
+    """
+    reach = np.minimum(round(LARGEST_SHIFT_MM / OUTLINE_MM), np.array(one.shape) // 4).tolist()
+    seen = _correlate(np.abs(one), np.abs(other), reach)
+    agreement = _correlate(one, other, reach) / np.maximum(seen, 1)
+    shifts = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1) * OUTLINE_MM
+    # what a shift moves out of view speaks neither for it nor against it
+    gain = (agreement - agreement[tuple(reach)]) * seen / max(1.0, float(seen[tuple(reach)]))
+    best = int((gain - GAIN_PER_MM * np.linalg.norm(shifts, axis=-1)).argmax())
+    if gain.ravel()[best] < LEAST_GAIN:
+        return np.zeros(3), float(agreement[tuple(reach)])
+    return shifts.reshape(-1, 3)[best], float(agreement.ravel()[best])
+
+
+def _signed(values: np.ndarray, body_from: float) -> np.ndarray:
+    """+1 in the body with what it encloses, -1 in air, 0 outside the field of view."""
+    outside = np.isnan(values)
+    body = np.where(outside, -np.inf, values) > body_from
+    body |= _enclosed(body)
+    return np.where(outside, np.float32(0), np.where(body, np.float32(1), np.float32(-1)))
+
+
+def _correlate(one: np.ndarray, other: np.ndarray, reach: Sequence[int]) -> np.ndarray:
+    """Sum over x of one(x) other(x + s) for all shifts s up to ``reach`` voxels along each axis."""
+    shape = [fft.next_fast_len(n + r, real=True) for n, r in zip(one.shape, reach, strict=True)]
+    product = np.conj(fft.rfftn(one, shape)) * fft.rfftn(other, shape)
+    return fft.irfftn(product, shape)[np.ix_(*(np.arange(-r, r + 1) for r in reach))]
