@@ -102,6 +102,9 @@ VARIANTS = {
     "burden_uncertainty": burden("as burden, task weights learned by uncertainty", task_weights="uncertainty"),
     "burden_min_max": burden("as burden, with PET by its own minimum and maximum", pet_window=None),
     "warmup": deep("gradient flows through the map from epoch 9 on", mask_gradient="flow", mask_gradient_after=8),
+    "flow_prior": deep(
+        "gradient flows; segmentation starts at a tumour probability of 0.01", mask_gradient="flow", seg_prior=0.01
+    ),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
     "balanced_hpv": deep("focal weight 0.5 for HPV instead of 0.25", hpv_alpha=0.5),
