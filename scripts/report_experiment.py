@@ -39,7 +39,7 @@ from experiment import (  # noqa: E402
 from scripts import keys  # noqa: E402
 from scripts.clinical import feature_named  # noqa: E402
 from scripts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.evaluation import MEASURES, PAPER_MEASURES  # noqa: E402
+from scripts.evaluation import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
 from scripts.figures import save_case_figure  # noqa: E402
 from scripts.pages import Page, Words  # noqa: E402
 from scripts.survival import DAYS_PER_YEAR  # noqa: E402
@@ -157,7 +157,7 @@ def decimals(value: float, digits: int) -> str:
 
 def counts_cell(row: Mapping[str, Any]) -> str:
     """``120 patients, 30 events`` of a figure."""
-    names = ("patients", "events", "positive", "cases", "controls", "lesions", "missed")
+    names = ("patients", "events", "positive", "cases", "controls", *LESIONS.values(), "missed")
     return Words(", ".join(f"{row[name]} {name}" for name in names if name in row))
 
 
@@ -465,14 +465,15 @@ def write_segmentation(page: Page, main: Experiment) -> None:
     """Overlap, surface, volume, lesions."""
     page.heading("Tumour outline")
     write_pictures(page, main, "dice")
-    names = [name for name in MEASURES if name.startswith(("dice", "surface", "volume", "lesion", "false_lesions"))]
+    names = [name for name in MEASURES if name.startswith(("dice", "surface", "volume", "false", *LESIONS))]
     metrics = main.report["pooled"]["metrics"]
     page.table(["figure", "value [95 % interval]", "of"], measure_rows(metrics, names))
     page.paragraph(
         "Dice and the other figures are taken within the network's box and on its grid. Surface distance: median over "
         "cases of the 95 % Hausdorff distance, without the missed cases, in which one of the masks is empty. Volume "
-        "error: mean absolute difference; relative: median. A lesion is found where at least 30 % of it is covered; a "
-        "predicted one is false where it touches no true one.",
+        "error: mean absolute difference; relative: median. Sensitivity: share of all true lesions, primaries or nodes "
+        "of which at least 30 % is covered. A predicted lesion is false where it touches no true one; the network does "
+        "not say which of them are nodes.",
         "note",
     )
 

@@ -113,9 +113,18 @@ def test_channels_are_the_resampled_scans(case):
         np.testing.assert_array_equal(item[K.IMAGE][channel].numpy(), expected)
     assert K.CT not in item
     labels, affine = scans()[K.MASK]
-    expected = resample(labels, Grid(labels.shape, affine), box, "nearest") > 0
-    np.testing.assert_array_equal(item[K.SEG][0].numpy(), expected)
+    expected = resample(labels, Grid(labels.shape, affine), box, "nearest")
+    np.testing.assert_array_equal(item[K.SEG][0].numpy(), expected > 0)
     assert set(np.unique(item[K.SEG].numpy())) == {0.0, 1.0}
+    np.testing.assert_array_equal(item[K.SEG_LABELS][0].numpy(), expected)
+    assert set(np.unique(item[K.SEG_LABELS].numpy())) == {K.BACKGROUND, K.GTVP, K.GTVN}
+
+
+def test_a_mask_of_another_coding_holds_no_nodes(case):
+    array, affine = scans()[K.MASK]
+    item = chain(3)({**case, K.MASK: (array * 3, affine)})  # 3 and 6
+    assert set(np.unique(item[K.SEG_LABELS].numpy())) == {K.BACKGROUND, K.GTVP}
+    assert item[K.SEG].sum() == (item[K.SEG_LABELS] > 0).sum()
 
 
 class Series:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ SURFACE_PERCENTILE = 95
 LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
 SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
 """Below so many, an interval of one centre would say no more than that there is none."""
+
+LESIONS = {"lesion": "lesions", "primary": "primaries", "node": "nodes"}
+"""What is looked for in the true masks, one of it and several: anything, GTVp, GTVn."""
 
 Statistic = Callable[[pd.DataFrame], float]
 
@@ -174,10 +178,10 @@ def relative_volume_error(cases: pd.DataFrame) -> float:
     return float(np.median(np.abs(volume - true)[true > 0] / true[true > 0])) if (true > 0).any() else math.nan
 
 
-def lesion_sensitivity(cases: pd.DataFrame) -> float:
-    """Share of all ``true_lesions`` that are among ``found_lesions``."""
-    lesions = cases["true_lesions"].sum()
-    return float(cases["found_lesions"].sum() / lesions) if lesions else math.nan
+def sensitivity(cases: pd.DataFrame, of: str) -> float:
+    """Share of all true lesions that were found: of columns ``true_<of>`` and ``found_<of>``."""
+    true = cases[f"true_{of}"].sum()
+    return float(cases[f"found_{of}"].sum() / true) if true else math.nan
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
@@ -218,9 +222,12 @@ MEASURES = {
     "volume_error_ml": Measure("volume error, ml", _VOLUMES, volume_error, _NO_MASKS, 1),
     "volume_bias_ml": Measure("volume bias, ml", _VOLUMES, volume_bias, _NO_MASKS, 1),
     "volume_error_relative": Measure("volume error, relative", _VOLUMES, relative_volume_error, _NO_TUMOUR),
-    "lesion_sensitivity": Measure(
-        "lesion sensitivity", ("found_lesions", "true_lesions"), lesion_sensitivity, _NO_TUMOUR
-    ),
+    **{
+        f"{name}_sensitivity": Measure(
+            f"{name} sensitivity", (f"found_{of}", f"true_{of}"), partial(sensitivity, of=of), f"no {name} in any mask"
+        )
+        for name, of in LESIONS.items()
+    },
     "false_lesions_per_case": Measure(
         "false lesions a case", ("false_lesions",), lambda c: float(c["false_lesions"].mean()), _NO_MASKS, 2
     ),
@@ -272,7 +279,9 @@ def _figure(
         known = known.iloc[:0]
     head = {"patients": len(known), **_class_counts(name, known)}
     if measure.columns[0] not in cases:
-        return {"value": None, "reason": "not a task of this model", **head}
+        counted_later = measure.columns[0].startswith("found_") and "dice" in cases
+        reason = "not counted by the version that judged these cases" if counted_later else "not a task of this model"
+        return {"value": None, "reason": reason, **head}
     if not len(known):
         return {"value": None, "reason": "no labelled case", **head}
     value = measure.statistic(known)
@@ -296,8 +305,9 @@ def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
     if "hpv" in known:
         positive = int(known["hpv"].sum())
         return {"positive": positive, "negative": len(known) - positive}
-    if name == "lesion_sensitivity":
-        return {"lesions": int(known["true_lesions"].sum()) if "true_lesions" in known else 0}
+    if name.endswith("_sensitivity"):
+        of = LESIONS[name.removesuffix("_sensitivity")]
+        return {of: int(known[f"true_{of}"].sum()) if f"true_{of}" in known else 0}
     if name == "surface_distance_mm":
         return {"missed": int(np.isinf(known["surface_distance_mm"]).sum()) if "surface_distance_mm" in known else 0}
     return {}
@@ -308,7 +318,8 @@ def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, row in summary.items():
         title, digits = MEASURES[name].title, MEASURES[name].digits
-        counts = ", ".join(f"{row[k]} {k}" for k in ("patients", "events", "positive", "lesions", "missed") if k in row)
+        names = ("patients", "events", "positive", *LESIONS.values(), "missed")
+        counts = ", ".join(f"{row[k]} {k}" for k in names if k in row)
         if row["value"] is None:
             lines.append(f"  {title:<22} -      ({row['reason']}; {counts})")
         else:
@@ -507,7 +518,10 @@ def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str
     pairs = list(zip(predicted[:, 0], truth[:, 0], strict=True))
     distances = [surface_distance_mm(*pair, of) for pair, of in zip(pairs, spacing_mm, strict=True)]
     columns["surface_distance_mm"] = _numbers(distances, known)
-    lesions = pd.DataFrame([count_lesions(mask.numpy() > 0, true.numpy() > 0) for mask, true in pairs])
+    labels = torch.as_tensor(batch[keys.SEG_LABELS]).cpu()[:, 0]
+    lesions = pd.DataFrame(
+        [count_lesions(mask.numpy() > 0, true.numpy()) for mask, true in zip(predicted[:, 0], labels, strict=True)]
+    )
     columns["predicted_lesions"] = lesions.pop("predicted_lesions").to_numpy()
     return columns | {name: _numbers(values.to_numpy(), known) for name, values in lesions.items()}
 
@@ -540,25 +554,35 @@ def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm
 
 
 def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
-    """Lesions, which are connected components (26 neighbours), of two masks (X, Y, Z) bool.
+    """Lesions, which are connected components (26 neighbours), of a predicted mask and a true one.
 
     A true lesion is found where the prediction covers at least 30 % of it; a predicted one is false where it touches
-    no true one. A primary tumour and a node that touch are one lesion.
+    no true one. Among all lesions a primary tumour and a node that touch are one; counted apart they are two. The
+    network does not say which of its lesions are nodes, so that nodes can be missed but not be false.
+
+    Args:
+        predicted: (X, Y, Z) bool.
+        truth: (X, Y, Z) in {0, 1 (GTVp), 2 (GTVn)}.
 
     Returns:
-        ``true_lesions``, ``found_lesions``, ``predicted_lesions``, ``false_lesions``.
+        ``true_lesions`` and ``found_lesions``, the same of ``primaries`` and ``nodes``, ``predicted_lesions``,
+        ``false_lesions``.
     """
-    true_labels, true_count = cc3d.connected_components(truth, connectivity=26, return_N=True)
     labels, count = cc3d.connected_components(predicted, connectivity=26, return_N=True)
-    size = np.bincount(true_labels.ravel(), minlength=true_count + 1)[1:]
-    covered = np.bincount(true_labels[predicted].ravel(), minlength=true_count + 1)[1:]
-    touching = np.bincount(labels[truth].ravel(), minlength=count + 1)[1:]
-    return {
-        "true_lesions": int(true_count),
-        "found_lesions": int((covered >= LESION_OVERLAP * size).sum()),
-        "predicted_lesions": int(count),
-        "false_lesions": int((touching == 0).sum()),
-    }
+    touching = np.bincount(labels[truth > 0].ravel(), minlength=count + 1)[1:]
+    counted = {"predicted_lesions": int(count), "false_lesions": int((touching == 0).sum())}
+    for name, mask in {"lesions": truth > 0, "primaries": truth == keys.GTVP, "nodes": truth == keys.GTVN}.items():
+        true, found = found_of(predicted, mask)
+        counted |= {f"true_{name}": true, f"found_{name}": found}
+    return counted
+
+
+def found_of(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """How many connected components ``truth`` (X, Y, Z) bool has, and how many ``predicted`` covers by 30 %."""
+    labels, count = cc3d.connected_components(truth, connectivity=26, return_N=True)
+    size = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    covered = np.bincount(labels[predicted].ravel(), minlength=count + 1)[1:]
+    return int(count), int((covered >= LESION_OVERLAP * size).sum())
 
 
 def _numbers(values: Any, known: Any = None) -> np.ndarray:

@@ -31,6 +31,7 @@ CLINICAL_SOURCE = "clinical_source"  # dict, clinical value -> where it comes fr
 # --- what it learns from: each label with a flag of its own ---------------------------------------------
 SEG = "seg"  # (1, *roi_size) float32 in {0, 1}; zeros where unknown
 SEG_KNOWN = "seg_known"  # bool; True for an empty mask, False for a missing one
+SEG_LABELS = "seg_labels"  # (1, *roi_size) uint8, the mask's values (GTVP, GTVN); only in cases that are judged
 SEG_INSIDE = "seg_inside"  # float, share of the mask's voxels that lie in the box; NaN where unknown or empty
 HPV = "hpv"  # float in {0, 1}; 0 where unknown
 HPV_KNOWN = "hpv_known"  # bool

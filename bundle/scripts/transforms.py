@@ -45,6 +45,7 @@ ITEM_KEYS = (
 INFERENCE_KEYS = (*ITEM_KEYS, K.PET, K.QUALITY, K.CLINICAL_VALUES, K.STARTED)
 LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
 TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS)
+EVALUATION_KEYS = (*TRAINING_KEYS, K.SEG_LABELS)  # nodes are counted apart; training would not flip them along
 
 
 class LoadScansd(MapTransform):
@@ -127,8 +128,9 @@ class ResampleToBoxd(MapTransform):
     """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native CT and mask.
 
     Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
-    where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_known``; and ``seg_inside``, the share
-    of the mask's voxels that lie in the box.
+    where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_labels`` (1, R, R, R) uint8, 2 where it is
+    GTVn, 1 where it is GTVp (or any other value); ``seg_known``; and ``seg_inside``, the share of the mask's voxels
+    that lie in the box.
 
     Args:
         roi_size: voxels of the box along x, y, z, as :class:`LocaliseBoxd` was given them.
@@ -147,13 +149,16 @@ class ResampleToBoxd(MapTransform):
         image = np.stack(
             [resample(*array_and_grid(ct), box, fill=CT_FILL), resample(*array_and_grid(pet), box, fill=PET_FILL)]
         )
-        seg, inside = np.zeros(box.shape, dtype=np.float32), float("nan")
+        found, inside = np.zeros(box.shape, dtype=np.uint8), float("nan")
         if mask is not None:
             labels, grid = array_and_grid(mask)
-            seg = (resample(labels, grid, box, "nearest") != 0).astype(np.float32)
+            nearest = resample(labels, grid, box, "nearest")
+            found = np.where(nearest == K.GTVN, K.GTVN, np.where(nearest != 0, K.GTVP, 0)).astype(np.uint8)
             inside = share_inside(labels, grid, box)
         d[K.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
-        d[K.SEG] = MetaTensor(torch.from_numpy(seg[None]), affine=torch.from_numpy(box.affine))
+        seg = torch.from_numpy((found[None] != K.BACKGROUND).astype(np.float32))
+        d[K.SEG] = MetaTensor(seg, affine=torch.from_numpy(box.affine))
+        d[K.SEG_LABELS] = torch.from_numpy(found[None])
         d[K.SEG_KNOWN], d[K.SEG_INSIDE] = mask is not None, inside
         return d
 
@@ -244,7 +249,7 @@ class ToNetworkItemd(MapTransform):
     """Keep only what network, loss and writer need, numbers as tensors: float32, or bool for flags.
 
     Args:
-        keys: what to keep: :data:`TRAINING_KEYS` or :data:`INFERENCE_KEYS`.
+        keys: what to keep: :data:`TRAINING_KEYS`, :data:`EVALUATION_KEYS` or :data:`INFERENCE_KEYS`.
         allow_missing_keys: whether a key may be absent.
     """
 
