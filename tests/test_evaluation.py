@@ -335,3 +335,22 @@ def test_the_handler_keeps_the_deep_features(tmp_path: Path) -> None:
     assert features.shape == (40, 2, 5) and features[:, 0, 0].sum() == 39
     with pytest.raises(FileNotFoundError, match="run the evaluation again"):
         read_features(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("stored", "threshold"),
+    [
+        pytest.param({"value": 0.3}, 0.3, id="stored"),
+        pytest.param({"value": None, "reason": "one class only"}, 0.5, id="none_could_be_chosen"),
+        pytest.param(None, 0.5, id="one_network_carries_none"),
+    ],
+)
+def test_an_ensemble_is_judged_at_the_threshold_it_carries(tmp_path: Path, stored, threshold) -> None:
+    ensemble = SimpleNamespace(provenance={} if stored is None else {"hpv_threshold": stored})
+    handler = CaseTable(str(tmp_path), "cohort", "model.pt", ensemble=ensemble)
+    handler.rows = table(40).to_dict("records")
+    handler.write(SimpleNamespace())
+    row = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["balanced_accuracy"]
+    assert row["thresholds"] == [threshold]
+    assert row["value"] == pytest.approx(balanced_accuracy(table(40), threshold))
+    assert f"called above {threshold:.3f}" in format_summary({"balanced_accuracy": row})

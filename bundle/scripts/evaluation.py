@@ -320,6 +320,8 @@ def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
         title, digits = MEASURES[name].title, MEASURES[name].digits
         names = ("patients", "events", "positive", *LESIONS.values(), "missed")
         counts = ", ".join(f"{row[k]} {k}" for k in names if k in row)
+        if len(row.get("thresholds", ())) == 1:
+            counts += f"; called above {row['thresholds'][0]:.3f}"
         if row["value"] is None:
             lines.append(f"  {title:<22} -      ({row['reason']}; {counts})")
         else:
@@ -345,8 +347,8 @@ class CaseTable:
         training_cases: cases (:mod:`scripts.cohort`) whose follow-up weights the survival figures of
             :func:`scripts.survival_metrics.survival_metrics`: those that the network was trained on, or those judged
             where it was trained elsewhere; None leaves these figures out.
-        ensemble: the network, where the cohort is one that it has not learnt from: the calibration that it carries then
-            gives absolute risk, which is judged too.
+        ensemble: the network, where the cohort is one that it has not learnt from: HPV is then called at the threshold
+            that it carries, and its calibration gives absolute risk, which is judged too.
     """
 
     def __init__(
@@ -383,6 +385,9 @@ class CaseTable:
     def write(self, engine: Workflow) -> None:
         """Write all files and log the table of metrics."""
         cases = pd.DataFrame(self.rows)
+        threshold = self._carried("hpv_threshold").get("value")
+        if threshold is not None and "hpv_prob" in cases:
+            cases["hpv_threshold"] = threshold
         summary = summarise(cases, self.seed)
         write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
         if self.features:
@@ -407,8 +412,12 @@ class CaseTable:
             np.array([case[keys.EVENT] for case in known], dtype=float),
         )
         test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
-        stored = None if self.ensemble is None else self.ensemble.provenance.get("calibration")
+        stored = self._carried("calibration") or None
         return survival_metrics(train, test, **ensemble_survival(cases, stored), seed=self.seed)
+
+    def _carried(self, name: str) -> Mapping[str, Any]:
+        """What the ensemble carries under this name, or nothing."""
+        return {} if self.ensemble is None else self.ensemble.provenance.get(name) or {}
 
 
 def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) -> None:
