@@ -40,6 +40,8 @@ from scripts.quality import (
 from scripts.quality_features import feature_distance, fit_feature_statistics
 from scripts.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
 
+MASK_RULES = {"mask_values", "mask_in_ct", "mask_volume", "mask_uptake"}
+SCAN_RULES = set(DEFAULT_LIMITS) - {"airway", "feature_distance"} - MASK_RULES
 SHAPE, MM = (72, 60, 64), 5.0
 ROI, SPACING = 32, 8.0
 CENTRE = np.zeros(3)
@@ -251,12 +253,12 @@ def test_rule_on_either_side_of_its_limit(case: Case, change: Callable, rule: st
 
 def test_good_case_has_every_check_and_only_voxel_size_warns(case: Case) -> None:
     checks = case.check()
-    assert set(checks) == set(DEFAULT_LIMITS) - {"airway", "feature_distance"} | {"head_in_view"}
+    assert set(checks) == SCAN_RULES | {"head_in_view"}
     assert {n for n, c in checks.items() if c.verdict != "ok"} == {"ct_in_plane", "ct_slice", "pet_slice"}
     assert verdict(checks.values()) == "warn"
 
 
-@pytest.mark.parametrize("rule", sorted(set(DEFAULT_LIMITS) - {"airway", "feature_distance"}))
+@pytest.mark.parametrize("rule", sorted(SCAN_RULES))
 def test_limits_decide(case: Case, rule: str) -> None:
     value = case.check()[rule].value
     wide = {"warn_below": value - 1, "reject_below": value - 2, "warn_above": value + 1, "reject_above": value + 2}
@@ -408,6 +410,63 @@ def test_transform_flags_instead_of_raising(case: Case) -> None:
     set_pet(-3)(case)
     done = chain(on_reject="flag")(item(case))
     assert [c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"] == ["pet_lowest"]
+
+
+TUMOUR = (25, 0, 0)  # mm, where the PET is hot; the block has 7 voxels of 5 mm along each axis
+
+
+def mask_at(case: Case, mm: tuple[float, ...] = TUMOUR, value: float = K.GTVP) -> tuple[np.ndarray, np.ndarray]:
+    """A cubic mask around a place, and the CT's affine."""
+    index = np.rint(case.ct_grid.to_index(np.array([mm], dtype=float))[0]).astype(int)
+    mask = np.zeros(SHAPE, dtype=np.float32 if value % 1 else np.uint8)
+    mask[tuple(slice(i - 3, i + 4) for i in index)] = value
+    return mask, case.ct_grid.affine
+
+
+def moved(case: Case, x: float) -> tuple[np.ndarray, np.ndarray]:
+    mask, affine = mask_at(case)
+    return mask, with_grid(Grid(SHAPE, affine), move=(x, 0, 0)).affine
+
+
+def inside_out(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    mask, affine = mask_at(case)
+    return 1 - mask, affine
+
+
+@pytest.mark.parametrize(
+    ("make", "rejected", "said"),
+    [
+        pytest.param(mask_at, set(), (), id="right"),
+        pytest.param(lambda c: mask_at(c, value=K.GTVN), set(), (), id="node"),
+        pytest.param(lambda c: (np.zeros(SHAPE), c.ct_grid.affine), set(), (), id="empty"),
+        pytest.param(
+            lambda c: mask_at(c, value=255), {"mask_values"}, ("343 voxels", "such as 255"), id="another_coding"
+        ),
+        pytest.param(lambda c: mask_at(c, value=0.4), {"mask_values"}, ("such as 0.4",), id="interpolated"),
+        pytest.param(lambda c: moved(c, 900), {"mask_in_ct", "mask_uptake"}, ("affine",), id="beside_the_ct"),
+        pytest.param(lambda c: mask_at(c, (-25, 0, -60)), set(), ("does not lie on uptake",), id="flipped"),
+        pytest.param(lambda c: mask_at(c, (150, 60, 0)), {"mask_uptake"}, ("does not lie on uptake",), id="in_the_air"),
+        pytest.param(inside_out, {"mask_volume", "mask_uptake"}, ("inside out",), id="inside_out"),
+    ],
+)
+def test_masks_are_checked(case: Case, caplog: pytest.LogCaptureFixture, make: Callable, rejected: set, said) -> None:
+    with_mask = item(case) | {K.MASK: make(case)}
+    checks = checks_from_json(chain(on_reject="flag")(with_mask)[K.QUALITY])
+    of_mask = {check.name: check for check in checks if check.name in MASK_RULES}
+    assert {name for name, check in of_mask.items() if check.verdict == "reject"} == rejected
+    doubts = [check for check in of_mask.values() if check.verdict != "ok"]
+    assert bool(doubts) == bool(said)
+    assert all(words in " ".join(check.message for check in doubts) for words in said)
+    warned = {check.name for check in doubts if check.verdict == "warn"}
+    assert all(f"CHUM-001: {name}" in caplog.text for name in warned)
+    if rejected:
+        with pytest.raises(RuntimeError) as caught:
+            chain()(with_mask)
+        assert all(name in sampling.reason(caught.value) for name in rejected)
+
+
+def test_without_a_mask_nothing_is_said_of_one(case: Case) -> None:
+    assert not MASK_RULES & {check.name for check in checks_from_json(chain()(item(case))[K.QUALITY])}
 
 
 def test_values_that_are_no_numbers_count_as_nothing_in_a_case_that_passes_all_the_same(case: Case) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft, ndimage
 
-from .geometry import Grid, box_grid, resample, smooth_resample
+from .geometry import Grid, bounding_window, box_grid, resample, share_inside, smooth_resample
+from .keys import BACKGROUND, GTVN, GTVP
 
 THIN_MM = 5.0  # voxels of the thinned-out scans: about this
 # Body in the PET, whatever the unit: first above this share of its mean, for which the hottest 1 % are cut so that a
@@ -108,6 +109,40 @@ def measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thi
         "ct_body": 100.0 * len(body) / thin.values.size,
     }
     return values, thin
+
+
+def measure_mask(
+    mask: np.ndarray, grid: Grid, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid, body: float
+) -> tuple[dict[str, float | None], list[float]]:
+    """Values of the rules on a tumour's mask, and some of its values that stand for nothing.
+
+    Args:
+        mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
+        grid: its grid.
+        ct_grid: the grid of the CT, on which it was drawn.
+        pet: (X, Y, Z) PET.
+        pet_grid: its grid.
+        body: median PET value of the body.
+
+    Returns:
+        Of an empty mask only ``mask_values``.
+    """
+    window = bounding_window(mask)
+    if window is None:
+        return {"mask_values": 0.0}, []
+    part, where = mask[window], grid.crop(window)
+    tumour = part != BACKGROUND
+    strange = part[tumour & (part != GTVP) & (part != GTVN)]
+    suv = resample(pet, pet_grid, where, "nearest")[tumour]
+    values: dict[str, float | None] = {
+        "mask_values": float(strange.size),
+        "mask_in_ct": 100 * share_inside(mask, grid, ct_grid),
+        "mask_volume": float(tumour.sum()) * grid.voxel_ml,
+        "mask_uptake": float(np.nan_to_num(suv, posinf=0.0, neginf=0.0).mean(dtype=np.float64)) / body
+        if body > 0
+        else None,
+    }
+    return values, np.unique(strange)[:3].tolist()
 
 
 def voxel_sizes(ct_grid: Grid, pet_grid: Grid) -> dict[str, float]:
