@@ -148,6 +148,14 @@ def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest
     assert "P-002: left out of the training set" in caplog.text
 
 
+def test_lists_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    for name in ("exclusions.csv", "quality.csv"):
+        (tmp_path / name).write_text("PatientID\nP-000\n")
+    dataset = CaseDataset(cases(0, 2), augmented(), cache_dir=str(tmp_path / "cache"))
+    prepare_datasets({"training": dataset}, str(tmp_path), show_progress=False)
+    assert not list(tmp_path.glob("*.csv"))
+
+
 @pytest.mark.parametrize(
     ("members", "match"),
     [

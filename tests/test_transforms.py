@@ -37,6 +37,7 @@ ROI, SPACING = 16, 4.0
 CHAIN = [
     {"_target_": "scripts.transforms.LoadScansd"},
     {"_target_": "scripts.transforms.LocaliseBoxd", "roi_size": "@roi", "spacing_mm": "@spacing", "use_mask": True},
+    {"_target_": "scripts.quality.CheckQualityd", "roi_size": "@roi", "on_reject": "flag"},
     {"_target_": "scripts.transforms.ResampleToBoxd", "roi_size": "@roi"},
     {"_target_": "scripts.transforms.ScaleIntensityPETCTd", "ct_window": [-1000, 1000]},
     {"_target_": "scripts.transforms.CodeClinicald", "features": list(DEFAULT_FEATURES)},
@@ -105,7 +106,7 @@ def test_item_for_training(case):
 
 def test_channels_are_the_resampled_scans(case):
     """Channel 0 is the CT in HU and channel 1 the PET in SUV, each on the box by one interpolation."""
-    item = chain(3)(case)
+    item = chain(4)(case)
     box = Grid((ROI,) * 3, item[K.BOX_AFFINE].numpy())
     for channel, key, fill in ((0, K.CT, -1024.0), (1, K.PET, 0.0)):
         array, affine = scans()[key]
@@ -122,7 +123,7 @@ def test_channels_are_the_resampled_scans(case):
 
 def test_a_mask_of_another_coding_holds_no_nodes(case):
     array, affine = scans()[K.MASK]
-    item = chain(3)({**case, K.MASK: (array * 3, affine)})  # 3 and 6
+    item = chain(4)({**case, K.MASK: (array * 3, affine)})  # 3 and 6
     assert set(np.unique(item[K.SEG_LABELS].numpy())) == {K.BACKGROUND, K.GTVP}
     assert item[K.SEG].sum() == (item[K.SEG_LABELS] > 0).sum()
 
@@ -279,7 +280,7 @@ def test_clinical_values_stay_beside_their_coding(given):
 
 
 def test_item_for_inference_has_no_labels(case):
-    item = ToNetworkItemd(INFERENCE_KEYS)({**chain(5)(case), K.QUALITY: "[]"})
+    item = ToNetworkItemd(INFERENCE_KEYS)(chain(6)(case))
     assert set(item) == set(INFERENCE_KEYS)
     with pytest.raises(KeyError):
         ToNetworkItemd()({K.IMAGE: torch.zeros(1)})
@@ -290,7 +291,7 @@ def test_native_pet_goes_with_the_item(case, dtype):
     """Unchanged, in its own type, through a loader and back: SUV is measured on it."""
     pet = (scans()[K.PET][0] * 10).astype(dtype)
     given = {**case, K.PET: (pet, PET_AFFINE)}
-    prepare = Compose([chain(5), lambda d: {**d, K.QUALITY: "[]"}, ToNetworkItemd(INFERENCE_KEYS)])
+    prepare = Compose([chain(6), ToNetworkItemd(INFERENCE_KEYS)])
     (batch,) = DataLoader(Dataset([given], prepare), batch_size=1)
     (item,) = decollate_batch(batch)
     np.testing.assert_array_equal(item[K.PET][0].numpy(), pet)
@@ -392,7 +393,7 @@ def test_real_scans_there_and_back():
         name = folder.name
         paths = {K.CT: f"{name}__CT.nii.gz", K.PET: f"{name}__PT.nii.gz", K.MASK: f"{name}.nii.gz"}
         case = {K.PATIENT_ID: name, **{key: str(folder / path) for key, path in paths.items()}}
-        item = chain(5, roi=128, spacing=2.0)(case)
+        item = chain(6, roi=128, spacing=2.0)(case)
         assert torch.isfinite(item[K.IMAGE]).all()
         truth, affine = read_image(case[K.MASK])
         restored = RestoreMaskd(keys=K.SEG)(item)

@@ -43,6 +43,7 @@ OK, WARN, REJECT = "ok", "warn", "reject"
 VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
 RAISE, FLAG = "raise", "flag"  # what to do with a case that is rejected
 HEAD_IN_VIEW = "head_in_view"
+VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # a training set sets its own range of these
 
 Limits = Mapping[str, Mapping[str, float]]
 
@@ -209,8 +210,7 @@ class CheckQualityd(MapTransform):
     """Check a case between :class:`scripts.transforms.LocaliseBoxd` and :class:`scripts.transforms.ResampleToBoxd`.
 
     Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which collates as text does. A mask is
-    checked too, where there is one; what is doubtful about it is said in the log: training and evaluation see nothing
-    else of it.
+    checked too, where there is one.
 
     Args:
         roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
@@ -255,11 +255,7 @@ class CheckQualityd(MapTransform):
         checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
         if d.get(K.MASK) is not None:
             body = next(float(check.value or 0) for check in checks if check.name == "pet_body")
-            of_mask = check_mask(*array_and_grid(d[K.MASK]), ct_grid, pet, pet_grid, body, self.limits)
-            for check in of_mask:
-                if check.verdict == WARN:
-                    logger.warning("patient %s: %s: %s", d.get(K.PATIENT_ID, "?"), check.name, check.message)
-            checks += of_mask
+            checks += check_mask(*array_and_grid(d[K.MASK]), ct_grid, pet, pet_grid, body, self.limits)
         checks = [self._advise(check, d) for check in checks]
         if self.on_reject == "raise" and verdict(checks) == REJECT:
             raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)

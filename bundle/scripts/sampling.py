@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +25,13 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from scripts import keys
+from scripts.files import written_whole
+from scripts.quality import OK, VOXEL_SIZES, Check, checks_from_json
 
 logger = logging.getLogger(__name__)
 
 ERROR = "error"
+EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
 
 
 class Draw(NamedTuple):
@@ -61,9 +65,9 @@ class CaseDataset(PersistentDataset):
             index = index.case
         return super().__getitem__(index)
 
-    def prepare(self, index: int) -> None:
-        """Fill the cache with case ``index``; augmentation is not drawn."""
-        self._cachecheck(self.data[index])
+    def prepare(self, index: int) -> Any:
+        """Case ``index`` as the cache, which it fills, has it; augmentation is not drawn."""
+        return self._cachecheck(self.data[index])
 
 
 class GuardedDataset(Dataset):
@@ -188,41 +192,58 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     """Read and preprocess every case once, fill the cache, and take out the cases that cannot be read.
 
     A case that fails is removed from its dataset, logged, and listed in ``<output_dir>/exclusions.csv``: it neither
-    stops the cohort nor disappears silently.
+    stops the cohort nor disappears silently. What quality control doubts of the others is listed in
+    ``<output_dir>/quality.csv`` and counted in the log, but for voxel sizes, of which the cohort itself sets the range.
+    A list that would be empty is not written.
 
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
-        output_dir: where ``exclusions.csv`` goes.
+        output_dir: where the lists go.
         show_progress: draw a bar.
 
     Raises:
         RuntimeError: nothing is left of a dataset.
     """
-    rows = []
+    excluded: list[dict[str, Any]] = []
+    doubtful: list[dict[str, Any]] = []
     for name, dataset in datasets.items():
         if len(dataset) == 0:
             raise RuntimeError(f"the {name} set is empty: check dataset_dir, protocol, fold and num_folds")
-        failures = _prepare(dataset, name, show_progress and _rank() == 0)
+        failures, doubts = _prepare(dataset, name, show_progress and _rank() == 0)
         for index, why in failures.items():
             patient = dataset.data[index][keys.PATIENT_ID]
             logger.warning("%s: left out of the %s set: %s", patient, name, why)
-            rows.append({"PatientID": patient, "set": name, "reason": why})
+            excluded.append({"PatientID": patient, "set": name, "reason": why})
+        for index, checks in doubts.items():
+            who = {"PatientID": dataset.data[index][keys.PATIENT_ID], "set": name}
+            doubtful += [
+                {**who, "check": check.name, "value": check.value, "message": check.message} for check in checks
+            ]
+        if doubts:
+            counts = Counter(check.name for checks in doubts.values() for check in checks)
+            shown = ", ".join(f"{check} {count}" for check, count in counts.most_common())
+            where = Path(output_dir) / DOUBTS_FILE
+            logger.warning(
+                "%d of %d %s cases are kept with doubts (%s): %s", len(doubts), len(dataset), name, shown, where
+            )
         dataset.data = [case for index, case in enumerate(dataset.data) if index not in failures]
         if len(dataset) == 0:
             raise RuntimeError(f"no case of the {name} set can be read; the first one: {next(iter(failures.values()))}")
-    if rows and _rank() == 0:
-        _write_exclusions(Path(output_dir) / "exclusions.csv", rows)
+    if _rank() == 0:
+        _write_rows(Path(output_dir) / EXCLUSIONS_FILE, excluded)
+        _write_rows(Path(output_dir) / DOUBTS_FILE, doubtful)
 
 
-def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> dict[int, str]:
-    """Index and reason of every case of ``dataset`` that cannot be prepared."""
+def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[int, str], dict[int, list[Check]]]:
+    """Index of every case of ``dataset`` that cannot be prepared and why, and of every other that is in doubt."""
 
-    def attempt(index: int) -> str:
+    def attempt(index: int) -> str | list[Check]:
         try:
-            dataset.prepare(index)
+            item = dataset.prepare(index)
         except Exception as error:
             return reason(error)
-        return ""
+        checks = checks_from_json(item.get(keys.QUALITY, "[]"))
+        return [check for check in checks if check.verdict != OK and check.name not in VOXEL_SIZES]
 
     # Threads suffice: decompression and matrix products leave the interpreter lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -233,13 +254,18 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> dict[int, 
             unit="case",
             disable=not show_progress,
         )
-        return {index: why for index, why in enumerate(bar) if why}
+        found = {index: outcome for index, outcome in enumerate(bar) if outcome}
+    failures = {index: outcome for index, outcome in found.items() if isinstance(outcome, str)}
+    return failures, {index: outcome for index, outcome in found.items() if isinstance(outcome, list)}
 
 
-def _write_exclusions(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["PatientID", "set", "reason"])
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table; without rows there is none, and one of an earlier run goes."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -44,7 +44,7 @@ ITEM_KEYS = (
 # what is measured and told of a patient besides: the native PET, the checks, the clinical values, the time it took
 INFERENCE_KEYS = (*ITEM_KEYS, K.PET, K.QUALITY, K.CLINICAL_VALUES, K.STARTED)
 LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
-TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS)
+TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, K.QUALITY)
 EVALUATION_KEYS = (*TRAINING_KEYS, K.SEG_LABELS)  # nodes are counted apart; training would not flip them along
 
 
