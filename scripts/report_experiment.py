@@ -42,6 +42,7 @@ from scripts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
 from scripts.evaluation import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
 from scripts.figures import save_case_figure  # noqa: E402
 from scripts.pages import Page, Words  # noqa: E402
+from scripts.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402
 from scripts.survival import DAYS_PER_YEAR  # noqa: E402
 
 EXAMPLES_FOLDER = "examples"
@@ -293,19 +294,31 @@ def write_flow(page: Page, main: Experiment, cohort: Cohort) -> None:
             ),
         ]
     )
+    doubts = listed(main, DOUBTS_FILE)
+    if len(doubts):
+        counts = ", ".join(f"{check} {count}" for check, count in doubts["check"].value_counts().items())
+        page.paragraph(
+            f"Quality control doubts {doubts['PatientID'].nunique()} of the cases judged ({counts}): see "
+            f"fold_*/evaluation*/{DOUBTS_FILE}.",
+            "note",
+        )
+
+
+def listed(main: Experiment, name: str) -> pd.DataFrame:
+    """The rows of a list that the evaluation of each fold left beside its figures."""
+    folders = [evaluation_folder(main.folder, fold, main.report["held_out"]) for fold in main.report["folds_evaluated"]]
+    tables = [pd.read_csv(folder / name, dtype=str) for folder in folders if (folder / name).is_file()]
+    return pd.concat(tables) if tables else pd.DataFrame()
 
 
 def unreadable_cases(main: Experiment) -> list[str]:
     """What kept held-out cases from being judged, one line a reason."""
-    part = main.report["held_out"]
-    paths = [evaluation_folder(main.folder, fold, part) / "exclusions.csv" for fold in main.report["folds_evaluated"]]
-    tables = [pd.read_csv(path, dtype=str) for path in paths if path.is_file()]
-    rows = pd.concat(tables) if tables else pd.DataFrame()
-    lines = [f"{len(rows)} could not be read: see fold_*/evaluation*/exclusions.csv"] if len(rows) else []
+    count = len(listed(main, EXCLUSIONS_FILE))
+    lines = [f"{count} could not be read: see fold_*/evaluation*/{EXCLUSIONS_FILE}"] if count else []
     missing = main.record["num_folds"] - len(main.report["folds_evaluated"])
     if missing:
         lines.append(f"the held-out cases of {missing} folds that are not finished")
-    if part == TEST:
+    if main.report["held_out"] == TEST:
         lines.append("the training and validation cases of the one split")
     return lines
 

@@ -13,7 +13,7 @@ import evaluate_folds
 import pandas as pd
 import pytest
 import report_experiment as tool
-from experiment import ExperimentError
+from experiment import ExperimentError, evaluation_folder
 from synthetic_run import make_cohort, make_run
 
 SAMPLES = 20
@@ -39,6 +39,10 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     }
     for run in made.values():
         evaluate_folds.evaluate_folds(str(run), samples=SAMPLES)
+    for fold, doubts in enumerate(["P1,mask_uptake\nP1,misalignment\n", "P2,mask_uptake\n"]):
+        place = evaluation_folder(made["partial"], fold, "validation")
+        (place / "quality.csv").write_text(f"PatientID,check\n{doubts}")
+        (place / "exclusions.csv").write_text(f"PatientID,set,reason\nP{fold},validation,no PET\n")
     return made
 
 
@@ -75,6 +79,8 @@ def test_the_cohort_and_its_flow_are_told(page) -> None:
         "90 cases judged by a network that had not seen them: 75 for segmentation, 72 for HPV, 80 for survival" in page
     )
     assert "female: 45, male: 45" in page
+    assert "2 could not be read: see fold_*/evaluation*/exclusions.csv" in page
+    assert "Quality control doubts 2 of the cases judged (mask_uptake 2, misalignment 1)" in page
 
 
 def test_the_papers_tables_are_rebuilt(runs, page) -> None:
