@@ -66,6 +66,7 @@ class Variant:
 
 PAPER = (*DEMO, "configs/paper.json")
 FAST = {"learning_rate": 0.001, "lr_milestones": [16, 21], "lr_factors": [0.3, 0.1]}
+TABLE_1 = {"protocol": "ablation", "epochs": 100, "val_interval": 10}
 
 
 def deep(what: str, **overrides: Any) -> Variant:
@@ -107,6 +108,11 @@ VARIANTS = {
     ),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
+    "table1": Variant("paper.json on top, the split and the 100 epochs of the paper's Table 1", TABLE_1, PAPER),
+    "table1_surv": Variant("the same, survival alone", {**TABLE_1, "tasks": ["surv"]}, PAPER, "table1"),
+    "table1_seg_surv": Variant(
+        "the same, segmentation and survival", {**TABLE_1, "tasks": ["seg", "surv"]}, PAPER, "table1"
+    ),
     "balanced_hpv": deep("focal weight 0.5 for HPV instead of 0.25", hpv_alpha=0.5),
     "low_l2": deep("weight of the L2 term 0.001 instead of 0.1", l2_weight=0.001),
     "long": deep("three times as many epochs", epochs=72, val_interval=12, lr_milestones=[48, 63]),
