@@ -5,6 +5,7 @@
     runs/NAME/evaluation/metrics.json   every figure with its interval, its counts, or why there is none
     runs/NAME/evaluation/cases.csv      a row a patient, with normalised risk, survival and HPV threshold
     runs/NAME/evaluation/figures/       plots (PNG), each with the data it shows (JSON)
+    runs/NAME/evaluation/figures_external/  the same of the other cohort, where one is given
 
 No patient is judged with anything that was fitted to that patient: the network has not seen it, and the calibration,
 the cut points of risk groups and the HPV threshold come from the held-out predictions of the other folds.
@@ -46,25 +47,26 @@ from experiment import (  # noqa: E402
 
 from scripts import keys  # noqa: E402
 from scripts.bootstrap import BOOTSTRAP_SAMPLES, paired_bootstrap  # noqa: E402
-from scripts.cohort import CohortError, load_cohort  # noqa: E402
+from scripts.cohort import Case, CohortError, load_cohort  # noqa: E402
 from scripts.evaluation import (  # noqa: E402
     HPV_THRESHOLD,
     MEASURES,
     PAPER_MEASURES,
-    dice_groups,
+    SMALL_GROUP,
+    case_figures,
+    centre_groups,
     format_summary,
     roc_data,
     summarise,
-    summarise_centres,
+    too_few,
 )
 from scripts.files import write_text  # noqa: E402
 from scripts.plots import (  # noqa: E402
-    calibration_figure,
-    dice_figure,
+    Drawn,
     forest_figure,
-    kaplan_meier_figure,
     roc_figure,
-    save_plot,
+    save_plots,
+    survival_figures,
     training_figure,
 )
 from scripts.survival import (  # noqa: E402
@@ -81,7 +83,8 @@ from scripts.survival import (  # noqa: E402
 )
 from scripts.survival_metrics import FigureUnavailableError, ensemble_survival, survival_metrics  # noqa: E402
 
-EVALUATION_FOLDER, METRICS_FILE, CASES_FILE, FIGURES_FOLDER = "evaluation", "metrics.json", "cases.csv", "figures"
+EVALUATION_FOLDER, METRICS_FILE, CASES_FILE = "evaluation", "metrics.json", "cases.csv"
+FIGURES_FOLDER, EXTERNAL_FOLDER = "figures", "figures_external"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 MODEL, CLINICAL_ONLY = "model", "clinical values alone"
@@ -277,7 +280,14 @@ def cuts_of(cases: pd.DataFrame, calibrations: Mapping[int, Calibration | str]) 
     return {name: np.mean([item.cut_points[name] for item in fitted], axis=0).tolist() for name in names}
 
 
-def judge(run: Run, cases: pd.DataFrame, train: pd.DataFrame, seed: int, samples: int) -> dict[str, Any]:
+def judge(
+    run: Run,
+    cases: pd.DataFrame,
+    train: pd.DataFrame,
+    seed: int,
+    samples: int,
+    least: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Every figure of some of the cases.
 
     Args:
@@ -286,17 +296,17 @@ def judge(run: Run, cases: pd.DataFrame, train: pd.DataFrame, seed: int, samples
         train: cases whose follow-up weights the survival figures.
         seed: of the bootstrap.
         samples: its draws.
+        least: counts below which no figure is given, such as :data:`scripts.evaluation.SMALL_GROUP`.
 
     Returns:
         ``metrics`` by :func:`scripts.evaluation.summarise`, ``survival`` by
         :func:`scripts.survival_metrics.survival_metrics` or ``{"reason": why not}``.
     """
-    report: dict[str, Any] = {"cases": len(cases), "metrics": summarise(on_one_scale(cases), seed, samples=samples)}
+    metrics = summarise(on_one_scale(cases), seed, least=least, samples=samples)
+    report: dict[str, Any] = {"cases": len(cases), "metrics": metrics}
+    if reason := why_no_survival(cases, train, least):
+        return report | {"survival": {"reason": reason}}
     known = cases.dropna(subset=[keys.TIME])
-    if "risk" not in cases:
-        return report | {"survival": {"reason": "survival is not a task of this model"}}
-    if not len(known) or not train[keys.TIME].notna().any():
-        return report | {"survival": {"reason": "no case with known survival"}}
     return report | {
         "survival": survival_metrics(
             outcomes_of(train),
@@ -308,6 +318,16 @@ def judge(run: Run, cases: pd.DataFrame, train: pd.DataFrame, seed: int, samples
             samples=samples,
         )
     }
+
+
+def why_no_survival(cases: pd.DataFrame, train: pd.DataFrame, least: Mapping[str, int] | None) -> str:
+    """Why nothing can be said about the survival of these cases; empty where something can."""
+    if "log_hazard" not in cases:
+        return "survival is not a task of this model"
+    known = cases.dropna(subset=[keys.TIME])
+    if not len(known) or not train[keys.TIME].notna().any():
+        return "no case with known survival"
+    return too_few({"patients": len(known), "events": int(known[keys.EVENT].sum())}, least)
 
 
 def on_one_scale(cases: pd.DataFrame) -> pd.DataFrame:
@@ -329,9 +349,7 @@ def fold_means(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def clinical_parts(
-    run: Run, known: str, others: Sequence[Mapping[str, Any]] | None = None
-) -> list[tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
+def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -> list[tuple[list[Case], list[Case]]]:
     """Of each fold the network's training cases and those it held out, as far as they have a label.
 
     Args:
@@ -359,7 +377,7 @@ def clinical_parts(
     return found
 
 
-def clinical_risks(run: Run, others: Sequence[Mapping[str, Any]] | None = None) -> pd.DataFrame:
+def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
     """Risks by a ridge Cox model of clinical values alone, fitted in each fold to the network's training patients.
 
     Args:
@@ -383,7 +401,7 @@ def clinical_risks(run: Run, others: Sequence[Mapping[str, Any]] | None = None) 
     return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_risk"].mean()
 
 
-def clinical_hpv(run: Run, others: Sequence[Mapping[str, Any]] | None = None) -> pd.DataFrame:
+def clinical_hpv(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
     """HPV probabilities by a logistic regression of clinical values alone, fitted like :func:`clinical_risks`.
 
     Both classes weigh alike, so that 0.5 is the threshold.
@@ -409,27 +427,41 @@ def clinical_hpv(run: Run, others: Sequence[Mapping[str, Any]] | None = None) ->
     return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_hpv"].mean()
 
 
-def add_clinical(run: Run, cases: pd.DataFrame, seed: int, samples: int) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The cases with ``clinical_risk``, and the C-index of it beside the model's, or why there is none."""
+def add_clinical(
+    run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The cases with ``clinical_risk``, and the C-index of it beside the model's, or why there is none.
+
+    Args:
+        run: whose folds' training cases the clinical models are fitted to.
+        cases: held out by these folds, or of another cohort.
+        seed: of the bootstrap.
+        samples: its draws.
+        others: the other cohort's cases.
+    """
     about = {"model": f"Cox, ridge {CLINICAL_PENALIZER:g}", "features": run.record["settings"]["clinical_features"]}
     try:
-        cases = cases.merge(clinical_risks(run), on="PatientID", how="left", validate="one_to_one")
+        cases = cases.merge(clinical_risks(run, others), on="PatientID", how="left", validate="one_to_one")
     except (CohortError, CalibrationError, OSError) as error:
         return cases, about | {"c_index": {"value": None, "reason": str(error).splitlines()[0], "patients": 0}}
-    table = cases.dropna(subset=["clinical_risk"]).assign(log_hazard=lambda rows: rows["clinical_risk"])
-    about["c_index"] = summarise(table, seed, ("c_index",), samples=samples)["c_index"]
-    if "risk" in cases:
-        about["model_minus_clinical"] = compare_tables(
-            on_one_scale(table.drop(columns="log_hazard")), table, seed, samples
-        )
+    known = cases.dropna(subset=["clinical_risk"])
+    clinical = known.assign(log_hazard=known["clinical_risk"])
+    about["c_index"] = summarise(clinical, seed, ("c_index",), samples=samples)["c_index"]
+    if "log_hazard" in cases:
+        about["model_minus_clinical"] = compare_tables(on_one_scale(known), clinical, seed, samples)
     return cases, about
 
 
-def add_clinical_hpv(run: Run, cases: pd.DataFrame, seed: int, samples: int) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The cases with ``clinical_hpv``, and its figures beside the model's, or why there are none."""
+def add_clinical_hpv(
+    run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The cases with ``clinical_hpv``, and its figures beside the model's, or why there are none.
+
+    Arguments are those of :func:`add_clinical`.
+    """
     about: dict[str, Any] = {"model": "logistic regression, ridge 1, both classes alike"}
     try:
-        cases = cases.merge(clinical_hpv(run), on="PatientID", how="left", validate="one_to_one")
+        cases = cases.merge(clinical_hpv(run, others), on="PatientID", how="left", validate="one_to_one")
     except (CohortError, OSError) as error:
         none = {"value": None, "reason": str(error).splitlines()[0], "patients": 0}
         return cases, about | dict.fromkeys(HPV_COMPARED, none)
@@ -463,49 +495,84 @@ def compare_runs(run: Run, other: Run, seed: int, samples: int) -> dict[str, Any
     return {"other": str(other.folder), "other_command": other.record["command"], "differences": differences}
 
 
-def oracle(run: Run, seed: int, samples: int) -> dict[str, Any] | None:
-    """C-index of the phantoms' true log hazard on the same cases; None for a cohort that is not of phantoms."""
-    path = Path(run.record["dataset_dir"]) / "truth.csv"
+def oracle(cases: pd.DataFrame, dataset_dir: str | Path, seed: int, samples: int) -> dict[str, Any] | None:
+    """C-index of the phantoms' true log hazard on these cases; None for a cohort that is not of phantoms."""
+    path = Path(dataset_dir) / "truth.csv"
     if not path.is_file():
         return None
     truth = pd.read_csv(path, dtype={"PatientID": str})[["PatientID", "log_hazard"]]
-    cases = run.cases.drop(columns="log_hazard", errors="ignore").merge(truth, on="PatientID", how="left")
+    cases = cases.drop(columns="log_hazard", errors="ignore").merge(truth, on="PatientID", how="left")
     return summarise(cases, seed, ("c_index",), samples=samples)["c_index"]
 
 
-def judge_external(run: Run, path: Path, seed: int, samples: int) -> dict[str, Any]:
-    """Figures of another cohort from the table that the bundle's ``evaluating`` wrote with the ensemble.
-
-    ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
-    common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
+def read_external(run: Run, path: Path) -> pd.DataFrame:
+    """Cases of another cohort, as the bundle's ``evaluating`` wrote them with the ensemble, with its HPV threshold.
 
     Raises:
-        ExperimentError: patients of the experiment are among them, or the table is not of this ensemble.
+        ExperimentError: patients of the experiment are among them, or there is no such table.
     """
     cases = read_cases(path)
-    train = run.cases if run.reference is None else run.reference
     seen = sorted(set(cases["PatientID"]) & set(run.cases["PatientID"]))
     if seen:
         raise ExperimentError(
             f"{path} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
         )
     if "hpv_prob" in cases:
+        train = run.cases if run.reference is None else run.reference
         chosen = choose_hpv_threshold(train)["value"] if "hpv_prob" in train else None
         cases["hpv_threshold"] = HPV_THRESHOLD if chosen is None else chosen
-    report = {"table": str(path), "cases": len(cases), "metrics": summarise(cases, seed, samples=samples)}
-    report["centres"] = summarise_centres(cases, seed)
-    known = cases.dropna(subset=[keys.TIME])
-    if "log_hazard" in cases and len(known):
-        folds = finished_folds(run.folder, run.record, allow_missing=True)
-        stored = calibrate_ensemble(run.folder, folds, out_of_fold(run.folder, folds))
-        try:
-            needed = ensemble_survival(known, stored)
-        except ValueError as error:
-            raise ExperimentError(f"{path}: {error}") from error
-        report["survival"] = survival_metrics(
-            outcomes_of(train), outcomes_of(known), **needed, seed=seed, samples=samples
-        )
+    return cases
+
+
+def judge_external(run: Run, path: Path, seed: int, samples: int) -> dict[str, Any]:
+    """Every figure of another cohort, of all its cases and of each centre, and ``figures``, what could be drawn.
+
+    ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
+    common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
+
+    Raises:
+        ExperimentError: as :func:`read_external`, or the table is not of this ensemble.
+    """
+    cases = read_external(run, path)
+    folds = finished_folds(run.folder, run.record, allow_missing=True)
+    stored = calibrate_ensemble(run.folder, folds, out_of_fold(run.folder, folds))
+    train = run.cases if run.reference is None else run.reference
+
+    def judge_group(group: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
+        metrics = summarise(group, seed, least=least, samples=samples)
+        report: dict[str, Any] = {"cases": len(group), "metrics": metrics}
+        if reason := why_no_survival(group, train, least):
+            return report | {"survival": {"reason": reason}}
+        known = group.dropna(subset=[keys.TIME])
+        needed, outcomes = ensemble_survival(known, stored), (outcomes_of(train), outcomes_of(known))
+        return report | {"survival": survival_metrics(*outcomes, **needed, seed=seed, samples=samples)}
+
+    try:
+        report = {"table": str(path), **judge_group(cases)}
+        report["centres"] = {centre: judge_group(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
+    except ValueError as error:
+        raise ExperimentError(f"{path}: {error}") from error
+    report |= compare_external(run, cases, path, seed, samples)
+    drawn = case_figures(cases, report["metrics"]) | survival_figures(report["survival"], stored.get("reason", ""))
+    report["figures"] = save_plots(run.folder / EVALUATION_FOLDER / EXTERNAL_FOLDER, drawn, str(path))
     return report
+
+
+def compare_external(run: Run, cases: pd.DataFrame, path: Path, seed: int, samples: int) -> dict[str, Any]:
+    """What clinical values alone tell of another cohort, and the phantoms' truth, as far as the cohort can be read.
+
+    Its folder is named in the ``metrics.json`` beside the table ``path``.
+    """
+    try:
+        place = json.loads((path.parent / METRICS_FILE).read_text(encoding="utf-8"))["dataset_dir"]
+        others = load_cohort(place, None, run.record["settings"]["clinical_features"]).cases
+    except (OSError, KeyError, ValueError) as error:  # CohortError is a ValueError
+        why = f"the cohort of {path} cannot be read: {str(error).splitlines()[0]}"
+        none = {"value": None, "reason": why, "patients": 0}
+        return {"clinical_only": {"c_index": none, "hpv": dict.fromkeys(HPV_COMPARED, none)}, "oracle": None}
+    _, clinical = add_clinical(run, cases, seed, samples, others)
+    _, clinical["hpv"] = add_clinical_hpv(run, cases, seed, samples, others)
+    return {"dataset_dir": place, "clinical_only": clinical, "oracle": oracle(cases, place, seed, samples)}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -565,67 +632,64 @@ def forest_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [{"name": "pooled out-of-fold", **report["pooled"]["metrics"]["c_index"]}]
     rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["folds"].items()]
     if report["protocol"] != "leave_one_centre_out":
-        rows += [{"name": name, **block["c_index"]} for name, block in report["centres"].items()]
+        rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["centres"].items()]
     rows.append({"name": CLINICAL_ONLY, **report["clinical_only"]["c_index"]})
     return rows + ([{"name": "phantoms' truth", **report["oracle"]}] if report["oracle"] else [])
 
 
-def write_figures(run: Run, report: dict[str, Any], folder: Path) -> None:
-    """Draw what can be drawn; ``report["figures"]`` names the files, and why there is none."""
-    survival, data = report["pooled"]["survival"], report["data"]
-    drawn: dict[str, tuple[Any, Any]] = {
-        "training": (training_figure(curves := histories(run)), curves),
-        "c_index": (forest_figure(rows := forest_rows(report), "C-index, 95 % intervals"), rows),
-        "dice": (dice_figure(groups := dice_groups(run.cases), "overlap with the true mask"), groups)
-        if "dice" in run.cases
-        else (None, "segmentation is not a task of this model"),
-        "roc": (roc_figure(rocs := roc_curves(run, report), "HPV status"), rocs)
-        if "hpv_prob" in run.cases
-        else (None, "HPV status is not a task of this model"),
+def write_figures(run: Run, report: Mapping[str, Any], folder: Path) -> dict[str, dict[str, str]]:
+    """Draw what can be drawn, and tell the file of each picture or why there is none."""
+    forest, curves = forest_rows(report), histories(run)
+    drawn: dict[str, Drawn] = {
+        "training": (training_figure(curves), curves),
+        "c_index": (forest_figure(forest, "C-index, 95 % intervals"), forest),
+        **case_figures(run.cases, report["pooled"]["metrics"]),
     }
-    why = survival.get("reason") or next((c for c in run.calibrations.values() if isinstance(c, str)), NO_CALIBRATION)
-    for name in ("median", "tertiles"):
-        groups = survival.get("risk_groups", {}).get(name)
-        title = "cut at the median" if name == "median" else "cut at the tertiles"
-        drawn[f"kaplan_meier_{name}"] = (kaplan_meier_figure(groups, title), groups) if groups else (None, why)
-    calibration = survival.get("calibration_2y", {"groups": []})
-    has_groups = any(group["value"] is not None for group in calibration["groups"])
-    drawn["calibration_2y"] = (calibration_figure(calibration), calibration) if has_groups else (None, why)
-    report["figures"] = {}
-    for name, (figure, content) in drawn.items():
-        for ending in (".png", ".json"):
-            (folder / f"{name}{ending}").unlink(missing_ok=True)  # of an earlier evaluation
-        if figure is None:
-            report["figures"][name] = {"reason": content}
-            continue
-        save_plot(folder / f"{name}.png", figure, {"data": data, "content": content})
-        report["figures"][name] = {"file": f"{FIGURES_FOLDER}/{name}.png"}
+    if drawn["roc"][0] is not None:
+        rocs = roc_curves(run, report)
+        drawn["roc"] = (roc_figure(rocs, "HPV status"), rocs)
+    why = next((c for c in run.calibrations.values() if isinstance(c, str)), NO_CALIBRATION)
+    drawn |= survival_figures(report["pooled"]["survival"], why)
+    return save_plots(folder, drawn, report["data"])
 
 
 def summary(report: Mapping[str, Any], folder: Path) -> str:
     """What came out, to read."""
     lines = [f"{report['held_out']} cases of {report['data']}; {report['protocol']}, [95 % interval]"]
     lines += [f"  note: {note}" for note in report["notes"]]
-    lines += ["pooled out-of-fold", format_summary(report["pooled"]["metrics"])]
+    lines += ["pooled out-of-fold", *told(report["pooled"]["metrics"], report)]
+    if "external" in report:
+        external = report["external"]
+        lines += [f"external, {external['cases']} cases of {external['table']}", *told(external["metrics"], external)]
+    differences = {}
+    for name, row in report.get("comparison", {}).get("differences", {}).items():
+        differences[f"{MEASURES[name].title} less that of {report['comparison']['other']}"] = row
+    return "\n".join([*lines, *told_differences(differences), f"written: {folder}"])
+
+
+def told(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """Figures of a model, then ``clinical_only`` and ``oracle`` of a report beside them."""
     clinical = report["clinical_only"]
-    hpv = clinical["hpv"] if report["pooled"]["metrics"]["hpv_auc"]["value"] is not None else {}
+    hpv = clinical["hpv"] if metrics["hpv_auc"]["value"] is not None else {}
     alone = {"c_index": clinical["c_index"], **{name: hpv[name] for name in HPV_COMPARED if name in hpv}}
-    lines.append(f"{CLINICAL_ONLY}\n{format_summary(alone)}")
+    lines = [format_summary(metrics), f"{CLINICAL_ONLY}\n{format_summary(alone)}"]
     if report["oracle"]:
         lines.append(f"phantoms' truth\n{format_summary({'c_index': report['oracle']})}")
     less = {"c_index": clinical.get("model_minus_clinical"), **hpv.get("model_minus_clinical", {})}
-    differences = {f"{MEASURES[name].title} less that of {CLINICAL_ONLY}": row for name, row in less.items()}
-    for name, row in report.get("comparison", {}).get("differences", {}).items():
-        differences[f"{MEASURES[name].title} less that of {report['comparison']['other']}"] = row
+    named = {f"{MEASURES[name].title} less that of {CLINICAL_ONLY}": row for name, row in less.items() if row}
+    return lines + told_differences(named)
+
+
+def told_differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line each."""
+    lines = []
     for name, row in differences.items():
-        if row and row["value"] is not None:
-            interval = f"{row['value']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.3f}"
-            lines.append(f"{name}: {interval} ({row['patients']} patients)")
-        elif row:
+        if row["value"] is None:
             lines.append(f"{name}: none ({row['reason']})")
-    if "external" in report:
-        lines += [f"external, {report['external']['table']}", format_summary(report["external"]["metrics"])]
-    return "\n".join([*lines, f"written: {folder}"])
+            continue
+        interval = f"{row['value']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.3f}"
+        lines.append(f"{name}: {interval} ({row['patients']} patients)")
+    return lines
 
 
 def evaluate_folds(
@@ -655,13 +719,15 @@ def evaluate_folds(
         for fold in judged.folds
     }
     report["fold_mean"] = fold_means(report["folds"])
-    report["centres"] = summarise_centres(on_one_scale(judged.cases), seed)
-    report |= {"clinical_only": clinical, "oracle": oracle(judged, seed, samples)}
+    report["centres"] = {
+        centre: judge(judged, group, train, seed, samples, SMALL_GROUP) for centre, group in centre_groups(judged.cases)
+    }
+    report |= {"clinical_only": clinical, "oracle": oracle(judged.cases, judged.record["dataset_dir"], seed, samples)}
     if compare:
         report["comparison"] = compare_runs(judged, read_run(compare), seed, samples)
     if external:
         report["external"] = judge_external(judged, Path(external), seed, samples)
-    write_figures(judged, report, folder / FIGURES_FOLDER)
+    report["figures"] = write_figures(judged, report, folder / FIGURES_FOLDER)
     write_text(folder / CASES_FILE, case_table(judged, cases).to_csv(index=False))
     write_text(folder / METRICS_FILE, json.dumps(report, indent=1, allow_nan=False))
     print(summary(report, folder))

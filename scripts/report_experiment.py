@@ -90,6 +90,7 @@ SHOWN_SETTINGS = (
     *("epochs", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
     *("mask_gradient", "task_weights", "cox_ties", "cox_memory", "event_fraction", "seed"),
 )
+CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed less predicted survival, 2 years")
 NO_TASK = "-"
 
 
@@ -199,30 +200,31 @@ def write_head(page: Page, main: Experiment) -> None:
         page.paragraph(f"Note: {note}.", "note")
     page.heading("In short")
     rows = measure_rows(report["pooled"]["metrics"], PAPER_MEASURES)
+    rows += comparator_rows(report["pooled"]["metrics"], report)
+    page.table(["figure", "value [95 % interval]", ""], rows, "All held-out cases together.")
+    page.heading("What the figures mean", 3)
+    page.definitions(GLOSSARY)
+
+
+def comparator_rows(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[Any]]:
+    """What clinical values alone tell of the same cases, the paired differences, and the phantoms' truth."""
     clinical = report["clinical_only"]
-    rows.append(
-        [
-            "C-index of clinical values alone",
-            value_cell(clinical["c_index"]),
-            Words(f"{clinical['model']} on the same folds"),
-        ]
-    )
+    model = f"{clinical['model']} fitted to the folds' training cases" if "model" in clinical else ""
+    rows: list[list[Any]] = [["C-index of clinical values alone", value_cell(clinical["c_index"]), Words(model)]]
     if "model_minus_clinical" in clinical:
         rows.append(["C-index, network less clinical values", *difference_cells(clinical["model_minus_clinical"])])
-    if report["pooled"]["metrics"]["hpv_auc"]["value"] is not None:
+    if metrics["hpv_auc"]["value"] is not None:
         hpv = clinical["hpv"]
         for name in HPV_COMPARED:
             title = MEASURES[name].title
-            rows.append([f"{title} of clinical values alone", value_cell(hpv[name]), Words(hpv["model"])])
+            rows.append([f"{title} of clinical values alone", value_cell(hpv[name]), Words(hpv.get("model", ""))])
             if "model_minus_clinical" in hpv:
                 cells = difference_cells(hpv["model_minus_clinical"][name])
                 rows.append([f"{title}, network less clinical values", *cells])
     if report["oracle"]:
         truth = Words("the risk that the phantoms were made with: no model can do better but by luck")
         rows.append(["C-index of the phantoms' true risk", value_cell(report["oracle"]), truth])
-    page.table(["figure", "value [95 % interval]", ""], rows, "All held-out cases together.")
-    page.heading("What the figures mean", 3)
-    page.definitions(GLOSSARY)
+    return rows
 
 
 def difference_cells(row: Mapping[str, Any]) -> list[Any]:
@@ -406,11 +408,13 @@ def write_left_out(page: Page, experiments: Sequence[Experiment]) -> None:
         page.table(titles, rows, f"Tasks: {item.tasks}.")
 
 
-def pictures_of(main: Experiment, *names: str) -> tuple[list[tuple[bytes, str]], list[str]]:
+def pictures_of(
+    main: Experiment, names: Sequence[str], figures: Mapping[str, Mapping[str, str]]
+) -> tuple[list[tuple[bytes, str]], list[str]]:
     """Pictures of the evaluation with captions, and in words those that could not be drawn."""
     shown, missing = [], []
     for name in names:
-        entry = main.report["figures"][name]
+        entry = figures[name]
         if "file" in entry:
             shown.append(((main.folder / EVALUATION_FOLDER / entry["file"]).read_bytes(), PICTURES[name]))
         else:
@@ -418,9 +422,11 @@ def pictures_of(main: Experiment, *names: str) -> tuple[list[tuple[bytes, str]],
     return shown, missing
 
 
-def write_pictures(page: Page, main: Experiment, *names: str) -> None:
-    """Pictures side by side, then a note for each that could not be drawn."""
-    shown, missing = pictures_of(main, *names)
+def write_pictures(
+    page: Page, main: Experiment, *names: str, figures: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Pictures side by side (of the pooled cases unless others are given), then a note for each that is missing."""
+    shown, missing = pictures_of(main, names, figures or main.report["figures"])
     if shown:
         page.figures(shown, wide=len(names) == 1 and names[0] in WIDE)
     for text in missing:
@@ -435,6 +441,12 @@ def write_survival(page: Page, main: Experiment) -> None:
         page.paragraph(f"No figures: {survival['reason']}.")
         return
     write_pictures(page, main, "c_index", "kaplan_meier_median", "kaplan_meier_tertiles", "calibration_2y")
+    page.table(["figure", "value [95 % interval]", "of"], survival_rows(survival), "All held-out cases together.")
+    page.paragraph(f"Risks: {main.report['normalisation']}. Risk groups: {main.report['risk_groups']}.", "note")
+
+
+def survival_rows(survival: Mapping[str, Any]) -> list[list[object]]:
+    """Rows of the figures of :func:`scripts.survival_metrics.survival_metrics`."""
     tau = f"tau = {survival['about']['tau_days'] / DAYS_PER_YEAR:.1f} years"
     titles = {"c_index": "C-index (Harrell)", "uno_c_index": f"C-index (Uno, up to {tau})"}
     years = {name: name[4:-1] for name in survival if name.startswith("auc_")}
@@ -444,12 +456,13 @@ def write_survival(page: Page, main: Experiment) -> None:
         "integrated_brier_null": "the same for the average curve",
         "brier_skill": "Brier skill",
     }
-    rows = [[title, value_cell(survival[name]), counts_cell(survival[name])] for name, title in titles.items()]
+    rows: list[list[object]] = [
+        [title, value_cell(survival[name]), counts_cell(survival[name])] for name, title in titles.items()
+    ]
     calibration = survival["calibration_2y"]
     for name, title in (("difference", "observed less predicted survival, 2 years"), ("slope", "calibration slope")):
         rows.append([title, value_cell(calibration[name]), counts_cell(calibration[name])])
-    page.table(["figure", "value [95 % interval]", "of"], rows, "All held-out cases together.")
-    page.paragraph(f"Risks: {main.report['normalisation']}. Risk groups: {main.report['risk_groups']}.", "note")
+    return rows
 
 
 def write_hpv(page: Page, main: Experiment) -> None:
@@ -491,14 +504,20 @@ def write_segmentation(page: Page, main: Experiment) -> None:
     )
 
 
-def write_centres(page: Page, main: Experiment) -> None:
-    """The paper's metrics by centre."""
-    page.heading("By centre")
-    rows = [
-        [centre, *(value_cell(metrics[name]) for name in PAPER_MEASURES)]
-        for centre, metrics in main.report["centres"].items()
-    ]
-    page.table(["centre", *(MEASURES[name].title for name in PAPER_MEASURES)], rows, "Held-out cases of each centre.")
+def write_centres(page: Page, centres: Mapping[str, Mapping[str, Any]], caption: str) -> None:
+    """The paper's metrics by centre, and beside them what else can be said about survival."""
+    rows = []
+    for centre, judged in centres.items():
+        survival = judged["survival"]
+        cells = [value_cell(judged["metrics"][name]) for name in PAPER_MEASURES]
+        if "about" in survival:
+            others = [survival[name] for name in ("uno_c_index", "auc_2y", "brier_skill")]
+            cells += [value_cell(figure) for figure in (*others, survival["calibration_2y"]["difference"])]
+        else:
+            cells += [Words(f"none: {survival['reason']}"), *[""] * (len(CENTRE_SURVIVAL) - 1)]
+        rows.append([centre, judged["cases"], *cells])
+    titles = ["centre", "cases", *(MEASURES[name].title for name in PAPER_MEASURES), *CENTRE_SURVIVAL]
+    page.table(titles, rows, caption)
 
 
 def write_comparisons(page: Page, main: Experiment) -> None:
@@ -519,11 +538,24 @@ def write_comparisons(page: Page, main: Experiment) -> None:
         page.table(["figure", "difference [95 % interval]", "p", "of"], rows, caption)
         page.preformatted(comparison["other_command"])
     if external:
-        page.heading("Another cohort")
-        caption = f"The ensemble on {external['cases']} cases of {Path(external['table']).name}."
-        page.table(
-            ["figure", "value [95 % interval]", "of"], measure_rows(external["metrics"], list(MEASURES)), caption
-        )
+        write_external(page, main, external)
+
+
+def write_external(page: Page, main: Experiment, external: Mapping[str, Any]) -> None:
+    """The ensemble on another cohort."""
+    page.heading("Another cohort")
+    page.paragraph(
+        f"All folds together on {external['cases']} cases of {external['table']}, none of whom is in the experiment. "
+        "HPV threshold, calibration and cut points are those that the ensemble carries."
+    )
+    survival = external["survival"]
+    rows = measure_rows(external["metrics"], list(MEASURES))
+    rows += survival_rows(survival)[1:] if "about" in survival else []  # the first, Harrell's, is a measure too
+    rows += comparator_rows(external["metrics"], external)
+    page.table(["figure", "value [95 % interval]", "of"], rows)
+    figures = external["figures"]
+    write_pictures(page, main, *(name for name in PICTURES if name in figures), figures=figures)
+    write_centres(page, external["centres"], "By centre.")
 
 
 # --- example cases ----------------------------------------------------------------------------------------------------
@@ -667,7 +699,8 @@ def report_experiment(run: str, runs: str | Sequence[str] = (), out: str | None 
     write_survival(page, main)
     write_hpv(page, main)
     write_segmentation(page, main)
-    write_centres(page, main)
+    page.heading("By centre")
+    write_centres(page, main.report["centres"], "Held-out cases of each centre.")
     write_comparisons(page, main)
     write_examples(page, main, cohort, predict)
     write_origin(page, [main, *others])

@@ -118,3 +118,20 @@ def make_run(
     write_record(folder, record)
     gather(plan, record)
     return folder
+
+
+def external_table(run: Path, folder: Path, folds: int = 3, cohort: Path | None = None) -> Path:
+    """Strangers with the log hazards of three networks on scales of their own, as :func:`predictions` gives them.
+
+    Their cohort, where one is given, is named beside the table as ``evaluating`` does.
+    """
+    table = pd.read_csv(run / "out_of_fold.csv")
+    table["PatientID"] = [f"{patient[:-3]}{500 + int(patient[-3:])}" for patient in table["PatientID"]]
+    if cohort is not None:
+        (folder / "metrics.json").write_text(json.dumps({"dataset_dir": str(cohort)}))
+    risk = (table["log_hazard"] - 10 * table["fold"]) / (1 + 2 * table["fold"])
+    for k in range(folds):
+        table[f"log_hazard_fold_{k}"] = risk * (1 + 2 * k) + 10 * k
+    table["log_hazard"] = table[[f"log_hazard_fold_{k}" for k in range(folds)]].mean(axis=1)
+    table.drop(columns="fold").to_csv(folder / "cases.csv", index=False)
+    return folder / "cases.csv"

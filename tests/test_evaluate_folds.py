@@ -14,7 +14,7 @@ import pytest
 from compare_clinical import evaluate_coding
 from experiment import ExperimentError, evaluation_folder
 from scipy.optimize import minimize
-from synthetic_run import make_cohort, make_run
+from synthetic_run import external_table, make_cohort, make_run
 
 from scripts import keys
 from scripts.clinical import code_indicators
@@ -56,8 +56,12 @@ def test_pooled_folds_and_centres_have_figures_and_counts(report):
     assert sum(fold["metrics"]["c_index"]["events"] for fold in report["folds"].values()) == known["events"]
     assert list(report["folds"]) == ["fold 0", "fold 1", "fold 2"]
     assert known["low"] < known["value"] < known["high"]
-    assert report["centres"]["CHUP"]["c_index"]["reason"].startswith("too few: 3 patients of at least 10")
-    assert report["centres"]["MDA"]["c_index"]["value"] > 0.6
+    small, large = report["centres"]["CHUP"], report["centres"]["MDA"]
+    assert small["metrics"]["c_index"]["reason"].startswith("too few: 3 patients of at least 10")
+    assert small["survival"]["reason"].startswith("too few: 3 patients of at least 10")
+    assert large["metrics"]["c_index"]["value"] > 0.6
+    assert large["survival"]["uno_c_index"]["value"] > 0.6
+    assert sum(centre["cases"] for centre in report["centres"].values()) == report["pooled"]["cases"] == 90
     survival = report["pooled"]["survival"]
     assert survival["brier_skill"]["value"] > 0
     assert survival["about"]["patients"] == 80
@@ -232,7 +236,7 @@ def test_the_ablation_is_judged_on_its_test_cases_with_what_the_validation_cases
     assert not set(judged.cases["PatientID"]) & set(validation["PatientID"])
     assert judged.calibrations[0].patients == validation["time"].notna().sum()
     assert report["held_out"] == "test"
-    assert report["figures"]["dice"]["reason"] == "segmentation is not a task of this model"
+    assert report["figures"]["dice"]["reason"] == "not a task of this model"
     assert report["pooled"]["metrics"]["hpv_auc"]["reason"] == "not a task of this model"
 
 
@@ -265,21 +269,9 @@ def test_two_experiments_are_compared_on_the_patients_of_both(run, cohort, tmp_p
     assert all(row["value"] == row["low"] == row["high"] == 0 for row in same.values())
 
 
-def external_table(run, folder, folds=3):
-    """Strangers with the log hazards of three networks on scales of their own, as synthetic_run gives them."""
-    table = pd.read_csv(run / "out_of_fold.csv")
-    risk = (table["log_hazard"] - 10 * table["fold"]) / (1 + 2 * table["fold"])
-    for k in range(folds):
-        table[f"log_hazard_fold_{k}"] = risk * (1 + 2 * k) + 10 * k
-    table["log_hazard"] = table[[f"log_hazard_fold_{k}" for k in range(folds)]].mean(axis=1)
-    table["PatientID"] = "X" + table["PatientID"]
-    table.drop(columns="fold").to_csv(folder / "cases.csv", index=False)
-    return folder / "cases.csv"
-
-
-def test_an_external_cohort_is_judged_with_the_calibration_of_the_ensemble(run, tmp_path):
-    judged = tool.read_run(run)
-    report = tool.judge_external(judged, external_table(run, tmp_path), 0, SAMPLES)
+def test_an_external_cohort_is_judged_with_the_calibration_of_the_ensemble(copy, tmp_path):
+    judged = tool.read_run(copy)
+    report = tool.judge_external(judged, external_table(copy, tmp_path), 0, SAMPLES)
     assert report["metrics"]["c_index"]["patients"] == 80
     assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
     assert report["survival"]["uno_c_index"]["value"] is not None
@@ -287,6 +279,30 @@ def test_an_external_cohort_is_judged_with_the_calibration_of_the_ensemble(run, 
     assert abs(report["survival"]["calibration_2y"]["difference"]["value"]) < 0.2
     assert set(report["survival"]["risk_groups"]) == {"median", "tertiles"}
     assert len(report["metrics"]["balanced_accuracy"]["thresholds"]) == 1
+    assert report["centres"]["MDA"]["survival"]["c_index"]["value"] > 0.6
+    assert "too few" in report["centres"]["CHUP"]["survival"]["reason"]
+    assert {entry.get("file") for entry in report["figures"].values()} == {
+        f"figures_external/{name}.png"
+        for name in ("roc", "dice", "kaplan_meier_median", "kaplan_meier_tertiles", "calibration_2y")
+    }
+    assert all((copy / "evaluation" / entry["file"]).is_file() for entry in report["figures"].values())
+    assert "cannot be read" in report["clinical_only"]["c_index"]["reason"]
+
+
+def test_an_external_cohort_is_judged_beside_what_clinical_values_alone_tell(copy, tmp_path):
+    """The clinical models are fitted to the experiment's patients and applied to the others."""
+    others = make_cohort(tmp_path / "others", seed=5, first=500)
+    judged = tool.read_run(copy)
+    report = tool.judge_external(judged, external_table(copy, tmp_path, cohort=others), 0, SAMPLES)
+    clinical = report["clinical_only"]
+    table = pd.read_csv(tmp_path / "cases.csv").merge(
+        tool.clinical_risks(judged, load_cohort(others).cases), on="PatientID", validate="one_to_one"
+    )
+    expected = c_index(table.assign(log_hazard=table["clinical_risk"]).dropna(subset=["time"]))
+    assert clinical["c_index"]["value"] == pytest.approx(expected)
+    assert clinical["model_minus_clinical"]["patients"] == clinical["c_index"]["patients"] == 80
+    assert clinical["hpv"]["model_minus_clinical"]["hpv_auc"]["value"] is not None
+    assert report["oracle"]["patients"] == 80
 
 
 @pytest.mark.parametrize(

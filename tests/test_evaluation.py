@@ -17,13 +17,13 @@ from sklearn.metrics import balanced_accuracy_score
 
 from scripts import keys
 from scripts.evaluation import (
-    PAPER_MEASURES,
     SMALL_GROUP,
     CaseTable,
     aggregated_dice,
     average_precision,
     balanced_accuracy,
     case_rows,
+    centre_groups,
     confusion,
     count_lesions,
     dice_groups,
@@ -32,9 +32,10 @@ from scripts.evaluation import (
     roc_auc,
     roc_curve,
     summarise,
-    summarise_centres,
     surface_distance_mm,
+    too_few,
 )
+from scripts.survival import fit_calibration
 
 
 def table(n: int = 60, seed: int = 0) -> pd.DataFrame:
@@ -253,13 +254,28 @@ def test_missed_cases_are_counted_beside_the_surface_distance() -> None:
     assert all_missed["surface_distance_mm"]["reason"] == "20 of 20 are missed"
 
 
-def test_small_centres_have_counts_and_a_reason() -> None:
-    centres = summarise_centres(table())
-    assert centres["MDA"]["c_index"]["value"] is not None
-    for name in PAPER_MEASURES:
-        assert centres["USZ"][name]["value"] is None
-        assert "8 patients of at least 10" in centres["USZ"][name]["reason"]
-    assert SMALL_GROUP["patients"] == 10
+def test_small_groups_have_counts_and_a_reason() -> None:
+    groups = dict(centre_groups(table()))
+    assert list(groups) == ["MDA", "USZ"] and not centre_groups(table().drop(columns=keys.CENTRE))
+    assert summarise(groups["MDA"], least=SMALL_GROUP)["c_index"]["value"] is not None
+    for name, row in summarise(groups["USZ"], least=SMALL_GROUP, samples=20).items():
+        assert row["value"] is None, name
+        assert row["reason"].startswith("too few: 8 patients of at least 10"), name
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        pytest.param({"patients": 10, "events": 5}, "", id="enough"),
+        pytest.param({"patients": 10}, "", id="not_asked_for"),
+        pytest.param(
+            {"patients": 9, "events": 4}, "too few: 9 patients of at least 10, 4 events of at least 5", id="two"
+        ),
+    ],
+)
+def test_too_few(counts, reason) -> None:
+    assert too_few(counts, SMALL_GROUP) == reason
+    assert too_few(counts, None) == ""
 
 
 def test_dice_by_centre_only_where_there_are_several() -> None:
@@ -317,12 +333,36 @@ def test_the_handler_writes_table_metrics_survival_and_plots(tmp_path: Path) -> 
     assert report["survival"]["about"]["train_patients"] == 46
     assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
     assert "absolute risk" in report["survival"]["brier_skill"]["reason"]
-    assert set(report["centres"]) == {"MDA", "USZ"}
+    assert report["centres"]["MDA"]["cases"] + report["centres"]["USZ"]["cases"] == 40
+    assert report["centres"]["MDA"]["survival"]["uno_c_index"]["value"] is not None
+    assert report["centres"]["USZ"]["survival"]["reason"].startswith("too few: 8 patients")
+    assert report["figures"]["roc"] == {"file": "figures/roc.png"}
+    assert "a single network carries no cut points" in report["figures"]["kaplan_meier_median"]["reason"]
+    assert "no absolute risk" in report["figures"]["calibration_2y"]["reason"]
     assert len(pd.read_csv(tmp_path / "cases.csv")) == 40
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"roc.png", "roc.json", "dice.png", "dice.json"}
     handler.rows = cases.assign(hpv=1.0, dice=math.nan).to_dict("records")
     handler.write(SimpleNamespace())
     assert not list((tmp_path / "figures").iterdir()), "plots of another evaluation must not stay"
+    assert "one class only" in json.loads((tmp_path / "metrics.json").read_text())["figures"]["roc"]["reason"]
+
+
+def test_an_ensemble_cuts_risk_groups_and_is_seen_to_be_calibrated(tmp_path: Path) -> None:
+    """On a cohort it has not learnt from: what it carries from its training patients is drawn."""
+    training = table(400, seed=1)
+    carried = fit_calibration(training["log_hazard"], training["time"], training["event"]).to_dict()
+    cases = [{keys.TIME: row.time, keys.EVENT: row.event == 1, keys.SURV_KNOWN: True} for row in training.itertuples()]
+    ensemble = SimpleNamespace(provenance={"calibration": carried})
+    handler = CaseTable(str(tmp_path), "cohort", "model.pt", training_cases=cases, ensemble=ensemble)
+    handler.rows = table(200).to_dict("records")
+    handler.write(SimpleNamespace())
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(report["figures"]) == {"roc", "dice", "kaplan_meier_median", "kaplan_meier_tertiles", "calibration_2y"}
+    for name, entry in report["figures"].items():
+        assert (tmp_path / entry["file"]).is_file(), name
+    shown = json.loads((tmp_path / "figures" / "kaplan_meier_tertiles.json").read_text())["content"]
+    assert shown["cuts"] == pytest.approx(carried["cut_points"]["tertiles"])
+    assert shown["log_rank"]["value"] < 0.001
 
 
 def test_the_handler_keeps_the_deep_features(tmp_path: Path) -> None:

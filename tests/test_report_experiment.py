@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import report_experiment as tool
 from experiment import ExperimentError, evaluation_folder
-from synthetic_run import make_cohort, make_run
+from synthetic_run import external_table, make_cohort, make_run
 
 SAMPLES = 20
 
@@ -96,11 +96,35 @@ def test_the_papers_tables_are_rebuilt(runs, page) -> None:
     assert "CHUM" in page[page.index("Each centre left out") :]
 
 
+def test_centres_have_survival_figures_or_the_reason(runs, page) -> None:
+    centres = json.loads((runs["partial"] / "evaluation" / "metrics.json").read_text())["centres"]
+    part = page[page.index("By centre") : page.index("Example cases")]
+    assert tool.value_cell(centres["MDA"]["survival"]["auc_2y"]) in part
+    assert "none: too few: 3 patients of at least 10" in part
+
+
+def test_another_cohort_has_all_figures_and_pictures(runs, tmp_path) -> None:
+    run = Path(shutil.copytree(runs["partial"], tmp_path / "run"))
+    evaluate_folds.evaluate_folds(str(run), external=str(external_table(run, tmp_path)), samples=SAMPLES)
+    tool.report_experiment(str(run), predict=False)
+    external = json.loads((run / "evaluation" / "metrics.json").read_text())["external"]
+    text = text_of(run / "report.html")
+    part = text[text.index("Another cohort") : text.index("Example cases")]
+    figures = [external["metrics"]["dice"], external["survival"]["uno_c_index"], external["survival"]["brier_skill"]]
+    figures.append(external["centres"]["MDA"]["survival"]["calibration_2y"]["difference"])
+    for row in figures:
+        assert tool.value_cell(row) in part
+    assert "C-index of clinical values alone none: the cohort of" in part
+    html = (run / "report.html").read_text()
+    pictures = html[html.index("Another cohort") : html.index("Example cases")].count("data:image/png;base64,")
+    assert pictures == len(external["figures"]) == 5
+
+
 def test_missing_runs_tell_how_to_make_them(runs, tmp_path) -> None:
     tool.report_experiment(str(runs["surv"]), out=str(tmp_path / "page.html"), predict=False)
     text = text_of(tmp_path / "page.html")
     assert "No cross-validation (protocol partial or full) was given" in text
-    assert "Not drawn: HPV status is not a task of this model" in text
+    assert "Not drawn: not a task of this model" in text
     assert "None: no case has both a true and a predicted mask" in text
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cc3d
 import numpy as np
@@ -32,6 +32,9 @@ from scripts.metrics import concordance_index
 from scripts.survival import Outcomes
 from scripts.survival_metrics import ensemble_survival, survival_metrics
 
+if TYPE_CHECKING:
+    from scripts.plots import Drawn
+
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.npz"
@@ -39,6 +42,9 @@ FEATURES_FILE = "features.npz"
 HPV_THRESHOLD = 0.5
 SURFACE_PERCENTILE = 95
 LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
+NO_CUT_POINTS = (
+    "the risk is not cut: a single network carries no cut points (evaluate_folds.py cuts by the other folds)"
+)
 SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
 """Below so many, an interval of one centre would say no more than that there is none."""
 
@@ -257,21 +263,32 @@ def summarise(
         metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``. The figure
         ``balanced_accuracy`` also has ``confusion`` and ``thresholds``, the distinct ones that were used.
     """
-    return {name: _figure(cases, MEASURES[name], name, seed, least or {}, samples) for name in measures}
+    return {name: _figure(cases, MEASURES[name], name, seed, least, samples) for name in measures}
 
 
-def summarise_centres(cases: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """The paper's three metrics of each centre; of those with few patients (:data:`SMALL_GROUP`) only the counts.
-
-    Returns:
-        centre to what :func:`summarise` gives, centres sorted by name.
-    """
+def centre_groups(cases: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Name and cases of each centre, sorted by name; none where the table does not tell."""
     groups = cases.groupby(keys.CENTRE, sort=True) if keys.CENTRE in cases else ()
-    return {str(centre): summarise(group, seed, PAPER_MEASURES, SMALL_GROUP) for centre, group in groups}
+    return [(str(centre), group) for centre, group in groups]
+
+
+def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
+    """Why a group is too small for a figure, or nothing.
+
+    Args:
+        counts: ``patients``, ``events``, ...; one that is not there is not asked for.
+        least: such as :data:`SMALL_GROUP`.
+
+    Example:
+        >>> too_few({"patients": 12, "events": 3}, SMALL_GROUP), too_few({"patients": 12}, SMALL_GROUP)
+        ('too few: 3 events of at least 5', '')
+    """
+    few = [f"{counts[what]} {what} of at least {n}" for what, n in (least or {}).items() if counts.get(what, n) < n]
+    return f"too few: {', '.join(few)}" if few else ""
 
 
 def _figure(
-    cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int], samples: int
+    cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int] | None, samples: int
 ) -> dict[str, Any]:
     present = [column for column in (*measure.columns, "hpv_threshold") if column in cases]
     known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
@@ -287,9 +304,8 @@ def _figure(
     value = measure.statistic(known)
     if math.isnan(value):
         return {"value": None, "reason": measure.why_not.format(**head), **head}
-    few = [f"{head[what]} {what} of at least {count}" for what, count in least.items() if head.get(what, count) < count]
-    if few:
-        return {"value": None, "reason": f"too few: {', '.join(few)}", **head}
+    if few := too_few(head, least):
+        return {"value": None, "reason": few, **head}
     low, high = bootstrap_interval(measure.statistic, known, samples, seed)
     figure: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
     if name == "balanced_accuracy":
@@ -335,6 +351,8 @@ def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 class CaseTable:
     """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
+
+    Figures are of all cases and of each centre, of small ones (:data:`SMALL_GROUP`) with the reason only.
 
     Where the network tells its deep features they go to ``features.npz`` (see :func:`read_features`), from which
     an ensemble learns what its training cases look like.
@@ -388,24 +406,31 @@ class CaseTable:
         threshold = self._carried("hpv_threshold").get("value")
         if threshold is not None and "hpv_prob" in cases:
             cases["hpv_threshold"] = threshold
-        summary = summarise(cases, self.seed)
         write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
         if self.features:
             write_features(self.output_dir, cases["PatientID"], np.concatenate(self.features))
-        report = {**self.about, "cases": len(cases), "metrics": summary, "centres": summarise_centres(cases, self.seed)}
+        report = {**self.about, **self._judge(cases)}
+        report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
         if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
             report["tumour_inside_box"] = {
                 "mean": float(cases[keys.SEG_INSIDE].mean()),
                 "minimum": float(cases[keys.SEG_INSIDE].min()),
             }
-        if self.training_cases is not None and "log_hazard" in cases:
-            report["survival"] = self._survival(cases.dropna(subset=["time"]))
+        report["figures"] = self._draw(cases, report)
         write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
-        write_plots(self.output_dir / "figures", cases, summary)
-        logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(summary))
+        logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
         logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
 
-    def _survival(self, cases: pd.DataFrame) -> dict[str, Any]:
+    def _judge(self, cases: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Every figure of some of the cases; none where there are fewer than ``least``."""
+        report: dict[str, Any] = {"cases": len(cases), "metrics": summarise(cases, self.seed, least=least)}
+        if self.training_cases is not None and "log_hazard" in cases:
+            report["survival"] = self._survival(cases.dropna(subset=["time"]), least)
+        return report
+
+    def _survival(self, cases: pd.DataFrame, least: Mapping[str, int] | None) -> dict[str, Any]:
+        if few := too_few({"patients": len(cases), "events": int(cases["event"].sum())}, least):
+            return {"reason": few}
         known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
         train = Outcomes(
             np.array([case[keys.TIME] for case in known], dtype=float),
@@ -414,6 +439,15 @@ class CaseTable:
         test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
         stored = self._carried("calibration") or None
         return survival_metrics(train, test, **ensemble_survival(cases, stored), seed=self.seed)
+
+    def _draw(self, cases: pd.DataFrame, report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Write what can be drawn, and tell the file of each picture or why there is none."""
+        from scripts.plots import save_plots, survival_figures  # matplotlib is slow to import
+
+        no_groups = self._carried("calibration").get("reason", NO_CUT_POINTS)
+        drawn = case_figures(cases, report["metrics"])
+        drawn |= survival_figures(report.get("survival", {"reason": "survival is not judged here"}), no_groups)
+        return save_plots(self.output_dir / "figures", drawn, self.about["dataset_dir"])
 
     def _carried(self, name: str) -> Mapping[str, Any]:
         """What the ensemble carries under this name, or nothing."""
@@ -439,24 +473,25 @@ def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
         return stored["patients"].tolist(), stored["features"]
 
 
-def write_plots(folder: Path, cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what a table of cases allows to draw: ``roc.png`` of HPV and ``dice.png``, with their data as JSON.
+def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Drawn]:
+    """ROC curve of HPV status and Dice of each case, as :func:`scripts.plots.save_plots` takes them.
 
     Args:
-        folder: for the files; plots of an earlier evaluation that cannot be drawn now are removed.
         cases: as :func:`summarise` takes it.
         summary: what it gave.
     """
-    from scripts.plots import dice_figure, roc_figure, save_plot  # matplotlib is slow to import
+    from scripts.plots import dice_figure, roc_figure  # matplotlib is slow to import
 
-    for path in [folder / f"{name}{ending}" for name in ("roc", "dice") for ending in (".png", ".json")]:
-        path.unlink(missing_ok=True)
+    drawn: dict[str, Drawn] = {
+        name: (None, summary[of].get("reason")) for name, of in (("roc", "hpv_auc"), ("dice", "dice"))
+    }
     if summary["hpv_auc"]["value"] is not None:
         curve = {"HPV": roc_data(cases, summary["hpv_auc"])}
-        save_plot(folder / "roc.png", roc_figure(curve, "HPV status"), curve)
+        drawn["roc"] = (roc_figure(curve, "HPV status"), curve)
     if summary["dice"]["value"] is not None:
         groups = dice_groups(cases)
-        save_plot(folder / "dice.png", dice_figure(groups, "overlap with the true mask"), groups)
+        drawn["dice"] = (dice_figure(groups, "overlap with the true mask"), groups)
+    return drawn
 
 
 def roc_data(cases: pd.DataFrame, auc: Mapping[str, Any]) -> dict[str, Any]:

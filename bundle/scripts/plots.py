@@ -1,7 +1,7 @@
 """Statistical plots: Kaplan-Meier curves, calibration, ROC, Dice, training curves, intervals side by side.
 
 Each takes the plain data that stand in ``metrics.json`` or ``history.json`` and gives a figure of its own canvas;
-:func:`save_plot` writes the picture with the data it shows. What cannot be drawn is said inside the picture.
+:func:`save_plots` writes the pictures with the data they show. What cannot be drawn is said inside the picture.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ GREY = "#8a8a8a"
 GROUP_COLOURS = {"low": COLOURS[0], "intermediate": COLOURS[1], "high": COLOURS[2]}  # of the risk
 DAYS_PER_YEAR = 365.25
 DPI = 110
+Drawn = tuple[Figure | None, Any]  # a picture and the plain data that it shows, or None and the reason
+
 LEAST_AT_RISK = 10  # curves of fewer patients are steps of single patients: not shown
 LOSSES = {"loss": "loss", "seg": "segmentation loss", "hpv": "HPV loss", "surv": "survival loss"}
 VALIDATION = {"val_c_index": "C-index", "val_dice": "Dice", "val_balanced_accuracy": "HPV balanced accuracy"}
@@ -42,6 +44,53 @@ def save_plot(path: str | Path, figure: Figure, data: Any = None) -> None:
         figure.savefig(partial, format="png", dpi=DPI)
     if data is not None:
         write_text(path.with_suffix(".json"), json.dumps(data, indent=1, allow_nan=False))
+
+
+def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str, dict[str, str]]:
+    """Write the pictures of an evaluation, each with the data it shows; those of an earlier one do not stay.
+
+    Args:
+        folder: for ``<name>.png`` and ``<name>.json``.
+        drawn: by name.
+        data: what the pictures are of, in words.
+
+    Returns:
+        by name ``{"file": where it is, from the folder above}``, or ``{"reason": why there is none}``.
+    """
+    entries = {}
+    for name, (figure, content) in drawn.items():
+        path = folder / f"{name}.png"
+        for old in (path, path.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+        entries[name] = {"reason": content} if figure is None else {"file": f"{folder.name}/{path.name}"}
+        if figure is not None:
+            save_plot(path, figure, {"data": data, "content": content})
+    return entries
+
+
+def survival_figures(survival: Mapping[str, Any], no_groups: str) -> dict[str, Drawn]:
+    """Kaplan-Meier curves of the risk groups, and calibration at two years.
+
+    Args:
+        survival: as :func:`scripts.survival_metrics.survival_metrics` gives it, or ``{"reason": why there is none}``.
+        no_groups: why there are no risk groups, where it has none.
+
+    Returns:
+        ``kaplan_meier_median``, ``kaplan_meier_tertiles``, ``calibration_2y``.
+    """
+    drawn: dict[str, Drawn] = {}
+    why = survival.get("reason", no_groups)
+    for name in ("median", "tertiles"):
+        groups = survival.get("risk_groups", {}).get(name)
+        drawn[f"kaplan_meier_{name}"] = (
+            (kaplan_meier_figure(groups, f"cut at the {name}"), groups) if groups else (None, why)
+        )
+    calibration = survival.get("calibration_2y", {"groups": [], "difference": {}})
+    if any(group["value"] is not None for group in calibration["groups"]):
+        drawn["calibration_2y"] = (calibration_figure(calibration), calibration)
+    else:
+        drawn["calibration_2y"] = (None, calibration["difference"].get("reason", why))
+    return drawn
 
 
 def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
