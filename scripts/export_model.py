@@ -1,8 +1,9 @@
 """The trained model for other runtimes: TorchScript and ONNX, each compared with PyTorch before it is kept.
 
-``python scripts/export_model.py --out exports`` writes ``exports/head_neck_pet_ct_multitask.ts`` and ``.onnx`` from
-``bundle/models/model.pt`` (``pip install onnx onnxruntime`` for the latter). Both read ``image`` (B, 2, R, R, R)
-and ``clinical`` (B, F), as ``inference.json`` prepares them, and give all heads of all folds, float32:
+``python scripts/export_model.py --out exports`` writes ``exports/head_neck_pet_ct_multitask.ts`` and ``.onnx`` (with
+``_of_phantoms`` in the name where the weights are) from ``bundle/models/model.pt`` (``pip install onnx onnxruntime``
+for the latter). Both read ``image`` (B, 2, R, R, R) and ``clinical`` (B, F), as ``inference.json`` prepares them, and
+give all heads of all folds, float32:
 
     seg_prob (B, 1, R, R, R), hpv_prob (B,), log_hazard (B,)     means over the folds
     hpv_prob_folds, log_hazard_folds (B, K)                      of each fold
@@ -47,6 +48,7 @@ from scripts.ensemble import (  # noqa: E402
     SettingsMismatch,
     describe_model,
     load_weights,
+    name_of_release,
 )
 from scripts.files import written_whole  # noqa: E402
 
@@ -161,7 +163,7 @@ def export_model(
     prepared = comparison_cases(ensemble, Path(model), cases)
     for name in chosen:
         ending, write, open_file = FORMATS[name]
-        path = Path(out) / f"{NAME}{ending}"
+        path = Path(out) / f"{name_of_release(NAME, ensemble.provenance)}{ending}"
         with written_whole(path) as partial:
             write(AllHeads(ensemble).eval(), prepared[0], about(ensemble), partial)
             differences = [compare(case, open_file(partial)) for case in prepared]

@@ -5,6 +5,8 @@
     dist/head_neck_pet_ct_multitask/               what a pull request to the zoo holds
     dist/head_neck_pet_ct_multitask_v0.2.0.zip     the whole bundle: unzip it anywhere, its docs/README.md says the rest
 
+(``head_neck_pet_ct_multitask_of_phantoms_v0.2.0.zip`` where the weights are of phantoms.)
+
 Files over 25 MB are only in the zip; ``large_files.yml`` in the directory says where they are (``--large_files_url``)
 and what their sha256 is. Every check of ``check_bundle.py`` is passed before anything appears under its name. The same
 bundle gives the same zip, byte for byte.
@@ -38,6 +40,7 @@ from check_bundle import (  # noqa: E402
     LARGE_BYTES,
     LARGE_FILES,
     METADATA,
+    WEIGHTS,
     Bundle,
     large_files,
     package_versions,
@@ -45,6 +48,7 @@ from check_bundle import (  # noqa: E402
     stray_reason,
 )
 
+from scripts.ensemble import CheckpointError, name_of_release, saved_provenance  # noqa: E402
 from scripts.files import write_text, written_whole  # noqa: E402
 
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
@@ -78,7 +82,8 @@ def package_bundle(
         schema: file of the metadata's schema, as for check_bundle.py.
     """
     source, folder = Path(bundle).resolve(), Path(out).resolve()
-    target, archive = folder / NAME, folder / f"{NAME}_v{version}.zip"
+    released = name_of_release(NAME, saved_provenance(source / WEIGHTS, {}))
+    target, archive = folder / NAME, folder / f"{released}_v{version}.zip"
     for path in (target, archive):
         if path.exists():
             raise PackageError(f"{path} is there already: remove it or choose another --out")
@@ -248,5 +253,5 @@ def summary(target: Path, archive: Path, files: list[str], large: list[str]) -> 
 if __name__ == "__main__":
     try:
         fire.Fire(package_bundle)
-    except (PackageError, OSError) as error:
+    except (PackageError, CheckpointError, OSError) as error:
         sys.exit(f"package_bundle: {error}")

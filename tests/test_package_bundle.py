@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = json.loads((bundle / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": [32, 32, 32], "spacing_mm": 8.0}
     ensemble = empty_ensemble(settings)
-    ensemble.provenance = {"trained_on": "nothing: a test"}
+    ensemble.provenance = {"trained_on": "0 digital phantoms: a test"}
     save_weights(ensemble, bundle / "models" / "model.pt", half=True)
     change_metadata(bundle, version="9.8.7", changelog={"9.8.7": "a test"}, **installed_versions())
     format_ = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
@@ -77,7 +77,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- what is in it ------------------------------------------------------------------------------------------------
 def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Path) -> None:
-    assert sorted(path.name for path in package.iterdir()) == [NAME, f"{NAME}_v9.8.7.zip"]
+    assert sorted(path.name for path in package.iterdir()) == [NAME, f"{NAME}_of_phantoms_v9.8.7.zip"]
     root = package / NAME
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert {"LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "models/model.pt"} <= files
@@ -85,7 +85,7 @@ def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Pa
     assert not [name for name in files if name.startswith(("output", "data")) or "pycache" in name or "/." in name]
     for name in files:
         assert (root / name).read_bytes() == (source / name).read_bytes()
-    with zipfile.ZipFile(package / f"{NAME}_v9.8.7.zip") as archive:
+    with zipfile.ZipFile(package / f"{NAME}_of_phantoms_v9.8.7.zip") as archive:
         assert archive.namelist() == sorted(f"{NAME}/{name}" for name in files)
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
@@ -93,7 +93,7 @@ def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Pa
 def test_the_same_bundle_gives_the_same_zip(package: Path, source: Path, tmp_path: Path, quick: None) -> None:
     os.utime(source / "LICENSE", (1, 1))
     package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
-    name = f"{NAME}_v9.8.7.zip"
+    name = f"{NAME}_of_phantoms_v9.8.7.zip"
     assert (tmp_path / name).read_bytes() == (package / name).read_bytes()
 
 
@@ -108,7 +108,7 @@ def test_large_files_are_named_and_left_out_of_the_directory(source, tmp_path, m
     assert entry["path"] == "models/model.pt"
     assert entry["url"] == "https://example.org/x/model.pt"
     assert entry["hash_type"] == "sha256"
-    with zipfile.ZipFile(tmp_path / f"{NAME}_v9.8.7.zip") as archive:
+    with zipfile.ZipFile(tmp_path / f"{NAME}_of_phantoms_v9.8.7.zip") as archive:
         assert package_bundle.hashlib.sha256(archive.read(f"{NAME}/models/model.pt")).hexdigest() == entry["hash_val"]
         assert f"{NAME}/large_files.yml" not in archive.namelist()
 
@@ -185,7 +185,7 @@ def readme_command(bundle: Path, run: str, cohort: Path) -> list[str]:
 
 def test_unzipped_elsewhere_the_readmes_commands_train_and_predict(package: Path, tmp_path: Path) -> None:
     cohort = make_tiny_cohort(tmp_path / "cohort", patients=4)
-    with zipfile.ZipFile(package / f"{NAME}_v9.8.7.zip") as archive:
+    with zipfile.ZipFile(package / f"{NAME}_of_phantoms_v9.8.7.zip") as archive:
         archive.extractall(tmp_path)
     bundle = tmp_path / NAME
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}

@@ -41,6 +41,7 @@ __all__ = [
     "describe_model",
     "join_folds",
     "load_weights",
+    "name_of_release",
     "save_weights",
     "saved_provenance",
     "saved_settings",
@@ -390,6 +391,18 @@ def describe_model(ensemble: FoldEnsemble) -> str:
     trained_on = ensemble.provenance.get(TRAINED_ON)
     folds = "1 fold" if count == 1 else f"{count} folds"
     return f"model: {folds}, trained on {trained_on}" if trained_on else f"model: {folds}, trained on: not recorded"
+
+
+def name_of_release(name: str, provenance: Mapping[str, Any]) -> str:
+    """What to call a file that carries weights away from here: its name tells where they are of phantoms.
+
+    Example:
+        >>> name_of_release("model", {"trained_on": "300 digital phantoms, not for clinical use"})
+        'model_of_phantoms'
+        >>> name_of_release("model", {"trained_on": "672 cases"})
+        'model'
+    """
+    return f"{name}_of_phantoms" if "phantom" in str(provenance.get(TRAINED_ON)).lower() else name
 
 
 def record(ensemble: FoldEnsemble, **facts: Any) -> None:
