@@ -102,7 +102,9 @@ def test_a_clinical_value_contributes_what_leaving_it_out_changes() -> None:
 
 def test_no_clinical_values_at_all() -> None:
     network, (image, _) = ensemble(folds=1), patient()
+    network.provenance = {"trained_on": "2 digital phantoms"}
     found = explain_risk(network, image, None, None, GRID, STEPS)
+    assert found.to_dict()["trained_on"] == "2 digital phantoms"
     assert [contribution for _, _, contribution in found.clinical] == [0, 0, 0]
 
 

@@ -102,6 +102,23 @@ def test_mask_header_is_complete_and_the_file_reproducible(tmp_path):
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("notice", "kept"),
+    [
+        pytest.param("trained on 899 digital phantoms", "trained on 899 digital phantoms", id="short"),
+        pytest.param("x" * 79, "x" * 79, id="just_fits"),
+        pytest.param("x" * 80, "x" * 76 + "...", id="too_long"),
+        pytest.param("Universitätsspital", "Universit?tsspital", id="no_ascii"),
+    ],
+)
+def test_a_mask_says_in_its_header_what_it_is(tmp_path, notice, kept):
+    for name in ("a.nii.gz", "a.mha", "a.nrrd"):
+        write_mask(tmp_path / name, np.ones(SHAPE, dtype=np.uint8), np.eye(4), notice)
+    assert nib.load(tmp_path / "a.nii.gz").header["descrip"].item().decode() == kept
+    for name in ("a.mha", "a.nrrd"):
+        assert sitk.ReadImage(tmp_path / name).GetMetaData("Notice") == notice
+
+
 def test_mask_file_has_the_users_permissions(tmp_path):
     (tmp_path / "plain").touch()
     write_mask(tmp_path / "a.nii.gz", np.ones(SHAPE, dtype=np.uint8), np.eye(4))

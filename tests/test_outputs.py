@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_a_patient_has_a_mask_a_json_and_a_row(tmp_path: Path) -> None:
     assert written["files"] == {"mask": "CHUM-001__tumour.nii.gz"}
     mask, affine = read_image(tmp_path / "CHUM-001" / written["files"]["mask"])
     np.testing.assert_array_equal(mask, result()[K.PRED][0].numpy())
+    header = nib.load(tmp_path / "CHUM-001" / written["files"]["mask"]).header
+    assert header["descrip"].item().decode() == f"Research use; trained on {written['model']['trained_on']}"
     np.testing.assert_allclose(affine, AFFINE)
     (row,) = table(tmp_path)
     assert tuple(row) == COLUMNS

@@ -50,6 +50,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SETTINGS, PROVENANCE = "settings", "provenance"
+NOT_RECORDED = "not recorded"
 TRAINED_ON = "trained_on"  # in the provenance: what the training cases are, in words for every reader of an output
 EARLIER: Mapping[str, Any] = {"survival_inputs": ["deep"], "hpv_inputs": ["image"]}
 """What weights were trained with that are older than a setting, by its name."""

@@ -25,7 +25,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from scripts import keys
-from scripts.ensemble import FoldEnsemble
+from scripts.ensemble import NOT_RECORDED, TRAINED_ON, FoldEnsemble
 from scripts.files import write_text
 from scripts.geometry import Grid
 from scripts.networks import MultitaskNet
@@ -63,6 +63,7 @@ class Explanation:
         steps: points of the integration rule.
         folds: averaged.
         seconds: it took.
+        trained_on: what the model was trained on, in words.
     """
 
     patient_id: str
@@ -75,6 +76,7 @@ class Explanation:
     steps: int
     folds: int
     seconds: float
+    trained_on: str = NOT_RECORDED
 
     @property
     def smooth(self) -> np.ndarray:
@@ -108,6 +110,7 @@ class Explanation:
         return {
             "patient_id": self.patient_id,
             "notice": f"{keys.RESEARCH_USE_ONLY} Contributions to the computation of one model: no causes.",
+            "trained_on": self.trained_on,
             "target": "log hazard, mean over the folds",
             "method": (
                 f"Integrated gradients from {BASELINE}, {self.steps} points, {self.folds} "
@@ -265,6 +268,7 @@ def explain_risk(
         steps,
         folds,
         time.monotonic() - started,
+        str(network.provenance.get(TRAINED_ON) or NOT_RECORDED),
     )
 
 

@@ -24,6 +24,7 @@ except ImportError:
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd")
+NIFTI_LETTERS = 79  # of its description
 # World axes of ITK are LPS+, those of NIfTI RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -86,7 +87,7 @@ def read_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     return _three_dimensional(array, path), affine
 
 
-def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarray) -> None:
+def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarray, notice: str = "") -> None:
     """Write a label image so that a reader never meets half a file.
 
     The file is written under a temporary name in the same folder and then renamed. NIfTI carries the affine as sform
@@ -97,6 +98,8 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarra
         path: where to; the ending chooses the format (see :func:`read_image`), folders are made.
         mask: (X, Y, Z) integers between 0 and 255.
         affine: (4, 4) voxel index to world mm (RAS+).
+        notice: what whoever opens the file must know, for its header: ``descrip`` of NIfTI, which holds the first 79
+            letters, or ``Notice``.
 
     Raises:
         ValueError: when the ending is not known or the mask is not three-dimensional.
@@ -109,9 +112,9 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarra
         raise ValueError(f"{path}: a mask has three axes, got shape {mask.shape}")
     with written_whole(path) as partial:
         if suffix in NIFTI_SUFFIXES:
-            partial.write_bytes(_nifti_bytes(mask, affine, compress=suffix == ".nii.gz"))
+            partial.write_bytes(_nifti_bytes(mask, affine, notice, compress=suffix == ".nii.gz"))
         else:
-            _write_itk(str(partial), mask, affine)
+            _write_itk(str(partial), mask, affine, notice)
 
 
 def _read_nifti(path: str | os.PathLike[str], suffix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -149,11 +152,13 @@ def _scaled(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
     return scaled
 
 
-def _nifti_bytes(mask: np.ndarray, affine: np.ndarray, compress: bool) -> bytes:
+def _nifti_bytes(mask: np.ndarray, affine: np.ndarray, notice: str, compress: bool) -> bytes:
     image = nib.Nifti1Image(mask.astype(np.uint8, copy=False), affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)  # without the shears, which a qform cannot hold; readers prefer the sform
     image.header.set_xyzt_units("mm")
+    letters = notice.encode("ascii", "replace")
+    image.header["descrip"] = letters if len(letters) <= NIFTI_LETTERS else letters[: NIFTI_LETTERS - 3] + b"..."
     content = image.to_bytes()
     return gzip.compress(content, 1, mtime=0) if compress else content
 
@@ -177,7 +182,7 @@ def _read_itk(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     return (array.astype(np.float32) if array.dtype == np.float64 else array), LPS_TO_RAS @ affine
 
 
-def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray) -> None:
+def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray, notice: str) -> None:
     import SimpleITK as sitk  # noqa: N813
 
     lps = LPS_TO_RAS @ affine
@@ -186,6 +191,8 @@ def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
+    if notice:
+        image.SetMetaData("Notice", notice)
     sitk.WriteImage(image, path, useCompression=True)
 
 

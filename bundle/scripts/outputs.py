@@ -96,7 +96,10 @@ class PredictionWriter:
         if result.get(keys.PRED) is not None:
             files["mask"] = f"{patient}__tumour{mask_suffix(case.get(keys.CT))}"
             mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
-            write_mask(folder / files["mask"], mask, np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float))
+            affine = np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float)
+            write_mask(
+                folder / files["mask"], mask, affine, f"Research use; trained on {prediction['model']['trained_on']}"
+            )
         failed = []
         for name, product in self.products.items():
             try:

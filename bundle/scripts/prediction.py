@@ -21,7 +21,7 @@ import torch
 from monai.transforms import Transform
 
 from . import keys as K
-from .ensemble import PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, complete, read_facts
+from .ensemble import NOT_RECORDED, PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, complete, read_facts
 from .networks import MultitaskNet
 from .quality import (
     FLAG,
@@ -40,7 +40,6 @@ from .survival import DAYS_PER_YEAR, HORIZON_YEARS, Calibration, CalibrationErro
 SCHEMA_VERSION = "1"
 METADATA = Path(__file__).resolve().parents[1] / "configs" / "metadata.json"
 CURVE_POINTS = 120
-NOT_RECORDED = "not recorded"
 NO_STATISTICS = "the model file holds no statistics of its training cases' features"
 SINGLE_FOLD = (
     "the model file holds {what}: it is one fold as it was trained. scripts/ensemble_folds.py fits that and stores it "
