@@ -37,6 +37,7 @@ from experiment import (  # noqa: E402
     read_fold,
 )
 
+from scripts.case_metrics import balanced_accuracy  # noqa: E402
 from scripts.clinical import feature_named  # noqa: E402
 from scripts.ensemble import (  # noqa: E402
     EXTRA_STATE,
@@ -52,7 +53,7 @@ from scripts.ensemble import (  # noqa: E402
     read_state,
     save_weights,
 )
-from scripts.evaluation import balanced_accuracy, read_features  # noqa: E402
+from scripts.evaluation import read_features  # noqa: E402
 from scripts.quality_features import fit_feature_statistics  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
-from evaluate_folds import CASES_FILE, EVALUATION_FOLDER, HPV_COMPARED, METRICS_FILE  # noqa: E402
+from comparators import HPV_COMPARED  # noqa: E402
+from evaluate_folds import EVALUATION_FOLDER  # noqa: E402
+from evidence import CASES_FILE, METRICS_FILE  # noqa: E402
 from experiment import (  # noqa: E402
     FINISHED,
     TEST,
@@ -37,9 +39,9 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
+from scripts.case_metrics import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
 from scripts.clinical import feature_named  # noqa: E402
 from scripts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.evaluation import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
 from scripts.figures import save_case_figure  # noqa: E402
 from scripts.pages import Page, Words  # noqa: E402
 from scripts.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402

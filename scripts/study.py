@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
 
-from evaluate_folds import CASES_FILE  # noqa: E402
+from evidence import CASES_FILE  # noqa: E402
 from experiment import (  # noqa: E402
     DEEP,
     EVALUATE_CONFIG,

@@ -17,14 +17,15 @@ from study import BASE, VARIANTS, Study, check_run, run_name
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
 
+from comparators import clinical_hpv, clinical_risks  # noqa: E402
 from ensemble_folds import choose_hpv_threshold  # noqa: E402
-from evaluate_folds import clinical_hpv, clinical_risks, read_cases, read_run  # noqa: E402
+from evidence import read_cases, read_run  # noqa: E402
 from experiment import EXPERIMENT_FILE, ExperimentError, read_experiment  # noqa: E402
 
 from scripts import keys  # noqa: E402
 from scripts.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
+from scripts.case_metrics import HPV_THRESHOLD, MEASURES  # noqa: E402
 from scripts.cohort import load_cohort  # noqa: E402
-from scripts.evaluation import HPV_THRESHOLD, MEASURES  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 
 RUN_FILE = "run.json"

@@ -23,7 +23,7 @@ from experiment import (
 
 from conftest import COLUMNS, write_image
 from scripts import keys
-from scripts.evaluation import summarise
+from scripts.case_metrics import summarise
 
 CENTRES = {1: "CHUM", 2: "CHUP", 5: "MDA"}
 

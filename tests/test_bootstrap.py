@@ -10,7 +10,7 @@ import pytest
 from simulated_patients import cases, simulate
 
 from scripts.bootstrap import bootstrap_interval, paired_bootstrap
-from scripts.evaluation import c_index
+from scripts.case_metrics import c_index
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -207,7 +207,7 @@ def roc_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figu
 
     Args:
         curves: name to ``false_positive_rate`` and ``true_positive_rate`` (lists) and ``auc``, such as a figure of
-            :func:`scripts.evaluation.summarise`. Optionally ``point``: the false and the true positive rate at the
+            :func:`scripts.case_metrics.summarise`. Optionally ``point``: the false and the true positive rate at the
             threshold in use.
         title: above the picture.
     """

@@ -1,0 +1,186 @@
+"""What an experiment is held against: clinical values alone, another experiment, the phantoms' truth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bundle"))
+
+from compare_clinical import code_cohort, fill_missing, fit_cox  # noqa: E402
+from evidence import Run, on_one_scale  # noqa: E402
+from experiment import TRAINING  # noqa: E402
+
+from scripts import keys  # noqa: E402
+from scripts.bootstrap import paired_bootstrap  # noqa: E402
+from scripts.case_metrics import HPV_THRESHOLD, MEASURES, PAPER_MEASURES, summarise  # noqa: E402
+from scripts.cohort import Case, CohortError, load_cohort  # noqa: E402
+from scripts.survival import CalibrationError, FoldScale  # noqa: E402
+
+CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
+COMPARED = (*PAPER_MEASURES, "hpv_auc")
+HPV_COMPARED = ("hpv_auc", "balanced_accuracy")
+
+
+def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -> list[tuple[list[Case], list[Case]]]:
+    """Of each fold the network's training cases and those it held out, as far as they have a label.
+
+    Args:
+        run: whose folds.
+        known: flag of the label.
+        others: cases of another cohort, instead of those that each fold held out.
+
+    Raises:
+        CohortError: the cohort is gone or has changed, or no held-out case has the label.
+    """
+    settings = run.record["settings"]
+    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
+    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
+        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
+    found = []
+    for fold in run.folds:
+        split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
+        judged = split.part(run.record["held_out"]) if others is None else others
+        train, test = ([case for case in cases if case[known]] for cases in (split.part(TRAINING), judged))
+        if test:
+            found.append((train, test))
+    if not found:
+        what = "survival" if known == keys.SURV_KNOWN else "HPV status"
+        raise CohortError(f"no held-out case has known {what}")
+    return found
+
+
+def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
+    """Risks by a ridge Cox model of clinical values alone, fitted in each fold to the network's training patients.
+
+    Args:
+        run: whose folds.
+        others: cases of another cohort that get risks, instead of those that each fold held out.
+
+    Returns:
+        ``PatientID`` and ``clinical_risk``, normalised like the network's; a patient of several folds has the mean.
+
+    Raises:
+        CohortError: as :func:`clinical_parts`, or no model can be fitted.
+        CalibrationError: the model gives everybody the same.
+    """
+    features, tables = run.record["settings"]["clinical_features"], []
+    for parts in clinical_parts(run, keys.SURV_KNOWN, others):
+        train, test = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
+        fit = fit_cox(train, CLINICAL_PENALIZER)
+        risks = [fit.model.predict_log_partial_hazard(table[fit.used]).to_numpy() for table in (train, test)]
+        scale = FoldScale.of(risks[0])
+        tables.append(pd.DataFrame({"PatientID": test.index, "clinical_risk": (risks[1] - scale.centre) / scale.scale}))
+    return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_risk"].mean()
+
+
+def clinical_hpv(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
+    """HPV probabilities by a logistic regression of clinical values alone, fitted like :func:`clinical_risks`.
+
+    Both classes weigh alike, so that 0.5 is the threshold.
+
+    Returns:
+        ``PatientID`` and ``clinical_hpv``; a patient of several folds has the mean.
+
+    Raises:
+        CohortError: as :func:`clinical_parts`, or no model can be fitted.
+    """
+    features = [name for name in run.record["settings"]["clinical_features"] if name != "hpv"]
+    if not features:
+        raise CohortError("the network reads no clinical values")
+    tables = []
+    for parts in clinical_parts(run, keys.HPV_KNOWN, others):
+        coded = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
+        train, test = (table.drop(columns=[keys.TIME, keys.EVENT]) for table in coded)
+        status = [int(case[keys.HPV]) for case in parts[0]]
+        if len(set(status)) < 2:
+            raise CohortError(f"the {len(status)} training patients of a fold have one HPV status")
+        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced")).fit(train, status)
+        tables.append(pd.DataFrame({"PatientID": test.index, "clinical_hpv": model.predict_proba(test)[:, 1]}))
+    return pd.concat(tables).groupby("PatientID", as_index=False)["clinical_hpv"].mean()
+
+
+def add_clinical(
+    run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The cases with ``clinical_risk``, and the C-index of it beside the model's, or why there is none.
+
+    Args:
+        run: whose folds' training cases the clinical models are fitted to.
+        cases: held out by these folds, or of another cohort.
+        seed: of the bootstrap.
+        samples: its draws.
+        others: the other cohort's cases.
+    """
+    about = {"model": f"Cox, ridge {CLINICAL_PENALIZER:g}", "features": run.record["settings"]["clinical_features"]}
+    try:
+        cases = cases.merge(clinical_risks(run, others), on="PatientID", how="left", validate="one_to_one")
+    except (CohortError, CalibrationError, OSError) as error:
+        return cases, about | {"c_index": {"value": None, "reason": str(error).splitlines()[0], "patients": 0}}
+    known = cases.dropna(subset=["clinical_risk"])
+    clinical = known.assign(log_hazard=known["clinical_risk"])
+    about["c_index"] = summarise(clinical, seed, ("c_index",), samples=samples)["c_index"]
+    if "log_hazard" in cases:
+        about["model_minus_clinical"] = compare_tables(on_one_scale(known), clinical, seed, samples)
+    return cases, about
+
+
+def add_clinical_hpv(
+    run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The cases with ``clinical_hpv``, and its figures beside the model's, or why there are none.
+
+    Arguments are those of :func:`add_clinical`.
+    """
+    about: dict[str, Any] = {"model": "logistic regression, ridge 1, both classes alike"}
+    try:
+        cases = cases.merge(clinical_hpv(run, others), on="PatientID", how="left", validate="one_to_one")
+    except (CohortError, OSError) as error:
+        none = {"value": None, "reason": str(error).splitlines()[0], "patients": 0}
+        return cases, about | dict.fromkeys(HPV_COMPARED, none)
+    table = cases.dropna(subset=["clinical_hpv"])
+    table = table.assign(hpv_prob=table["clinical_hpv"], hpv_threshold=HPV_THRESHOLD)
+    about |= summarise(table, seed, HPV_COMPARED, samples=samples)
+    about["model_minus_clinical"] = {name: compare_tables(cases, table, seed, samples, name) for name in HPV_COMPARED}
+    return cases, about
+
+
+def compare_tables(
+    first: pd.DataFrame, second: pd.DataFrame, seed: int, samples: int, name: str = "c_index"
+) -> dict[str, Any]:
+    """Paired difference of one measure between two tables of cases, on the patients whom both know."""
+    measure = MEASURES[name]
+    if any(column not in table for table in (first, second) for column in measure.columns):
+        return {"value": None, "reason": "not a task of both models", "patients": 0}
+    columns = ["PatientID", *measure.columns, *(["hpv_threshold"] if "hpv" in measure.columns else [])]
+    tables = [table.reindex(columns=columns).dropna(subset=list(measure.columns)) for table in (first, second)]
+    common = set(tables[0]["PatientID"]) & set(tables[1]["PatientID"])
+    tables = [table[table["PatientID"].isin(common)].sort_values("PatientID") for table in tables]
+    left_out = len(set(first["PatientID"]) ^ set(second["PatientID"]))
+    result = paired_bootstrap(measure.statistic, tables[0], tables[1], samples=samples, seed=seed)
+    return result | ({"in_one_only": left_out} if left_out else {})
+
+
+def compare_runs(run: Run, other: Run, seed: int, samples: int) -> dict[str, Any]:
+    """This experiment less another, measure by measure, on the patients that both hold out."""
+    tables = on_one_scale(run.cases), on_one_scale(other.cases)
+    differences = {name: compare_tables(*tables, seed, samples, name) for name in COMPARED}
+    return {"other": str(other.folder), "other_command": other.record["command"], "differences": differences}
+
+
+def oracle(cases: pd.DataFrame, dataset_dir: str | Path, seed: int, samples: int) -> dict[str, Any] | None:
+    """C-index of the phantoms' true log hazard on these cases; None for a cohort that is not of phantoms."""
+    path = Path(dataset_dir) / "truth.csv"
+    if not path.is_file():
+        return None
+    truth = pd.read_csv(path, dtype={"PatientID": str})[["PatientID", "log_hazard"]]
+    cases = cases.drop(columns="log_hazard", errors="ignore").merge(truth, on="PatientID", how="left")
+    return summarise(cases, seed, ("c_index",), samples=samples)["c_index"]

@@ -1,0 +1,295 @@
+"""The held-out predictions of an experiment, brought to one scale and judged.
+
+No patient is judged with anything that was fitted to that patient: the network has not seen it, and the calibration,
+the cut points of risk groups and the HPV threshold come from the held-out predictions of the other folds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bundle"))
+
+from ensemble_folds import choose_hpv_threshold  # noqa: E402
+from experiment import (  # noqa: E402
+    FINISHED,
+    OUT_OF_FOLD_FILE,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    ExperimentError,
+    evaluation_folder,
+    read_experiment,
+)
+
+from scripts import keys  # noqa: E402
+from scripts.case_metrics import HPV_THRESHOLD, PAPER_MEASURES, summarise, too_few  # noqa: E402
+from scripts.survival import (  # noqa: E402
+    Calibration,
+    CalibrationError,
+    FoldScale,
+    Outcomes,
+    SurvivalFunction,
+    fit_calibration,
+    normalise_out_of_fold,
+)
+from scripts.survival_metrics import FigureUnavailableError, survival_metrics  # noqa: E402
+
+METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
+SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
+NO_CALIBRATION = "there are no held-out cases of another fold to calibrate on"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The held-out predictions of an experiment, one row a patient.
+
+    Attributes:
+        folder: of the experiment.
+        record: its ``experiment.json``.
+        cases: columns of the bundle's ``cases.csv``, ``fold``, ``risk`` (the normalised log hazard; where survival is
+            a task) and ``hpv_threshold`` (where HPV is).
+        reference: the same of other cases than those judged, for the ablation, whose test cases are judged by what
+            its validation cases tell; None where the folds do that for each other.
+        calibrations: fold to the calibration by other cases, or why there is none.
+        normalisation: how log hazards were brought to one scale, in words.
+        notes: what a reader must know.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    cases: pd.DataFrame
+    reference: pd.DataFrame | None
+    calibrations: dict[int, Calibration | str] = field(default_factory=dict)
+    normalisation: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folds(self) -> list[int]:
+        """Folds that have cases of their own."""
+        return sorted(fold for fold in self.cases["fold"].unique().tolist() if fold != SHARED)
+
+    def others(self, fold: int) -> pd.DataFrame:
+        """Cases that what is fitted for the cases of ``fold`` may look at."""
+        return self.cases[self.cases["fold"] != fold] if self.reference is None else self.reference
+
+    def name(self, fold: int) -> str:
+        """What to call a fold: its centre where one is left out."""
+        return str(self.record["folds"].get(str(fold), {}).get("centre", f"fold {fold}"))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read an experiment, bring its log hazards to one scale, and fit for each fold what the others tell.
+
+    Raises:
+        ExperimentError: it is none, or no fold is finished.
+    """
+    folder = Path(folder)
+    record = read_experiment(folder)
+    path = folder / OUT_OF_FOLD_FILE
+    if not path.is_file():
+        raise ExperimentError(f"no fold of {folder} is finished: go on with it by `{record['command']}`")
+    tables = {"cases": read_cases(path)}
+    if record["held_out"] == TEST:
+        folds = tables["cases"]["fold"].unique()
+        parts = [read_cases(evaluation_folder(folder, fold, VALIDATION) / CASES_FILE) for fold in folds]
+        tables["reference"] = pd.concat([part.assign(fold=fold) for part, fold in zip(parts, folds, strict=True)])
+    notes: list[str] = []
+    unfinished = [fold for fold, outcome in record["folds"].items() if outcome["status"] != FINISHED]
+    if unfinished:
+        notes.append(f"fold {', '.join(unfinished)} of {record['num_folds']} is not finished and counts nowhere")
+    scales, normalisation = fold_scales(folder, tables["cases"])
+    tables = {name: merge_shared(add_risk(table, scales), notes) for name, table in tables.items()}
+    run = Run(folder, record, tables["cases"], tables.get("reference"), {}, normalisation, notes)
+    for fold in run.cases["fold"].unique().tolist():
+        run.calibrations[fold] = calibrate(run, fold)
+        if "hpv_prob" in run.cases:
+            run.cases.loc[run.cases["fold"] == fold, "hpv_threshold"] = hpv_threshold(run, fold)
+    return run
+
+
+def read_cases(path: Path) -> pd.DataFrame:
+    """A table of cases as the bundle writes it.
+
+    Raises:
+        ExperimentError: there is none, or it lacks the columns that name a patient and an outcome.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"no table of cases at {path}: it is written by the bundle's `evaluating`")
+    table = pd.read_csv(path, dtype={"PatientID": str, keys.CENTRE: str})
+    missing = [name for name in ("PatientID", keys.CENTRE, keys.TIME, keys.EVENT, keys.HPV) if name not in table]
+    if missing:
+        raise ExperimentError(f"{path} has no column {', '.join(missing)}: is it a cases.csv of `evaluating`?")
+    return table
+
+
+def fold_scales(folder: Path, cases: pd.DataFrame) -> tuple[dict[int, FoldScale], str]:
+    """Where the log hazards of each fold lie, and in words by which patients.
+
+    By the fold's training cases where ``evaluation_training/cases.csv`` is there, else by its held-out ones.
+    """
+    if "log_hazard" not in cases:
+        return {}, "survival is not a task of this model"
+    scales, by_held_out = {}, []
+    for fold, rows in cases.groupby("fold"):
+        path = evaluation_folder(folder, fold, TRAINING) / CASES_FILE
+        known = read_cases(path) if path.is_file() else rows
+        by_held_out += [] if path.is_file() else [str(fold)]
+        scales[fold] = FoldScale.of(known["log_hazard"])
+    how = "log hazards less the mean, divided by the standard deviation, of the fold's network on its training cases"
+    if by_held_out:
+        how += f" (fold {', '.join(by_held_out)}: on the held-out cases themselves, no others being predicted)"
+    return scales, how
+
+
+def add_risk(cases: pd.DataFrame, scales: Mapping[int, FoldScale]) -> pd.DataFrame:
+    """The table with ``risk``, its normalised log hazards."""
+    if "log_hazard" not in cases:
+        return cases
+    folds = sorted(scales)
+    numbers = cases["fold"].map({fold: number for number, fold in enumerate(folds)})
+    return cases.assign(risk=normalise_out_of_fold(cases["log_hazard"], numbers, [scales[fold] for fold in folds]))
+
+
+def merge_shared(cases: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """One row a patient: of those whom several folds predict the mean, as fold :data:`SHARED`."""
+    repeated = cases["PatientID"].duplicated(keep=False)
+    if not repeated.any():
+        return cases.reset_index(drop=True)
+    groups = cases[repeated].groupby("PatientID", sort=True)
+    how = {name: "mean" if pd.api.types.is_numeric_dtype(cases[name]) else "first" for name in cases.columns[1:]}
+    merged = groups.agg(how).reset_index().assign(fold=SHARED)
+    notes.append(f"{len(merged)} patients are predicted by several folds, none trained on them: they count once (mean)")
+    return pd.concat([cases[~repeated], merged], ignore_index=True)
+
+
+def outcomes_of(cases: pd.DataFrame) -> Outcomes:
+    """What became of the cases whose survival is known."""
+    known = cases.dropna(subset=[keys.TIME])
+    return Outcomes(known[keys.TIME].to_numpy(), known[keys.EVENT].to_numpy())
+
+
+def calibrate(run: Run, fold: int) -> Calibration | str:
+    """The calibration of the cases of one fold by others, or why there is none."""
+    others = run.others(fold).dropna(subset=[keys.TIME])
+    if "risk" not in others:
+        return "survival is not a task of this model"
+    if not len(others):
+        return NO_CALIBRATION
+    try:
+        return fit_calibration(others["risk"], others[keys.TIME], others[keys.EVENT])
+    except CalibrationError as error:
+        return str(error)
+
+
+def hpv_threshold(run: Run, fold: int) -> float:
+    """The HPV threshold for the cases of one fold, chosen on others; 0.5, with a note, where there is no choice."""
+    chosen = choose_hpv_threshold(run.others(fold))
+    if chosen["value"] is None:
+        where = "patients of all folds" if fold == SHARED else run.name(fold)
+        run.notes.append(f"HPV threshold of {where} is {HPV_THRESHOLD}: {chosen['reason']}")
+        return HPV_THRESHOLD
+    return float(chosen["value"])
+
+
+def survival_of(cases: pd.DataFrame, calibrations: Mapping[int, Calibration | str]) -> SurvivalFunction:
+    """Survival of each case by the calibration of its fold, as :func:`survival_metrics` takes it.
+
+    Where a fold has none the figures say why.
+    """
+    risk, folds = cases["risk"].to_numpy(), cases["fold"].to_numpy()
+
+    def survival(days: np.ndarray) -> np.ndarray:
+        result = np.empty((len(risk), len(days)))
+        for fold in np.unique(folds):
+            calibration = calibrations[fold]
+            if isinstance(calibration, str):
+                raise FigureUnavailableError(f"no absolute risk: {calibration}")
+            result[folds == fold] = calibration.survival(risk[folds == fold], days)
+        return result
+
+    return survival
+
+
+def cuts_of(cases: pd.DataFrame, calibrations: Mapping[int, Calibration | str]) -> dict[str, list[float]]:
+    """Where to cut risk groups: the cut points by the other folds, averaged over the cases; empty without any."""
+    found = [calibrations[fold] for fold in cases["fold"]]
+    fitted = [calibration for calibration in found if isinstance(calibration, Calibration)]
+    if not fitted or len(fitted) < len(found):
+        return {}
+    names = fitted[0].cut_points
+    return {name: np.mean([item.cut_points[name] for item in fitted], axis=0).tolist() for name in names}
+
+
+def judge(
+    run: Run,
+    cases: pd.DataFrame,
+    train: pd.DataFrame,
+    seed: int,
+    samples: int,
+    least: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Every figure of some of the cases.
+
+    Args:
+        run: of the experiment.
+        cases: rows of its cases.
+        train: cases whose follow-up weights the survival figures.
+        seed: of the bootstrap.
+        samples: its draws.
+        least: counts below which no figure is given, such as :data:`scripts.case_metrics.SMALL_GROUP`.
+
+    Returns:
+        ``metrics`` by :func:`scripts.case_metrics.summarise`, ``survival`` by
+        :func:`scripts.survival_metrics.survival_metrics` or ``{"reason": why not}``.
+    """
+    metrics = summarise(on_one_scale(cases), seed, least=least, samples=samples)
+    report: dict[str, Any] = {"cases": len(cases), "metrics": metrics}
+    if reason := why_no_survival(cases, train, least):
+        return report | {"survival": {"reason": reason}}
+    known = cases.dropna(subset=[keys.TIME])
+    return report | {
+        "survival": survival_metrics(
+            outcomes_of(train),
+            outcomes_of(known),
+            known["risk"],
+            survival=survival_of(known, run.calibrations),
+            cuts=cuts_of(known, run.calibrations),
+            seed=seed,
+            samples=samples,
+        )
+    }
+
+
+def why_no_survival(cases: pd.DataFrame, train: pd.DataFrame, least: Mapping[str, int] | None) -> str:
+    """Why nothing can be said about the survival of these cases; empty where something can."""
+    if "log_hazard" not in cases:
+        return "survival is not a task of this model"
+    known = cases.dropna(subset=[keys.TIME])
+    if not len(known) or not train[keys.TIME].notna().any():
+        return "no case with known survival"
+    return too_few({"patients": len(known), "events": int(known[keys.EVENT].sum())}, least)
+
+
+def on_one_scale(cases: pd.DataFrame) -> pd.DataFrame:
+    """The table with the normalised log hazard in place of the fold's own."""
+    return cases.assign(log_hazard=cases["risk"]) if "risk" in cases else cases
+
+
+def fold_means(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the folds of the paper's metrics, as the paper gives them."""
+    means = {}
+    for name in PAPER_MEASURES:
+        values = [fold["metrics"][name]["value"] for fold in folds.values()]
+        found = [value for value in values if value is not None]
+        means[name] = {"folds": len(found), "mean": float(np.mean(found)) if found else None}
+        means[name]["standard_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+    return means

@@ -1,0 +1,104 @@
+"""Another cohort, judged by the ensemble of an experiment's folds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bundle"))
+
+from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle  # noqa: E402
+from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
+from ensemble_folds import choose_hpv_threshold, finished_folds, out_of_fold  # noqa: E402
+from evidence import METRICS_FILE, Run, outcomes_of, read_cases, why_no_survival  # noqa: E402
+from experiment import ExperimentError  # noqa: E402
+
+from scripts import keys  # noqa: E402
+from scripts.case_metrics import HPV_THRESHOLD, SMALL_GROUP, centre_groups, summarise  # noqa: E402
+from scripts.cohort import load_cohort  # noqa: E402
+from scripts.evaluation import case_figures  # noqa: E402
+from scripts.plots import save_plots, survival_figures  # noqa: E402
+from scripts.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
+
+
+def read_external(run: Run, path: Path) -> pd.DataFrame:
+    """Cases of another cohort, as the bundle's ``evaluating`` wrote them with the ensemble, with its HPV threshold.
+
+    Raises:
+        ExperimentError: patients of the experiment are among them, or there is no such table.
+    """
+    cases = read_cases(path)
+    seen = sorted(set(cases["PatientID"]) & set(run.cases["PatientID"]))
+    if seen:
+        raise ExperimentError(
+            f"{path} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
+        )
+    if "hpv_prob" in cases:
+        train = run.cases if run.reference is None else run.reference
+        chosen = choose_hpv_threshold(train)["value"] if "hpv_prob" in train else None
+        cases["hpv_threshold"] = HPV_THRESHOLD if chosen is None else chosen
+    return cases
+
+
+def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int) -> dict[str, Any]:
+    """Every figure of another cohort, of all its cases and of each centre, and ``figures``, what could be drawn.
+
+    ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
+    common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
+
+    Args:
+        run: the experiment.
+        path: ``cases.csv`` of the other cohort.
+        figures: folder for the pictures.
+        seed: of the bootstrap.
+        samples: its draws.
+
+    Raises:
+        ExperimentError: as :func:`read_external`, or the table is not of this ensemble.
+    """
+    cases = read_external(run, path)
+    folds = finished_folds(run.folder, run.record, allow_missing=True)
+    stored = calibrate_ensemble(run.folder, folds, out_of_fold(run.folder, folds))
+    train = run.cases if run.reference is None else run.reference
+
+    def judge_group(group: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
+        metrics = summarise(group, seed, least=least, samples=samples)
+        report: dict[str, Any] = {"cases": len(group), "metrics": metrics}
+        if reason := why_no_survival(group, train, least):
+            return report | {"survival": {"reason": reason}}
+        known = group.dropna(subset=[keys.TIME])
+        needed, outcomes = ensemble_survival(known, stored), (outcomes_of(train), outcomes_of(known))
+        return report | {"survival": survival_metrics(*outcomes, **needed, seed=seed, samples=samples)}
+
+    try:
+        report = {"table": str(path), **judge_group(cases)}
+        report["centres"] = {centre: judge_group(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
+    except ValueError as error:
+        raise ExperimentError(f"{path}: {error}") from error
+    report |= compare_external(run, cases, path, seed, samples)
+    drawn = case_figures(cases, report["metrics"]) | survival_figures(report["survival"], stored.get("reason", ""))
+    report["figures"] = save_plots(figures, drawn, str(path))
+    return report
+
+
+def compare_external(run: Run, cases: pd.DataFrame, path: Path, seed: int, samples: int) -> dict[str, Any]:
+    """What clinical values alone tell of another cohort, and the phantoms' truth, as far as the cohort can be read.
+
+    Its folder is named in the ``metrics.json`` beside the table ``path``.
+    """
+    try:
+        place = json.loads((path.parent / METRICS_FILE).read_text(encoding="utf-8"))["dataset_dir"]
+        others = load_cohort(place, None, run.record["settings"]["clinical_features"]).cases
+    except (OSError, KeyError, ValueError) as error:  # CohortError is a ValueError
+        why = f"the cohort of {path} cannot be read: {str(error).splitlines()[0]}"
+        none = {"value": None, "reason": why, "patients": 0}
+        return {"clinical_only": {"c_index": none, "hpv": dict.fromkeys(HPV_COMPARED, none)}, "oracle": None}
+    _, clinical = add_clinical(run, cases, seed, samples, others)
+    _, clinical["hpv"] = add_clinical_hpv(run, cases, seed, samples, others)
+    return {"dataset_dir": place, "clinical_only": clinical, "oracle": oracle(cases, place, seed, samples)}

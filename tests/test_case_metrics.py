@@ -1,0 +1,157 @@
+"""Figures of a table of cases and their intervals, against scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from case_table import table
+from sklearn import metrics as oracle
+from sklearn.metrics import balanced_accuracy_score
+
+from scripts import keys
+from scripts.case_metrics import (
+    SMALL_GROUP,
+    aggregated_dice,
+    average_precision,
+    balanced_accuracy,
+    centre_groups,
+    confusion,
+    format_summary,
+    roc_auc,
+    roc_curve,
+    summarise,
+    too_few,
+)
+
+
+def test_balanced_accuracy_against_scikit_learn() -> None:
+    cases = table()
+    expected = balanced_accuracy_score(cases["hpv"], cases["hpv_prob"] > 0.5)
+    assert balanced_accuracy(cases) == pytest.approx(expected)
+
+
+def test_summary_has_counts_and_intervals() -> None:
+    cases = table()
+    cases.loc[:9, ["time", "event"]] = math.nan
+    cases.loc[10:19, "hpv"] = math.nan
+    summary = summarise(cases, samples=100)
+    assert summary["c_index"]["patients"] == 50
+    assert summary["c_index"]["events"] == int(cases["event"].sum())
+    assert summary["balanced_accuracy"]["patients"] == 50
+    for row in summary.values():
+        assert row["low"] < row["value"] < row["high"]
+    assert "50 patients" in format_summary(summary)
+
+
+@pytest.mark.parametrize(
+    ("change", "metric", "reason"),
+    [
+        pytest.param({"event": 0.0}, "c_index", "no comparable pair (0 events)", id="no_events"),
+        pytest.param({"time": math.nan}, "c_index", "no labelled case", id="no_survival"),
+        pytest.param({"hpv": 1.0}, "balanced_accuracy", "one class only", id="one_class"),
+        pytest.param({"dice": math.nan}, "dice", "no labelled case", id="no_masks"),
+        pytest.param({"true_nodes": 0, "found_nodes": 0}, "node_sensitivity", "no node in any mask", id="no_nodes"),
+    ],
+)
+def test_a_figure_that_cannot_be_had_says_why(change, metric, reason) -> None:
+    row = summarise(table().assign(**change), measures=(metric,), samples=50)[metric]
+    assert row["value"] is None
+    assert row["reason"] == reason
+
+
+def test_a_task_the_model_lacks_says_so() -> None:
+    assert (
+        summarise(table().drop(columns="hpv_prob"), samples=50)["balanced_accuracy"]["reason"]
+        == "not a task of this model"
+    )
+
+
+def test_nodes_of_cases_judged_before_they_were_counted() -> None:
+    earlier = table().drop(columns=["true_nodes", "found_nodes"])
+    row = summarise(earlier, measures=("node_sensitivity",), samples=20)["node_sensitivity"]
+    assert (row["value"], row["reason"]) == (None, "not counted by the version that judged these cases")
+
+
+@pytest.mark.parametrize("ties", [pytest.param(False, id="distinct"), pytest.param(True, id="ties")])
+def test_rank_measures_against_scikit_learn(ties) -> None:
+    cases = table(80)
+    if ties:
+        cases["hpv_prob"] = cases["hpv_prob"].round(1)
+    truth, prob = cases["hpv"], cases["hpv_prob"]
+    assert roc_auc(cases) == pytest.approx(oracle.roc_auc_score(truth, prob))
+    assert average_precision(cases) == pytest.approx(oracle.average_precision_score(truth, prob))
+    curve, expected = roc_curve(cases), oracle.roc_curve(truth, prob, drop_intermediate=False)
+    for column, values in zip(("false_positive_rate", "true_positive_rate", "threshold"), expected, strict=True):
+        np.testing.assert_allclose(curve[column], values)
+
+
+def test_confusion_against_scikit_learn_and_by_the_threshold_of_the_row() -> None:
+    cases = table(80)
+    negative, false, missed, positive = oracle.confusion_matrix(cases["hpv"], cases["hpv_prob"] > 0.5).ravel()
+    found = confusion(cases)
+    assert list(found.values()) == [positive, missed, negative, false]
+    limits = np.where(np.arange(80) % 2, 0.2, 0.7)
+    called = cases["hpv_prob"] > limits
+    by_row = cases.assign(hpv_threshold=limits)
+    assert balanced_accuracy(by_row) == pytest.approx(balanced_accuracy_score(cases["hpv"], called))
+    row = summarise(by_row, measures=("balanced_accuracy",), samples=20)["balanced_accuracy"]
+    assert row["thresholds"] == [0.2, 0.7]
+    assert sum(row["confusion"].values()) == 80
+
+
+@pytest.mark.parametrize("measure", [roc_auc, average_precision, balanced_accuracy])
+def test_one_class_has_no_rank(measure) -> None:
+    assert math.isnan(measure(table(10).assign(hpv=1.0)))
+    with pytest.raises(ValueError, match="one class only"):
+        roc_curve(table(10).assign(hpv=1.0))
+
+
+def test_aggregated_dice_is_that_of_all_voxels_together() -> None:
+    rng = np.random.default_rng(0)
+    masks = rng.random((5, 2, 8, 8, 8)) < np.array([0.02, 0.1, 0.3, 0.5, 0.9])[:, None, None, None, None]
+    rows = []
+    for predicted, true in masks:
+        both, volumes = (predicted & true).sum(), (predicted.sum(), true.sum())
+        rows.append(
+            {"dice": 2 * both / sum(volumes), "volume_ml": volumes[0] * 0.064, "true_volume_ml": volumes[1] * 0.064}
+        )
+    predicted, true = masks[:, 0], masks[:, 1]
+    expected = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
+    assert aggregated_dice(pd.DataFrame(rows)) == pytest.approx(expected)
+
+
+def test_missed_cases_are_counted_beside_the_surface_distance() -> None:
+    cases = table(20)
+    cases.loc[:4, "surface_distance_mm"] = math.inf
+    row = summarise(cases, measures=("surface_distance_mm",), samples=20)["surface_distance_mm"]
+    assert (row["patients"], row["missed"]) == (20, 5)
+    assert row["value"] == pytest.approx(cases["surface_distance_mm"][5:].median())
+    all_missed = summarise(cases.assign(surface_distance_mm=math.inf), measures=("surface_distance_mm",))
+    assert all_missed["surface_distance_mm"]["reason"] == "20 of 20 are missed"
+
+
+def test_small_groups_have_counts_and_a_reason() -> None:
+    groups = dict(centre_groups(table()))
+    assert list(groups) == ["MDA", "USZ"] and not centre_groups(table().drop(columns=keys.CENTRE))
+    assert summarise(groups["MDA"], least=SMALL_GROUP)["c_index"]["value"] is not None
+    for name, row in summarise(groups["USZ"], least=SMALL_GROUP, samples=20).items():
+        assert row["value"] is None, name
+        assert row["reason"].startswith("too few: 8 patients of at least 10"), name
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        pytest.param({"patients": 10, "events": 5}, "", id="enough"),
+        pytest.param({"patients": 10}, "", id="not_asked_for"),
+        pytest.param(
+            {"patients": 9, "events": 4}, "too few: 9 patients of at least 10, 4 events of at least 5", id="two"
+        ),
+    ],
+)
+def test_too_few(counts, reason) -> None:
+    assert too_few(counts, SMALL_GROUP) == reason
+    assert too_few(counts, None) == ""

@@ -1,0 +1,122 @@
+"""Held-out predictions on one scale: nothing is judged by what was fitted to it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import evidence
+import pandas as pd
+import pytest
+from ensemble_folds import choose_hpv_threshold
+from experiment import ExperimentError, evaluation_folder
+from synthetic_run import make_cohort, make_run
+
+from scripts.survival import Calibration, fit_calibration
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def run(cohort, tmp_path_factory) -> Path:
+    """Three folds."""
+    return make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """The experiment to be spoilt."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_calibration_cuts_and_thresholds_come_from_the_other_folds(run):
+    judged = evidence.read_run(run)
+    for fold in range(3):
+        others = judged.cases[(judged.cases["fold"] != fold) & judged.cases["time"].notna()]
+        expected = fit_calibration(others["risk"], others["time"], others["event"])
+        assert judged.calibrations[fold] == expected
+        threshold = judged.cases.loc[judged.cases["fold"] == fold, "hpv_threshold"].unique()
+        chosen = choose_hpv_threshold(judged.cases[judged.cases["fold"] != fold])["value"]
+        assert threshold == [chosen]
+
+
+def test_without_training_predictions_the_scale_is_of_the_held_out_cases_and_says_so(copy):
+    shutil.rmtree(evaluation_folder(copy, 2, "training"))
+    judged = evidence.read_run(copy)
+    risk = judged.cases.loc[judged.cases["fold"] == 2, "risk"]
+    assert risk.mean() == pytest.approx(0)
+    assert "fold 2: on the held-out cases themselves" in judged.normalisation
+
+
+def test_full_label_cases_of_every_fold_count_once(cohort, tmp_path):
+    folder = make_run(tmp_path / "full", cohort, "full", num_folds=3)
+    judged = evidence.read_run(folder)
+    table = pd.read_csv(folder / "out_of_fold.csv")
+    repeated = table["PatientID"].value_counts()
+    assert (judged.cases["PatientID"].value_counts() == 1).all()
+    assert set(judged.cases.loc[judged.cases["fold"] == evidence.SHARED, "PatientID"]) == set(
+        repeated[repeated > 1].index
+    )
+    assert judged.folds == [0, 1, 2]
+    assert "are predicted by several folds" in judged.notes[0]
+    assert isinstance(judged.calibrations[evidence.SHARED], Calibration)
+
+
+def test_a_centre_left_out_names_its_fold(cohort, tmp_path):
+    folder = make_run(tmp_path / "centres", cohort, "leave_one_centre_out")
+    judged = evidence.read_run(folder)
+    assert [judged.name(fold) for fold in judged.folds] == ["CHUM", "CHUP", "MDA"]
+
+
+def test_few_events_leave_the_probabilities_out(copy):
+    path = copy / "out_of_fold.csv"
+    table = pd.read_csv(path)
+    table.loc[table.index[table["event"].eq(1)][6:], "event"] = 0
+    table.to_csv(path, index=False)
+    judged = evidence.read_run(copy)
+    report = evidence.judge(judged, judged.cases, judged.cases, 0, SAMPLES)
+    assert "no absolute risk" in report["survival"]["brier_skill"]["reason"]
+    assert report["survival"]["risk_groups"] == {}
+    assert math.isfinite(report["metrics"]["c_index"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(lambda run: (run / "experiment.json").unlink(), "make an experiment with", id="no_experiment"),
+        pytest.param(lambda run: (run / "out_of_fold.csv").unlink(), "no fold of .* is finished", id="no_fold"),
+        pytest.param(
+            lambda run: pd.read_csv(run / "out_of_fold.csv").drop(columns="hpv").to_csv(run / "out_of_fold.csv"),
+            "has no column hpv",
+            id="no_column",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(copy, spoil, message):
+    spoil(copy)
+    with pytest.raises(ExperimentError, match=message):
+        evidence.read_run(copy)
+
+
+def test_the_same_log_hazard_for_all_cannot_be_brought_to_a_scale(copy):
+    path = evaluation_folder(copy, 0, "training") / "cases.csv"
+    pd.read_csv(path).assign(log_hazard=1.0).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="the same log hazard"):
+        evidence.read_run(copy)
+
+
+def test_one_fold_has_nobody_to_be_calibrated_on(copy):
+    table = pd.read_csv(copy / "out_of_fold.csv")
+    table[table["fold"] == 0].to_csv(copy / "out_of_fold.csv", index=False)
+    judged = evidence.read_run(copy)
+    assert judged.calibrations == {0: evidence.NO_CALIBRATION}
+    report = evidence.judge(judged, judged.cases, judged.cases, 0, SAMPLES)
+    assert "to calibrate on" in report["survival"]["integrated_brier"]["reason"]
+    assert judged.cases["hpv_threshold"].unique() == [0.5]
+    assert "HPV threshold of fold 0 is 0.5" in judged.notes[0]

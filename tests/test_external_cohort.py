@@ -1,0 +1,77 @@
+"""Another cohort is judged by what the ensemble carries, and by nothing of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from comparators import clinical_risks
+from evidence import read_run
+from experiment import ExperimentError
+from external_cohort import judge_external
+from synthetic_run import external_table, make_cohort, make_run
+
+from scripts.case_metrics import c_index
+from scripts.cohort import load_cohort
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def run(cohort, tmp_path_factory) -> Path:
+    """Three folds."""
+    return make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
+
+
+def test_an_external_cohort_is_judged_with_the_calibration_of_the_ensemble(run, tmp_path):
+    judged = read_run(run)
+    report = judge_external(judged, external_table(run, tmp_path), tmp_path / "figures_external", 0, SAMPLES)
+    assert report["metrics"]["c_index"]["patients"] == 80
+    assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
+    assert report["survival"]["uno_c_index"]["value"] is not None
+    assert report["survival"]["brier_skill"]["value"] > 0
+    assert abs(report["survival"]["calibration_2y"]["difference"]["value"]) < 0.2
+    assert set(report["survival"]["risk_groups"]) == {"median", "tertiles"}
+    assert len(report["metrics"]["balanced_accuracy"]["thresholds"]) == 1
+    assert report["centres"]["MDA"]["survival"]["c_index"]["value"] > 0.6
+    assert "too few" in report["centres"]["CHUP"]["survival"]["reason"]
+    assert {entry.get("file") for entry in report["figures"].values()} == {
+        f"figures_external/{name}.png"
+        for name in ("roc", "dice", "kaplan_meier_median", "kaplan_meier_tertiles", "calibration_2y")
+    }
+    assert all((tmp_path / entry["file"]).is_file() for entry in report["figures"].values())
+    assert "cannot be read" in report["clinical_only"]["c_index"]["reason"]
+
+
+def test_an_external_cohort_is_judged_beside_what_clinical_values_alone_tell(run, tmp_path):
+    """The clinical models are fitted to the experiment's patients and applied to the others."""
+    others = make_cohort(tmp_path / "others", seed=5, first=500)
+    judged = read_run(run)
+    report = judge_external(judged, external_table(run, tmp_path, cohort=others), tmp_path / "figures", 0, SAMPLES)
+    clinical = report["clinical_only"]
+    table = pd.read_csv(tmp_path / "cases.csv").merge(
+        clinical_risks(judged, load_cohort(others).cases), on="PatientID", validate="one_to_one"
+    )
+    expected = c_index(table.assign(log_hazard=table["clinical_risk"]).dropna(subset=["time"]))
+    assert clinical["c_index"]["value"] == pytest.approx(expected)
+    assert clinical["model_minus_clinical"]["patients"] == clinical["c_index"]["patients"] == 80
+    assert clinical["hpv"]["model_minus_clinical"]["hpv_auc"]["value"] is not None
+    assert report["oracle"]["patients"] == 80
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda run, folder: run / "out_of_fold.csv", "is no external cohort: 90 patients", id="its_own"),
+        pytest.param(lambda run, folder: external_table(run, folder, 2), "no column log_hazard_fold_2", id="two_folds"),
+    ],
+)
+def test_what_is_no_external_cohort_of_the_ensemble_is_refused(run, tmp_path, make, message):
+    with pytest.raises(ExperimentError, match=message):
+        judge_external(read_run(run), make(run, tmp_path), tmp_path / "figures", 0, SAMPLES)
