@@ -40,7 +40,9 @@ def figures() -> dict:
 
 
 def texts(figure: Figure) -> str:
-    return "\n".join(item.get_text() for panel in figure.axes for item in [*panel.texts, *legend_texts(panel)])
+    items = [item for panel in figure.axes for item in [*panel.texts, *legend_texts(panel)]]
+    titles = [panel.get_title(loc) for panel in figure.axes for loc in ("left", "center", "right")]
+    return "\n".join([*titles, *(item.get_text() for item in items)])
 
 
 def legend_texts(panel) -> list:

@@ -121,10 +121,11 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
                 markersize=5,
             )
     end = _last_year(groups)
-    panel.set(xlim=(0, end * 1.02), ylim=(0, 1.03), ylabel="recurrence-free survival", title=title)
+    panel.set(xlim=(0, end * 1.02), ylim=(0, 1.03), ylabel="recurrence-free survival")
+    panel.set_title(title, loc="left")
+    panel.set_title(_log_rank_text(groups["log_rank"]), loc="right", fontsize=9)
     panel.set_xlabel(f"years (while {LEAST_AT_RISK} patients are followed)" if end > 1 else "years")
     panel.legend(title="predicted risk", loc="lower left", frameon=False, fontsize=9)
-    panel.text(0.98, 0.97, _log_rank_text(groups["log_rank"]), transform=panel.transAxes, ha="right", va="top")
     _at_risk_table(table, groups, end)
     return figure
 
