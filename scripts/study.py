@@ -109,6 +109,9 @@ VARIANTS = {
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
     "table1": Variant("paper.json on top, the split and the 100 epochs of the paper's Table 1", TABLE_1, PAPER),
+    "table1_stop": Variant(
+        "the same, gradient through the map stopped", {**TABLE_1, "mask_gradient": "stop"}, PAPER, "table1"
+    ),
     "table1_surv": Variant("the same, survival alone", {**TABLE_1, "tasks": ["surv"]}, PAPER, "table1"),
     "table1_seg_surv": Variant(
         "the same, segmentation and survival", {**TABLE_1, "tasks": ["seg", "surv"]}, PAPER, "table1"
