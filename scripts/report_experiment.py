@@ -359,14 +359,15 @@ def write_tables(page: Page, experiments: Sequence[Experiment]) -> None:
 def write_ablation(page: Page, experiments: Sequence[Experiment]) -> None:
     """Two rows a set of tasks: the validation cases and the test cases, and how the epoch was chosen."""
     rows: list[list[object]] = []
-    for item in sorted(experiments, key=lambda item: len(item.record["tasks"])):
+    ordered = sorted(experiments, key=lambda item: len(item.record["tasks"]))
+    for item, title in zip(ordered, told_apart(ordered, [item.tasks for item in ordered]), strict=True):
         parts = {
             VALIDATION: item.record["folds"]["0"]["metrics"][VALIDATION],
             TEST: item.report["pooled"]["metrics"],
         }
         for part, metrics in parts.items():
             cells = [value_cell(metrics[name]) for name in PAPER_MEASURES]
-            rows.append([item.tasks if part == VALIDATION else "", Words(part), *cells])
+            rows.append([title if part == VALIDATION else "", Words(part), *cells])
     record = experiments[0].record
     cases = ", ".join(f"{record['folds']['0']['cases'][part]['cases']} {part}" for part in (VALIDATION, TEST))
     chosen = "the last epoch counts"
@@ -380,23 +381,30 @@ def write_ablation(page: Page, experiments: Sequence[Experiment]) -> None:
     )
 
 
+def told_apart(experiments: Sequence[Experiment], titles: Sequence[str]) -> list[str]:
+    """The titles, with the folder's name where several are alike."""
+    names = [item.folder.resolve().name for item in experiments]
+    return [f"{t} ({name})" if titles.count(t) > 1 else t for t, name in zip(titles, names, strict=True)]
+
+
 def write_protocols(page: Page, experiments: Sequence[Experiment]) -> None:
     """The paper's metrics by fold, their mean and all cases pooled; three rows an experiment."""
     most = max(len(item.report["folds"]) for item in experiments)
     rows: list[list[object]] = []
-    for item in experiments:
+    titles = told_apart(experiments, [f"{item.record['protocol']}: {item.tasks}" for item in experiments])
+    for item, title in zip(experiments, titles, strict=True):
         for name in PAPER_MEASURES:
             values = [fold["metrics"][name]["value"] for fold in item.report["folds"].values()]
             cells = ["-" if value is None else f"{value:.3f}" for value in values] + [""] * (most - len(values))
             mean = item.report["fold_mean"][name]
             spread = "" if mean["standard_deviation"] is None else f" ± {mean['standard_deviation']:.3f}"
             average = "-" if mean["mean"] is None else f"{mean['mean']:.3f}{spread}"
-            label = f"{item.record['protocol']}: {item.tasks}" if name == PAPER_MEASURES[0] else ""
+            label = title if name == PAPER_MEASURES[0] else ""
             rows.append(
                 [label, MEASURES[name].title, *cells, average, value_cell(item.report["pooled"]["metrics"][name])]
             )
-    titles = ["protocol: tasks", "figure", *(f"fold {k}" for k in range(most)), "mean ± sd", "pooled [95 % interval]"]
-    page.table(titles, rows, "Validation cases of each fold, mean over folds as in the paper, and all pooled.")
+    heads = ["protocol: tasks", "figure", *(f"fold {k}" for k in range(most)), "mean ± sd", "pooled [95 % interval]"]
+    page.table(heads, rows, "Validation cases of each fold, mean over folds as in the paper, and all pooled.")
 
 
 def write_left_out(page: Page, experiments: Sequence[Experiment]) -> None:

@@ -96,6 +96,16 @@ def test_the_papers_tables_are_rebuilt(runs, page) -> None:
     assert "CHUM" in page[page.index("Each centre left out") :]
 
 
+def test_experiments_of_the_same_tasks_are_told_apart(runs, tmp_path) -> None:
+    again = shutil.copytree(runs["all"], tmp_path / "again")
+    tool.report_experiment(str(runs["surv"]), f"{runs['all']},{again}", str(tmp_path / "page.html"), predict=False)
+    table = text_of(tmp_path / "page.html")
+    table = table[table.index("Table 1") : table.index("Table 2")]
+    assert "segmentation, HPV, survival (all) validation" in table
+    assert "segmentation, HPV, survival (again) validation" in table
+    assert "survival validation" in table, "the only one of its tasks needs no name"
+
+
 def test_centres_have_survival_figures_or_the_reason(runs, page) -> None:
     centres = json.loads((runs["partial"] / "evaluation" / "metrics.json").read_text())["centres"]
     part = page[page.index("By centre") : page.index("Example cases")]
