@@ -5,7 +5,8 @@
     runs/NAME/evaluation/metrics.json   every figure with its interval, its counts, or why there is none
     runs/NAME/evaluation/cases.csv      a row a patient, with normalised risk, survival and HPV threshold
     runs/NAME/evaluation/figures/       plots (PNG), each with the data it shows (JSON)
-    runs/NAME/evaluation/figures_external/  the same of the other cohort, where one is given
+    runs/NAME/evaluation/figures_external/  the same of another cohort, where one is given
+    runs/NAME/evaluation/external/      the folds' ensemble and what it predicts of that cohort
 
 No patient is judged with anything that was fitted to that patient: the network has not seen it, and the calibration,
 the cut points of risk groups and the HPV threshold come from the held-out predictions of the other folds.
@@ -39,11 +40,12 @@ from evidence import (  # noqa: E402
     survival_of,
 )
 from experiment import ExperimentError, fold_folder  # noqa: E402
-from external_cohort import judge_external  # noqa: E402
+from external_cohort import judge_external, predict_external  # noqa: E402
 
 from scripts.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
 from scripts.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary  # noqa: E402
 from scripts.cohort import CohortError  # noqa: E402
+from scripts.ensemble import CheckpointError, SettingsMismatch  # noqa: E402
 from scripts.evaluation import case_figures, roc_data  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 from scripts.plots import (  # noqa: E402
@@ -57,7 +59,8 @@ from scripts.plots import (  # noqa: E402
 from scripts.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups  # noqa: E402
 from scripts.survival_metrics import FigureUnavailableError  # noqa: E402
 
-EVALUATION_FOLDER, FIGURES_FOLDER, EXTERNAL_FOLDER = "evaluation", "figures", "figures_external"
+EVALUATION_FOLDER, FIGURES_FOLDER = "evaluation", "figures"
+EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"
 CLINICAL_ONLY = "clinical values alone"
 
 
@@ -143,7 +146,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
     lines += ["pooled out-of-fold", *told(report["pooled"]["metrics"], report)]
     if "external" in report:
         external = report["external"]
-        lines += [f"external, {external['cases']} cases of {external['table']}", *told(external["metrics"], external)]
+        lines += [f"external, {external['cases']} cases: {external['data']}", *told(external["metrics"], external)]
     differences = {}
     for name, row in report.get("comparison", {}).get("differences", {}).items():
         differences[f"{MEASURES[name].title} less that of {report['comparison']['other']}"] = row
@@ -183,7 +186,8 @@ def evaluate_folds(
     Args:
         run: folder of the experiment, as ``train_folds.py`` wrote it.
         compare: folder of another experiment, for paired differences on the same patients.
-        external: ``cases.csv`` that the bundle's ``evaluating`` wrote of another cohort with the ensemble.
+        external: folder of another cohort, which the folds together are then to predict; or ``cases.csv`` that the
+            bundle's ``evaluating`` wrote of it with their ensemble.
         seed: of the bootstrap.
         samples: its draws.
     """
@@ -209,7 +213,9 @@ def evaluate_folds(
     if compare:
         report["comparison"] = compare_runs(judged, read_run(compare), seed, samples)
     if external:
-        report["external"] = judge_external(judged, Path(external), folder / EXTERNAL_FOLDER, seed, samples)
+        path = Path(external)
+        table = predict_external(judged, path, folder / EXTERNAL_FOLDER) if path.is_dir() else path
+        report["external"] = judge_external(judged, table, folder / EXTERNAL_FIGURES_FOLDER, seed, samples)
     report["figures"] = write_figures(judged, report, folder / FIGURES_FOLDER)
     write_text(folder / CASES_FILE, case_table(judged, cases).to_csv(index=False))
     write_text(folder / METRICS_FILE, json.dumps(report, indent=1, allow_nan=False))
@@ -219,5 +225,5 @@ def evaluate_folds(
 if __name__ == "__main__":
     try:
         fire.Fire(evaluate_folds)
-    except (ExperimentError, CohortError, CalibrationError, OSError) as error:
+    except (ExperimentError, CohortError, CalibrationError, CheckpointError, SettingsMismatch, OSError) as error:
         sys.exit(f"evaluate_folds: {error}")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
 
 from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle  # noqa: E402
 from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
-from ensemble_folds import choose_hpv_threshold, finished_folds, out_of_fold  # noqa: E402
-from evidence import METRICS_FILE, Run, outcomes_of, read_cases, why_no_survival  # noqa: E402
-from experiment import ExperimentError  # noqa: E402
+from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold  # noqa: E402
+from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, why_no_survival  # noqa: E402
+from experiment import ExperimentError, bundle_command  # noqa: E402
 
 from scripts import keys  # noqa: E402
 from scripts.case_metrics import HPV_THRESHOLD, SMALL_GROUP, centre_groups, summarise  # noqa: E402
@@ -27,6 +29,39 @@ from scripts.plots import save_plots, survival_figures  # noqa: E402
 from scripts.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
 
 
+def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
+    """Join the folds and let the bundle's ``evaluating`` predict every case of another cohort.
+
+    Args:
+        run: whose folds.
+        dataset_dir: folder of the other cohort, in one of HECKTOR's layouts.
+        folder: receives ``models/model.pt`` and ``evaluation_all/``.
+
+    Returns:
+        The table of its cases.
+
+    Raises:
+        ExperimentError: the cohort cannot be read or shares patients with the experiment's, or the command failed.
+    """
+    refuse_if_shared(run, [case[keys.PATIENT_ID] for case in load_cohort(dataset_dir).cases], dataset_dir)
+    model = folder / "models" / "model.pt"
+    ensemble_folds(str(run.folder), out=str(model), allow_missing=True)
+    options = {"dataset_dir": str(dataset_dir.resolve()), "output_dir": str(folder.resolve())}
+    options |= {"ckpt_dir": str(model.parent.resolve()), "evaluate_on": "all"}
+    code = subprocess.run(bundle_command("evaluating", list(run.record["configs"]), options), cwd=BUNDLE).returncode
+    if code:
+        raise ExperimentError(f"evaluating {dataset_dir} ended with exit code {code}: the lines above say why")
+    return folder / "evaluation_all" / CASES_FILE
+
+
+def refuse_if_shared(run: Run, patients: Sequence[str], place: Path) -> None:
+    """Raise ExperimentError where patients of another cohort are of the experiment too."""
+    if seen := sorted(set(patients) & set(run.cases["PatientID"])):
+        raise ExperimentError(
+            f"{place} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
+        )
+
+
 def read_external(run: Run, path: Path) -> pd.DataFrame:
     """Cases of another cohort, as the bundle's ``evaluating`` wrote them with the ensemble, with its HPV threshold.
 
@@ -34,11 +69,7 @@ def read_external(run: Run, path: Path) -> pd.DataFrame:
         ExperimentError: patients of the experiment are among them, or there is no such table.
     """
     cases = read_cases(path)
-    seen = sorted(set(cases["PatientID"]) & set(run.cases["PatientID"]))
-    if seen:
-        raise ExperimentError(
-            f"{path} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
-        )
+    refuse_if_shared(run, cases["PatientID"].tolist(), path)
     if "hpv_prob" in cases:
         train = run.cases if run.reference is None else run.reference
         chosen = choose_hpv_threshold(train)["value"] if "hpv_prob" in train else None
@@ -94,11 +125,13 @@ def compare_external(run: Run, cases: pd.DataFrame, path: Path, seed: int, sampl
     """
     try:
         place = json.loads((path.parent / METRICS_FILE).read_text(encoding="utf-8"))["dataset_dir"]
-        others = load_cohort(place, None, run.record["settings"]["clinical_features"]).cases
+        cohort = load_cohort(place, None, run.record["settings"]["clinical_features"])
     except (OSError, KeyError, ValueError) as error:  # CohortError is a ValueError
         why = f"the cohort of {path} cannot be read: {str(error).splitlines()[0]}"
         none = {"value": None, "reason": why, "patients": 0}
-        return {"clinical_only": {"c_index": none, "hpv": dict.fromkeys(HPV_COMPARED, none)}, "oracle": None}
-    _, clinical = add_clinical(run, cases, seed, samples, others)
-    _, clinical["hpv"] = add_clinical_hpv(run, cases, seed, samples, others)
-    return {"dataset_dir": place, "clinical_only": clinical, "oracle": oracle(cases, place, seed, samples)}
+        clinical = {"c_index": none, "hpv": dict.fromkeys(HPV_COMPARED, none)}
+        return {"data": f"{path}, a cohort that cannot be read", "clinical_only": clinical, "oracle": None}
+    _, clinical = add_clinical(run, cases, seed, samples, cohort.cases)
+    _, clinical["hpv"] = add_clinical_hpv(run, cases, seed, samples, cohort.cases)
+    about = {"data": f"{Path(place).name}: {cohort.statement()}", "dataset_dir": place}
+    return about | {"clinical_only": clinical, "oracle": oracle(cases, place, seed, samples)}

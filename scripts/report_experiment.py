@@ -555,7 +555,7 @@ def write_external(page: Page, main: Experiment, external: Mapping[str, Any]) ->
     """The ensemble on another cohort."""
     page.heading("Another cohort")
     page.paragraph(
-        f"All folds together on {external['cases']} cases of {external['table']}, none of whom is in the experiment. "
+        f"All folds together on {external['cases']} cases, none of them in the experiment. Data: {external['data']}. "
         "HPV threshold, calibration and cut points are those that the ensemble carries."
     )
     survival = external["survival"]

@@ -32,11 +32,14 @@ def write_image(path: Path, array: np.ndarray, spacing: float) -> None:
     nibabel.save(nibabel.Nifti1Image(array, np.diag([spacing, spacing, spacing, 1.0])), path)
 
 
-def make_tiny_cohort(folder: Path, patients: int = 6) -> Path:
-    """Cohort of blocks: a body with an airway, a warm brain at its top, a hot tumour; labels missing here and there."""
+def make_tiny_cohort(folder: Path, patients: int = 6, first: int = 1) -> Path:
+    """Cohort of blocks: a body with an airway, a warm brain at its top, a hot tumour; labels missing here and there.
+
+    Patients are numbered from ``first``.
+    """
     rows = []
     for k in range(patients):
-        patient = f"CHUM-{k + 1:03d}"
+        patient = f"CHUM-{first + k:03d}"
         rng = np.random.default_rng(k)
         ct = np.full((28, 28, 32), -1000, dtype=np.int16)
         ct[6:22, 6:22, :28] = 40 + rng.integers(-20, 20, (16, 16, 28))

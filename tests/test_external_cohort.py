@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from comparators import clinical_risks
+from evaluate_folds import evaluate_folds
 from evidence import read_run
-from experiment import ExperimentError
-from external_cohort import judge_external
+from experiment import ExperimentError, evaluation_folder
+from external_cohort import judge_external, predict_external
 from synthetic_run import external_table, make_cohort, make_run
 
+from conftest import make_tiny_cohort
 from scripts.case_metrics import c_index
 from scripts.cohort import load_cohort
+from scripts.evaluation import write_features
 
 SAMPLES = 40
 
@@ -75,3 +81,24 @@ def test_an_external_cohort_is_judged_beside_what_clinical_values_alone_tell(run
 def test_what_is_no_external_cohort_of_the_ensemble_is_refused(run, tmp_path, make, message):
     with pytest.raises(ExperimentError, match=message):
         judge_external(read_run(run), make(run, tmp_path), tmp_path / "figures", 0, SAMPLES)
+
+
+def test_a_folder_is_predicted_by_the_folds_together(trained, tiny_cohort, tmp_path) -> None:
+    """Two folds that the bundle has trained, and a cohort that neither has seen."""
+    run = make_run(tmp_path / "run", tiny_cohort, roi_size=[32, 32, 32], spacing_mm=8.0, num_folds=2)
+    for fold in range(2):
+        shutil.copytree(trained / "models", run / f"fold_{fold}" / "models", dirs_exist_ok=True)
+        training = evaluation_folder(run, fold, "training")
+        patients = pd.read_csv(training / "cases.csv")["PatientID"]
+        write_features(training, patients, np.random.default_rng(fold).normal(size=(len(patients), 1, 68)))
+    others = make_tiny_cohort(tmp_path / "others", patients=4, first=11)
+    evaluate_folds(str(run), external=str(others), samples=SAMPLES)
+    report = json.loads((run / "evaluation" / "metrics.json").read_text())["external"]
+    assert report["cases"] == 4
+    assert report["dataset_dir"] == str(others)
+    assert report["data"].startswith("others: 4 cases")
+    table = pd.read_csv(run / "evaluation" / "external" / "evaluation_all" / "cases.csv")
+    assert {"log_hazard_fold_0", "log_hazard_fold_1"} <= set(table)
+    with pytest.raises(ExperimentError, match=f"{tiny_cohort} is no external cohort: 6 patients"):
+        predict_external(read_run(run), tiny_cohort, tmp_path / "model")
+    assert not (tmp_path / "model").exists(), "nothing is joined or predicted for it"
