@@ -191,6 +191,9 @@ def evaluate_folds(
         seed: of the bootstrap.
         samples: its draws.
     """
+    other = Path(external or ".").expanduser()
+    if not other.exists():
+        raise ExperimentError(f"--external {external}: there is no such folder or table")
     judged = read_run(run)
     folder = judged.folder / EVALUATION_FOLDER
     cases, clinical = add_clinical(judged, judged.cases, seed, samples)
@@ -213,8 +216,7 @@ def evaluate_folds(
     if compare:
         report["comparison"] = compare_runs(judged, read_run(compare), seed, samples)
     if external:
-        path = Path(external)
-        table = predict_external(judged, path, folder / EXTERNAL_FOLDER) if path.is_dir() else path
+        table = predict_external(judged, other, folder / EXTERNAL_FOLDER) if other.is_dir() else other
         report["external"] = judge_external(judged, table, folder / EXTERNAL_FIGURES_FOLDER, seed, samples)
     report["figures"] = write_figures(judged, report, folder / FIGURES_FOLDER)
     write_text(folder / CASES_FILE, case_table(judged, cases).to_csv(index=False))

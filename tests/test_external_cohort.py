@@ -102,3 +102,9 @@ def test_a_folder_is_predicted_by_the_folds_together(trained, tiny_cohort, tmp_p
     with pytest.raises(ExperimentError, match=f"{tiny_cohort} is no external cohort: 6 patients"):
         predict_external(read_run(run), tiny_cohort, tmp_path / "model")
     assert not (tmp_path / "model").exists(), "nothing is joined or predicted for it"
+
+
+def test_another_cohort_that_is_not_there_is_refused_before_anything_is_judged(run) -> None:
+    with pytest.raises(ExperimentError, match="--external nowhere: there is no such folder or table"):
+        evaluate_folds(str(run), external="nowhere")
+    assert not (run / "evaluation").exists()
