@@ -75,6 +75,7 @@ GLOSSARY = [
         "95 % interval by bootstrap over patients, networks held fixed. Intervals that overlap widely are no "
         "difference.",
     ),
+    ("(120, 30)", "Behind a figure: 120 patients, 30 of them with a relapse or, for HPV, with a positive status."),
     ("out-of-fold", "Predicted by the network that was trained without that patient."),
 ]
 PICTURES = {
@@ -92,7 +93,8 @@ SHOWN_SETTINGS = (
     *("epochs", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
     *("mask_gradient", "task_weights", "cox_ties", "cox_memory", "event_fraction", "seed"),
 )
-CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed less predicted survival, 2 years")
+CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed less predicted, 2 years")
+COUNTED = ("patients", "events", "positive")
 NO_TASK = "-"
 
 
@@ -211,27 +213,31 @@ def write_head(page: Page, main: Experiment) -> None:
 def comparator_rows(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[Any]]:
     """What clinical values alone tell of the same cases, the paired differences, and the phantoms' truth."""
     clinical = report["clinical_only"]
-    model = f"{clinical['model']} fitted to the folds' training cases" if "model" in clinical else ""
-    rows: list[list[Any]] = [["C-index of clinical values alone", value_cell(clinical["c_index"]), Words(model)]]
+    rows: list[list[Any]] = [comparator_row("C-index of clinical values alone", clinical["c_index"], clinical)]
     if "model_minus_clinical" in clinical:
-        rows.append(["C-index, network less clinical values", *difference_cells(clinical["model_minus_clinical"])])
+        rows.append(difference_row("C-index, network less clinical values", clinical["model_minus_clinical"]))
     if metrics["hpv_auc"]["value"] is not None:
         hpv = clinical["hpv"]
         for name in HPV_COMPARED:
             title = MEASURES[name].title
-            rows.append([f"{title} of clinical values alone", value_cell(hpv[name]), Words(hpv.get("model", ""))])
+            rows.append(comparator_row(f"{title} of clinical values alone", hpv[name], hpv))
             if "model_minus_clinical" in hpv:
-                cells = difference_cells(hpv["model_minus_clinical"][name])
-                rows.append([f"{title}, network less clinical values", *cells])
+                rows.append(difference_row(f"{title}, network less clinical values", hpv["model_minus_clinical"][name]))
     if report["oracle"]:
-        truth = Words("the risk that the phantoms were made with: no model can do better but by luck")
-        rows.append(["C-index of the phantoms' true risk", value_cell(report["oracle"]), truth])
+        truth = "the risk that the phantoms were made with: no model can do better but by luck"
+        rows.append(comparator_row("C-index of the phantoms' true risk", report["oracle"], {"model": truth}))
     return rows
 
 
-def difference_cells(row: Mapping[str, Any]) -> list[Any]:
-    """A paired difference with its interval, and its p value."""
-    return [value_cell(row), Words(f"p {row['p']:.3f}, paired" if row["value"] is not None else "")]
+def comparator_row(title: str, row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Any]:
+    """A figure with its counts and the ``model`` that it is of."""
+    return [title, value_cell(row), Words("; ".join(filter(None, [counts_cell(row), about.get("model")])))]
+
+
+def difference_row(title: str, row: Mapping[str, Any]) -> list[Any]:
+    """A paired difference with its interval, its counts and its p value."""
+    p = f"paired, p {row['p']:.3f}" if row["value"] is not None else ""
+    return [title, value_cell(row), Words("; ".join(filter(None, [counts_cell(row), p])))]
 
 
 def write_data(page: Page, main: Experiment) -> Cohort | None:
@@ -366,7 +372,7 @@ def write_ablation(page: Page, experiments: Sequence[Experiment]) -> None:
             TEST: item.report["pooled"]["metrics"],
         }
         for part, metrics in parts.items():
-            cells = [value_cell(metrics[name]) for name in PAPER_MEASURES]
+            cells = [counted_cell(metrics[name]) for name in PAPER_MEASURES]
             rows.append([title if part == VALIDATION else "", Words(part), *cells])
     record = experiments[0].record
     cases = ", ".join(f"{record['folds']['0']['cases'][part]['cases']} {part}" for part in (VALIDATION, TEST))
@@ -401,7 +407,7 @@ def write_protocols(page: Page, experiments: Sequence[Experiment]) -> None:
             average = "-" if mean["mean"] is None else f"{mean['mean']:.3f}{spread}"
             label = title if name == PAPER_MEASURES[0] else ""
             rows.append(
-                [label, MEASURES[name].title, *cells, average, value_cell(item.report["pooled"]["metrics"][name])]
+                [label, MEASURES[name].title, *cells, average, counted_cell(item.report["pooled"]["metrics"][name])]
             )
     heads = ["protocol: tasks", "figure", *(f"fold {k}" for k in range(most)), "mean ± sd", "pooled [95 % interval]"]
     page.table(heads, rows, "Validation cases of each fold, mean over folds as in the paper, and all pooled.")
@@ -411,7 +417,7 @@ def write_left_out(page: Page, experiments: Sequence[Experiment]) -> None:
     """The paper's metrics on each centre by the network trained on the others."""
     for item in experiments:
         rows = [
-            [name, fold["cases"], *(value_cell(fold["metrics"][measure]) for measure in PAPER_MEASURES)]
+            [name, fold["cases"], *(counted_cell(fold["metrics"][measure]) for measure in PAPER_MEASURES)]
             for name, fold in item.report["folds"].items()
         ]
         titles = ["centre left out", "cases", *(MEASURES[name].title for name in PAPER_MEASURES)]
@@ -514,20 +520,33 @@ def write_segmentation(page: Page, main: Experiment) -> None:
     )
 
 
+def counted_cell(row: Mapping[str, Any]) -> str:
+    """``0.712 [0.65, 0.77] (120, 30)``: a figure with the numbers of :data:`COUNTED`, or the reason for none."""
+    if row["value"] is None:
+        return value_cell(row)
+    return f"{value_cell(row)} ({', '.join(str(row[name]) for name in COUNTED if name in row)})"
+
+
 def write_centres(page: Page, centres: Mapping[str, Mapping[str, Any]], caption: str) -> None:
-    """The paper's metrics by centre, and beside them what else can be said about survival."""
+    """The paper's metrics by centre, then what else can be said about survival."""
+    rows = [
+        [centre, judged["cases"], *(counted_cell(judged["metrics"][name]) for name in PAPER_MEASURES)]
+        for centre, judged in centres.items()
+    ]
+    titles = ["centre", "cases", *(MEASURES[name].title for name in PAPER_MEASURES)]
+    page.table(titles, rows, caption)
+    if not any("about" in judged["survival"] for judged in centres.values()):
+        return
     rows = []
     for centre, judged in centres.items():
         survival = judged["survival"]
-        cells = [value_cell(judged["metrics"][name]) for name in PAPER_MEASURES]
         if "about" in survival:
-            others = [survival[name] for name in ("uno_c_index", "auc_2y", "brier_skill")]
-            cells += [value_cell(figure) for figure in (*others, survival["calibration_2y"]["difference"])]
+            figures = [survival[name] for name in ("uno_c_index", "auc_2y", "brier_skill")]
+            cells = [value_cell(figure) for figure in (*figures, survival["calibration_2y"]["difference"])]
+            rows.append([centre, f"{survival['about']['patients']}, {survival['about']['events']}", *cells])
         else:
-            cells += [Words(f"none: {survival['reason']}"), *[""] * (len(CENTRE_SURVIVAL) - 1)]
-        rows.append([centre, judged["cases"], *cells])
-    titles = ["centre", "cases", *(MEASURES[name].title for name in PAPER_MEASURES), *CENTRE_SURVIVAL]
-    page.table(titles, rows, caption)
+            rows.append([centre, "", Words(f"none: {survival['reason']}"), *[""] * (len(CENTRE_SURVIVAL) - 1)])
+    page.table(["centre", "patients, relapses", *CENTRE_SURVIVAL], rows, "Survival by centre.")
 
 
 def write_comparisons(page: Page, main: Experiment) -> None:

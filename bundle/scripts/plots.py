@@ -125,7 +125,7 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
     panel.set_title(title, loc="left")
     panel.set_title(_log_rank_text(groups["log_rank"]), loc="right", fontsize=9)
     panel.set_xlabel(f"years (while {LEAST_AT_RISK} patients are followed)" if end > 1 else "years")
-    panel.legend(title="predicted risk", loc="lower left", frameon=False, fontsize=9)
+    panel.legend(title="predicted risk", loc="lower left", framealpha=0.75, edgecolor="none", fontsize=9)
     _at_risk_table(table, groups, end)
     return figure
 
