@@ -120,7 +120,10 @@ def add_clinical(
         samples: its draws.
         others: the other cohort's cases.
     """
-    about = {"model": f"Cox, ridge {CLINICAL_PENALIZER:g}", "features": run.record["settings"]["clinical_features"]}
+    about = {
+        "model": f"Cox, ridge {CLINICAL_PENALIZER:g}, on the same folds",
+        "features": run.record["settings"]["clinical_features"],
+    }
     try:
         cases = cases.merge(clinical_risks(run, others), on="PatientID", how="left", validate="one_to_one")
     except (CohortError, CalibrationError, OSError) as error:
@@ -140,7 +143,7 @@ def add_clinical_hpv(
 
     Arguments are those of :func:`add_clinical`.
     """
-    about: dict[str, Any] = {"model": "logistic regression, ridge 1, both classes alike"}
+    about: dict[str, Any] = {"model": "logistic regression, ridge 1, both classes alike, on the same folds"}
     try:
         cases = cases.merge(clinical_hpv(run, others), on="PatientID", how="left", validate="one_to_one")
     except (CohortError, OSError) as error:
