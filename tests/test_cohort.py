@@ -603,6 +603,14 @@ def test_inference_without_a_table(tmp_path):
     assert (case[keys.CLINICAL_FOUND], case[keys.SEG_KNOWN], case[keys.PROBLEM]) == (True, False, "")
 
 
+def test_a_mask_beside_the_scans_has_no_part_in_a_prediction(tmp_path):
+    """Neither is it read, nor can quality control refuse the patient for it."""
+    add_scans(tmp_path, "CHUM-001", "ct pet mask")
+    (case,) = cohort.inference_cases(tmp_path)
+    assert (case[keys.MASK], case[keys.SEG_KNOWN], case[keys.PROBLEM]) == (None, False, "")
+    assert cohort.load_cohort(tmp_path).cases[0][keys.MASK] is not None
+
+
 def test_inference_needs_a_readable_table(tmp_path):
     root = nested(tmp_path)
     add_table(root, [",1,61,1,,,,,,100,1,1"])

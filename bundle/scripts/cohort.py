@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scripts import clinical, keys
@@ -405,7 +405,9 @@ def cases_to_predict(
     problems = patient_problems(tables)
     cases = []
     for key in patients:
-        case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
+        found = scans.get(key)
+        found = found and replace(found, mask=None)  # a mask that lies there has no part in a prediction
+        case = make_case(found, tables.records.get(key), features, bool(tables.files))
         missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
         lacking = [f"no {' and no '.join(missing)} found in {scans[key].folder if key in scans else place}"]
         case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
