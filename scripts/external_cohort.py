@@ -19,7 +19,7 @@ from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle  # 
 from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
 from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold  # noqa: E402
 from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, why_no_survival  # noqa: E402
-from experiment import ExperimentError, bundle_command  # noqa: E402
+from experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder  # noqa: E402
 
 from scripts import keys  # noqa: E402
 from scripts.case_metrics import HPV_THRESHOLD, SMALL_GROUP, centre_groups, summarise  # noqa: E402
@@ -55,8 +55,14 @@ def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
 
 
 def refuse_if_shared(run: Run, patients: Sequence[str], place: Path) -> None:
-    """Raise ExperimentError where patients of another cohort are of the experiment too."""
-    if seen := sorted(set(patients) & set(run.cases["PatientID"])):
+    """Raise ExperimentError where patients of another cohort are of the experiment too, in whatever part of it."""
+    paths = [
+        evaluation_folder(run.folder, fold, part) / CASES_FILE
+        for fold in run.folds
+        for part in (TRAINING, VALIDATION, TEST)
+    ]
+    own = {patient for path in paths if path.is_file() for patient in read_cases(path)["PatientID"]}
+    if seen := sorted(set(patients) & (own | set(run.cases["PatientID"]))):
         raise ExperimentError(
             f"{place} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
         )

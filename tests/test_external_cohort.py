@@ -104,6 +104,15 @@ def test_a_folder_is_predicted_by_the_folds_together(trained, tiny_cohort, tmp_p
     assert not (tmp_path / "model").exists(), "nothing is joined or predicted for it"
 
 
+def test_training_patients_of_the_one_split_are_no_external_cohort(cohort, tmp_path) -> None:
+    """Its held-out cases are the test cases alone: the network has learnt from others."""
+    run = make_run(tmp_path / "run", cohort, "ablation")
+    table = pd.read_csv(evaluation_folder(run, 0, "training") / "cases.csv")
+    table.to_csv(tmp_path / "cases.csv", index=False)
+    with pytest.raises(ExperimentError, match=f"is no external cohort: {len(table)} patients are of the experiment"):
+        judge_external(read_run(run), tmp_path / "cases.csv", tmp_path / "figures", 0, SAMPLES)
+
+
 def test_another_cohort_that_is_not_there_is_refused_before_anything_is_judged(run) -> None:
     with pytest.raises(ExperimentError, match="--external nowhere: there is no such folder or table"):
         evaluate_folds(str(run), external="nowhere")
