@@ -384,7 +384,8 @@ def inference_cases(
     if left_alone:
         logger.warning("masks without scans are left alone: %s", some(sorted(left_alone)))
     patients = sorted({*scans, *rows_only} - left_alone)
-    return cases_to_predict(patients, scans, tables, clinical_features, str(dataset_dir))
+    without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
+    return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir))
 
 
 def cases_to_predict(
@@ -405,9 +406,7 @@ def cases_to_predict(
     problems = patient_problems(tables)
     cases = []
     for key in patients:
-        found = scans.get(key)
-        found = found and replace(found, mask=None)  # a mask that lies there has no part in a prediction
-        case = make_case(found, tables.records.get(key), features, bool(tables.files))
+        case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
         missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
         lacking = [f"no {' and no '.join(missing)} found in {scans[key].folder if key in scans else place}"]
         case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
