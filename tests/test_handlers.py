@@ -196,6 +196,33 @@ def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep,
 
 
 @pytest.mark.parametrize(
+    ("c_index", "dice", "keep", "warning"),
+    [
+        pytest.param([0.7, 0.6], [0.1, 0.4], "best", "(1, by c_index) has a validation Dice of 0.100", id="lost"),
+        pytest.param([0.7, 0.6], [0.3, 0.4], "best", "", id="not_much_lower"),
+        pytest.param([0.6, 0.7], [0.1, 0.4], "best", "", id="best_of_both"),
+        pytest.param([0.7, 0.6], [0.1, 0.4], "last", "", id="last"),
+        pytest.param([0.7, 0.6], [0.0, 0.0], "best", "", id="no_epoch_finds_any"),
+        pytest.param([0.7, 0.6], [math.nan, 0.4], "best", "", id="no_masks_then"),
+        pytest.param([0.7, 0.6], [None, None], "best", "", id="not_a_task"),
+    ],
+)
+def test_an_epoch_kept_whose_masks_are_of_little_use_is_told(tmp_path, caplog, c_index, dice, keep, warning) -> None:
+    state = training_state(tmp_path, "c_index", 0, keep)
+    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=2, output=[{"loss": 1.0}]))
+    for epoch in (1, 2):
+        trainer.state.epoch = epoch
+        metrics = {"c_index": c_index[epoch - 1], "dice": dice[epoch - 1]}
+        state.evaluator.state.metrics = {name: value for name, value in metrics.items() if value is not None}
+        state.begin_epoch(trainer)
+        state.record_loss(trainer)
+        state.parts["optimizer"].step()
+        state.end_epoch(trainer)
+    assert ("of little use" in caplog.text) == bool(warning)
+    assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
     ("keep", "patience", "message"),
     [("newest", 0, "keep_epoch is 'best' or 'last'"), ("last", 5, "set early_stop_patience to 0, not 5")],
 )

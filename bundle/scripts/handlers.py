@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy", "loss"
 BEST, LAST = "best", "last"
 LOWER_IS_BETTER = (LOSS,)
+LOST_DICE = 0.5  # share of the highest Dice below which an epoch's masks are of little use
 
 
 # --- metrics -------------------------------------------------------------------------------------------------
@@ -320,6 +321,8 @@ class TrainingState:
         if self.stopped_early:
             logger.info("no better %s for %d validations: stopping", self._key, self.stale)
             engine.terminate()
+        if self.stopped_early or epoch == engine.state.max_epochs:
+            self._warn_of_lost_tumours()
 
     # -- parts ---------------------------------------------------------------------------------------------------
     @property
@@ -358,6 +361,18 @@ class TrainingState:
         logger.info(
             "epoch %d  train loss %.3f | %s | %s %s: %s", row["epoch"], row["loss"], shown, self.keep, self._key, best
         )
+
+    def _warn_of_lost_tumours(self) -> None:
+        """Warn where the epoch kept, by the C-index say, finds far less of the tumours than another one."""
+        dice = {int(row["epoch"]): row["val_dice"] for row in self.history if row.get("val_dice") is not None}
+        best = max((epoch for epoch in dice if not math.isnan(dice[epoch])), key=lambda epoch: dice[epoch], default=0)
+        kept = dice.get(self.best_epoch, math.nan)
+        if best and kept < LOST_DICE * dice[best]:
+            logger.warning(
+                "the epoch kept (%d, by %s) has a validation Dice of %.3f, epoch %d had %.3f: its masks are of little "
+                "use; train longer, with --keep_epoch last, or with --mask_gradient stop",
+                *(self.best_epoch, self._key, kept, best, dice[best]),
+            )
 
     def _refuse_other_run(self, found: Mapping[str, Any]) -> None:
         differences = [
