@@ -16,7 +16,7 @@ from sksurv.metrics import concordance_index_ipcw, cumulative_dynamic_auc, integ
 from sksurv.util import Surv
 
 from scripts.bootstrap import bootstrap_interval
-from scripts.evaluation import c_index
+from scripts.case_metrics import c_index
 from scripts.survival import (
     DAYS_PER_YEAR,
     HORIZON_YEARS,
