@@ -8,8 +8,7 @@
     runs/NAME/evaluation/figures_external/  the same of another cohort, where one is given
     runs/NAME/evaluation/external/      the folds' ensemble and what it predicts of that cohort
 
-No patient is judged with anything that was fitted to that patient: the network has not seen it, and the calibration,
-the cut points of risk groups and the HPV threshold come from the held-out predictions of the other folds.
+How cases are judged is in :mod:`evidence`, against what in :mod:`comparators`; another cohort: :mod:`external_cohort`.
 """
 
 from __future__ import annotations

@@ -70,6 +70,14 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cohort of ``synthetic_run.py``: scans of single voxels, for experiments that nobody trains."""
+    from synthetic_run import make_cohort  # it imports from here
+
+    return make_cohort(tmp_path_factory.mktemp("synthetic"))
+
+
+@pytest.fixture(scope="session")
 def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
     """Run ``python -m monai.bundle run ...`` in ``bundle/`` and check its exit code."""
 

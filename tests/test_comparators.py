@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from compare_clinical import evaluate_coding
 from scipy.optimize import minimize
-from synthetic_run import make_cohort, make_run
+from synthetic_run import make_run
 
 from scripts import keys
 from scripts.case_metrics import c_index
@@ -22,11 +22,6 @@ from scripts.clinical import code_indicators
 from scripts.cohort import load_cohort
 
 SAMPLES = 40
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,13 @@ import pandas as pd
 import pytest
 from evidence import read_run
 from experiment import evaluation_folder
-from synthetic_run import make_cohort, make_run
+from synthetic_run import make_run
 
 from scripts import keys
 from scripts.case_metrics import c_index
 from scripts.cohort import load_cohort
 
 SAMPLES = 40
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

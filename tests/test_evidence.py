@@ -11,16 +11,11 @@ import pandas as pd
 import pytest
 from ensemble_folds import choose_hpv_threshold
 from experiment import ExperimentError, evaluation_folder
-from synthetic_run import make_cohort, make_run
+from synthetic_run import make_run
 
 from scripts.survival import Calibration, fit_calibration
 
 SAMPLES = 40
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ SAMPLES = 40
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
 def run(cohort, tmp_path_factory) -> Path:
     """Three folds."""
     return make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
