@@ -131,6 +131,8 @@ def read_evaluated(run: str | Path) -> Experiment:
     if not path.is_file():
         raise ExperimentError(f"{folder} is not evaluated: run `{command}` first")
     report = json.loads(path.read_text(encoding="utf-8"))
+    if any("metrics" not in centre for centre in report["centres"].values()):
+        raise ExperimentError(f"{path} is of an earlier version, which said less of each centre: run `{command}` again")
     finished = sorted(int(fold) for fold, outcome in record["folds"].items() if outcome["status"] == FINISHED)
     if finished != sorted(report["folds_evaluated"]):
         raise ExperimentError(

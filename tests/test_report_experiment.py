@@ -154,6 +154,7 @@ def test_real_data_are_not_called_phantoms(runs, tmp_path) -> None:
         pytest.param("evaluation/metrics.json", None, "is not evaluated: run", id="not_evaluated"),
         pytest.param("experiment.json", None, "make an experiment with", id="no_experiment"),
         pytest.param("evaluation/metrics.json", {"folds_evaluated": [0, 1]}, r"finished are \[0, 1, 2\]", id="old"),
+        pytest.param("evaluation/metrics.json", {"centres": {"MDA": {"c_index": {}}}}, "earlier version", id="version"),
     ],
 )
 def test_what_cannot_be_reported_is_refused(runs, tmp_path, name, change, message) -> None:
