@@ -97,7 +97,6 @@ VARIANTS = {
     "flow": deep("gradient flows through the probability map", mask_gradient="flow"),
     "equal": deep("equal task weights", task_weights=None),
     "uncertainty": deep("task weights learned by uncertainty", task_weights="uncertainty"),
-    "memory": deep("Cox risk set of the batch and the last 64 cases", cox_memory=64),
     "full": deep("trained on cases with every label only (5 folds)", protocol="full"),
     "min_max": deep("PET by its own minimum and maximum", pet_window=None),
     "burden_uncertainty": burden("as burden, task weights learned by uncertainty", task_weights="uncertainty"),

@@ -20,6 +20,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
+from scripts.cohort import load_cohort
 from scripts.images import read_image
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
@@ -171,11 +172,18 @@ def test_without_a_cohort_one_line_says_how_to_make_one(tmp_path: Path, run_bund
     assert "python scripts/make_cohort.py --out" in last
 
 
-def test_two_processes_train_together(tmp_path: Path, tiny_cohort: Path) -> None:
-    """Distributed training on CPU (gloo); the metrics are those of all validation cases, once each."""
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    """Distributed training on CPU (gloo); the metrics are those of all validation cases, once each.
+
+    A case that only the second process reads, and cannot, is listed too.
+    """
+    cohort = make_tiny_cohort(tmp_path / "cohort", patients=8)
+    damaged = load_cohort(cohort).split("partial", 2, 0, 0).validation[1]
+    Path(damaged["pet"]).write_bytes(b"damaged")
+    output = tmp_path / "output"
     files = str([TRAIN, "configs/multi_gpu_train.json"])
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", "-m", "monai.bundle"]
-    where = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN, "--epochs", "1"]
+    where = ["--dataset_dir", str(cohort), "--output_dir", str(output), *SMALL_RUN, "--epochs", "1"]
     result = subprocess.run(
         [sys.executable, *command, "run", "training", "--config_file", files, *where],
         cwd=BUNDLE,
@@ -185,9 +193,11 @@ def test_two_processes_train_together(tmp_path: Path, tiny_cohort: Path) -> None
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "models" / "model.pt").is_file()
-    (row,) = json.loads((tmp_path / "history.json").read_text())
+    assert (output / "models" / "model.pt").is_file()
+    (row,) = json.loads((output / "history.json").read_text())
     assert np.isfinite(row["val_dice"])
+    (excluded,) = rows_of(output / "exclusions.csv")
+    assert (excluded["PatientID"], excluded["set"]) == (damaged["patient_id"], "validation")
 
 
 def test_mlflow_tracking(tmp_path: Path, tiny_cohort: Path, run_bundle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,13 @@ def test_flatten_prediction_leaves_its_input_alone() -> None:
     [
         pytest.param("engine.as_tasks('os')", "error: tasks are some of", "Traceback", id="raised_on_purpose"),
         pytest.param("int('x')", "Traceback", "error: invalid", id="any_other_error"),
+        pytest.param(
+            "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')",
+            "error: DataLoader worker (pid 7) is killed by signal: Bus error. A process that loads cases was killed",
+            "Traceback",
+            id="loading_process_killed",
+        ),
+        pytest.param("raise KeyboardInterrupt", "interrupted; the same command resumes", "Traceback", id="ctrl_c"),
     ],
 )
 def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -> None:
@@ -236,6 +244,6 @@ def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(BUNDLE)}, capture_output=True, text=True
     )
-    assert result.returncode == 1
+    assert result.returncode == (-signal.SIGINT if "KeyboardInterrupt" in statement else 1)
     assert shown in result.stderr
     assert hidden not in result.stderr

@@ -195,6 +195,69 @@ def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep,
     assert len(history) == (stops_at or len(values))
 
 
+def trained_state(folder: Path, epochs: int) -> TrainingState:
+    """A run of so many epochs whose validation C-index is 0.1 times the epoch."""
+    state = training_state(folder, "c_index", 0)
+    for epoch in range(1, epochs + 1):
+        trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch, max_epochs=9, output=[{"loss": 1.0}]))
+        state.evaluator.state.metrics = {"c_index": 0.1 * epoch}
+        state.begin_epoch(trainer)
+        state.record_loss(trainer)
+        state.parts["optimizer"].step()
+        state.end_epoch(trainer)
+    return state
+
+
+def resumed(folder: Path) -> tuple[TrainingState, int]:
+    """A new state that resumes the run in ``folder``, and the epoch that it goes on after."""
+    state = training_state(folder, "c_index", 0)
+    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, iteration=0, epoch_length=1, max_epochs=9))
+    state.resume(trainer)
+    return state, trainer.state.epoch
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def strange(path: Path) -> None:
+    torch.save({"epoch": 7}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, strange, Path.unlink])
+def test_a_damaged_state_falls_back_to_the_epoch_before(tmp_path, caplog, damage) -> None:
+    trained_state(tmp_path, 3)
+    last = tmp_path / "resume" / "last.pt"
+    damage(last)
+    state, epoch = resumed(tmp_path)
+    assert epoch == 2 and state.best == pytest.approx(0.2)
+    assert [row["epoch"] for row in json.loads((tmp_path / "history.json").read_text())] == [1, 2]
+    assert (f"the epoch before is taken instead: {last}" in caplog.text) == (damage is not Path.unlink)
+    assert "weights_only" not in caplog.text, "torch's advice to load without its safety check is not passed on"
+
+
+@pytest.mark.parametrize("damage", [cut, empty, strange])
+def test_a_state_damaged_beyond_use_says_what_to_do(tmp_path, damage) -> None:
+    trained_state(tmp_path, 1)  # the first epoch has none before it
+    damage(tmp_path / "resume" / "last.pt")
+    with pytest.raises(RuntimeError, match=r"delete the folder .*resume to train from the first epoch") as caught:
+        resumed(tmp_path)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_a_kill_between_state_and_history_loses_no_row(tmp_path) -> None:
+    trained_state(tmp_path, 3)
+    history = tmp_path / "history.json"
+    whole = history.read_text()
+    history.write_text(json.dumps(json.loads(whole)[:2]))
+    assert resumed(tmp_path)[1] == 3
+    assert history.read_text() == whole
+
+
 @pytest.mark.parametrize(
     ("c_index", "dice", "keep", "warning"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -135,13 +134,12 @@ NOTHING_TO_LEARN = [
 ]
 
 
-@pytest.mark.parametrize("memory", [0, 4])
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize(("h", "time", "event", "known"), NOTHING_TO_LEARN)
-def test_cox_with_nothing_to_learn_is_an_exact_zero_with_a_graph(h, time, event, known, ties, memory):
+def test_cox_with_nothing_to_learn_is_an_exact_zero_with_a_graph(h, time, event, known, ties):
     h = torch.tensor(h, requires_grad=True)
     known = None if known is None else torch.tensor(known)
-    loss = CoxLoss(ties, memory)(h, torch.tensor(time), torch.tensor(event), known)
+    loss = CoxLoss(ties)(h, torch.tensor(time), torch.tensor(event), known)
     assert loss.item() == 0
     assert torch.equal(gradient(loss, h), torch.zeros_like(h))
 
@@ -179,7 +177,6 @@ def test_cox_takes_times_and_events_as_they_are_collated():
 
 COX_ERRORS = [
     pytest.param(lambda: CoxLoss("exact"), "ties is 'exact'", id="ties"),
-    pytest.param(lambda: CoxLoss(memory=-1), "memory is -1", id="memory"),
     pytest.param(lambda: CoxLoss()(torch.zeros(3, 1), torch.ones(3), torch.ones(3)), "log hazards have", id="column"),
     pytest.param(lambda: CoxLoss()(torch.zeros(3), torch.ones(3), torch.ones(2)), r"events \(2,\)", id="events"),
     pytest.param(
@@ -192,62 +189,6 @@ COX_ERRORS = [
 def test_cox_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# --- Cox with a memory -------------------------------------------------------------------------------------
-
-
-def test_memory_is_the_loss_over_the_pool_with_the_gradient_scaled_to_it():
-    h, time, event = cohort(12, torch.float64)
-    loss = CoxLoss(memory=8).double()
-    loss(h[:4], time[:4], event[:4])
-    loss(h[4:8], time[4:8], event[4:8])
-    batch = h[8:].clone().requires_grad_()
-    value = loss(batch, time[8:], event[8:])
-    pool = h.clone().requires_grad_()
-    expected = CoxLoss()(pool, time, event)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradient(value, batch), gradient(expected, pool)[8:] * 12 / 4)
-
-
-def test_memory_lets_a_batch_without_an_event_learn():
-    loss = CoxLoss(memory=4)
-    loss(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 9.0]), torch.tensor([True, False]))
-    h = torch.zeros(2, requires_grad=True)
-    slope = gradient(loss(h, torch.tensor([5.0, 6.0]), torch.tensor([False, False])), h)
-    assert (slope > 0).all(), "those still without a relapse after the remembered event are pushed down"
-
-
-def test_memory_drops_the_oldest_and_what_is_not_known_or_not_finite():
-    loss = CoxLoss(memory=3)
-    h = torch.tensor([1.0, 2.0, torch.inf, 3.0])
-    loss(h, torch.arange(4.0), torch.zeros(4), torch.tensor([True, True, True, False]))
-    assert loss.memory_log_hazard[1:].tolist() == [1, 2] and loss.memory_log_hazard[0].isnan()
-    loss(torch.tensor([4.0, 5.0]), torch.tensor([7.0, 8.0]), torch.tensor([True, False]))
-    assert loss.memory_log_hazard.tolist() == [2, 4, 5]
-    assert loss.memory_time.tolist() == [1, 7, 8]
-    assert loss.memory_event.tolist() == [False, True, False]
-
-
-def test_memory_is_neither_read_nor_written_in_evaluation():
-    loss = CoxLoss(memory=4)
-    h, time, event = cohort(6)
-    loss(h[:3], time[:3], event[:3])
-    before = copy.deepcopy(loss.state_dict())
-    torch.testing.assert_close(loss.eval()(h[3:], time[3:], event[3:]), CoxLoss()(h[3:], time[3:], event[3:]))
-    torch.testing.assert_close(loss.state_dict(), before, equal_nan=True)
-
-
-def test_memory_goes_through_a_state_dict_and_can_be_reset(tmp_path):
-    loss, other = CoxLoss(memory=4), CoxLoss(memory=4)
-    h, time, event = cohort(6)
-    fresh = copy.deepcopy(loss.state_dict())
-    loss(h[:3], time[:3], event[:3])
-    torch.save(loss.state_dict(), tmp_path / "loss.pt")
-    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
-    assert torch.equal(other(h[3:], time[3:], event[3:]), loss(h[3:], time[3:], event[3:]))
-    loss.reset_memory()
-    torch.testing.assert_close(loss.state_dict(), fresh, equal_nan=True)
 
 
 # --- segmentation, eq. 2-5 ---------------------------------------------------------------------------------
@@ -415,9 +356,9 @@ def test_multitask_is_the_sum_of_its_parts():
 
 
 def test_multitask_does_not_own_the_networks_weights():
-    loss = MultitaskLoss(survival_weights=[torch.nn.Parameter(torch.ones(2, 2))], memory=3)
+    loss = MultitaskLoss(survival_weights=[torch.nn.Parameter(torch.ones(2, 2))])
     assert not list(loss.parameters())
-    assert set(loss.state_dict()) == {f"cox.memory_{name}" for name in ("log_hazard", "time", "event")}
+    assert not loss.state_dict()
 
 
 def test_multitask_weighs_tasks():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from scripts import keys
 from scripts.sampling import (
     ERROR,
     CaseDataset,
+    CaseLoader,
     Draw,
     EventBatchSampler,
     GuardedDataset,
@@ -135,6 +139,68 @@ def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:
     assert MakeImage.calls == 3
     CaseDataset(cases(0, 3), augmented(fails="nobody"), cache_dir=str(tmp_path))[0]
     assert MakeImage.calls == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-200]), id="cut_off"),
+        pytest.param(lambda path: path.write_bytes(b"<html>not found</html>"), id="something_else"),
+        pytest.param(lambda path: torch.save([1, 2], path), id="no_case"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps(Path("x"))), id="a_pickle_that_is_not_loaded"),
+    ],
+)
+def test_a_damaged_cache_file_is_made_again_and_costs_no_case(tmp_path: Path, caplog, damage) -> None:
+    def items() -> list[torch.Tensor]:
+        dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+        prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
+        return [dataset.prepare(i)[keys.IMAGE] for i in range(len(dataset))]
+
+    whole = items()
+    victim = sorted(tmp_path.glob("*.pt"))[1]
+    damage(victim)
+    again = items()
+    assert len(again) == 3 and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert f"{victim} cannot be read and is made again" in caplog.text
+    assert isinstance(torch.load(victim, weights_only=True), dict), "the file is mended"
+    assert not (tmp_path / "out" / "exclusions.csv").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_cache_that_cannot_be_written_costs_no_case(tmp_path: Path, monkeypatch, caplog, error) -> None:
+    def full(item, path) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+    prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
+    assert len(dataset) == 3 and not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
+    assert caplog.text.count("cannot be written to") == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        pytest.param(10**9, 2, id="room_for_all"),
+        pytest.param(4 * 8 * 4 * (2 * 1 + 2), 1, id="room_for_one"),
+        pytest.param(64, 0, id="room_for_none"),
+    ],
+)
+def test_no_more_loading_processes_than_shared_memory_holds(
+    tmp_path: Path, monkeypatch, caplog, free, expected
+) -> None:
+    dataset = CaseDataset(cases(4, 8), augmented(), cache_dir=str(tmp_path))
+    assert dataset.prepare(0)[keys.IMAGE].nbytes == 8 * 4
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("scripts.sampling.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("scripts.sampling.shutil.disk_usage", lambda path: usage)
+    for options in ({"batch_size": 4}, {"batch_sampler": EventBatchSampler(dataset.data, 4)}):
+        caplog.clear()
+        loader = CaseLoader(dataset, num_workers=2, **options)
+        assert sum(len(batch[keys.IMAGE]) for batch in loader) == 12
+        assert loader.num_workers == expected
+        assert ("docker run --shm-size" in caplog.text) == (expected < 2)
 
 
 def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

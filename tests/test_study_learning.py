@@ -52,14 +52,14 @@ def cohort(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(cohort, tmp_path_factory) -> Path:
-    """Finished runs: the base and ``memory`` with two seeds, ``surv`` and ``full`` with one."""
+    """Finished runs: the base and ``equal`` with two seeds, ``surv`` and ``full`` with one."""
     folder = tmp_path_factory.mktemp("study")
     for noise, (name, split_seed, protocol, options) in enumerate(
         [
             ("base", 0, "partial", {}),
             ("base", 1, "partial", {}),
-            ("memory", 0, "partial", {"cox_memory": 64}),
-            ("memory", 1, "partial", {"cox_memory": 64}),
+            ("equal", 0, "partial", {"task_weights": None}),
+            ("equal", 1, "partial", {"task_weights": None}),
             ("surv", 0, "partial", {"tasks": ["surv"]}),
             ("full", 0, "full", {}),
         ]
@@ -222,7 +222,7 @@ def test_refuses(cohort, tmp_path, options, message):
 
 @pytest.fixture(scope="module")
 def report(cohort, runs) -> dict:
-    study = make_study(cohort, runs, "base,surv,memory,full,flow", (0, 1))
+    study = make_study(cohort, runs, "base,surv,equal,full,flow", (0, 1))
     return json.loads(json.dumps(study_report.make_report(study, SAMPLES, 0, "the command")))
 
 
@@ -263,9 +263,9 @@ def test_threshold_is_chosen_on_training_cases(cohort, runs):
 
 
 def test_differences_are_on_shared_patients_and_networks(runs, report):
-    less = report["variants"]["memory"]["differences"]["c_index"]
-    values = {v: report["variants"][v]["figures"]["c_index"]["value"] for v in ("base", "memory")}
-    assert less["value"] == pytest.approx(values["memory"] - values["base"])
+    less = report["variants"]["equal"]["differences"]["c_index"]
+    values = {v: report["variants"][v]["figures"]["c_index"]["value"] for v in ("base", "equal")}
+    assert less["value"] == pytest.approx(values["equal"] - values["base"])
     assert less["networks"] == 2 and less["low"] <= less["value"] <= less["high"] and 0 < less["p"] <= 1
     full = report["variants"]["full"]["differences"]["c_index"]
     both = held_out(runs, "full_s0").merge(held_out(runs, "base_s0"), on="PatientID", suffixes=("", "_base"))
@@ -274,7 +274,7 @@ def test_differences_are_on_shared_patients_and_networks(runs, report):
     assert full["value"] == pytest.approx(lifelines_c_index(both) - lifelines_c_index(base))
 
 
-@pytest.mark.parametrize(("variants", "against"), [("base,memory,full", "base"), ("memory,full", "memory")])
+@pytest.mark.parametrize(("variants", "against"), [("base,equal,full", "base"), ("equal,full", "equal")])
 def test_the_first_is_compared_with_where_a_variants_own_is_not_there(cohort, runs, variants, against):
     written = study_report.make_report(make_study(cohort, runs, variants), SAMPLES, 0, "the command")
     assert written["variants"]["full"]["against"] == against

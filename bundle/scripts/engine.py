@@ -27,6 +27,11 @@ from scripts.unet import set_checkpointing
 
 logger = logging.getLogger(__name__)
 
+WORKER_KILLED = (
+    "A process that loads cases was killed: too little shared memory (docker run --shm-size 4g, or --ipc host) or too "
+    "little main memory. --num_workers 0 loads without such processes."
+)
+
 TARGET_KEYS = (keys.SEG, keys.SEG_KNOWN, keys.HPV, keys.HPV_KNOWN, keys.TIME, keys.EVENT, keys.SURV_KNOWN)
 
 
@@ -99,15 +104,22 @@ def plain_errors() -> None:
     """Let a program that runs a config end with one line for an error that this package raised on purpose.
 
     MONAI wraps what goes wrong in a config expression several times, and the message that says what to do would
-    stand in the middle of a long traceback. Other errors, and all errors with ``TRACEBACK=1`` in the environment,
-    keep theirs. Exceptions themselves are unchanged: who calls the workflow from Python catches what was raised.
+    stand in the middle of a long traceback. So do an interruption (Ctrl-C) and a loading process that was killed. Other
+    errors, and all errors with ``TRACEBACK=1`` in the environment, keep theirs. Exceptions themselves are unchanged:
+    who calls the workflow from Python catches what was raised.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         cause = innermost(error)
         frames = traceback.extract_tb(cause.__traceback__)
         ours = bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
-        if ours and isinstance(cause, ValueError | RuntimeError | OSError) and not os.environ.get("TRACEBACK"):
+        if os.environ.get("TRACEBACK"):
+            sys.__excepthook__(kind, error, trace)
+        elif isinstance(error, KeyboardInterrupt):
+            print("interrupted; the same command resumes a training from its last complete epoch", file=sys.stderr)
+        elif isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
+            print(f"error: {' '.join(str(cause).split())} {WORKER_KILLED}", file=sys.stderr)
+        elif ours and isinstance(cause, ValueError | RuntimeError | OSError):
             print(f"error: {cause}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)

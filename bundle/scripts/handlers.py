@@ -110,7 +110,7 @@ class LossHandler(IgniteMetricHandler):
                 if prob in pred:
                     pred[logit] = torch.logit(pred[prob], eps=1e-6)
             was_training = loss.training
-            loss.eval()  # validation cases stay out of a Cox memory
+            loss.eval()  # learned task weights count as 1
             with torch.no_grad():
                 value = loss(pred, output["label"])
             loss.train(was_training)
@@ -190,8 +190,8 @@ class TrainingState:
     Attach *after* the validation handler. At the end of each epoch it compares the validation metric, writes
     ``<ckpt_dir>/model.pt`` when it is the best so far (or always, see ``keep``), ``<ckpt_dir>/resume/last.pt``, and
     ``<output_dir>/history.json``; each file appears under its name only when whole. At the start it continues from
-    ``last.pt``. Each epoch's random numbers follow from ``(seed, epoch)``, so that a run that was killed ends with
-    the metrics of an unbroken one.
+    ``last.pt``, or from ``previous.pt``, the epoch before, where ``last.pt`` cannot be read. Each epoch's random
+    numbers follow from ``(seed, epoch)``, so that a run that was killed ends with the metrics of an unbroken one.
 
     (MONAI's ``CheckpointSaver`` does not write atomically, and forgets the best metric on resuming.)
 
@@ -199,7 +199,7 @@ class TrainingState:
         ensemble: :class:`scripts.ensemble.FoldEnsemble` around the trained network; written as ``model.pt``.
         optimizer: its optimiser.
         scheduler: its learning-rate schedule, stepped here once an epoch.
-        loss: loss module, whose state (a Cox memory) is part of the run.
+        loss: loss module, whose state (learned task weights) is part of the run.
         sampler: batches of the training loader.
         evaluator: validation engine, already run by a ``ValidationHandler`` every ``val_interval`` epochs.
         val_interval: epochs between validations; the last epoch is always validated.
@@ -245,6 +245,7 @@ class TrainingState:
         self.val_interval = val_interval
         self.best_path = Path(ckpt_dir) / "model.pt"
         self.last_path = Path(ckpt_dir) / "resume" / "last.pt"
+        self.previous_path = self.last_path.with_name("previous.pt")
         self.history_path = Path(output_dir) / "history.json"
         self.settings = json.loads(json.dumps(dict(settings), default=str))
         self.seed = seed
@@ -265,10 +266,14 @@ class TrainingState:
 
     # -- events ------------------------------------------------------------------------------------------------
     def resume(self, engine: Workflow) -> None:
-        """Go on from the last complete epoch if there is one."""
-        if not self.last_path.is_file():
+        """Go on from the last complete epoch if there is one.
+
+        Raises:
+            RuntimeError: the state on disk cannot be read, or is of another run.
+        """
+        state = self._read_state()
+        if state is None:
             return
-        state = torch.load(self.last_path, map_location="cpu", weights_only=True)
         self._refuse_other_run(state["settings"])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -276,6 +281,8 @@ class TrainingState:
             setattr(self, name, state[name])
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        if is_first_rank():
+            self._write_history()  # a kill may have come between last.pt and history.json
         if self.stopped_early or state["epoch"] >= engine.state.max_epochs:
             why = "stopped early" if self.stopped_early else "is complete"
             logger.info("the run of %s %s after epoch %d: nothing to do", self.last_path, why, state["epoch"])
@@ -315,7 +322,9 @@ class TrainingState:
                 save_weights(self.ensemble, self.best_path)
             with written_whole(self.last_path) as partial:
                 torch.save(self._state(epoch), partial)
-            write_text(self.history_path, json.dumps([_without_nan(row) for row in self.history], indent=1))
+                if self.last_path.is_file():
+                    self.last_path.replace(self.previous_path)
+            self._write_history()
         if validated:
             self._report(row)
         if self.stopped_early:
@@ -342,6 +351,34 @@ class TrainingState:
     def _mean_losses(self) -> dict[str, float]:
         names = self._losses[0] if self._losses else {}
         return {name: sum(row[name] for row in self._losses) / len(self._losses) for name in names}
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The state of the last epoch whose file is whole; None where no epoch was completed."""
+        faults = []
+        for path in (self.last_path, self.previous_path):
+            if not path.is_file():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                missing = [name for name in self._state(0) if name not in state]
+                if missing:
+                    raise ValueError(f"{', '.join(missing)} missing")
+            except Exception as error:  # torch raises many kinds for a damaged file
+                # The first line: torch goes on with advice to load without its safety check.
+                faults.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                continue
+            for fault in faults:
+                logger.warning("cannot be read, the epoch before is taken instead: %s", fault)
+            return state
+        if not faults:
+            return None
+        raise RuntimeError(
+            f"the training cannot be resumed, its state is damaged ({'; '.join(faults)}): delete the folder "
+            f"{self.last_path.parent} to train from the first epoch, or restore it from a backup"
+        )
+
+    def _write_history(self) -> None:
+        write_text(self.history_path, json.dumps([_without_nan(row) for row in self.history], indent=1))
 
     def _state(self, epoch: int) -> dict[str, Any]:
         return {

@@ -146,20 +146,11 @@ class CoxLoss(nn.Module):
     tied events, the share r / m of the tied events' hazards. Cases may come in any order; the sums are
     log-sum-exps, so log hazards of +-100 are finite in value and gradient.
 
-    **Memory.** A risk set of four cases says little. With ``memory`` > 0 the module keeps the last ``memory`` cases
-    (log hazard without gradient, time, event; first in, first out) and, in training mode, computes L over the batch
-    *and* the memory, whose events count as well: a batch without an event still learns from earlier ones. The value
-    is L over that pool. Only the batch carries a gradient, which is scaled by (cases in the pool) / (cases in the
-    batch): the estimate, from the batch, of the pool's gradient. In evaluation mode the memory is neither read nor
-    written. It lives in buffers, hence in ``state_dict``. Keep it below one epoch less one batch, or a case meets its
-    own former self; each rank has its own.
-
     Args:
         ties: "breslow" (the paper) or "efron".
-        memory: cases remembered; 0 is the paper's batch-wise loss.
 
     Raises:
-        ValueError: for an unknown ``ties`` or a negative ``memory``.
+        ValueError: for an unknown ``ties``.
 
     References:
         Cox, "Regression models and life-tables", 1972; Breslow, "Covariance analysis of censored survival data",
@@ -172,21 +163,11 @@ class CoxLoss(nn.Module):
         >>> torch.testing.assert_close(CoxLoss()(h + 50, time, event), CoxLoss()(h, time, event))
     """
 
-    memory_log_hazard: Tensor
-    memory_time: Tensor
-    memory_event: Tensor
-
-    def __init__(self, ties: str = "breslow", memory: int = 0) -> None:
+    def __init__(self, ties: str = "breslow") -> None:
         super().__init__()
         if ties not in TIES:
             raise ValueError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}")
-        if memory < 0:
-            raise ValueError(f"memory is {memory}; it must be 0 (none) or a number of cases")
         self.ties = ties
-        self.memory = memory
-        self.register_buffer("memory_log_hazard", torch.full((memory,), torch.nan))  # NaN: not filled yet
-        self.register_buffer("memory_time", torch.full((memory,), torch.nan))
-        self.register_buffer("memory_event", torch.zeros(memory, dtype=torch.bool))
 
     def forward(self, log_hazard: Tensor, time: Tensor, event: Tensor, known: Tensor | None = None) -> Tensor:
         """The loss, a scalar.
@@ -203,44 +184,7 @@ class CoxLoss(nn.Module):
         check_same_shape("log hazards", log_hazard, "times", time)
         check_same_shape("log hazards", log_hazard, "events", event)
         log_hazard, time, event = select(known, log_hazard, time, event)
-        event = event.bool()
-        if not (self.memory and self.training):
-            return negative_log_partial_likelihood(log_hazard, time, event, self.ties)
-        loss = self._with_memory(log_hazard, time, event)
-        self._remember(log_hazard, time, event)
-        return loss
-
-    def reset_memory(self) -> None:
-        """Forget every remembered case."""
-        self.memory_log_hazard.fill_(torch.nan)
-        self.memory_time.fill_(torch.nan)
-        self.memory_event.fill_(False)
-
-    def _with_memory(self, log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
-        """The loss over the batch and the memory; the gradient is scaled from the batch to the pool."""
-        cases = len(log_hazard)
-        if not cases:
-            return log_hazard.sum()
-        filled = ~torch.isnan(self.memory_log_hazard)
-        loss = negative_log_partial_likelihood(
-            torch.cat([log_hazard, self.memory_log_hazard[filled].to(log_hazard)]),
-            torch.cat([time, self.memory_time[filled].to(time)]),
-            torch.cat([event, self.memory_event[filled]]),
-            self.ties,
-        )
-        scale = (cases + int(filled.sum())) / cases
-        return loss.detach() + scale * (loss - loss.detach())
-
-    @torch.no_grad()
-    def _remember(self, log_hazard: Tensor, time: Tensor, event: Tensor) -> None:
-        """Append the batch, dropping the oldest; a log hazard that overflowed is not kept."""
-        finite = torch.isfinite(log_hazard)
-        for buffer, new in (
-            (self.memory_log_hazard, log_hazard),
-            (self.memory_time, time),
-            (self.memory_event, event),
-        ):
-            buffer.copy_(torch.cat([buffer, new[finite].to(buffer)])[-self.memory :])
+        return negative_log_partial_likelihood(log_hazard, time, event.bool(), self.ties)
 
 
 class MultitaskLoss(nn.Module):
@@ -269,7 +213,6 @@ class MultitaskLoss(nn.Module):
         task_weights: weight by task name, 1 where not named, that of a task which is not trained has no effect; or
             "uncertainty".
         ties: treatment of tied events, see :class:`CoxLoss`.
-        memory: cases remembered by :class:`CoxLoss`.
         hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
         hpv_gamma: of :class:`HPVLoss`.
 
@@ -292,7 +235,6 @@ class MultitaskLoss(nn.Module):
         l2_weight: float = 0.1,
         task_weights: Mapping[str, float] | str | None = None,
         ties: str = "breslow",
-        memory: int = 0,
         hpv_alpha: float = ALPHA,
         hpv_gamma: float = GAMMA,
     ) -> None:
@@ -309,7 +251,7 @@ class MultitaskLoss(nn.Module):
         self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
         self.segmentation = SegmentationLoss()
         self.hpv = HPVLoss(hpv_alpha, hpv_gamma)
-        self.cox = CoxLoss(ties, memory)
+        self.cox = CoxLoss(ties)
         self.parts: dict[str, Tensor] = {}
 
     def forward(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.data import Dataset, MetaTensor, PersistentDataset, list_data_collate
+from monai.data import DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, Randomizable
+from monai.utils import convert_to_tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
@@ -32,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 ERROR = "error"
 EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
+SHARED_MEMORY = Path("/dev/shm")  # through which Linux passes batches from loading processes
 
 
 class Draw(NamedTuple):
@@ -46,7 +51,9 @@ class CaseDataset(PersistentDataset):
 
     The deterministic part of ``transform`` (up to its first random transform) is computed once and kept in
     ``cache_dir``; the name of a cached file is a hash of the case and of the transforms with their parameters, so a
-    change of either is never served from an old file.
+    change of either is never served from an old file. A file that cannot be read is made again; where none can be
+    written (full disk) the case is prepared every time it is needed. (MONAI's own cache raises for a truncated or
+    empty file and for a full disk, and does not move a file from another disk in one step.)
 
     Args:
         data: datalist of :mod:`scripts.cohort`.
@@ -56,6 +63,7 @@ class CaseDataset(PersistentDataset):
 
     def __init__(self, data: Sequence[Mapping], transform: Compose, cache_dir: str | None = None) -> None:
         super().__init__(data=list(data), transform=transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+        self._told_of_disk = False
 
     def __getitem__(self, index: Any) -> Any:
         """Case ``index``; a :class:`Draw` also seeds the random transforms."""
@@ -68,6 +76,70 @@ class CaseDataset(PersistentDataset):
     def prepare(self, index: int) -> Any:
         """Case ``index`` as the cache, which it fills, has it; augmentation is not drawn."""
         return self._cachecheck(self.data[index])
+
+    def _cachecheck(self, item_transformed: Any) -> Any:
+        """The deterministic part of a case, from the cache or computed; MONAI's hook."""
+        if self.cache_dir is None:
+            return super()._cachecheck(item_transformed)
+        path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+        if path.is_file():
+            try:
+                item = torch.load(path, weights_only=True)
+                if not isinstance(item, Mapping):
+                    raise ValueError(f"it holds a {type(item).__name__}, not a case")
+                return item
+            except Exception as error:  # torch raises many kinds for a damaged file
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logger.warning("cached file %s cannot be read and is made again: %s", path, why)
+        item = self._pre_transform(deepcopy(item_transformed))
+        try:
+            with written_whole(path) as partial:
+                torch.save(convert_to_tensor(item, convert_numeric=False, track_meta=False), partial)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+            if not self._told_of_disk:
+                self._told_of_disk = True
+                logger.warning("%s cannot be written to, cases are prepared in every epoch: %s", self.cache_dir, error)
+        return item
+
+
+class CaseLoader(DataLoader):
+    """MONAI's loader with no more processes than shared memory has room for.
+
+    Loading processes pass their batches on through ``/dev/shm``. Where it is full (Docker gives 64 MB unless told
+    otherwise) the system kills them, or they wait for ever. Batches do not depend on the number of processes.
+
+    Args:
+        dataset: of cases, each a dictionary.
+        num_workers: loading processes wanted.
+        **kwargs: as for ``monai.data.DataLoader``.
+    """
+
+    def __iter__(self) -> Any:
+        fitting = self.num_workers
+        if fitting and SHARED_MEMORY.is_dir():
+            free = shutil.disk_usage(SHARED_MEMORY).free
+            while fitting and self._bytes_in_flight(fitting) > free:
+                fitting -= 1
+            if fitting < self.num_workers:
+                logger.warning(
+                    "loading with %d processes instead of %d, which is slower: they need %.0f MB of shared memory and "
+                    "%s has %.0f MB free; give a container more (docker run --shm-size 4g, or --ipc host)",
+                    *(fitting, self.num_workers, self._bytes_in_flight(self.num_workers) / 1e6, SHARED_MEMORY),
+                    free / 1e6,
+                )
+        self.num_workers = fitting
+        return super().__iter__()
+
+    def _bytes_in_flight(self, workers: int) -> int:
+        """Bytes of the batches that so many processes keep ready, and of the one in use and the one being made."""
+        sampler = self.batch_sampler if self.batch_size is None else self
+        batch = int(getattr(sampler, "batch_size", None) or 1)
+        return self._case_bytes * batch * (workers * (self.prefetch_factor or 2) + 2)
+
+    @cached_property
+    def _case_bytes(self) -> int:
+        item = cast(CaseDataset, self.dataset).prepare(0)
+        return sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor | np.ndarray))
 
 
 class GuardedDataset(Dataset):
@@ -194,7 +266,7 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     A case that fails is removed from its dataset, logged, and listed in ``<output_dir>/exclusions.csv``: it neither
     stops the cohort nor disappears silently. What quality control doubts of the others is listed in
     ``<output_dir>/quality.csv`` and counted in the log, but for voxel sizes, of which the cohort itself sets the range.
-    A list that would be empty is not written.
+    A list that would be empty is not written. Ranks of one training share what they found.
 
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
@@ -210,12 +282,14 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
         if len(dataset) == 0:
             raise RuntimeError(f"the {name} set is empty: check dataset_dir, protocol, fold and num_folds")
         failures, doubts = _prepare(dataset, name, show_progress and _rank() == 0)
-        for index, why in failures.items():
-            patient = dataset.data[index][keys.PATIENT_ID]
+        failures, doubts = _over_ranks(failures), _over_ranks(doubts)
+        cases = len(_over_ranks({case[keys.PATIENT_ID]: None for case in dataset.data}))
+        for patient, why in failures.items():
             logger.warning("%s: left out of the %s set: %s", patient, name, why)
             excluded.append({"PatientID": patient, "set": name, "reason": why})
-        for index, checks in doubts.items():
-            who = {"PatientID": dataset.data[index][keys.PATIENT_ID], "set": name}
+        doubts = {patient: checks for patient, checks in doubts.items() if patient not in failures}
+        for patient, checks in doubts.items():
+            who = {"PatientID": patient, "set": name}
             doubtful += [
                 {**who, "check": check.name, "value": check.value, "message": check.message} for check in checks
             ]
@@ -223,10 +297,8 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
             counts = Counter(check.name for checks in doubts.values() for check in checks)
             shown = ", ".join(f"{check} {count}" for check, count in counts.most_common())
             where = Path(output_dir) / DOUBTS_FILE
-            logger.warning(
-                "%d of %d %s cases are kept with doubts (%s): %s", len(doubts), len(dataset), name, shown, where
-            )
-        dataset.data = [case for index, case in enumerate(dataset.data) if index not in failures]
+            logger.warning("%d of %d %s cases are kept with doubts (%s): %s", len(doubts), cases, name, shown, where)
+        dataset.data = [case for case in dataset.data if case[keys.PATIENT_ID] not in failures]
         if len(dataset) == 0:
             raise RuntimeError(f"no case of the {name} set can be read; the first one: {next(iter(failures.values()))}")
     if _rank() == 0:
@@ -234,8 +306,17 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
         _write_rows(Path(output_dir) / DOUBTS_FILE, doubtful)
 
 
-def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[int, str], dict[int, list[Check]]]:
-    """Index of every case of ``dataset`` that cannot be prepared and why, and of every other that is in doubt."""
+def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks found, by patient id; of what several found the first rank's."""
+    if _world_size() == 1:
+        return found
+    gathered: list[dict[str, Any]] = [{} for _ in range(_world_size())]
+    dist.all_gather_object(gathered, found)
+    return {patient: value for each in reversed(gathered) for patient, value in each.items()}
+
+
+def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[str, str], dict[str, list[Check]]]:
+    """Id of every patient of ``dataset`` who cannot be prepared and why, and of every other who is in doubt."""
 
     def attempt(index: int) -> str | list[Check]:
         try:
@@ -254,9 +335,9 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
             unit="case",
             disable=not show_progress,
         )
-        found = {index: outcome for index, outcome in enumerate(bar) if outcome}
-    failures = {index: outcome for index, outcome in found.items() if isinstance(outcome, str)}
-    return failures, {index: outcome for index, outcome in found.items() if isinstance(outcome, list)}
+        found = {dataset.data[index][keys.PATIENT_ID]: outcome for index, outcome in enumerate(bar) if outcome}
+    failures = {patient: outcome for patient, outcome in found.items() if isinstance(outcome, str)}
+    return failures, {patient: outcome for patient, outcome in found.items() if isinstance(outcome, list)}
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
