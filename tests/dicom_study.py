@@ -15,6 +15,7 @@ SECRETS = ("Doe", "Jane", "ID-4711", "19991231", "ACC-0815", "1.2.3.4.")
 def pet_tags(**changes):
     """Header of a PET in Bq/ml: 70 kg, 370 MBq injected at 10:00, scanned from 11:50, half-life 6600 s = 110 min."""
     item = Dataset()
+    item.Radiopharmaceutical = "FDG"
     item.RadiopharmaceuticalStartTime = "100000"
     item.RadionuclideTotalDose = 370e6
     item.RadionuclideHalfLife = 6600

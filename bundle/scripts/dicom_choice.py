@@ -102,13 +102,15 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
 
     Not considered: modalities other than CT and PT, multi-frame and secondary-capture objects, localizers, projections
     and screen captures, dynamic or gated PET, PET in other units than BQML, CNTS or GML, PET that says it is not
-    attenuation corrected, fewer than 8 slices, slices that are not axial (within 30 degrees), and stacks that
-    :func:`read_series` would refuse (missing slices, tilted gantry) or that a damaged file may belong to.
+    attenuation corrected or of another tracer than FDG, fewer than 8 slices, slices that are not axial (within 30
+    degrees), and stacks that :func:`read_series` would refuse (missing slices, tilted gantry) or that a damaged file
+    may belong to.
 
-    Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, original rather than
-    derived, more slices, finer pixels, lower series number. Of the CTs in its frame of reference that overlap it:
-    longer overlap along the body (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather
-    than derived, more slices, finer pixels, lower series number.
+    Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more surely of FDG
+    (:class:`scripts.dicom_tracer.Tracer`), original rather than derived, more slices, finer pixels, lower series
+    number. Of the CTs in its frame of reference that overlap it: longer overlap along the body (in steps of 50 mm),
+    soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer pixels, lower series
+    number.
 
     Args:
         series: series of one examination, from :func:`find_series`.
@@ -213,13 +215,14 @@ def _unfit_pet(series: Series) -> str:
         return "not attenuation corrected"
     if series.units not in READABLE_UNITS:
         return f"in units {series.units or 'not stated'}, from which no SUV can be had"
-    return ""
+    return series.tracer.problem
 
 
 def _pet_rank(pet: Series) -> list[tuple[str, float]]:
     """Criteria, first to last: what is said of a PET that loses by it, and a value that is lower for the better."""
     return [
         ("attenuation correction not stated", not pet.attenuation_corrected),
+        ("less surely of FDG by its header", pet.tracer.order),
         ("derived; an original was preferred", not pet.original),
         *_common_rank(pet),
     ]

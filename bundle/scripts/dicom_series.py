@@ -10,7 +10,7 @@ import logging
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -30,6 +30,7 @@ from .dicom_tags import (
     text_of,
     words_of,
 )
+from .dicom_tracer import Tracer, tracer_of
 from .geometry import Grid
 from .images import LPS_TO_RAS
 
@@ -61,6 +62,7 @@ class Series:
         positions: (N, 3) mm (LPS+), the centre of each slice's first pixel; None where a header has none.
         orientation: (6,) direction cosines (LPS+) of a row and of a column; None where there are none.
         pixel_spacing: (2,) mm between rows and between columns; None where there is none.
+        tracer: of a PET.
     """
 
     modality: str
@@ -82,6 +84,7 @@ class Series:
     pixel_spacing: np.ndarray | None
     paths: tuple[Path, ...]
     positions: np.ndarray | None
+    tracer: Tracer = field(default_factory=Tracer)
     part: int = 0
     repeated: int = 0
     damaged: str = ""
@@ -120,7 +123,7 @@ class Series:
     def label(self) -> str:
         """What the series is, in one line, with nothing that identifies a patient.
 
-        Example: ``series 4 (PT), 48 slices of 30 x 27, 5.47 x 5.47 x 3.27 mm, GML, attenuation corrected``
+        Example: ``series 4 (PT), 48 slices of 30 x 27, 5.47 x 5.47 x 3.27 mm, GML, attenuation corrected, FDG``
         """
         part = f", part {self.part}" if self.part else ""
         words = [f"series {self.number}{part} ({self.modality or 'no modality'})"]
@@ -132,7 +135,7 @@ class Series:
             words.append(f"{' x '.join(sizes)} mm")
         words += [text for text in (self.units, f"kernel {self.kernel}" if self.kernel else "") if text]
         if self.modality == "PT":
-            words.append(_AC_WORDS[self.attenuation_corrected])
+            words += [_AC_WORDS[self.attenuation_corrected], self.tracer.name or "tracer not known"]
         return ", ".join(words) + (f", {self.repeated} files repeated" if self.repeated else "")
 
 
@@ -189,6 +192,7 @@ _HEADER_TAGS = (
     *("FrameOfReferenceUID", "SeriesNumber", "ImageType", "SeriesType", "CorrectedImage", "Units"),
     *("ConvolutionKernel", "NumberOfSlices", "Rows", "Columns", "PixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient"),
+    *("RadiopharmaceuticalInformationSequence", "SeriesDescription"),
 )
 
 
@@ -320,6 +324,7 @@ def _one_series(members: Sequence[tuple[Path, Dataset]]) -> Series:
         pixel_spacing=None if spacing is None or spacing.min() <= 0 else spacing,
         paths=tuple(paths),
         positions=positions,
+        tracer=tracer_of(header) if text_of(header, "Modality").upper() == "PT" else Tracer(),
     )
 
 
