@@ -65,7 +65,7 @@ def grand_challenge(
         row = writer.rows[case[keys.PATIENT_ID]]
         if row["status"] == FAILED:
             raise CohortError(f"no prediction: {row['reason']}")
-        place = Path(folder) / case[keys.PATIENT_ID]
+        place = writer.folder(case[keys.PATIENT_ID])
         write_answers(json.loads((place / "prediction.json").read_text(encoding="utf-8")), place, Path(output), rfs)
 
 

@@ -25,7 +25,7 @@ from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
-from scripts.outputs import FAILED, OK  # noqa: E402
+from scripts.outputs import FAILED, OK, is_link  # noqa: E402
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -241,7 +241,7 @@ def run_cases(
     writer.products["DICOM objects"] = write_dicom_results
     reports = add_reports(parser, writer, explain) if report or explain else None
     for case in todo:
-        forget(writer.output_dir / case[keys.PATIENT_ID])
+        forget(writer.folder(case[keys.PATIENT_ID]))
     if todo:
         parser.get_parsed_content("initialize")
         parser.get_parsed_content("run")
@@ -253,10 +253,15 @@ def run_cases(
 
 
 def forget(folder: Path) -> None:
-    """Remove an earlier prediction and the files it names: should the patient fail now, they must not stand there."""
-    for file in named_files(folder).values():
-        (folder / Path(file).name).unlink(missing_ok=True)
-    (folder / PREDICTION).unlink(missing_ok=True)
+    """Remove an earlier prediction and the files it names: should the patient fail now, they must not stand there.
+
+    Only files that lie in the folder itself: a name that leads elsewhere, or a folder that is a link, is left alone.
+    """
+    if is_link(folder):
+        return
+    for path in (folder / Path(file).name for file in (*named_files(folder).values(), PREDICTION)):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
 
 
 def named_files(folder: Path) -> dict[str, str]:
@@ -284,7 +289,7 @@ def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Cas
     done = {
         case[keys.PATIENT_ID]
         for case in cases
-        if is_whole(writer.output_dir / case[keys.PATIENT_ID], case, [*wanted, *dicom_files(case)], force)
+        if is_whole(writer.folder(case[keys.PATIENT_ID]), case, [*wanted, *dicom_files(case)], force)
         and writer.take_over(case[keys.PATIENT_ID], sha256)
     }
     logger.info("%d of %d patients are done already", len(done), len(cases))
@@ -298,6 +303,8 @@ def dicom_files(case: Case) -> list[str]:
 
 def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bool:
     """Whether a patient's folder holds a prediction from this case's scans and values, and every file that it names."""
+    if is_link(folder):
+        return False
     files = named_files(folder)
     try:
         prediction = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))

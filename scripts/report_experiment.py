@@ -43,6 +43,7 @@ from scripts.case_metrics import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
 from scripts.clinical import feature_named  # noqa: E402
 from scripts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
 from scripts.figures import save_case_figure  # noqa: E402
+from scripts.outputs import folder_name  # noqa: E402
 from scripts.pages import Page, Words  # noqa: E402
 from scripts.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402
 from scripts.survival import DAYS_PER_YEAR  # noqa: E402
@@ -622,7 +623,8 @@ def predict_masks(main: Experiment, cases: Sequence[Case], fold: int, output: Pa
             for kind, suffix in ((keys.CT, "CT"), (keys.PET, "PT")):
                 source = Path(case[kind]).resolve()
                 ending = ".nii.gz" if source.name.endswith(".nii.gz") else source.suffix
-                link = Path(folder) / case[keys.PATIENT_ID] / f"{case[keys.PATIENT_ID]}__{suffix}{ending}"
+                name = folder_name(case[keys.PATIENT_ID])
+                link = Path(folder) / name / f"{name}__{suffix}{ending}"
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(source)
         options = {"dataset_dir": folder, "ckpt_dir": str(fold_folder(main.folder, fold).resolve() / "models")}
@@ -636,7 +638,8 @@ def predict_masks(main: Experiment, cases: Sequence[Case], fold: int, output: Pa
 
 def mask_file(folder: Path, patient: str) -> Path:
     """Where ``inference`` puts a patient's mask."""
-    return folder / patient / f"{patient}__tumour.nii.gz"
+    name = folder_name(patient)
+    return folder / name / f"{name}__tumour.nii.gz"
 
 
 def find_masks(main: Experiment, rows: Sequence[pd.Series], scans: Mapping[str, Case], predict: bool) -> dict[str, Any]:

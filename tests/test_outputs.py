@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 
 from scripts import keys as K
 from scripts.images import read_image
-from scripts.outputs import COLUMNS, PredictionWriter, mask_suffix, prediction_row
+from scripts.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]])
 
@@ -194,6 +194,83 @@ def test_an_earlier_prediction_of_the_same_model_is_taken_over(tmp_path: Path) -
     assert not again.take_over("CHUM-002", "ab")
     (tmp_path / "CHUM-001" / "prediction.json").write_text('{"model": {"sha')
     assert not again.take_over("CHUM-001", "ab")
+
+
+@pytest.mark.parametrize(
+    ("patient", "name"),
+    [
+        pytest.param("CHUM-001", "CHUM-001", id="plain"),
+        pytest.param("P+1.2_x", "P+1.2_x", id="signs_that_stay"),
+        pytest.param("../other_results/ID", "other_results_ID", id="above"),
+        pytest.param("/etc/passwd", "etc_passwd", id="absolute"),
+        pytest.param("C:\\temp\\x", "C_temp_x", id="windows_path"),
+        pytest.param("..", "unnamed", id="dots"),
+        pytest.param("", "unnamed", id="empty"),
+        pytest.param("-rf", "rf", id="option"),
+        pytest.param(".hidden", "hidden", id="hidden"),
+        pytest.param("name. ", "name", id="ends_in_dot_and_space"),
+        pytest.param("con", "patient_con", id="windows_device"),
+        pytest.param("LPT1.txt", "patient_LPT1.txt", id="windows_device_with_ending"),
+        pytest.param("predictions.csv", "patient_predictions.csv", id="name_of_the_table"),
+        pytest.param("a\nb\0c", "a_b_c", id="control_characters"),
+        pytest.param("Mu\u0308ller", "M\u00fcller", id="decomposed"),
+        pytest.param("\u60a3\u8005 1", "\u60a3\u8005_1", id="other_script"),
+        pytest.param("<b>x</b>", "b_x_b", id="html"),
+    ],
+)
+def test_a_folder_is_named_by_the_id_and_by_nothing_that_leads_elsewhere(patient: str, name: str) -> None:
+    assert folder_name(patient) == name == folder_name(name)
+
+
+@pytest.mark.parametrize("letter", ["x", "\u60a3"])
+def test_long_ids_have_short_folders_of_their_own(tmp_path: Path, letter: str) -> None:
+    first, second = (folder_name(letter * 400 + end) for end in "ab")
+    assert first != second
+    assert all(len(f".12345678.{name}__tumour.nii.gz".encode()) < 255 for name in (first, second))
+    (tmp_path / first).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("patients", "kept"),
+    [
+        pytest.param(["a/b", "a_b", "a b"], "a_b", id="signs"),
+        pytest.param(["p-1", "P-1"], "P-1", id="case"),
+        pytest.param(["/", "..", "*"], None, id="nothing_left"),
+    ],
+)
+def test_no_two_patients_share_a_folder(patients: list[str], kept: str | None, caplog) -> None:
+    names = folder_names(patients)
+    assert names == folder_names(patients[::-1])
+    assert len({name.casefold() for name in names.values()}) == len(patients)
+    if kept is not None:
+        assert names[kept] == kept
+    assert "another patient has the folder" in caplog.text
+
+
+def test_a_patient_of_any_name_is_written_below_the_output_and_shown_as_called(tmp_path: Path) -> None:
+    names = ["../up", "a/b", "a_b", "=cmd|' /C calc'!A0"]
+    writer = PredictionWriter(str(tmp_path / "out"), [case(name) for name in names])
+    for name in names:
+        writer.write_patient(result(name))
+    writer.write_table()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    rows = table(tmp_path / "out")
+    assert [row["PatientID"] for row in rows] == [*names[:3], f"'{names[3]}"]
+    assert all((tmp_path / "out" / row["mask"]).is_file() for row in rows)
+    assert len({row["mask"] for row in rows}) == len(names)
+
+
+def test_a_prediction_of_another_patient_is_not_taken_over(tmp_path: Path) -> None:
+    """Alone, ``a/b`` has the folder that ``a_b`` has in the next run."""
+    PredictionWriter(str(tmp_path), [case("a/b")]).write_patient(result("a/b"))
+    assert not PredictionWriter(str(tmp_path), [case("a_b")]).take_over("a_b", "ab")
+
+
+def test_text_that_a_spreadsheet_would_run_is_no_formula(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    writer.fail("CHUM-001", '=HYPERLINK("http://x")')
+    writer.write_table()
+    assert table(tmp_path)[0]["reason"] == '\'=HYPERLINK("http://x")'
 
 
 def test_only_the_row_of_a_patient_stays_in_memory(tmp_path: Path) -> None:

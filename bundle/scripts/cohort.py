@@ -18,7 +18,7 @@ from pathlib import Path
 from scripts import clinical, keys
 from scripts.clinical import DEFAULT_FEATURES
 from scripts.cohort_folds import PROTOCOLS, Split
-from scripts.cohort_scans import CohortError, Scans, find_scans, list_faults, patient_key, some
+from scripts.cohort_scans import CohortError, Scans, clean_id, find_scans, list_faults, patient_key, some
 from scripts.cohort_tables import Record, Tables, centre_name, find_tables, read_tables
 from scripts.keys import Case
 
@@ -62,7 +62,7 @@ def make_case(scans: Scans | None, record: Record | None, features: Sequence[str
     """The dictionary of one patient, with every label's own flag; without any table, no row is missed."""
     files = {kind: getattr(scans, kind) if scans else None for kind in ("ct", "pet", "mask")}
     values = record.values if record else {}
-    patient_id = scans.patient_id if scans else record.patient_id if record else ""
+    patient_id = clean_id(scans.patient_id if scans else record.patient_id if record else "")
     survival_known = "rfs" in values and "relapse" in values and values["rfs"] > 0
     return {
         keys.PATIENT_ID: patient_id,

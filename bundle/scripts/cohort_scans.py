@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+UNNAMED = "unnamed"
+"""Shown for a patient whose id is empty."""
+
 _MAX_FAULTS = 20
+_SPACES = r"[-_\s\u2010-\u2015\u2212]+"
+_CONTROLS = ("Cc", "Cn", "Co", "Cs", "Zl", "Zp")
+_FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is none
 _SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE)
 _MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE)
@@ -52,13 +59,46 @@ class Remarks:
 
 
 def patient_key(patient_id: str) -> str:
-    """One key for all spellings of a patient's id.
+    """One key for all spellings of a patient's id: upper case, composed Unicode, every dash and space a hyphen.
 
     Example:
-        >>> {patient_key(spelling) for spelling in ("CHUM-001", "CHUM_001", " chum-001 ")}
+        >>> {patient_key(spelling) for spelling in ("CHUM-001", "CHUM_001", " chum-001 ", "CHUM\u2013001")}
         {'CHUM-001'}
+        >>> patient_key("Mu\u0308ller") == patient_key("M\u00fcller")
+        True
     """
-    return re.sub(r"[-_\s]+", "-", patient_id.strip()).upper()
+    text = _visible(patient_id)
+    text = text.removeprefix("'") if _FORMULA.match(text.removeprefix("'")) else text
+    return unicodedata.normalize("NFC", re.sub(_SPACES, "-", text).upper())
+
+
+def clean_id(patient_id: str) -> str:
+    r"""A patient's id as everything shows it: as written, but for what harms the reader of a table or a log.
+
+    Unicode is composed (NFC), characters without width are left out, control characters and bytes that are no text
+    become escapes such as ``\n``. What a spreadsheet would run as a formula gets an apostrophe before it. An empty id
+    becomes ``unnamed``.
+
+    Example:
+        >>> clean_id(" CHUM 001 "), clean_id("a\nb"), clean_id("=1+1"), clean_id("-1"), clean_id("")
+        ('CHUM 001', 'a\\nb', "'=1+1", '-1', 'unnamed')
+    """
+    text = _visible(patient_id)
+    text = "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign) in _CONTROLS else sign for sign in text
+    )
+    return without_formula(text) or UNNAMED
+
+
+def without_formula(text: str) -> str:
+    """The text with an apostrophe before it where a spreadsheet would run it as a formula."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _visible(text: str) -> str:
+    """Composed, without what has no width and without spaces around it."""
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(sign for sign in composed if unicodedata.category(sign) != "Cf").strip()
 
 
 def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:

@@ -55,7 +55,7 @@ def find_cases(
     cases = _find_cases(Path(source).expanduser(), features, clinical)
     twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
     if twice:
-        raise CohortError(f"{source}: several patients would be written to one folder: {', '.join(twice)}; rename them")
+        raise CohortError(f"{source}: several patients are called {', '.join(twice)}; rename them")
     return cases
 
 
@@ -112,7 +112,7 @@ def listed_cases(
     for case in cases:
         if case[keys.CT] and case[keys.PET] and Path(case[keys.CT]).is_dir() and Path(case[keys.PET]).is_dir():
             _take_dicom(case, pair_examination(case[keys.CT], case[keys.PET]), features)
-    return [_with_safe_id(case) for case in cases]
+    return cases
 
 
 def pair_case(
@@ -142,12 +142,12 @@ def pair_case(
         case = cohort.make_case(
             Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"]), None, features, False
         )
-        return _with_safe_id({**case, keys.PROBLEM: ""})
+        return {**case, keys.PROBLEM: ""}
     examination = pair_examination(paths["CT"], paths["PET"])
     case = cohort.make_case(Scans(patient_id or examination.name, paths["CT"]), None, features, False)
     case[keys.PROBLEM] = ""
     _take_dicom(case, examination, features)
-    return _with_safe_id(case)
+    return case
 
 
 def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source: str) -> None:
@@ -206,7 +206,7 @@ def _dicom_cases(
         case = cohort.make_case(Scans(each.name, folder), tables.records.get(key), features, bool(tables.files))
         case[keys.PROBLEM] = "; ".join(problems.get(key, []))
         _take_dicom(case, each, features)
-        cases.append(_with_safe_id(case))
+        cases.append(case)
     return cases
 
 
@@ -225,9 +225,3 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
         if case[keys.CLINICAL][name] is None:
             case[keys.CLINICAL][name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = HEADER
-
-
-def _with_safe_id(case: Case) -> Case:
-    """The case with an id that can be the name of a folder."""
-    safe = re.sub(r"[^\w.+-]+", "_", case[keys.PATIENT_ID]).strip("._") or UNNAMED
-    return {**case, keys.PATIENT_ID: safe}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
 import os
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from ignite.engine import Events
 from monai.engines import IterationEvents, Workflow
 
 from scripts import keys
+from scripts.cohort_scans import UNNAMED, without_formula
 from scripts.files import write_text
 from scripts.images import ITK_SUFFIXES, image_suffix, write_mask
 from scripts.sampling import reason
@@ -33,6 +38,9 @@ COLUMNS = (
     *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
 )
 NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
+
+_LONGEST_NAME = 200  # bytes, of the 255 that file systems allow: endings of files come behind
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|predictions\.csv(\.partial)?|index\.html", re.IGNORECASE)
 
 Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Iterable[tuple[str, str]]]
 
@@ -65,6 +73,7 @@ class PredictionWriter:
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
+        self.folders = folder_names(self.cases)
         self.products = dict(products or {})
         self.rows: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
@@ -80,6 +89,10 @@ class PredictionWriter:
         """Write the files of the one patient of the batch and fill its row."""
         self.write_patient({**engine.state.batch[0], **engine.state.output[0]})
 
+    def folder(self, patient: str) -> Path:
+        """Folder of a patient's files, directly below the output folder whatever the patient is called."""
+        return self.output_dir / self.folders[patient]
+
     def write_patient(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write a patient's files, ``prediction.json`` last, and fill the row.
 
@@ -88,13 +101,18 @@ class PredictionWriter:
 
         Returns:
             The prediction as written, its ``files`` filled.
+
+        Raises:
+            OSError: the patient's folder is a link, or cannot be written to.
         """
         prediction = dict(result[keys.PREDICTION])
         patient = prediction["patient_id"]
-        case, folder = self.cases[patient], self.output_dir / patient
+        case, folder = self.cases[patient], self.folder(patient)
+        if is_link(folder):
+            raise OSError(f"{folder} is a link: nothing is written through it; remove it or choose another OUTPUT")
         files = dict(prediction["files"])
         if result.get(keys.PRED) is not None:
-            files["mask"] = f"{patient}__tumour{mask_suffix(case.get(keys.CT))}"
+            files["mask"] = f"{folder.name}__tumour{mask_suffix(case.get(keys.CT))}"
             mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
             affine = np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float)
             write_mask(
@@ -127,8 +145,8 @@ class PredictionWriter:
             False where there is no such file, or it is damaged, or of another model: the patient is to be predicted.
         """
         try:
-            prediction = json.loads((self.output_dir / patient / "prediction.json").read_text(encoding="utf-8"))
-            if prediction["model"]["sha256"] != sha256:
+            prediction = json.loads((self.folder(patient) / "prediction.json").read_text(encoding="utf-8"))
+            if prediction["model"]["sha256"] != sha256 or prediction["patient_id"] != patient:
                 return False
             self.rows[patient] = self._predicted(prediction)
         except (OSError, ValueError, KeyError, TypeError):
@@ -178,7 +196,9 @@ class PredictionWriter:
         lacking = [self.failures[patient]] if patient in self.failures else []
         lacking += [NO_CLINICAL_ROW] if self.cases[patient].get(keys.CLINICAL_FOUND) is False else []
         row = self._row(patient, INCOMPLETE if lacking else OK, "; ".join(lacking))
-        return {**row, **prediction_row(prediction)}
+        row |= prediction_row(prediction)
+        mask = prediction["files"].get("mask")
+        return row | {"mask": f"{self.folders[patient]}/{mask}" if mask else ""}
 
     def _row(self, patient: str, status: str, why: str) -> dict[str, Any]:
         return {**dict.fromkeys(COLUMNS, ""), "PatientID": patient, "status": status, "reason": why}
@@ -187,15 +207,21 @@ class PredictionWriter:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows[p] for p in self.cases if p in self.rows)
+        rows = [self.rows[patient] for patient in self.cases if patient in self.rows]
+        cells = (
+            {k: without_formula(cell) if isinstance(cell, str) else cell for k, cell in row.items()} for row in rows
+        )
+        writer.writerows(cells)
         return text.getvalue()
 
 
 def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``predictions.csv`` says of a prediction, as ``prediction.json`` holds it; nothing where it says nothing."""
+    """What ``predictions.csv`` says of a prediction, as ``prediction.json`` holds it, but for the mask's path.
+
+    Where it says nothing, the cell is empty.
+    """
     survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
     at = {row["years"]: row["survival"] for row in survival.get("recurrence_free_survival", [])}
-    mask = prediction["files"].get("mask")
     row = {
         **{name: survival.get(name) for name in ("log_hazard", "log_hazard_std", "percentile", "risk_group")},
         **{f"survival_{year}y": at.get(year) for year in YEARS},
@@ -209,9 +235,49 @@ def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
         "crop_flag": prediction["crop"]["flag"],
         "trained_on": prediction["model"]["trained_on"],
         "model_sha256": prediction["model"]["sha256"],
-        "mask": mask and f"{prediction['patient_id']}/{mask}",
     }
     return {name: "" if value is None else value for name, value in row.items()}
+
+
+def folder_name(patient_id: str) -> str:
+    """The name that a patient's folder and files get: letters, digits and ``. + - _`` of the id, all else ``_``.
+
+    No name leads out of its folder, is hidden, reserved by Windows or by the files of a cohort, or too long.
+
+    Example:
+        >>> [folder_name(name) for name in ("CHUM-001", "../a/b", "x y.", "nul", "..")]
+        ['CHUM-001', 'a_b', 'x_y', 'patient_nul', 'unnamed']
+    """
+    name = re.sub(r"[^\w.+-]+", "_", unicodedata.normalize("NFC", patient_id)).lstrip("._-").rstrip("._") or UNNAMED
+    name = f"patient_{name}" if _RESERVED.fullmatch(name) else name
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{_digest(patient_id)}"
+
+
+def folder_names(patients: Iterable[str]) -> dict[str, str]:
+    """Name of each patient's folder, no two alike, whatever a file system makes of upper and lower case.
+
+    Of patients for whom :func:`folder_name` gives the same, the one who is called so keeps the name; to those of the
+    others a short hash of the id is added, and the log says so.
+    """
+    names = {patient: folder_name(patient) for patient in patients}
+    alike = Counter(name.casefold() for name in names.values())
+    kept = {name.casefold(): name for name in sorted(names, reverse=True) if names[name] == name}
+    for patient, name in names.items():
+        if alike[name.casefold()] > 1 and kept.get(name.casefold()) != patient:
+            names[patient] = f"{name}-{_digest(patient)}"
+            logger.warning("%s: another patient has the folder %s; this one's is %s", patient, name, names[patient])
+    return names
+
+
+def is_link(folder: Path) -> bool:
+    """Whether a folder is a link to another one, or a junction of Windows."""
+    return folder.is_symlink() or folder.resolve().parent != folder.parent.resolve()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def mask_suffix(ct: Any) -> str:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from scripts.findings import FORCED, trained_on_of
 from scripts.keys import RESEARCH_USE_ONLY
+from scripts.outputs import folder_names
 from scripts.pages import Link, Page, Ranked
 from scripts.plots import GREY, GROUP_COLOURS
 from scripts.sheet import Sheet
@@ -49,7 +50,12 @@ def write_summary(output_dir: str | Path) -> Path:
         raise SummaryError(f"{folder} holds no {TABLE}: predict some patients first")
     with (folder / TABLE).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    predictions = {row["PatientID"]: _prediction(folder, row) for row in rows if row["status"] != FAILED}
+    folders = {patient: folder / name for patient, name in folder_names(row["PatientID"] for row in rows).items()}
+    predictions = {
+        patient: _prediction(folders[patient])
+        for patient, status in ((row["PatientID"], row["status"]) for row in rows)
+        if status != FAILED
+    }
     found = [prediction for prediction in predictions.values() if prediction is not None]
     page = Page(f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}")
     page.paragraph(f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY, "warning")
@@ -59,7 +65,7 @@ def write_summary(output_dir: str | Path) -> Path:
     _counts(page, rows, found)
     _risks(page, found)
     page.heading("Patients")
-    cells = [_row(folder, row, predictions.get(row["PatientID"])) for row in rows]
+    cells = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in rows]
     page.table(TITLES, cells, "A click on a title sorts.", sortable=True)
     page.link("All numbers as a table: predictions.csv", TABLE)
     _problems(
@@ -73,9 +79,9 @@ def write_summary(output_dir: str | Path) -> Path:
     return path
 
 
-def _prediction(folder: Path, row: Mapping[str, str]) -> dict[str, Any] | None:
+def _prediction(folder: Path) -> dict[str, Any] | None:
     """The prediction of a patient; None where its file is gone."""
-    path = folder / row["PatientID"] / PREDICTION
+    path = folder / PREDICTION
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -137,10 +143,10 @@ def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
 
 def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | None) -> list[object]:
     patient = row["PatientID"]
-    report = Path(patient) / REPORT
+    report = folder / REPORT
     if prediction is None:  # whatever report an earlier run has left there
         return [patient, row["status"], *[NOTHING] * (len(TITLES) - 2)]
-    name = Link(patient, report.as_posix()) if (folder / report).is_file() else patient
+    name = Link(patient, f"{folder.name}/{REPORT}") if report.is_file() else patient
     survival, hpv, tumour = (prediction.get(part) or {} for part in ("survival", "hpv", "tumour"))
     group = survival.get("risk_group")
     positive = hpv.get("positive")

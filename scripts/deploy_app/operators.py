@@ -166,7 +166,7 @@ class ResultOperator(Operator):
         writer = PredictionWriter(str(self.folder), [case], {"DICOM objects": write_dicom_results, "report": report})
         written = writer.write_patient(result)
         for name, file in sorted(written["files"].items()):
-            logger.info("written: %s: %s", name, self.folder / written["patient_id"] / file)
+            logger.info("written: %s: %s", name, writer.folder(written["patient_id"]) / file)
         for patient, why in writer.failures.items():  # the writer goes on without; here they are part of the result
             raise ValueError(f"patient {patient}: predicted, but {why}")
 

@@ -1,0 +1,76 @@
+"""Whatever a patient is called, what is written and removed lies in a folder of its own below OUTPUT."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from predict import forget, predict
+from tiny_model import write_model
+
+from conftest import make_tiny_cohort
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """A patient as ``given``, and the results of somebody else, by the same names as ours, as ``other_results``."""
+    make_tiny_cohort(tmp_path / "given", 1)
+    (tmp_path / "results").mkdir()
+    other = tmp_path / "other_results" / "CHUM-007"
+    other.mkdir(parents=True)
+    (other / "prediction.json").write_text(json.dumps({"files": {"mask": "CHUM-007__tumour.nii.gz"}}))
+    (other / "CHUM-007__tumour.nii.gz").write_bytes(b"mask")
+    return tmp_path
+
+
+def others(work: Path) -> list[str]:
+    return sorted(path.name for path in (work / "other_results" / "CHUM-007").iterdir())
+
+
+def run(work: Path, model: Path, code: int = 1) -> dict[str, dict[str, str]]:
+    """Predict ``given`` into ``results``; rows of the table."""
+    ended = 0
+    try:
+        predict(str(work / "given"), str(work / "results"), ckpt_dir=str(model), device="cpu", report=False)
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+    with (work / "results" / "predictions.csv").open(newline="") as file:
+        return {row["PatientID"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_table_removes_nobody_elses_results(work, model, absolute):
+    patient = f"{work / 'other_results'}/CHUM-007" if absolute else "../other_results/CHUM-007"
+    table = next((work / "given").glob("*.csv"))
+    table.write_text(table.read_text() + f"{patient},1,50,1,,,,,M0,100,1,1\n")
+    rows = run(work, model)
+    assert others(work) == ["CHUM-007__tumour.nii.gz", "prediction.json"]
+    assert rows[patient]["status"] == "failed" and "no CT and no PET" in rows[patient]["reason"]
+    assert rows["CHUM-001"]["status"] == "ok"
+    assert {path.name for path in work.iterdir()} == {"given", "other_results", "results"}
+
+
+def test_a_link_below_the_output_is_not_followed(work, model):
+    (work / "results" / "CHUM-001").symlink_to(work / "other_results" / "CHUM-007")
+    rows = run(work, model)
+    assert others(work) == ["CHUM-007__tumour.nii.gz", "prediction.json"]
+    assert rows["CHUM-001"]["status"] == "failed"
+    assert "CHUM-001 is a link" in rows["CHUM-001"]["reason"] and "remove it" in rows["CHUM-001"]["reason"]
+
+
+@pytest.mark.parametrize("file", ["..", "../../other_results/CHUM-007/CHUM-007__tumour.nii.gz", "", "a/.."])
+def test_an_earlier_prediction_names_only_files_of_its_own_folder(work, file):
+    folder = work / "results" / "CHUM-007"
+    folder.mkdir()
+    (folder / "prediction.json").write_text(json.dumps({"files": {"mask": file}}))
+    forget(folder)
+    assert list(folder.iterdir()) == []
+    assert others(work) == ["CHUM-007__tumour.nii.gz", "prediction.json"]
