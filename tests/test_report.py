@@ -18,6 +18,7 @@ from scripts import keys
 from scripts.explain import Explanation
 from scripts.findings import FORCED, Section, sections_of, warnings_of
 from scripts.geometry import Grid
+from scripts.outputs import folder_name
 from scripts.report import ReportWriter, write_report
 from scripts.sheet import Sheet, wrapped
 from scripts.summary import SummaryError, write_summary
@@ -236,7 +237,7 @@ def cohort(tmp_path: Path) -> Iterator[Path]:
     forced["quality"].update(verdict="reject", forced=True)
     bare = {**uncalibrated(), "patient_id": "C-3"}
     for said in (prediction(patient_id="A-1"), forced, bare):
-        folder = tmp_path / said["patient_id"]
+        folder = tmp_path / folder_name(said["patient_id"])
         folder.mkdir()
         (folder / "prediction.json").write_text(json.dumps(said))
         (folder / "report.html").write_text("a report")
@@ -265,7 +266,7 @@ def test_the_page_of_a_cohort(cohort: Path) -> None:
         assert said in text
     assert re.findall(r'href="([^"]*)"', source) == [
         "A-1/report.html",
-        "B%20%26%20%3Cb%3E/report.html",
+        "B_b/report.html",
         "predictions.csv",
     ]
     assert "http" not in source
