@@ -21,7 +21,7 @@ COPY requirements.txt .
 RUN pip install -r requirements.txt
 
 COPY bundle bundle
-COPY scripts/predict.py scripts/grand_challenge.py scripts/
+COPY scripts/command_line.py scripts/predict.py scripts/grand_challenge.py scripts/
 RUN python -m compileall -q bundle scripts
 
 USER 10001:10001

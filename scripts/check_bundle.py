@@ -24,8 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
+from command_line import run_tool
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -507,7 +507,4 @@ def _one_line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
-    try:
-        fire.Fire(check_bundle)
-    except NotADirectoryError as error:
-        sys.exit(f"check_bundle: {error}")
+    run_tool(check_bundle, OSError)

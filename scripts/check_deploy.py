@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fire
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "scripts" / "deploy_app"
@@ -68,4 +68,4 @@ def make_environment(folder: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    fire.Fire(check_deploy)
+    run_tool(check_deploy, OSError)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fire
+from command_line import run_tool
 from serve_label import ENVIRONMENT, ROOT, LabelEnvironmentError, make_environment
 
 SKIPPED = 77  # as test runners understand it
@@ -39,4 +39,4 @@ def check_label(environment: str = str(ENVIRONMENT)) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(check_label)
+    run_tool(check_label, OSError)

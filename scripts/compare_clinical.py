@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import pandas as pd
+from command_line import run_tool
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
@@ -302,7 +302,7 @@ def _left_out(cohort: Cohort, centres: Sequence[Sequence[str]]) -> dict[str, int
 
 
 def _names(value: str | Sequence[object]) -> list[str]:
-    """A list from what Fire makes of ``a,b`` (a tuple), ``a`` (a text) or ``3`` (a number)."""
+    """A list from ``a,b``, or from a list."""
     items = value if isinstance(value, (list, tuple)) else str(value).split(",")
     return [str(item).strip() for item in items if str(item).strip()]
 
@@ -428,7 +428,4 @@ def compare_clinical(
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(compare_clinical)
-    except (ValueError, OSError) as error:
-        sys.exit(f"compare_clinical: {error}")
+    run_tool(compare_clinical, ValueError, OSError)

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import pandas as pd
+from command_line import run_tool
 from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,7 +272,4 @@ def summary(ensemble: FoldEnsemble, path: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(ensemble_folds)
-    except (ExperimentError, CheckpointError, SettingsMismatch, OSError) as error:
-        sys.exit(f"ensemble_folds: {error}")
+    run_tool(ensemble_folds, ExperimentError, CheckpointError, SettingsMismatch, OSError)

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import pandas as pd
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
@@ -224,7 +224,4 @@ def evaluate_folds(
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(evaluate_folds)
-    except (ExperimentError, CohortError, CalibrationError, CheckpointError, SettingsMismatch, OSError) as error:
-        sys.exit(f"evaluate_folds: {error}")
+    run_tool(evaluate_folds, ExperimentError, CohortError, CalibrationError, CheckpointError, SettingsMismatch, OSError)

@@ -58,8 +58,12 @@ PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What a protocol brings along unless the command line or an overlay says otherwise."""
 
+TEXT_IDS = ("dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "tracking", "device")
+"""Ids of the configs that are names or paths, even where they look like numbers."""
 SET_HERE = ("output_dir", "ckpt_dir", "bundle_root", "fold", "checkpoint", "evaluate_on", "evaluation_dir")
 """Ids of the configs that this tool sets for each fold."""
+OPTIONS = ("leave_one_centre_out", "folds", "config_files", "jobs", "devices")
+"""Options of train_folds that are no ids of the configs."""
 NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", "num_workers", "fold")
 """Ids of the configs that may differ when an experiment is continued: where and how, not what."""
 
@@ -146,6 +150,18 @@ def typed(value: Any) -> str:
     if isinstance(value, str) and DefaultParseValue(value) == value:
         return value
     return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def read_override(name: str, text: str) -> Any:
+    """Value of an id of the configs from what was typed: as MONAI reads it, but names and paths stay text.
+
+    Example:
+        >>> read_override("epochs", "3"), read_override("cache_dir", "2024_001"), read_override("ehr_csv", "None")
+        (3, '2024_001', None)
+    """
+    value = DefaultParseValue(text)
+    means_itself = isinstance(value, str) or value is None or text.startswith("[")
+    return value if name not in TEXT_IDS or means_itself else text
 
 
 def make_plan(
@@ -248,8 +264,13 @@ def find_config(name: str) -> str:
     raise ExperimentError(f"no config file {name}, neither in {BUNDLE} nor in {Path.cwd()}")
 
 
-def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
+def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser, options: Sequence[str] = OPTIONS) -> None:
     """Refuse what MONAI would take in silence: ids that no config has, or that this tool sets itself.
+
+    Args:
+        overrides: ids and their values.
+        parser: of the configs.
+        options: of the tool itself, one of which may be meant.
 
     Raises:
         ExperimentError: it names the id, and the one that may have been meant.
@@ -258,7 +279,7 @@ def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
         if name in SET_HERE:
             raise ExperimentError(f"--{name} is set by train_folds for each fold")
         if name not in parser and name != "tracking":
-            close = difflib.get_close_matches(name, [*parser.get(), "folds", "jobs", "devices", "config_files"], 1)
+            close = difflib.get_close_matches(name, [*parser.get(), *options], 1)
             raise ExperimentError(f"no config has the id '{name}'" + (f": is '{close[0]}' meant?" if close else ""))
 
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
+from command_line import run_tool
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
@@ -401,7 +401,4 @@ def refuse_if_wrong(name: str, differences: Sequence[Difference]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(export_model)
-    except (ExportError, CheckpointError, SettingsMismatch, OSError) as error:
-        sys.exit(f"export_model: {error}")
+    run_tool(export_model, ExportError, CheckpointError, SettingsMismatch, OSError)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
+from command_line import run_tool
 from predict import BUNDLE, UsageError, configure_log, load_bundle, run_cases
 
 from scripts import keys
@@ -132,7 +131,4 @@ def write_answers(prediction: Mapping[str, Any], folder: Path, output: Path, rfs
 
 if __name__ == "__main__":
     plain_errors()
-    try:
-        fire.Fire(grand_challenge)
-    except (UsageError, CohortError) as error:
-        sys.exit(f"grand_challenge: {error}")
+    run_tool(grand_challenge, CohortError)

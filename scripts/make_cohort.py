@@ -22,10 +22,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import fire
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from command_line import run_tool
 from isal import igzip
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -320,7 +320,4 @@ def _comparable(days: NDArray[np.float64], relapse: NDArray[np.bool_]) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(make_cohort)
-    except MakeCohortError as problem:
-        sys.exit(f"make_cohort: {problem}")
+    run_tool(make_cohort, MakeCohortError, OSError)

@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import pandas as pd
 import torch
+from command_line import run_tool
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
@@ -407,7 +407,4 @@ def _over(patient: Patient, grid: phantom.Grid, body_z: tuple[float, float], spa
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(measure_localisation)
-    except MeasureError as problem:
-        sys.exit(f"measure_localisation: {problem}")
+    run_tool(measure_localisation, MeasureError, OSError)

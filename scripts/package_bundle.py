@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fire
 import yaml
+from command_line import run_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -251,7 +251,4 @@ def summary(target: Path, archive: Path, files: list[str], large: list[str]) -> 
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(package_bundle)
-    except (PackageError, CheckpointError, OSError) as error:
-        sys.exit(f"package_bundle: {error}")
+    run_tool(package_bundle, PackageError, CheckpointError, OSError)

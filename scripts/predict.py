@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fire
+from command_line import UsageError, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -52,10 +52,6 @@ COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, d
     "quality": ("quality", 0),
     "forced": ("forced", 0),
 }
-
-
-class UsageError(ValueError):
-    """Options that do not go together."""
 
 
 class CaseList(tuple):
@@ -108,9 +104,7 @@ def predict(
     """
     if ct is not None and pet is not None and output is None:
         input, output = None, input
-    check_usage(
-        input, output, ct, pet, values, {"report": report, "explain": explain, "resume": resume, "force": force}
-    )
+    check_usage(input, output, ct, pet, values)
     configure_log()
     parser = load_bundle(str(output), ckpt_dir, device, force)
     features = parser.get_parsed_content("clinical_features")
@@ -125,7 +119,7 @@ def predict(
 
 
 def check_usage(
-    input: str | None, output: str | None, ct: str | None, pet: str | None, values: Mapping[str, Any], flags: Mapping
+    input: str | None, output: str | None, ct: str | None, pet: str | None, values: Mapping[str, Any]
 ) -> None:
     """Refuse what cannot be meant.
 
@@ -138,9 +132,6 @@ def check_usage(
     unknown = [name for name in values if name not in FEATURES]
     if unknown:
         raise UsageError(f"no option --{unknown[0]}; --help lists them, clinical values are {', '.join(FEATURES)}")
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise UsageError(f"--{name} is True or False, got {value!r}; say --{name} True before other words")
 
 
 def configure_log() -> None:
@@ -197,7 +188,7 @@ def one_case(
 ) -> list[Case]:
     """The case of one pair of scans; arguments as for :func:`gather_cases`."""
     own = None if clinical is None else clinical_object(clinical)
-    case = pair_case(ct, pet, features, None if patient_id is None else str(patient_id))
+    case = pair_case(ct, pet, features, patient_id)
     if clinical is not None and own is None:
         raise UsageError(f"with --ct and --pet, --clinical is a JSON object of this patient, not a table: {clinical}")
     return with_values([case], clinical, own, values)
@@ -368,8 +359,4 @@ def shown(value: Any, digits: int) -> str:
 
 if __name__ == "__main__":
     plain_errors()
-    try:
-        # options of any name are clinical values for Fire, --help too
-        fire.Fire(predict, command=["--", "--help"] if {"-h", "--help"} & set(sys.argv[1:]) else None)
-    except UsageError as error:
-        sys.exit(f"predict: {error}")
+    run_tool(predict, words=("input", "output"), others=FEATURES)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fire
 import pandas as pd
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -744,7 +744,4 @@ def report_experiment(run: str, runs: str | Sequence[str] = (), out: str | None 
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(report_experiment)
-    except (ExperimentError, CohortError, OSError) as error:
-        sys.exit(f"report_experiment: {error}")
+    run_tool(report_experiment, ExperimentError, CohortError, OSError)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import fire
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT.parent / "shared" / "data" / "schema" / "meta_schema_20240725.json"
@@ -61,4 +61,4 @@ def _check_metadata() -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(run_checks)
+    run_tool(run_checks)

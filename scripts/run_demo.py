@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import fire
 import pandas as pd
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -106,4 +106,4 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(run_demo)
+    run_tool(run_demo, OSError)

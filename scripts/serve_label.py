@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import fire
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -242,4 +242,4 @@ def start_server(python: Path, app: Path, studies: str, host: str, port: int) ->
 
 
 if __name__ == "__main__":
-    fire.Fire(serve_label)
+    run_tool(serve_label, OSError)

@@ -28,14 +28,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import fire
+from command_line import run_tool
 from study import VARIANTS, Study, check_run, check_variants, run_name
 from study_report import RUN_FILE, as_markdown, join, make_report, put_into
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bundle"))
 
-from experiment import ExperimentError, as_list  # noqa: E402
+from experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override  # noqa: E402
 from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
 
 from scripts import keys  # noqa: E402
@@ -204,6 +204,9 @@ def study_learning(
     """
     if jobs < 1 or threads < 1:
         raise ExperimentError(f"--jobs and --threads are 1 or more; got {jobs} and {threads}")
+    if "seed" in overrides:
+        raise ExperimentError("--seed is set for each run: is --seeds meant?")
+    merge_configs((TRAIN_CONFIG,), "partial", overrides)  # an id that does not exist shall show before the first run
     place = str(Path(dataset_dir).expanduser().resolve())
     names = check_variants([str(name) for name in as_list(variants)])
     numbers = [tuple(int(value) for value in as_list(values)) for values in (seeds, folds)]
@@ -254,7 +257,4 @@ def command_line(study: Study, jobs: int, threads: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(study_learning)
-    except (ExperimentError, CohortError, OSError) as error:
-        sys.exit(f"study_learning: {error}")
+    run_tool(study_learning, ExperimentError, CohortError, OSError, read=read_override)

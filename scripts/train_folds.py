@@ -25,9 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import fire
 import numpy as np
 import pandas as pd
+from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -36,6 +36,7 @@ sys.path.insert(0, str(BUNDLE))
 from experiment import (  # noqa: E402
     FINISHED,
     LOG_FILE,
+    TEXT_IDS,
     TRAINING,
     ExperimentError,
     Plan,
@@ -45,6 +46,7 @@ from experiment import (  # noqa: E402
     gather,
     is_finished,
     make_plan,
+    read_override,
     typed,
     write_fold,
 )
@@ -427,7 +429,7 @@ def command_line(arguments: Mapping[str, Any]) -> str:
     }
     options = []
     for name, value in given.items():
-        word = typed(value)
+        word = str(value) if name in TEXT_IDS else typed(value)
         options += [f"--{name}", word if '"' in word else word.replace("'", '"')]  # easier to read within a shell's
     return shlex.join(["python", "scripts/train_folds.py", *options])
 
@@ -492,7 +494,4 @@ def train_folds(
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(train_folds)
-    except (ExperimentError, CohortError, OSError) as error:
-        sys.exit(f"train_folds: {error}")
+    run_tool(train_folds, ExperimentError, CohortError, OSError, read=read_override)

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import compare_clinical as tool
-import fire
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import read_arguments
 from lifelines import CoxPHFitter
 from lifelines.utils import concordance_index
 
@@ -295,7 +295,8 @@ def test_cohort_without_outcomes(tmp_path):
 
 def test_command_line(made_up_csv, capsys):
     centres = ["--train_centres", "5,1", "--test_centres=8"]
-    fire.Fire(tool.compare_clinical, [str(made_up_csv), *centres, "--features=age,gender", "--bootstrap=20"])
+    typed = [str(made_up_csv), *centres, "--features=age,gender", "--bootstrap=20"]
+    tool.compare_clinical(**read_arguments(tool.compare_clinical, typed))
     assert "train: MDA, CHUM, 95 patients" in capsys.readouterr().out
 
 

@@ -321,8 +321,6 @@ def test_a_pet_without_dose_fails_its_patient_only(patients, options, tmp_path):
         pytest.param({"input": "x", "output": "y", "ct": "c", "pet": "p"}, "give INPUT OUTPUT", id="both"),
         pytest.param({"output": "y", "ct": "c"}, "give INPUT OUTPUT", id="half_a_pair"),
         pytest.param({"input": "x", "output": "y", "agee": 61}, "no option --agee", id="mistyped"),
-        pytest.param({"input": "y", "resume": "x"}, "give INPUT OUTPUT", id="flag_took_the_input"),
-        pytest.param({"input": "x", "output": "y", "resume": "z"}, "--resume is True or False", id="flag_with_a_word"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):

@@ -210,6 +210,9 @@ def test_a_signal_ends_the_runs(cohort, tmp_path, fake):
         pytest.param({"variants": "base,floww"}, "no variant floww; there are base", id="variant"),
         pytest.param({"jobs": 0}, "--jobs and --threads", id="jobs"),
         pytest.param({"report": True}, "no finished run", id="nothing_to_report"),
+        pytest.param({"epoch": 3}, "no config has the id 'epoch': is 'epochs' meant", id="unknown_id"),
+        pytest.param({"job": 3}, "no config has the id 'job': is 'jobs' meant", id="misspelt_option"),
+        pytest.param({"seed": 3}, "is --seeds meant", id="seed"),
     ],
 )
 def test_refuses(cohort, tmp_path, options, message):

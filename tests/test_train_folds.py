@@ -469,6 +469,7 @@ def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):
     ("options", "message"),
     [
         pytest.param({"epoch": 3}, "no config has the id 'epoch': is 'epochs' meant", id="unknown_id"),
+        pytest.param({"leave_one_center_out": True}, "is 'leave_one_centre_out' meant", id="misspelt_option"),
         pytest.param({"fold": 1}, "--fold is set by train_folds", id="reserved"),
         pytest.param({"config_files": "configs/none.json"}, r"no config file configs/none\.json", id="no_config"),
         pytest.param({"config_files": "configs/multi_gpu_train.json"}, "is for torchrun", id="multi_gpu"),

@@ -1,0 +1,178 @@
+"""Command lines of the tools: names stay text, values are read strictly, unknown options are refused first."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from command_line import UsageError, read_arguments, run_tool
+from experiment import read_override, typed
+
+from conftest import ROOT
+from scripts.clinical import FEATURES
+
+SCRIPTS = ROOT / "scripts"
+TOOLS = sorted(path.stem for path in SCRIPTS.glob("*.py") if f"run_tool({path.stem}" in path.read_text())
+
+
+def tool(
+    run: str,
+    compare: str | None = None,
+    folds: int | Sequence[int] | None = None,
+    tasks: str | Sequence[str] = (),
+    penalizer: float = 0.1,
+    explain: bool = False,
+    amp: bool | None = None,
+) -> None:
+    """Do it.
+
+    Args:
+        run: the ``folder``,
+            100 % of it.
+        compare: another.
+        folds: of them.
+        tasks: of them.
+        penalizer: of :data:`x`.
+        explain: why.
+        amp: or not.
+    """
+
+
+def any_id(dataset_dir: str, folds: str = "", **overrides: object) -> None:
+    """Take ids of the configs."""
+
+
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        pytest.param(["2024_001"], {"run": "2024_001"}, id="underscore_between_digits"),
+        pytest.param(["--run", "1.10"], {"run": "1.10"}, id="number_with_a_last_zero"),
+        pytest.param(["--run=2025_11"], {"run": "2025_11"}, id="equals"),
+        pytest.param(["007"], {"run": "007"}, id="leading_zeros"),
+        pytest.param(["1e5", "--compare", "None"], {"run": "1e5", "compare": "None"}, id="a_name_that_is_a_word"),
+        pytest.param(["[a,b]"], {"run": "[a,b]"}, id="brackets_in_a_name"),
+        pytest.param(["a#b", "--compare", "$x@y"], {"run": "a#b", "compare": "$x@y"}, id="marks_of_configs"),
+        pytest.param(["x", "--folds", "0,2"], {"run": "x", "folds": [0, 2]}, id="folds"),
+        pytest.param(["x", "--folds", "(0, 2)"], {"run": "x", "folds": [0, 2]}, id="folds_in_brackets"),
+        pytest.param(["x", "--folds", "1"], {"run": "x", "folds": 1}, id="one_fold"),
+        pytest.param(["x", "--folds", "None"], {"run": "x", "folds": None}, id="none"),
+        pytest.param(["x", "--tasks", "seg,surv"], {"run": "x", "tasks": ["seg", "surv"]}, id="tasks"),
+        pytest.param(["x", "--tasks", "['seg','surv']"], {"run": "x", "tasks": ["seg", "surv"]}, id="tasks_as_python"),
+        pytest.param(["x", "--tasks", "2024_001"], {"run": "x", "tasks": "2024_001"}, id="one_text_of_a_list"),
+        pytest.param(["x", "--penalizer", "-1e-1"], {"run": "x", "penalizer": -0.1}, id="negative_number"),
+        pytest.param(["--explain", "x"], {"run": "x", "explain": True}, id="switch_before_a_word"),
+        pytest.param(["--explain", "False", "x"], {"run": "x", "explain": False}, id="switch_off"),
+        pytest.param(
+            ["x", "--explain=no", "--amp", "None"], {"run": "x", "explain": False, "amp": None}, id="switches"
+        ),
+        pytest.param(["x", "--amp"], {"run": "x", "amp": True}, id="switch_with_none"),
+    ],
+)
+def test_what_is_typed_is_what_the_tool_gets(typed, expected):
+    got = read_arguments(tool, typed)
+    assert repr(sorted(got.items())) == repr(sorted(expected.items()))  # True is not 1, nor 1 "1"
+
+
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        pytest.param(["x", "--fold", "1"], "no option --fold: is --folds meant?", id="misspelt"),
+        pytest.param(["x", "--exp"], "no option --exp: is --explain meant?", id="shortened"),
+        pytest.param(["x", "--quickly"], "no option --quickly$", id="nothing_like_it"),
+        pytest.param(["x", "-f", "1"], "unrecognized arguments: -f", id="one_minus"),
+        pytest.param(["x", "y"], "what is 'y'?", id="a_word_too_many"),
+        pytest.param(["x", "--explain", "maybe"], "what is 'maybe'?", id="switch_with_another_word"),
+        pytest.param(["x", "--explain=maybe"], "--explain: 'maybe' is neither True nor False", id="no_switch"),
+        pytest.param([], "give --run", id="nothing"),
+        pytest.param(["x", "--folds", "1.5"], "--folds: '1.5' is no whole number", id="no_whole_number"),
+        pytest.param(["x", "--folds", "0,b"], "--folds: 'b' is no whole number", id="not_in_a_list"),
+        pytest.param(["x", "--folds", "1_0"], "--folds: '1_0' is no whole number", id="underscore"),
+        pytest.param(["x", "--penalizer", "nan"], "--penalizer: 'nan' is no number", id="not_finite"),
+        pytest.param(["x", "--penalizer"], "--penalizer: expected one argument", id="no_value"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(typed, message):
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        read_arguments(tool, typed)
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        pytest.param("epochs", "3", 3, id="number"),
+        pytest.param("roi_size", "[64,64,32]", [64, 64, 32], id="list"),
+        pytest.param("task_weights", "None", None, id="none"),
+        pytest.param("cache_dir", "2024_001", "2024_001", id="path"),
+        pytest.param("cache_dir", "1.10", "1.10", id="path_like_a_number"),
+        pytest.param("ehr_csv", "a,b.csv", "a,b.csv", id="comma_in_a_path"),
+        pytest.param("ehr_csv", "['a.csv','b.csv']", ["a.csv", "b.csv"], id="paths"),
+    ],
+)
+def test_ids_of_the_configs(name, text, value):
+    got = read_arguments(any_id, ["x", f"--{name}", text], read=read_override)
+    assert got == {"dataset_dir": "x", name: value} and type(got[name]) is type(value)
+    assert read_override(name, typed(value)) == value  # as one tool types it for another
+
+
+def test_names_of_clinical_values():
+    with pytest.raises(UsageError, match=r"no option --agee: is --age meant\?"):
+        read_arguments(any_id, ["x", "--agee", "61"], others=FEATURES)
+    assert read_arguments(any_id, ["x", "--m-stage", "M0"], others=FEATURES) == {"dataset_dir": "x", "m_stage": "M0"}
+
+
+def test_errors_are_one_line(monkeypatch, capsys):
+    def broken(place: str) -> None:
+        """Fail."""
+        raise OSError("no ink")
+
+    monkeypatch.setattr(sys, "argv", ["broken.py", "x"])
+    with pytest.raises(SystemExit, match=r"^broken: no ink$"):
+        run_tool(broken, OSError)
+    monkeypatch.setattr(sys, "argv", ["broken.py", "--plaice", "x"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_tool(broken, OSError)
+    assert capsys.readouterr().err == "broken: no option --plaice: is --place meant?; --help lists the options\n"
+
+
+def test_a_console_without_the_letters_is_no_error():
+    code = "import command_line\ndef show(name: str) -> None:\n    print(name)\ncommand_line.run_tool(show)"
+    command = [sys.executable, "-c", code, "Müller"]
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(SCRIPTS), "PYTHONUTF8": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "M\\xfcller\n"), ended.stderr
+
+
+# --- the tools -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TOOLS)
+def test_help_names_every_option(name, capsys):
+    function = getattr(importlib.import_module(name), name)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        read_arguments(function, ["--help"])
+    shown = capsys.readouterr().out
+    for option in function.__annotations__:
+        assert option in ("return", "values", "overrides") or re.search(rf"--{option}\s+\w", shown), option
+
+
+def commands() -> list[str]:
+    """Every command with one of the tools in README, guides and Dockerfile."""
+    found = []
+    for path in [ROOT / "README.md", ROOT / "Dockerfile", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"python scripts/\w+\.py[^`|#\n]*", text)
+    return sorted({command.strip(" .,:()'\"") for command in found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_can_be_read(command):
+    words = shlex.split(command)
+    name = words[1].removeprefix("scripts/").removesuffix(".py")
+    if len(words) == 2 or "..." in command:
+        pytest.skip("the tool's name alone")
+    function = getattr(importlib.import_module(name), name)
+    more = {"words": ("input", "output"), "others": FEATURES} if name == "predict" else {}
+    read_arguments(function, words[2:], **more)
