@@ -23,6 +23,7 @@ from scripts import keys  # noqa: E402
 from scripts.bootstrap import paired_bootstrap  # noqa: E402
 from scripts.case_metrics import HPV_THRESHOLD, MEASURES, PAPER_MEASURES, summarise  # noqa: E402
 from scripts.cohort import Case, CohortError, load_cohort  # noqa: E402
+from scripts.cohort_scans import patient_key  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale  # noqa: E402
 
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
@@ -164,6 +165,8 @@ def compare_tables(
     if any(column not in table for table in (first, second) for column in measure.columns):
         return {"value": None, "reason": "not a task of both models", "patients": 0}
     columns = ["PatientID", *measure.columns, *(["hpv_threshold"] if "hpv" in measure.columns else [])]
+    # runs may have been made on copies of one cohort that spell its ids in two ways
+    first, second = (table.assign(PatientID=table["PatientID"].map(patient_key)) for table in (first, second))
     tables = [table.reindex(columns=columns).dropna(subset=list(measure.columns)) for table in (first, second)]
     common = set(tables[0]["PatientID"]) & set(tables[1]["PatientID"])
     tables = [table[table["PatientID"].isin(common)].sort_values("PatientID") for table in tables]
@@ -184,6 +187,6 @@ def oracle(cases: pd.DataFrame, dataset_dir: str | Path, seed: int, samples: int
     path = Path(dataset_dir) / "truth.csv"
     if not path.is_file():
         return None
-    truth = pd.read_csv(path, dtype={"PatientID": str})[["PatientID", "log_hazard"]]
+    truth = pd.read_csv(path, converters={"PatientID": str})[["PatientID", "log_hazard"]]
     cases = cases.drop(columns="log_hazard", errors="ignore").merge(truth, on="PatientID", how="left")
     return summarise(cases, seed, ("c_index",), samples=samples)["c_index"]

@@ -177,7 +177,7 @@ def out_of_fold(runs: str | Path, folds: Sequence[int]) -> pd.DataFrame:
     """Validation cases of the folds with ``member``, the place of the predicting network in the ensemble."""
     tables = []
     for member, fold in enumerate(folds):
-        table = pd.read_csv(evaluation_folder(runs, fold, VALIDATION) / "cases.csv", dtype={"PatientID": str})
+        table = pd.read_csv(evaluation_folder(runs, fold, VALIDATION) / "cases.csv", converters={"PatientID": str})
         tables.append(table.assign(member=member))
     return pd.concat(tables, ignore_index=True)
 

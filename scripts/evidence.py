@@ -124,7 +124,8 @@ def read_cases(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise ExperimentError(f"no table of cases at {path}: it is written by the bundle's `evaluating`")
-    table = pd.read_csv(path, dtype={"PatientID": str, keys.CENTRE: str})
+    as_written = {"PatientID": str, keys.CENTRE: str}  # a patient may be called NA or 001
+    table = pd.read_csv(path, converters=as_written)
     missing = [name for name in ("PatientID", keys.CENTRE, keys.TIME, keys.EVENT, keys.HPV) if name not in table]
     if missing:
         raise ExperimentError(f"{path} has no column {', '.join(missing)}: is it a cases.csv of `evaluating`?")

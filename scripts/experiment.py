@@ -487,7 +487,7 @@ def gather(plan: Plan, record: dict[str, Any]) -> pd.DataFrame:
     for fold in range(len(plan.splits)):
         if is_finished(plan, fold):
             path = evaluation_folder(plan.folder, fold, plan.held_out) / "cases.csv"
-            table = pd.read_csv(path, dtype={"PatientID": str})
+            table = pd.read_csv(path, converters={"PatientID": str})
             table.insert(1, "fold", fold)
             tables.append(table)
     pooled = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -24,6 +24,7 @@ from experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_comma
 from scripts import keys  # noqa: E402
 from scripts.case_metrics import HPV_THRESHOLD, SMALL_GROUP, centre_groups, summarise  # noqa: E402
 from scripts.cohort import load_cohort  # noqa: E402
+from scripts.cohort_scans import shared_patients  # noqa: E402
 from scripts.evaluation import case_figures  # noqa: E402
 from scripts.plots import save_plots, survival_figures  # noqa: E402
 from scripts.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
@@ -55,14 +56,17 @@ def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
 
 
 def refuse_if_shared(run: Run, patients: Sequence[str], place: Path) -> None:
-    """Raise ExperimentError where patients of another cohort are of the experiment too, in whatever part of it."""
+    """Raise ExperimentError where patients of another cohort are of the experiment too, in whatever part of it.
+
+    Spellings of an id count as one, as everywhere: ``CHUM_001`` is CHUM-001.
+    """
     paths = [
         evaluation_folder(run.folder, fold, part) / CASES_FILE
         for fold in run.folds
         for part in (TRAINING, VALIDATION, TEST)
     ]
     own = {patient for path in paths if path.is_file() for patient in read_cases(path)["PatientID"]}
-    if seen := sorted(set(patients) & (own | set(run.cases["PatientID"]))):
+    if seen := shared_patients(patients, own | set(run.cases["PatientID"])):
         raise ExperimentError(
             f"{place} is no external cohort: {len(seen)} patients are of the experiment ({seen[0]} ...)"
         )

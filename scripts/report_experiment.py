@@ -664,7 +664,7 @@ def find_masks(main: Experiment, rows: Sequence[pd.Series], scans: Mapping[str, 
 def write_examples(page: Page, main: Experiment, cohort: Cohort | None, predict: bool) -> None:
     """CT, PET and fusion of the best, median and worst case, with true and predicted outline."""
     page.heading("Example cases")
-    cases = pd.read_csv(main.folder / EVALUATION_FOLDER / CASES_FILE, dtype={"PatientID": str})
+    cases = pd.read_csv(main.folder / EVALUATION_FOLDER / CASES_FILE, converters={"PatientID": str})
     if cohort is None or "dice" not in cases or not cases["dice"].notna().any():
         why = "the cohort cannot be read" if cohort is None else "no case has both a true and a predicted mask"
         page.paragraph(f"None: {why}.")

@@ -68,7 +68,7 @@ def _step(title: str, command: list[str]) -> None:
 
 def _picture(cohort: Path, output: Path) -> Path:
     """Held-out phantom of median Dice with its true and its predicted outline."""
-    held_out = pd.read_csv(output / "evaluation" / "cases.csv", dtype={"PatientID": str}).dropna(subset=["dice"])
+    held_out = pd.read_csv(output / "evaluation" / "cases.csv", converters={"PatientID": str}).dropna(subset=["dice"])
     patient = held_out.sort_values("dice").iloc[len(held_out) // 2]["PatientID"]
     files = cohort / "Task 1" / patient / patient
     masks = {
@@ -82,8 +82,8 @@ def _picture(cohort: Path, output: Path) -> Path:
 
 def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
     report = json.loads((output / "evaluation" / "metrics.json").read_text())
-    held_out = pd.read_csv(output / "evaluation" / "cases.csv", dtype={"PatientID": str})
-    truth = pd.read_csv(cohort / "truth.csv", dtype={"PatientID": str}).set_index("PatientID")
+    held_out = pd.read_csv(output / "evaluation" / "cases.csv", converters={"PatientID": str})
+    truth = pd.read_csv(cohort / "truth.csv", converters={"PatientID": str}).set_index("PatientID")
     oracle = held_out.dropna(subset=["time"]).copy()
     oracle["log_hazard"] = truth.loc[oracle["PatientID"], "log_hazard"].to_numpy()
     low, high = bootstrap_interval(c_index, oracle)

@@ -41,6 +41,7 @@ from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group,
 from scripts import keys  # noqa: E402
 from scripts.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
 from scripts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
+from scripts.cohort_scans import shared_patients  # noqa: E402
 from scripts.files import write_text  # noqa: E402
 
 BUNDLE = ROOT / "bundle"
@@ -231,13 +232,13 @@ def study_learning(
 
 
 def check_others(cohort: Cohort, others: Cohort) -> None:
-    """See that two cohorts have no patient in common.
+    """See that two cohorts have no patient in common, however the ids are spelled.
 
     Raises:
         ExperimentError: they have; some are named.
     """
-    seen, found = ({case[keys.PATIENT_ID] for case in one.cases} for one in (cohort, others))
-    if shared := sorted(seen & found):
+    seen, found = ([case[keys.PATIENT_ID] for case in one.cases] for one in (cohort, others))
+    if shared := shared_patients(found, seen):
         raise ExperimentError(
             f"{len(shared)} patients of the test cohort are in the study's own ({', '.join(shared[:3])} ...): give "
             "another cohort, such as phantoms of another seed"

@@ -140,7 +140,7 @@ def with_oracle(cells: Cells, dataset_dir: str) -> Cells:
     path = Path(dataset_dir) / "truth.csv"
     if not path.is_file():
         return {}
-    truth = pd.read_csv(path, dtype={"PatientID": str}).set_index("PatientID")["log_hazard"]
+    truth = pd.read_csv(path, converters={"PatientID": str}).set_index("PatientID")["log_hazard"]
     return {cell: with_risk(table, truth) for cell, table in cells.items()}
 
 

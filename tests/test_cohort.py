@@ -603,6 +603,33 @@ def test_inference_without_a_table(tmp_path):
     assert (case[keys.CLINICAL_FOUND], case[keys.SEG_KNOWN], case[keys.PROBLEM]) == (True, False, "")
 
 
+@pytest.mark.parametrize(
+    ("folder", "written", "shown"),
+    [
+        pytest.param("Mu\u0308ller-1", "M\u00fcller-1", "M\u00fcller-1", id="decomposed_folder"),
+        pytest.param("M\u00fcller-1", "Mu\u0308ller-1", "M\u00fcller-1", id="decomposed_table"),
+        pytest.param("CHUM-001", "CHUM\u2013001", "CHUM-001", id="dash_of_a_word_processor"),
+        pytest.param("CHUM-001", "CHUM\u00a0001", "CHUM-001", id="space_that_does_not_break"),
+        pytest.param("CHUM-001", "\u200bCHUM-001\u00ad", "CHUM-001", id="without_width"),
+        pytest.param("=1+1", "=1+1", "'=1+1", id="formula"),
+        pytest.param("=1+1", "'=1+1", "'=1+1", id="formula_as_shown"),
+        pytest.param("a\x1b[31m\nb", "a\x1b[31m\nb", "a\\x1b[31m\\nb", id="control_characters"),
+    ],
+)
+def test_a_row_is_found_however_the_id_is_encoded(tmp_path, folder, written, shown):
+    add_scans(tmp_path / folder, folder, "ct pet")
+    (tmp_path / "clinical.csv").write_text(f'PatientID,Age\n"{written}",61\n', encoding="utf-8")
+    (case,) = cohort.inference_cases(tmp_path)
+    assert (case[keys.PATIENT_ID], case[keys.CLINICAL]["age"], case[keys.CLINICAL_FOUND]) == (shown, 61.0, True)
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path):
+    """A folder of a disk with another encoding."""
+    add_scans(tmp_path / "caf\udce9-1", "caf\udce9-1", "ct pet")
+    (case,) = cohort.inference_cases(tmp_path)
+    assert case[keys.PATIENT_ID] == "caf\\udce9-1"
+
+
 def test_a_mask_beside_the_scans_has_no_part_in_a_prediction(tmp_path):
     """Neither is it read, nor can quality control refuse the patient for it."""
     add_scans(tmp_path, "CHUM-001", "ct pet mask")

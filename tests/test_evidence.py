@@ -49,6 +49,14 @@ def test_without_training_predictions_the_scale_is_of_the_held_out_cases_and_say
     assert "fold 2: on the held-out cases themselves" in judged.normalisation
 
 
+def test_ids_are_read_as_they_are_written(copy):
+    path = copy / "out_of_fold.csv"
+    table = pd.read_csv(path)
+    table.loc[:2, "PatientID"] = ["NA", "007", "1.10"]
+    table.to_csv(path, index=False)
+    assert evidence.read_cases(path)["PatientID"].tolist()[:3] == ["NA", "007", "1.10"]
+
+
 def test_full_label_cases_of_every_fold_count_once(cohort, tmp_path):
     folder = make_run(tmp_path / "full", cohort, "full", num_folds=3)
     judged = evidence.read_run(folder)

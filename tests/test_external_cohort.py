@@ -108,6 +108,22 @@ def test_training_patients_of_the_one_split_are_no_external_cohort(cohort, tmp_p
         judge_external(read_run(run), tmp_path / "cases.csv", tmp_path / "figures", 0, SAMPLES)
 
 
+@pytest.mark.parametrize(
+    "respell",
+    [
+        pytest.param(lambda name: name.replace("-", "_"), id="underscore"),
+        pytest.param(str.lower, id="lower_case"),
+        pytest.param(lambda name: name.replace("-", "\u2013"), id="dash_of_a_word_processor"),
+    ],
+)
+def test_patients_of_the_experiment_are_known_however_their_ids_are_spelled(run, tmp_path, respell) -> None:
+    table = pd.read_csv(external_table(run, tmp_path))
+    table.loc[0, "PatientID"] = respell(pd.read_csv(run / "out_of_fold.csv")["PatientID"][0])
+    table.to_csv(tmp_path / "cases.csv", index=False)
+    with pytest.raises(ExperimentError, match="is no external cohort: 1 patients are of the experiment"):
+        judge_external(read_run(run), tmp_path / "cases.csv", tmp_path / "figures", 0, SAMPLES)
+
+
 def test_another_cohort_that_is_not_there_is_refused_before_anything_is_judged(run) -> None:
     with pytest.raises(ExperimentError, match="--external nowhere: there is no such folder or table"):
         evaluate_folds(str(run), external="nowhere")

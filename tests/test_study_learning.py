@@ -21,7 +21,8 @@ from experiment import DEEP, ExperimentError, make_plan
 from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
-from scripts.cohort import load_cohort
+from scripts import keys
+from scripts.cohort import Cohort, load_cohort
 from scripts.ensemble import EARLIER
 
 DEMO = ("configs/demo.json",)
@@ -351,6 +352,16 @@ def test_figures_of_another_cohort(cohort, others, runs, tmp_path):
 def test_a_cohort_with_patients_of_the_study_is_refused(cohort, tmp_path):
     with pytest.raises(ExperimentError, match="patients of the test cohort are in the study's own"):
         tool.study_learning(str(cohort), str(tmp_path), test_dir=str(cohort))
+
+
+def test_a_patient_of_the_study_is_known_by_any_spelling():
+    def made(*patients: str) -> Cohort:
+        return Cohort("", [{keys.PATIENT_ID: patient} for patient in patients])
+
+    tool.check_others(made("CHUM-001"), made("CHUM-002"))
+    for patient in ("CHUM_001", "chum 001"):
+        with pytest.raises(ExperimentError, match=f"1 patients of the test cohort are in the study's own .{patient}"):
+            tool.check_others(made("CHUM-001"), made(patient, "CHUM-002"))
 
 
 def test_what_cannot_be_had_says_why(report):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +16,8 @@ _SPACES = r"[-_\s\u2010-\u2015\u2212]+"
 _CONTROLS = ("Cc", "Cn", "Co", "Cs", "Zl", "Zp")
 _FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is none
 _SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
-_SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE)
-_MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE)
+_SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE | re.DOTALL)
+_MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE | re.DOTALL)
 _PATIENT_FOLDER = re.compile(r"[A-Za-z]{2,}[-_]\d+")
 CONTAINER = re.compile(r"images|labels|(images|labels)t[rs]|task[ _-]*\d+", re.IGNORECASE)
 """Names of folders that hold patients."""
@@ -70,6 +70,17 @@ def patient_key(patient_id: str) -> str:
     text = _visible(patient_id)
     text = text.removeprefix("'") if _FORMULA.match(text.removeprefix("'")) else text
     return unicodedata.normalize("NFC", re.sub(_SPACES, "-", text).upper())
+
+
+def shared_patients(patients: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of the patients, sorted, who are among the others however their ids are spelled there.
+
+    Example:
+        >>> shared_patients(["CHUM_001", "CHUM-002"], ["chum-001"])
+        ['CHUM_001']
+    """
+    known = {patient_key(patient) for patient in others}
+    return sorted({patient for patient in patients if patient_key(patient) in known})
 
 
 def clean_id(patient_id: str) -> str:
