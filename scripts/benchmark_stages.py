@@ -32,7 +32,7 @@ import phantom  # noqa: E402
 from scripts import keys as K  # noqa: E402
 from scripts.clinical import DEFAULT_FEATURES  # noqa: E402
 from scripts.ensemble import FoldEnsemble, load_weights, read_state, save_weights  # noqa: E402
-from scripts.files import written_whole  # noqa: E402
+from scripts.files import in_config, written_whole  # noqa: E402
 from scripts.geometry import Grid, resample  # noqa: E402
 from scripts.images import read_image  # noqa: E402
 from scripts.layers import SafeConv3d  # noqa: E402
@@ -461,7 +461,7 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
         parser = bundle(setup, **{f"dataloader#{name}": value for name, value in loader.items()})
         (case,) = parser["cases"]
         parser["cases"] = predict.CaseList({**case, K.PATIENT_ID: f"P-{n:03d}"} for n in range(setup.cohort))
-        parser["output_dir"] = str(setup.folder / "cohort_predictions")
+        parser["output_dir"] = in_config(str(setup.folder / "cohort_predictions"))
         parser.get_parsed_content("initialize")
         evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
 
@@ -496,7 +496,13 @@ def training(**options: Any) -> Callable[[Setup], Run]:
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / "train.json"))
         torch.manual_seed(SEED)
-        changes = {"bundle_root": str(BUNDLE), "saved": "@default_settings", **DEEP, **setup.forced, **options}
+        changes = {
+            "bundle_root": in_config(str(BUNDLE)),
+            "saved": "@default_settings",
+            **DEEP,
+            **setup.forced,
+            **options,
+        }
         for name, value in changes.items():
             parser[name] = value
         if not parser.get_parsed_content("checkpointing"):
@@ -569,7 +575,8 @@ def trace_loading(setup: Setup, cases: int = 12, epochs: int = 3) -> dict[str, f
     parser.read_config(str(BUNDLE / "configs" / "train.json"))
     roi = max(32, setup.roi // 2)
     for name, value in {
-        "bundle_root": str(BUNDLE), "saved": "@default_settings", "dataset_dir": str(data), "output_dir": str(out),
+        "bundle_root": in_config(str(BUNDLE)), "saved": "@default_settings",
+        "dataset_dir": in_config(str(data)), "output_dir": in_config(str(out)),
         "roi_size": [roi] * 3, "spacing_mm": 256 / roi, "epochs": epochs, "val_interval": epochs + 1,
     }.items():  # fmt: skip
         parser[name] = value

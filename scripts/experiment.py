@@ -192,7 +192,8 @@ def make_plan(
     parser, values = merge_configs(files, protocol, overrides)
     values |= {"dataset_dir": str(Path(dataset_dir).expanduser().resolve()), "protocol": protocol}
     parser.update(values)
-    cohort = load_cohort(*(parser.get_parsed_content(name) for name in ("dataset_dir", "ehr_csv", "clinical_features")))
+    # not through the parser, which would write :: for a # in a path
+    cohort = load_cohort(values["dataset_dir"], parser["ehr_csv"], parser.get_parsed_content("clinical_features"))
     if protocol == "leave_one_centre_out" and "num_folds" not in overrides:
         values["num_folds"] = len(cohort.centres)
         parser.update(values)

@@ -50,7 +50,7 @@ from scripts.ensemble import (  # noqa: E402
     load_weights,
     name_of_release,
 )
-from scripts.files import written_whole  # noqa: E402
+from scripts.files import in_config, written_whole  # noqa: E402
 
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
@@ -186,7 +186,8 @@ def inference_config(model: Path, **changes: Any) -> ConfigParser:
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
     parser.read_meta(str(BUNDLE / "configs" / "metadata.json"))
     own = {"bundle_root": str(BUNDLE), "checkpoint": str(model.resolve()), "device": "cpu", "amp": False}
-    parser.update({**own, **changes})
+    values = {**own, **changes}
+    parser.update({name: in_config(value) if isinstance(value, str) else value for name, value in values.items()})
     return parser
 
 

@@ -24,6 +24,7 @@ from scripts import keys  # noqa: E402
 from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
+from scripts.files import in_config  # noqa: E402
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
 from scripts.outputs import FAILED, OK, is_link  # noqa: E402
 
@@ -160,9 +161,8 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
     read_state(Path(ckpt_dir) / "model.pt")  # the config itself would go on with default settings for a while
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
-    parser["bundle_root"] = str(BUNDLE)
-    parser["output_dir"] = str(Path(output).expanduser().resolve())
-    parser["ckpt_dir"] = str(Path(ckpt_dir).expanduser().resolve())
+    for name, place in (("bundle_root", BUNDLE), ("output_dir", output), ("ckpt_dir", ckpt_dir)):
+        parser[name] = in_config(str(Path(place).expanduser().resolve()))
     parser["force"] = force
     if device is not None:
         parser["device"] = f"$torch.device({device!r})"

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from ensemble_folds import empty_ensemble
-from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare
+from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
 
@@ -124,6 +124,12 @@ def test_every_kind_of_difference_is_named(found: dict[str, torch.Tensor], messa
     assert compare(case, lambda image, clinical: case.expected).wrong == ()
     (wrong,) = compare(case, lambda image, clinical: found).wrong
     assert message in wrong
+
+
+def test_paths_stay_what_was_typed(tmp_path: Path) -> None:
+    parser = inference_config(tmp_path / "a#b" / "model.pt", dataset_dir="$x#@y")
+    found = [parser.get_parsed_content(name) for name in ("checkpoint", "dataset_dir", "bundle_root")]
+    assert found == [str(tmp_path / "a#b" / "model.pt"), "$x#@y", str(BUNDLE)]
 
 
 def test_unknown_formats_are_refused(tmp_path: Path) -> None:

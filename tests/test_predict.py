@@ -18,12 +18,14 @@ import numpy as np
 import predict as tool
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from command_line import read_arguments
 from dicom_study import SECRETS, write_pet_ct
 from predict import UsageError, is_whole, predict
 from tiny_model import TRAINED_ON, write_model
 
 from conftest import ROOT, SHARED_DATA, make_tiny_cohort
 from scripts import keys
+from scripts.clinical import FEATURES
 from scripts.cohort import CohortError
 from scripts.images import read_image
 
@@ -204,6 +206,19 @@ def test_dicom_comes_back_as_dicom(patients, options, tmp_path, caplog, capsys):
     assert "CHUM-001: age, gender from: DICOM header" in caplog.text
     shown = caplog.text + capsys.readouterr().out
     assert not [secret for secret in SECRETS if secret in shown]
+
+
+@pytest.mark.parametrize("name", ["2024_001", "1.10", "a#b", "$x @y%z", "it's", "[1,2]", "None"])
+def test_names_stay_what_was_typed(name, model, patients, tmp_path, monkeypatch):
+    """Of patient, folder of the output and folder of the model, through command line and config."""
+    ct, pet = scans(patients)
+    (tmp_path / f"model {name}").symlink_to(model, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    typed = [name, "--ct", str(ct), "--pet", str(pet), "--patient_id", "1.10", "--ckpt_dir", f"model {name}"]
+    words = {"words": ("input", "output"), "others": FEATURES}
+    predict(**read_arguments(predict, [*typed, "--device=cpu", "--report=False"], **words))
+    assert prediction_of(tmp_path / name, "1.10")["patient_id"] == "1.10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"model {name}"])
 
 
 # --- clinical values -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import pandas as pd
 import pytest
 import torch
 import train_folds
-from experiment import ExperimentError, read_experiment, read_fold
+from command_line import read_arguments
+from experiment import ExperimentError, read_experiment, read_fold, read_override
 from monai.bundle import ConfigParser
 
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
@@ -456,6 +458,17 @@ def test_a_table_named_from_the_working_folder_is_found_by_the_bundle(centres, m
     assert plan(centres, ehr_csv="HECKTOR_2025_Training_Task_3.csv").overrides["ehr_csv"] == str(
         centres / "HECKTOR_2025_Training_Task_3.csv"
     )
+
+
+@pytest.mark.parametrize("name", ["2024_001", "1.10", "a#b", "$x @y"])
+def test_names_of_cohort_and_experiment_stay_what_was_typed(centres, tmp_path, monkeypatch, name):
+    shutil.copytree(centres, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    typed = read_arguments(train_folds.train_folds, [name, "--cache_dir", f"cache {name}"], read=read_override)
+    made = plan(typed["dataset_dir"], cache_dir=typed["cache_dir"])
+    assert made.overrides["cache_dir"] == str(tmp_path / f"cache {name}")
+    assert len(made.cohort.cases) == len(plan(centres).cohort.cases)
+    assert f"--dataset_dir={tmp_path / name}" in made.steps(0)[0][1]
 
 
 def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):

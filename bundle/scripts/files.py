@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole."""
+"""Files that appear under their name only when they are whole, and names of files in configs."""
 
 from __future__ import annotations
 
@@ -56,3 +56,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def in_config(text: str) -> str:
+    r"""How to write a text into a MONAI config so that it means itself.
+
+    MONAI's parser takes ``#`` for its separator of ids and writes ``::`` there, and a leading ``$``, ``@`` or ``%`` for
+    an expression, a reference or a macro. Such a text becomes an expression that is one quoted literal.
+
+    Example:
+        >>> in_config("/data/new"), in_config("/data/#2")
+        ('/data/new', "$'/data/\\x232'")
+    """
+    if not set("#@%$") & set(text):
+        return text
+    return "$" + "".join(f"\\x{ord(letter):02x}" if letter in "#@%" else letter for letter in repr(text))

@@ -24,6 +24,7 @@ from scripts import keys
 from scripts.cohort import CohortError
 from scripts.dicom_results import write_dicom_results
 from scripts.engine import prepare_batch
+from scripts.files import in_config
 from scripts.inputs import add_clinical_values, clinical_object, find_cases
 from scripts.outputs import PredictionWriter
 from scripts.report import ReportWriter
@@ -104,7 +105,7 @@ class BundleOperator(MonaiBundleInferenceOperator):
     def _init_config(self, config_names: Sequence[str]) -> None:
         """Parse the bundle as its own ``bundle_root``, wherever the application runs, and load its weights."""
         self._parser = get_bundle_config(self.bundle_path, config_names)
-        self._parser["bundle_root"] = str(self.bundle_path)
+        self._parser["bundle_root"] = in_config(str(self.bundle_path))
         self._parser["force"] = self.force
         self._parser.get_parsed_content("initialize")
         self._device = self._parser.get_parsed_content("device")
