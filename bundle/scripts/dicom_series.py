@@ -31,7 +31,7 @@ from .dicom_tags import (
     words_of,
 )
 from .dicom_tracer import Tracer, tracer_of
-from .geometry import Grid
+from .geometry import Grid, field_of_view_fault
 from .images import LPS_TO_RAS
 
 if TYPE_CHECKING:
@@ -401,7 +401,10 @@ def _stack(series: Series) -> Grid:
     lps[:3, 1] = series.orientation[3:] * series.pixel_spacing[0]
     lps[:3, 2] = series.normal * step
     lps[:3, 3] = series.positions[0]
-    return Grid((series.columns, series.rows, len(series)), LPS_TO_RAS @ lps)
+    grid = Grid((series.columns, series.rows, len(series)), LPS_TO_RAS @ lps)
+    if fault := field_of_view_fault(grid.shape, grid.affine):
+        raise DicomError(f"{where}: {fault}; is its Pixel Spacing (0028,0030) in mm?")
+    return grid
 
 
 def _check_gaps(depth: np.ndarray, where: str) -> None:

@@ -11,6 +11,7 @@ scipy's route on the part of the source that is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -28,6 +29,11 @@ ALIGNED_TOLERANCE = 1e-3
 SPLINE_MARGIN = 14
 # Rounding of affines must not push a voxel that lies on the edge of the field of view out of it.
 EDGE_TOLERANCE = 1e-6
+
+# What a scan of a body can be; memory is taken by the millimetre where a scan is searched for the head.
+MAX_FIELD_MM = (1500.0, 2500.0)  # of all axes but the longest one, and of that
+VOXEL_MM = (0.01, 100.0)
+MAX_VOXELS = 2**29  # 512 x 512 x 2048
 
 SPLINE_ORDER = {"nearest": 0, "linear": 1, "spline": 3}
 
@@ -111,6 +117,34 @@ class Grid:
         affine[:3, 3] = self.to_world(start)
         affine[:3, :3] *= steps
         return Grid((shape[0], shape[1], shape[2]), affine)
+
+
+def field_of_view_fault(shape: Sequence[int], affine: np.ndarray) -> str:
+    """Why no scan of a body has this field of view; empty for one that may be a scan.
+
+    Args:
+        shape: voxels along the first three array axes.
+        affine: (4, 4) voxel index to world millimetres.
+
+    Example:
+        >>> field_of_view_fault((512, 512, 200), np.diag([0.98, 0.98, 3.0, 1.0]))
+        ''
+        >>> field_of_view_fault((512, 512, 200), np.diag([980.0, 980.0, 3000.0, 1.0]))
+        'voxels of 980 x 980 x 3000 mm, a field of view of 5.018e+05 x 5.018e+05 x 6e+05 mm: no scan of a body'
+    """
+    if math.prod(int(n) for n in shape[:3]) > MAX_VOXELS:
+        return f"{' x '.join(str(n) for n in shape[:3])} voxels, more than any scan has"
+    affine = np.asarray(affine, dtype=np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+        return "no usable voxel size or direction"
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    extent = spacing * np.array(shape[:3], dtype=np.float64)
+    ordered = np.sort(extent)
+    small, large = VOXEL_MM
+    if small <= spacing.min() and spacing.max() <= large and (ordered[1:] <= MAX_FIELD_MM).all():
+        return ""
+    sizes, extents = (" x ".join(f"{number:.4g}" for number in numbers) for numbers in (spacing, extent))
+    return f"voxels of {sizes} mm, a field of view of {extents} mm: no scan of a body"
 
 
 def box_grid(

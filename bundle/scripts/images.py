@@ -1,13 +1,13 @@
-"""Images from and to files: NIfTI quickly, other formats through SimpleITK.
+"""Images from and to files: NIfTI, MetaImage and NRRD.
 
 Arrays are (X, Y, Z) as nibabel gives them, with the affine from voxel index to world millimetres (RAS+).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 
@@ -15,37 +15,40 @@ import nibabel as nib
 import numpy as np
 
 from scripts.files import written_whole
+from scripts.image_headers import (
+    COPY_AGAIN,
+    GZIP,
+    GZIP_MAGIC,
+    ITK_SUFFIXES,
+    LPS_TO_RAS,
+    MORE_THAN_TOLD,
+    NIFTI_SUFFIXES,
+    Header,
+    ImageReadError,
+    read_header,
+    zlib,
+)
 
-try:  # the same format and the same answer, two to four times as quick
+__all__ = [
+    "ITK_SUFFIXES",
+    "LPS_TO_RAS",
+    "NIFTI_SUFFIXES",
+    "ImageReadError",
+    "image_suffix",
+    "read_image",
+    "read_scan",
+    "write_mask",
+]
+
+try:
     gzip: ModuleType = import_module("isal.igzip")
-    zlib: ModuleType = import_module("isal.isal_zlib")
 except ImportError:
-    gzip, zlib = import_module("gzip"), import_module("zlib")
+    gzip = import_module("gzip")
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ITK_SUFFIXES = (".mha", ".mhd", ".nrrd")
+logger = logging.getLogger(__name__)
+
 NIFTI_LETTERS = 79  # of its description
-# World axes of ITK are LPS+, those of NIfTI RAS+.
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-class ImageReadError(Exception):
-    """An image file that cannot be used, told for people: which file, why, and what to do.
-
-    Args:
-        path: the file.
-        reason: what is wrong with it.
-        advice: what the reader can do about it.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], reason: str = "", advice: str = "") -> None:
-        super().__init__(path, reason, advice)
-        self.path, self.reason, self.advice = str(path), reason, advice
-
-    def __str__(self) -> str:
-        return "; ".join(
-            part for part in (f"{self.path}: {self.reason}" if self.reason else self.path, self.advice) if part
-        )
+CHUNK_BYTES = 2**20
 
 
 def image_suffix(path: str | os.PathLike[str]) -> str:
@@ -60,14 +63,23 @@ def image_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a 3-D image; see :func:`read_scan`, whose doubts it leaves out."""
+    return read_scan(path)[:2]
+
+
+def read_scan(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read a 3-D image.
+
+    The header is checked before the voxels are read (:mod:`scripts.image_headers`): a file that is refused costs next
+    to no memory, whatever it asks for.
 
     Args:
         path: ``.nii``, ``.nii.gz``, ``.mha``, ``.mhd`` or ``.nrrd``.
 
     Returns:
         The (X, Y, Z) array, in the file's own data type when the header asks for no scaling and in float32
-        otherwise (float64 files become float32), and the (4, 4) float64 affine to world mm (RAS+).
+        otherwise (float64 files become float32); the (4, 4) float64 affine to world mm (RAS+); and what makes its
+        place in space doubtful, a text each.
 
     Raises:
         ImageReadError: when the file is absent, of an unknown format, damaged, not a 3-D image of numbers, or
@@ -79,12 +91,17 @@ def read_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         raise ImageReadError(path, "not a known image format", f"give one of {known}")
     if not Path(path).is_file():
         raise ImageReadError(path, "no such file", "check the path in the datalist or in dataset_dir")
-    array, affine = _read_nifti(path, suffix) if suffix in NIFTI_SUFFIXES else _read_itk(path)
-    if array.dtype.kind not in "biuf":
-        raise ImageReadError(path, f"voxels are of type {array.dtype}, not numbers", "convert it to one value a voxel")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
-        raise ImageReadError(path, "the header gives no usable voxel size or direction", "write its affine again")
-    return _three_dimensional(array, path), affine
+    header = read_header(path, suffix)
+    try:
+        with header.path.open("rb") as file:
+            file.seek(header.start)
+            content = file.read() if header.packed else file.read(header.end)
+        if header.packed:
+            content = _unpack(content, header, path)
+        raw = np.frombuffer(content, header.dtype, int(np.prod(header.shape)), header.skip)
+    except (OSError, ValueError) as error:
+        raise ImageReadError(path, f"cannot be read ({error})", COPY_AGAIN) from error
+    return _scaled(raw.reshape(header.shape, order="F"), header.slope, header.inter), header.affine, header.doubts
 
 
 def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarray, notice: str = "") -> None:
@@ -117,28 +134,34 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarra
             _write_itk(str(partial), mask, affine, notice)
 
 
-def _read_nifti(path: str | os.PathLike[str], suffix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a NIfTI file in memory: quicker than nibabel's own way, which seeks in the compressed file."""
+def _unpack(content: bytes, header: Header, path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a compressed stream up to the last voxel; what follows is looked at, and not kept."""
+    name = "gzip file" if header.packed == GZIP else "zlib stream"
+    parts, room, surplus = [], header.end, 0
+    stream = zlib.decompressobj(header.packed)
     try:
-        content = Path(path).read_bytes()
-        if suffix == ".nii.gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ImageReadError(path, f"not a complete gzip file ({error})", "copy it again") from error
-    kind = nib.Nifti2Image if _is_nifti2(content) else nib.Nifti1Image
-    try:
-        header = kind.header_class.from_fileobj(BytesIO(content))
-        dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), header.get_data_offset()
-        raw = np.frombuffer(content, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape, order="F")
-        slope, inter = header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError) as error:
-        raise ImageReadError(path, f"not a complete NIfTI file ({error})", "copy or convert it again") from error
-    return _scaled(raw, 1.0 if slope is None else slope, 0.0 if inter is None else inter), affine
-
-
-def _is_nifti2(content: bytes) -> bool:
-    return content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # header size 540 in either byte order
+        while True:
+            part = stream.decompress(content, room or CHUNK_BYTES)
+            if room:
+                parts.append(part)
+                room -= len(part)
+            else:
+                surplus += len(part)
+            if surplus >= header.slice_bytes:
+                raise ImageReadError(path, MORE_THAN_TOLD, COPY_AGAIN)
+            if stream.eof and stream.unused_data.startswith(GZIP_MAGIC) and header.packed == GZIP:
+                content, stream = stream.unused_data, zlib.decompressobj(GZIP)  # a file of several parts
+                continue
+            if stream.eof or not (part or stream.unconsumed_tail):
+                break
+            content = stream.unconsumed_tail
+    except zlib.error as error:
+        raise ImageReadError(path, f"not a complete {name} ({error})", "copy it again") from error
+    if not stream.eof or room:
+        raise ImageReadError(path, f"not a complete {name}", "copy it again")
+    if stream.unused_data.strip(b"\0"):
+        logger.warning("%s: %d bytes behind the end of the %s are left out", path, len(stream.unused_data), name)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _scaled(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
@@ -163,25 +186,6 @@ def _nifti_bytes(mask: np.ndarray, affine: np.ndarray, notice: str, compress: bo
     return gzip.compress(content, 1, mtime=0) if compress else content
 
 
-def _read_itk(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read through SimpleITK, which is only needed for its own formats."""
-    import SimpleITK as sitk  # noqa: N813
-
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ImageReadError(path, f"SimpleITK cannot read it ({reason})", "copy or convert it again") from error
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
-        reason = f"{image.GetDimension()} dimensions, {image.GetNumberOfComponentsPerPixel()} values a voxel"
-        raise ImageReadError(path, reason, "give a 3-D image with one value a voxel")
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    array = sitk.GetArrayFromImage(image).transpose()
-    return (array.astype(np.float32) if array.dtype == np.float64 else array), LPS_TO_RAS @ affine
-
-
 def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray, notice: str) -> None:
     import SimpleITK as sitk  # noqa: N813
 
@@ -194,12 +198,3 @@ def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray, notice: str) -> 
     if notice:
         image.SetMetaData("Notice", notice)
     sitk.WriteImage(image, path, useCompression=True)
-
-
-def _three_dimensional(array: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
-    """Drop trailing axes of length one; anything but three axes then is an error."""
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 3 or array.size == 0:
-        raise ImageReadError(path, f"shape {array.shape} is not that of one 3-D image", "give a single volume")
-    return array

@@ -24,8 +24,8 @@ from monai.transforms import MapTransform
 
 from . import keys as K
 from .clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
-from .geometry import Grid, box_grid, resample, share_inside, to_ct_window
-from .images import read_image
+from .geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
+from .images import read_scan
 from .localise import Proposer, locate_head_neck, locate_mask
 
 CT_FILL = -1024.0  # air, in HU
@@ -53,14 +53,15 @@ class LoadScansd(MapTransform):
 
     An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
     method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
-    data type, with its affine to world mm (RAS+). The scans are read side by side. Also sets ``started``, the clock.
+    data type, with its affine to world mm (RAS+) and, under ``doubts`` of its ``meta``, what makes its place in space
+    doubtful. The scans are read side by side. Also sets ``started``, the clock.
 
     Args:
         keys: what to load. The mask may be absent or None, the others may not.
         allow_missing_keys: whether the mask's key may be missing from the case.
 
     Raises:
-        ValueError: when the CT or the PET is missing, naming the patient.
+        ValueError: when the CT or the PET is missing, or cannot be a scan of a body by its size, naming the patient.
         scripts.images.ImageReadError: when a file cannot be used.
     """
 
@@ -77,14 +78,18 @@ class LoadScansd(MapTransform):
         present = [key for key in self.key_iterator(d) if d[key] is not None]
         with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
             loaded = list(pool.map(_load, [d[key] for key in present]))
-        d.update(zip(present, loaded, strict=True))
+        for key, scan in zip(present, loaded, strict=True):
+            if fault := field_of_view_fault(scan.shape[1:], np.asarray(scan.affine)):
+                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
+            d[key] = scan
         return d
 
 
 class LocaliseBoxd(MapTransform):
     """Decide where the network's box lies.
 
-    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and doubts as text.
+    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and doubts as text, those about the
+    place of a scan included.
 
     Args:
         roi_size: voxels of the box along x, y, z.
@@ -120,7 +125,8 @@ class LocaliseBoxd(MapTransform):
         d[K.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
         d[K.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
         d[K.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
-        d[K.CROP_METHOD], d[K.CROP_FLAG] = where.method, where.flag
+        doubts = [f"{str(key).upper()}: {_doubts(d[key])}" for key in self.key_iterator(d) if _doubts(d[key])]
+        d[K.CROP_METHOD], d[K.CROP_FLAG] = where.method, "; ".join(filter(None, [where.flag, *doubts]))
         return d
 
 
@@ -313,8 +319,8 @@ def array_and_grid(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
 def _load(item: Any) -> MetaTensor:
     """One scan as a channel-first MetaTensor, from a path, a MetaTensor, a pair (array, affine) or what reads one."""
     if isinstance(item, (str, Path)):
-        array, affine = read_image(item)
-        return _meta_tensor(array, affine, filename_or_obj=str(item))
+        array, affine, doubts = read_scan(item)
+        return _meta_tensor(array, affine, filename_or_obj=str(item), doubts="; ".join(doubts))
     if isinstance(item, MetaTensor):
         return item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)
     if callable(getattr(item, "read", None)):
@@ -324,6 +330,10 @@ def _load(item: Any) -> MetaTensor:
         return _meta_tensor(np.asarray(array), np.asarray(affine))
     kinds = "a path, a MetaTensor, a pair (array, affine) or an object whose read() gives such a pair"
     raise ValueError(f"a scan is {kinds}, got {type(item).__name__}")
+
+
+def _doubts(scan: MetaTensor | None) -> str:
+    return "" if scan is None else str(scan.meta.get("doubts", ""))
 
 
 def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
