@@ -180,6 +180,7 @@ def _shifted(amount):
             {"modality": "PT", "tags": {"NumberOfSlices": 14}}, r"\(0054,0081\) says 14, 12 found", id="end_missing"
         ),
         pytest.param({"tags": {"PixelSpacing": None}}, r"\(0028,0030\)", id="no_spacing"),
+        pytest.param({"tags": {"PixelSpacing": [980, 980]}}, "no scan of a body.*in mm", id="spacing_in_micrometres"),
     ],
 )
 def test_stacks_that_are_refused(tmp_path, series, message):

@@ -11,6 +11,7 @@ from scripts.geometry import (
     Grid,
     bounding_window,
     box_grid,
+    field_of_view_fault,
     resample,
     share_inside,
     smooth_resample,
@@ -279,6 +280,30 @@ def test_grid_geometry():
     window = (slice(2, 9), slice(3, 8), slice(1, 5))
     np.testing.assert_allclose(grid.crop(window, (3, 2, 1)).to_world([1, 1, 0]), grid.to_world([5, 5, 1]))
     assert grid.crop(window, (3, 2, 1)).shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix", "fault"),
+    [
+        pytest.param((512, 512, 1100), affine((0.98, 0.98, 2.0)), "", id="whole_body"),
+        pytest.param((400, 400, 300), affine((2.04, 2.04, 3.0), tilt_deg=20), "", id="oblique"),
+        pytest.param((300, 200, 200), affine((8.0, 4.0, 4.0)), "", id="head_to_foot_along_the_first_axis"),
+        pytest.param((512, 512, 200), affine((1e-3, 1e-3, 3e-3)), "no scan of a body", id="micrometres"),
+        pytest.param((512, 512, 200), affine((980, 980, 3000)), "no scan of a body", id="metres"),
+        pytest.param((400, 400, 40), affine((4, 4, 3)), "1600 x 1600 x 120 mm", id="too_wide"),
+        pytest.param((40, 40, 900), affine((4, 4, 3)), "160 x 160 x 2700 mm", id="too_long"),
+        pytest.param((4096, 4096, 64), affine((0.1, 0.1, 1.0)), "more than any scan", id="too_many_voxels"),
+        pytest.param((10**20, 5, 5), affine(), "more than any scan", id="beyond_int64"),
+        pytest.param((50, 50, 50), affine(origin=(1e6, 0, 0)), "no place in a scanner", id="far_away"),
+        pytest.param((50, 50, 50), np.zeros((4, 4)), "no usable voxel size", id="flat"),
+        pytest.param((50, 50, 50), np.full((4, 4), np.nan), "no usable voxel size", id="not_numbers"),
+        pytest.param((50, 50, 50), np.full((4, 4), np.inf), "no usable voxel size", id="infinite"),
+    ],
+)
+def test_what_can_be_a_scan_of_a_body(shape, matrix, fault):
+    told = field_of_view_fault(shape, matrix)
+    assert fault in told
+    assert bool(told) == bool(fault)
 
 
 @pytest.mark.parametrize(

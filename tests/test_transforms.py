@@ -6,6 +6,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +21,7 @@ from scripts import keys as K
 from scripts.clinical import DEFAULT_FEATURES
 from scripts.geometry import Grid, box_grid, resample
 from scripts.images import ImageReadError, read_image
+from scripts.quality import CheckQualityd
 from scripts.transforms import (
     INFERENCE_KEYS,
     TRAINING_KEYS,
@@ -231,11 +233,40 @@ def test_values_that_are_not_finite_are_named(channel, name, value):
         pytest.param({K.CT: None}, ValueError, "CHUM-001: no CT image", id="no_CT"),
         pytest.param({K.CT: "absent.nii.gz"}, ImageReadError, "no such file", id="absent_file"),
         pytest.param({K.CT: 3}, ValueError, "a scan is a path", id="not_a_scan"),
+        pytest.param(
+            {K.PET: (np.zeros((9, 9, 9)), np.diag([1e6, 1e6, 1e6, 1]))},
+            ValueError,
+            "the PET has voxels of",
+            id="kilometres",
+        ),
+        pytest.param(
+            {K.CT: SimpleNamespace(read=lambda: (np.zeros((9, 9, 9)), np.diag([1e-4, 1, 1, 1])))},
+            ValueError,
+            "CHUM-001: the CT has voxels of 0.0001",
+            id="read_by_an_object",
+        ),
     ],
 )
 def test_scans_that_cannot_be_had(case, change, error, message):
     with pytest.raises(error, match=message):
         LoadScansd()({**case, **change})
+
+
+@pytest.mark.parametrize("use_mask", [True, False])
+def test_a_doubtful_place_of_a_scan_makes_the_box_doubtful(case, tmp_path, use_mask):
+    """Said where the box's own doubts are, which quality control, table and reports tell of."""
+    shifted = CT_AFFINE.copy()
+    shifted[0, 3] = 12.0
+    image = nib.Nifti1Image(*scans()[K.CT])
+    image.set_sform(CT_AFFINE, 1)
+    image.set_qform(shifted, 1)
+    nib.save(image, tmp_path / "ct.nii")
+    loaded = LoadScansd()({**case, K.CT: str(tmp_path / "ct.nii")})
+    item = CheckQualityd(ROI, on_reject="flag")(LocaliseBoxd(ROI, SPACING, use_mask=use_mask)(loaded))
+    assert item[K.CROP_FLAG].endswith("CT: its sform and its qform are up to 12 mm apart; the sform was taken")
+    checks = {check["name"]: check for check in json.loads(item[K.QUALITY])}
+    assert checks["head_in_view"]["verdict"] != "ok"
+    assert "12 mm apart" in checks["head_in_view"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ EDGE_TOLERANCE = 1e-6
 # What a scan of a body can be; memory is taken by the millimetre where a scan is searched for the head.
 MAX_FIELD_MM = (1500.0, 2500.0)  # of all axes but the longest one, and of that
 VOXEL_MM = (0.01, 100.0)
+MAX_DISTANCE_MM = 1e5  # from the scanner's origin
 MAX_VOXELS = 2**29  # 512 x 512 x 2048
 
 SPLINE_ORDER = {"nearest": 0, "linear": 1, "spline": 3}
@@ -120,7 +121,7 @@ class Grid:
 
 
 def field_of_view_fault(shape: Sequence[int], affine: np.ndarray) -> str:
-    """Why no scan of a body has this field of view; empty for one that may be a scan.
+    """Why no scan of a body has these voxels at this place; empty for one that may be a scan.
 
     Args:
         shape: voxels along the first three array axes.
@@ -140,6 +141,9 @@ def field_of_view_fault(shape: Sequence[int], affine: np.ndarray) -> str:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     extent = spacing * np.array(shape[:3], dtype=np.float64)
     ordered = np.sort(extent)
+    distance = float(np.abs(affine[:3, 3]).max())
+    if distance > MAX_DISTANCE_MM:
+        return f"a first voxel {distance:.4g} mm from the origin: no place in a scanner"
     small, large = VOXEL_MM
     if small <= spacing.min() and spacing.max() <= large and (ordered[1:] <= MAX_FIELD_MM).all():
         return ""

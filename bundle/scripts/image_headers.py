@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -89,7 +89,7 @@ _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"bzh", "compressed by bzip2", "unpack it"),
     (0, b"\xfd7zxz", "compressed by xz", "unpack it"),
     (0, b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (0, GZIP_MAGIC, "compressed by gzip once more", "unpack it"),
+    (0, GZIP_MAGIC, "compressed by gzip, which this format does not allow for", "unpack it"),
     (257, b"ustar", "a tar archive", "unpack it"),
     (128, b"dicm", "a DICOM file", "give the folder that holds the series"),
     (0, b"nrrd", "an NRRD file", "give it the ending .nrrd"),
@@ -176,7 +176,7 @@ def read_header(path: str | os.PathLike[str], suffix: str) -> Header:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
         header = _parse(path, head, suffix)
-        _check_size(header, "NIfTI" if suffix in NIFTI_SUFFIXES else suffix)
+        header = _check_size(header, "NIfTI" if suffix in NIFTI_SUFFIXES else suffix)
     except _Fault as fault:
         raise ImageReadError(path, *fault.args) from fault.__cause__
     except OSError as error:
@@ -203,8 +203,8 @@ def _unpack_head(head: bytes) -> bytes:
     return unpacked
 
 
-def _check_size(header: Header, name: str) -> None:
-    """Whether header and file can belong to one scan."""
+def _check_size(header: Header, name: str) -> Header:
+    """The header, once it is seen that it and its file can belong to one scan."""
     if header.dtype.kind not in "biuf":
         raise _Fault(f"voxels are of type {header.dtype}, not numbers", "convert it to one value a voxel")
     if fault := field_of_view_fault(header.shape, header.affine):
@@ -218,6 +218,12 @@ def _check_size(header: Header, name: str) -> None:
     # compressed, what cannot be compressed grows by a few bytes in a thousand
     if stored - header.end * (1.01 if header.packed else 1) >= max(header.slice_bytes, 2**16 if header.packed else 1):
         raise _Fault(MORE_THAN_TOLD, COPY_AGAIN)
+    if not header.packed and stored > header.end:
+        more = (
+            f"{stored - header.end} bytes follow its last voxel: something was put in, or the header is of another file"
+        )
+        return replace(header, doubts=(*header.doubts, more))
+    return header
 
 
 def _check_strangers(head: bytes) -> None:
@@ -245,14 +251,14 @@ def _nifti_header(path: Path, head: bytes, packed: int | None) -> Header:
         if not bytes(header["magic"]).strip(b"\0"):
             raise _Fault(f"it is an Analyze file, not NIfTI: {NO_POSITION}", CONVERT_AGAIN)
         header.check_fix(logger=quiet)
-        dtype, slope_inter = header.get_data_dtype(), header.get_slope_inter()
+        dtype, slope_inter, skip = header.get_data_dtype(), header.get_slope_inter(), int(header["vox_offset"])
         shape = _one_volume([int(n) for n in header.get_data_shape()])
         affine, doubts = _nifti_place(header, spacing)
-    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, KeyError) as error:
+    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as error:
         raise _Fault(f"not a complete NIfTI file ({error})", COPY_AGAIN) from error
     slope, inter = (default if value is None else value for value, default in zip(slope_inter, (1.0, 0.0), strict=True))
     doubts = [*doubts, *_shape_doubts(affine)]
-    return Header(path, shape, dtype, affine, 0, packed, int(header["vox_offset"]), slope, inter, tuple(doubts))
+    return Header(path, shape, dtype, affine, 0, packed, skip, slope, inter, tuple(doubts))
 
 
 def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -261,7 +267,7 @@ def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndar
     if not any(codes):
         raise _Fault(
             f"{NO_POSITION} (sform_code and qform_code are 0), so that left, right and height are not known",
-            f"{CONVERT_AGAIN}, or give it its affine with nibabel's set_sform(affine, code=1)",
+            f"{CONVERT_AGAIN}; where its affine is known, set it by nibabel's set_sform(affine, code=1)",
         )
     unit = int(header["xyzt_units"]) & 7
     to_mm = np.diag([*[_UNIT_MM.get(unit, 1.0)] * 3, 1.0])
@@ -276,7 +282,10 @@ def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndar
         if np.abs(size - told_size).max() > SPACING_TOLERANCE * size.max():
             doubts.append(f"its sform says voxels of {_times(size)} mm, its pixdim {_times(told_size)} mm")
     if all(codes):
-        other = to_mm @ np.asarray(header.get_qform(), dtype=np.float64)
+        try:
+            other = to_mm @ np.asarray(header.get_qform(), dtype=np.float64)
+        except ValueError:
+            return affine, [*doubts, "its qform is no rotation; the sform was taken"]
         apart = _apart(affine, other, header.get_data_shape())
         if apart > max(PLACE_TOLERANCE_MM, 0.5 * float(np.linalg.norm(affine[:3, :3], axis=0).min())):
             doubts.append(f"its sform and its qform are up to {apart:.4g} mm apart; the sform was taken")
