@@ -1,15 +1,22 @@
 """SUV of DICOM PET: the tracer, the moments of injection and scan, sources that disagree; real headers, cases."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from dicom_study import pet_header, write_series
+from dicom_study import pet_header, pet_tags, write_series
 
+from scripts import keys as K
+from scripts.dicom_cases import DicomScan, find_examinations
 from scripts.dicom_choice import choose_pet_ct
-from scripts.dicom_series import find_series
+from scripts.dicom_series import find_series, read_series
+from scripts.dicom_suv import suv_of
 from scripts.dicom_tags import DicomError
 from scripts.dicom_tracer import FDG, tracer_of
+from scripts.quality import CheckQualityd, checks_from_json
+from scripts.transforms import LoadScansd, LocaliseBoxd
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 from pydicom.dataset import Dataset  # noqa: E402
@@ -190,3 +197,344 @@ def test_a_pet_of_another_tracer_alone_is_refused_by_name(tmp_path, text):
         match=rf"no usable .*PET(.|\n)*the tracer is {tracer_of(pet_header(Radiopharmaceutical=text)).name} by",
     ):
         choose_pet_ct(find_series(tmp_path))
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+# of pet_header(): 70 kg, 370 MBq at 10:00, scan at 11:50, half-life 110 min
+ONE_HALF_LIFE = 70_000 / 185e6
+AT_INJECTION = 70_000 / 370e6
+GE = (0x0009, "GEMS_PETD_01")
+PHILIPS = (0x7053, "Philips PET Private Group")
+LATER_SERIES = {"SeriesDate": "20200102", "SeriesTime": "150000"}
+
+
+def after(minutes):
+    """The factor when the scan starts so many minutes after the injection."""
+    return AT_INJECTION * 2 ** (minutes / 110)
+
+
+def scan_of(*times, dates=("20200102",), **changes):
+    """Slices acquired at these times of day."""
+    days = [*dates, *[dates[-1]] * (len(times) - len(dates))]
+    return [
+        pet_header(AcquisitionTime=clock, AcquisitionDate=day, **changes)
+        for clock, day in zip(times, days, strict=True)
+    ]
+
+
+ZEROS = {"SeriesTime": "000000", "AcquisitionTime": "000000", "RadiopharmaceuticalStartTime": "000000"}
+NOON = dict.fromkeys(ZEROS, "120000")
+DATE_TIME = "RadiopharmaceuticalStartDateTime"
+CLOCK = "RadiopharmaceuticalStartTime"
+
+
+@pytest.mark.parametrize(
+    "changes, factor",
+    [
+        # the scanner's clock is not stated: 1072, on that clock, agrees with 1078 in some time zone
+        pytest.param({DATE_TIME: "20200102090000+0000"}, ONE_HALF_LIFE, id="utc_without_zone_of_the_scanner"),
+        pytest.param({DATE_TIME: "20200102043000-0530"}, ONE_HALF_LIFE, id="offset_without_zone_of_the_scanner"),
+        pytest.param({DATE_TIME: "20200102154500+0545"}, ONE_HALF_LIFE, id="zone_of_quarter_hours"),
+        pytest.param({DATE_TIME: "20200102100000+0100"}, ONE_HALF_LIFE, id="offset_of_the_scanner_itself"),
+        pytest.param(
+            {DATE_TIME: "20200102090000+0000", "TimezoneOffsetFromUTC": "+0100"},
+            ONE_HALF_LIFE,
+            id="zone_of_the_scanner",
+        ),
+        pytest.param(
+            {DATE_TIME: "20200102100000", "TimezoneOffsetFromUTC": "+0100"}, ONE_HALF_LIFE, id="zone_and_no_offset"
+        ),
+        pytest.param({DATE_TIME: "20200102+0100"}, ONE_HALF_LIFE, id="date_with_offset_and_no_time"),
+        pytest.param({DATE_TIME: "20200102100030"}, after(109.5), id="half_a_minute_apart"),
+        pytest.param({DATE_TIME: "20200102100000", CLOCK: None}, ONE_HALF_LIFE, id="date_and_time_alone"),
+        pytest.param({"private": (*GE, 0x3B, "DT", "20200102100000.00")}, ONE_HALF_LIFE, id="ge_injection_agrees"),
+        pytest.param({"private": (*GE, 0x0D, "DT", "20200102115000.00")}, ONE_HALF_LIFE, id="ge_scan_agrees"),
+        pytest.param({CLOCK: "112000"}, after(30), id="shortest_usual_uptake"),
+        pytest.param({CLOCK: "075000"}, after(240), id="longest_usual_uptake"),
+        pytest.param(
+            {"private": (*PHILIPS, 0, "DS", "0.00101"), "private2": (*PHILIPS, 9, "DS", "2.67")},
+            ONE_HALF_LIFE,
+            id="philips_agrees",
+        ),
+    ],
+)
+def test_sources_that_agree_are_no_doubt(changes, factor):
+    found = suv_of(pet_header(**changes))
+    assert found.factor == pytest.approx(factor, rel=1e-6)
+    assert found.doubts == ()
+
+
+BEFORE_MIDNIGHT = {"SeriesTime": "233000", CLOCK: "223000"}
+
+
+@pytest.mark.parametrize(
+    "slices, minutes",
+    [
+        pytest.param(scan_of("233000", "234000", "000500", **BEFORE_MIDNIGHT), 60, id="date_stays"),
+        pytest.param(scan_of("000500", "233000", "235900", **BEFORE_MIDNIGHT), 60, id="date_stays_in_any_order"),
+        pytest.param(
+            scan_of("233000", "000500", dates=("20200102", "20200103"), **BEFORE_MIDNIGHT), 60, id="date_changes"
+        ),
+        pytest.param(
+            scan_of("233000", "000500", dates=("20200103",), **{**BEFORE_MIDNIGHT, "SeriesDate": "20200103"}),
+            60,
+            id="date_of_the_second_day",
+        ),
+        pytest.param(
+            scan_of("233000", "000500", **BEFORE_MIDNIGHT, **{DATE_TIME: "20200102223000"}), 60, id="injection_dated"
+        ),
+        pytest.param(
+            scan_of("233000", "000500", **{**BEFORE_MIDNIGHT, "SeriesTime": "001500", "SeriesDate": "20200103"}),
+            60,
+            id="series_made_afterwards",
+        ),
+        pytest.param(
+            scan_of("233000", "000500", **{**BEFORE_MIDNIGHT, "SeriesTime": "001500"}),
+            60,
+            id="series_made_afterwards_with_the_date_of_the_first_day",
+        ),
+        pytest.param(
+            scan_of("000200", "001500", SeriesTime="235800", **{CLOCK: "225800"}), 60, id="beds_after_midnight"
+        ),
+        pytest.param(
+            scan_of("003000", "004500", SeriesTime="003000", **{CLOCK: "233000"}), 60, id="injection_before_midnight"
+        ),
+        pytest.param(
+            scan_of("130500", **{**LATER_SERIES, "SeriesDate": "20200103", "SeriesTime": "121000", CLOCK: "120500"}),
+            60,
+            id="series_made_on_the_next_day",
+        ),
+        pytest.param(scan_of("080000", SeriesTime="203000", **{CLOCK: "070000"}), 60, id="series_made_in_the_evening"),
+    ],
+)
+def test_scans_and_midnight(slices, minutes):
+    found = suv_of(slices)
+    assert found.factor == pytest.approx(after(minutes), rel=1e-9)
+    assert found.doubts == ()
+
+
+PART_1 = {CLOCK: "100000", "RadionuclideTotalDose": 185e6}
+PART_2 = {CLOCK: "104500", "RadionuclideTotalDose": 185e6}
+
+
+def parts(*items, **changes):
+    """A PET with several radiopharmaceutical items."""
+    header = pet_header(**changes)
+    header.RadiopharmaceuticalInformationSequence = [
+        pet_header(**item).RadiopharmaceuticalInformationSequence[0] for item in items
+    ]
+    return header
+
+
+@pytest.mark.parametrize(
+    "header, factor, doubt",
+    [
+        pytest.param(pet_header(**{CLOCK: "112100"}), after(29), "29 min after the injection; 30 to 240", id="early"),
+        pytest.param(pet_header(**{CLOCK: "074900"}), after(241), "241 min after the injection", id="late"),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102100500"}),
+            after(105),
+            r"1078\) and .*1072\) are 5 min apart",
+            id="minutes",
+        ),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102153000"}),
+            ONE_HALF_LIFE,
+            r"330 min apart; .*1072\) is used",
+            id="impossible",
+        ),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20190704100000"}), ONE_HALF_LIFE, r"date in .*1078\)", id="another_date"
+        ),
+        pytest.param(
+            pet_header(private=(*GE, 0x3B, "DT", "20200102103000.00")),
+            ONE_HALF_LIFE,
+            r"103B\).* 30 min",
+            id="ge_injection",
+        ),
+        pytest.param(
+            pet_header(private=(*GE, 0x0D, "DT", "20200102120000.00")), ONE_HALF_LIFE, r"100D\).* 10 min", id="ge_scan"
+        ),
+        pytest.param(
+            pet_header(AcquisitionTime="123000"), ONE_HALF_LIFE, "40 min after Series Time", id="series_long_before"
+        ),
+        pytest.param(
+            pet_header(private=(*PHILIPS, 0, "DS", "0.002"), private2=(*PHILIPS, 9, "DS", "2.67")),
+            *(ONE_HALF_LIFE, "Philips.* 1.98 times"),
+            id="philips_bqml",
+        ),
+        pytest.param(
+            pet_header(Units="CNTS", private=(*PHILIPS, 0, "DS", "0.002"), private2=(*PHILIPS, 9, "DS", "2.67")),
+            *(0.002, "Philips.* 1.98 times"),
+            id="philips_counts",
+        ),
+        pytest.param(pet_header(Units="GML", **ZEROS), 1.0, "same moment", id="gml_times_zero"),
+        pytest.param(pet_header(DecayCorrection="ADMIN", **ZEROS), AT_INJECTION, "same moment", id="admin_times_zero"),
+        pytest.param(pet_header(Units="GML", **{CLOCK: "112100"}), 1.0, "29 min after", id="gml_early"),
+        pytest.param(
+            pet_header(Units="CNTS", private=(*PHILIPS, 0, "DS", "0.002"), **ZEROS),
+            0.002,
+            "same moment",
+            id="counts_zero",
+        ),
+        pytest.param(pet_header(Radiopharmaceutical=None), ONE_HALF_LIFE, "names no tracer", id="tracer_not_stated"),
+        pytest.param(
+            parts(PART_1, PART_2), 70_000 / (185e6 * (0.5 + 2 ** (-65 / 110))), "given in 2 parts", id="two_injections"
+        ),
+    ],
+)
+def test_doubts_are_said(header, factor, doubt):
+    found = suv_of(header)
+    assert found.factor == pytest.approx(factor, rel=1e-9)
+    assert len(found.doubts) == 1 and re.search(doubt, found.doubts[0]), found.doubts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"Units": "GML", CLOCK: None}, id="gml_without_injection"),
+        pytest.param({"Units": "GML", "SeriesTime": None}, id="gml_without_series_time"),
+        pytest.param({"DecayCorrection": "ADMIN", "AcquisitionDate": None}, id="admin_without_acquisition"),
+        pytest.param(
+            {"Units": "CNTS", "private": (*PHILIPS, 0, "DS", "0.002"), "PatientWeight": 0}, id="counts_weight_0"
+        ),
+    ],
+)
+def test_absent_tags_that_are_not_needed_are_no_doubt(changes):
+    assert suv_of(pet_header(**changes)).doubts == ()
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        pytest.param(pet_header(**ZEROS), "at the same moment by their times", id="all_times_zero"),
+        pytest.param(pet_header(**NOON), "at the same moment by their times", id="all_times_noon"),
+        pytest.param(pet_header(**{**ZEROS, CLOCK: "100000"}), "14.0 h before the scan", id="times_of_the_scan_zero"),
+        pytest.param(pet_header(**{CLOCK: "000000"}), "11.8 h before the scan", id="time_of_the_injection_zero"),
+        pytest.param(pet_header(**{DATE_TIME: "20200102110000"}), "60 min apart; correct", id="an_hour_apart"),
+        pytest.param(pet_header(**{DATE_TIME: "20200102101100"}), "11 min apart; correct", id="11_min_apart"),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102090000+0000", "TimezoneOffsetFromUTC": "+0200"}),
+            *("60 min apart; correct",),
+            id="an_hour_apart_by_the_time_zone",
+        ),
+        pytest.param(pet_header(**{DATE_TIME: "20200102090700+0000"}), "disagree in any time zone", id="no_time_zone"),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102090000+0000", CLOCK: None}),
+            r"\(0008,0201\) or .*clock is not known",
+            id="utc",
+        ),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102090000+0000", "TimezoneOffsetFromUTC": "CET"}),
+            r"\(0008,0201\)",
+            id="zone",
+        ),
+        pytest.param(scan_of("115000", "000000", "120000"), "the scan took 12.0 h", id="one_slice_without_its_time"),
+        pytest.param(parts(PART_1, PART_1), "2 items with the same dose and time", id="one_dose_twice"),
+        pytest.param(parts(PART_1, PART_2, DecayCorrection="ADMIN"), "one of several injections", id="parts_and_admin"),
+        pytest.param(
+            parts(PART_1, {**PART_2, "RadionuclideTotalDose": None}), r"\(0018,1074\)", id="part_without_dose"
+        ),
+        pytest.param(parts(PART_1, {"Radiopharmaceutical": "FMISO"}), "both FDG and FMISO", id="two_tracers"),
+        pytest.param(pet_header(Radiopharmaceutical="FMISO"), "the tracer is FMISO", id="another_tracer"),
+        pytest.param(pet_header(Units="GML", Radiopharmaceutical="PSMA"), "the tracer is PSMA", id="gml_of_psma"),
+        pytest.param(
+            [pet_header(), pet_header(Radiopharmaceutical=None)],
+            "slices differ in their tracer",
+            id="slices_and_tracer",
+        ),
+        pytest.param([pet_header(), parts(PART_1, PART_2)], "differ in the number of items", id="slices_and_items"),
+        pytest.param([pet_header(), pet_header(**{CLOCK: "101000"})], r"differ in .*1072\)", id="slices_and_injection"),
+        pytest.param(pet_header(RadionuclideTotalDose=370e3), "is 370000 Bq.*check its unit", id="dose_in_kbq"),
+        pytest.param(pet_header(RadionuclideTotalDose=10), "is 10 Bq.*check its unit", id="dose_in_mci"),
+        pytest.param(
+            pet_header(RadionuclideHalfLife=110), "is 110 s.*check tracer and unit", id="half_life_in_minutes"
+        ),
+    ],
+)
+def test_headers_without_suv_are_refused(header, message):
+    with pytest.raises(DicomError, match=message):
+        suv_of(header)
+
+
+# --- files, real headers, cases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slices", [range(12), [7]], ids=["all_slices", "one_slice"])
+@pytest.mark.parametrize("value", [None, ""], ids=["absent", "empty"])
+def test_a_pet_without_rescale_slope_is_refused(tmp_path, slices, value):
+    write_series(tmp_path, "PT", each=lambda k: {"RescaleSlope": value} if k in slices else {})
+    with pytest.raises(DicomError, match=r"IM\d+: Rescale Slope \(0028,1053\) is missing or empty"):
+        read_series(find_series(tmp_path)[0])
+
+
+def test_doubts_become_warnings_of_the_case(tmp_path):
+    write_series(tmp_path / "ct", depths=np.arange(20) * 3.0)
+    tags = {"SeriesNumber": 2, **pet_tags(RadiopharmaceuticalStartTime="112100")}
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags=tags, depths=np.arange(20) * 3.0)
+    choice = choose_pet_ct(find_series(tmp_path))
+    case = LoadScansd()({K.CT: DicomScan(choice.ct), K.PET: DicomScan(choice.pet)})
+    assert case[K.DOUBTS] == ["the scan started 29 min after the injection; 30 to 240 min are usual for FDG"]
+    checked = CheckQualityd(16, on_reject="flag")(LocaliseBoxd(16, 4.0)(case))
+    [check] = [check for check in checks_from_json(checked[K.QUALITY]) if check.name == "headers"]
+    assert (check.verdict, check.message) == ("warn", case[K.DOUBTS][0])
+    assert K.DOUBTS not in checked
+
+
+def test_real_headers_give_the_known_factor():
+    path = SHARED / "data" / "suv_headers" / "suv_headers.json"
+    if not path.is_file():
+        pytest.skip("the real PET headers are not here")
+    for series in json.loads(path.read_text(encoding="utf-8")):
+        found = suv_of([_from_json(each) for each in series["slices"]])
+        assert found.factor == pytest.approx(series["suvbw_factor"], rel=1e-6), series["name"]
+        assert [doubt for doubt in found.doubts if "no tracer" not in doubt] == [], series["name"]
+
+
+def _from_json(values):
+    header, item = Dataset(), Dataset()
+    for name, value in values.items():
+        if name == "PhilipsPETPrivateGroup":
+            block = header.private_block(*PHILIPS, create=True)
+            for key, offset in (("SUVScaleFactor", 0), ("ActivityConcentrationScaleFactor", 9)):
+                if key in value:
+                    block.add_new(offset, "DS", value[key])
+        else:
+            setattr(item if name.startswith("Radi") else header, name, value)
+    header.RadiopharmaceuticalInformationSequence = [item]
+    return header
+
+
+@pytest.mark.parametrize(
+    "name, refused",
+    [
+        ("suv-zero-times", "same moment"),
+        ("suv-no-rescale-slope", r"\(0028,1053\)"),
+        ("suv-midnight-date-not-changed", ""),
+        ("suv-utc-datetime", ""),
+        ("two-tracers", ""),
+    ],
+)
+def test_shared_cases(name, refused):
+    folder = SHARED / "cases" / name
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    [found] = find_examinations(folder)
+    scan = DicomScan(found.choice.pet)
+    if refused:
+        with pytest.raises(DicomError, match=refused):
+            scan.read()
+    else:
+        assert scan.read()[0].max() == pytest.approx(14.44, abs=0.005)
+        assert scan.doubts == ()
+
+
+def test_real_pet_is_read_and_its_unknown_tracer_said():
+    folder = SHARED / "data" / "hn_pet" / "dicom" / "PET"
+    if not folder.is_dir():
+        pytest.skip("the real head and neck PET is not here")
+    scan = DicomScan(find_series(folder)[0])
+    assert scan.suv.factor == pytest.approx(2.9448040e-4, rel=1e-6)
+    [doubt] = scan.doubts
+    assert "names no tracer" in doubt

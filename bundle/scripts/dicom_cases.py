@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 from scripts.clinical import ClinicalValueError, parse_value
 from scripts.dicom_choice import Choice, Study, choose_pet_ct, find_studies
 from scripts.dicom_series import Series, SeriesList, find_series, read_headers, read_series
-from scripts.dicom_suv import suv_factor
+from scripts.dicom_suv import Suv, suv_of
 from scripts.dicom_tags import DicomError
 
 if TYPE_CHECKING:
@@ -37,13 +38,27 @@ class DicomScan:
 
     series: Series
 
+    @cached_property
+    def suv(self) -> Suv:
+        """What a PET's headers say of SUV.
+
+        Raises:
+            scripts.dicom_tags.DicomError: when they do not give it.
+        """
+        return suv_of(read_headers(self.series))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful in the headers, for people."""
+        return self.suv.doubts if self.series.modality == "PT" else ()
+
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom_series.read_series` gives it.
 
         Raises:
             scripts.dicom_tags.DicomError: when the slices form no volume, or a PET's headers do not give SUV.
         """
-        factor = suv_factor(read_headers(self.series)) if self.series.modality == "PT" else 1.0
+        factor = self.suv.factor if self.series.modality == "PT" else 1.0
         array, affine = read_series(self.series)
         return (array if factor == 1.0 else array * np.float32(factor)), affine
 

@@ -27,6 +27,7 @@ from .dicom_tags import (
     number_of,
     numbers_of,
     read_header,
+    tag_name,
     text_of,
     words_of,
 )
@@ -367,7 +368,7 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
                 raise DicomError(
                     f"{series.label}: {path.name}: cannot be read ({cause_of(error)}); copy it again"
                 ) from error
-            values = _rescaled(_pixels(dataset, series, path), dataset)
+            values = _rescaled(_pixels(dataset, series, path), dataset, f"{series.label}: {path.name}")
             if volume is None:
                 volume = np.empty((len(series), series.rows, series.columns), dtype=values.dtype)
             elif values.dtype == np.float32 != volume.dtype:
@@ -482,8 +483,16 @@ def _decodable(dataset: Dataset) -> bool:
         return False
 
 
-def _rescaled(values: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Stored values to HU or PET units; whole numbers stay int16 where they fit."""
+def _rescaled(values: np.ndarray, dataset: Dataset, where: str) -> np.ndarray:
+    """Stored values to HU or PET units; whole numbers stay int16 where they fit.
+
+    Raises:
+        DicomError: a PET without a slope: no scale can be taken for granted.
+    """
+    if text_of(dataset, "Modality").upper() == "PT" and not text_of(dataset, "RescaleSlope"):
+        raise DicomError(
+            f"{where}: {tag_name('RescaleSlope')} is missing or empty; a PET must have it: export it again"
+        )
     slope = number_of(dataset, "RescaleSlope", 1.0)
     intercept = number_of(dataset, "RescaleIntercept", 0.0)
     whole = text_of(dataset, "Modality") == "CT" and slope == 1.0 and intercept.is_integer()

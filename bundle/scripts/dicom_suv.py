@@ -2,95 +2,218 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
-from .dicom_tags import DicomError, lenient, needed_module, number_of, tag_name, text_of, words_of
+from .dicom_tags import (
+    AbsentTagError,
+    DicomError,
+    items_of,
+    lenient,
+    number_of,
+    private_text,
+    tag_name,
+    text_of,
+    words_of,
+)
+from .dicom_times import START_DATE_TIME, START_TIME, required, scan_start, uptake_time
+from .dicom_tracer import F18, HALF_LIFE_S, tracer_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+T = TypeVar("T")
+
 READABLE_UNITS = ("BQML", "CNTS", "GML")
 WEIGHT_KG = (2.0, 500.0)
 DOSE_BQ = (1e6, 1e11)  # a dose written in MBq, against the standard, falls below
-LONGEST_UPTAKE = timedelta(hours=6)  # an FDG scan starts 1 to 2 h after the injection
+HALF_LIFE_RANGE_S = (60.0, 1e7)
+PHILIPS = (0x7053, "Philips PET Private Group")  # group and private creator
+SUV_OFFSET, ACTIVITY_OFFSET = 0x00, 0x09
+OWN_FACTOR_TOLERANCE = 0.05  # Philips' own factor against that of the public tags; real headers differ by 0.1 %
+
+
+@dataclass(frozen=True)
+class Suv:
+    """What the values of a PET, rescaled as its headers say, mean.
+
+    Args:
+        factor: what they are multiplied by to become SUV by body weight (g/ml).
+        doubts: what in the headers makes that doubtful, each in words; nothing in them identifies a patient.
+    """
+
+    factor: float
+    doubts: tuple[str, ...] = ()
 
 
 def suv_factor(headers: Dataset | Sequence[Dataset]) -> float:
+    """The factor of :func:`suv_of`."""
+    return suv_of(headers).factor
+
+
+def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     """What PET values, rescaled as the headers say, are multiplied by to become SUV by body weight (g/ml).
 
     Follows the QIBA vendor-neutral pseudo-code (QIBA Profile FDG-PET/CT, appendix G). With BQML
 
         factor = weight [g] / (dose [Bq] * 2 ** (-uptake time / half-life))
 
-    where, for decay correction START, the uptake time runs from the injection to the start of the scan; for ADMIN the
-    values are corrected to the injection, so that it is 0. CNTS takes Philips' own factor (7053,1000), or else its
-    (7053,1009), which leads to Bq/ml. GML values are SUV already and are taken as they are.
+    where, for decay correction START, the uptake time runs from the injection (:func:`scripts.dicom_times.uptake_time`)
+    to the start of the scan (:func:`scripts.dicom_times.scan_start`); for ADMIN the values are corrected to the
+    injection, so that it is 0. A dose given in parts is the sum of the parts, each decayed to the start of the scan.
+    CNTS takes Philips' own factor (7053,1000), or else its (7053,1009), which leads to Bq/ml. GML values are SUV
+    already and are taken as they are. The tracer must not be known to be another than FDG.
 
-    The scan starts at the series' date and time unless these are later than the first acquisition (a series made
-    afterwards). Then GE's private (0009,100D) says it; else it is computed back from the first image's frame reference
-    time and duration; else it is the first acquisition itself. The injection's date is believed when it lies at most
-    6 h before the scan; otherwise (de-identified dates, or only a time of day) the time of day counts, on the day
-    before when it is later than the scan's.
+    Doubtful are: a tracer that is not known, an uptake time outside 30 to 240 min, two sources of one moment that
+    differ by minutes, a dose given in parts, and a factor of Philips that is not that of the public tags. Times that
+    the factor does not depend on are looked at where they are there.
 
     Args:
-        headers: the headers of all slices of one PET series (:func:`read_headers`).
-
-    Returns:
-        The factor, the same for all slices.
+        headers: the headers of all slices of one PET series (:func:`scripts.dicom_series.read_headers`).
 
     Raises:
         DicomError: naming the tag that is missing, zero, implausible or differs between slices; for other units
-            (PROPCNTS), SUV by another measure than body weight, and images without attenuation or decay correction.
+            (PROPCNTS), SUV by another measure than body weight, images without attenuation or decay correction,
+            another tracer than FDG, and times that do not belong together.
     """
     slices: list[Dataset] = list(headers) if isinstance(headers, Sequence) else [headers]
     if not slices:
         raise DicomError("SUV: no PET slices")
+    doubts: list[str] = []
     with lenient():
         units = _agreed(slices, "Units")
-        if units == "GML":
-            _check_suv_type(slices)
-            return 1.0
         if units not in READABLE_UNITS:
             known = ", ".join(READABLE_UNITS)
             raise DicomError(f"SUV: {tag_name('Units')} is {units}; SUV can be had from {known} only")
+        _check_tracer(slices, doubts)
+        if units == "GML":
+            _check_suv_type(slices)
+            _if_stated(lambda: _uptake_times(slices, doubts), doubts)
+            return Suv(1.0, tuple(doubts))
         decay = _check_corrections(slices)
-        return _counts_factor(slices, decay) if units == "CNTS" else _activity_factor(slices, decay)
+        if units == "CNTS":
+            return Suv(_counts_factor(slices, decay, doubts), tuple(doubts))
+        factor = _activity_factor(slices, decay, doubts)
+        _if_stated(lambda: _compare_with_philips(slices, factor, doubts), doubts)
+        return Suv(factor, tuple(doubts))
 
 
-def _activity_factor(slices: Sequence[Dataset], decay: str) -> float:
+def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> float:
     """From Bq/ml to SUV."""
     weight = _positive(slices, "PatientWeight", WEIGHT_KG, "kg")
-    items = [_radiopharmaceutical(s) for s in slices]
-    dose = _positive(items, "RadionuclideTotalDose", DOSE_BQ, "Bq")
-    if decay == "START":
-        half_life = _positive(items, "RadionuclideHalfLife", (60.0, 1e7), "s")
-        uptake = _uptake_time(items[0], slices[0], _scan_start(slices, half_life))
-        dose *= 2.0 ** (-uptake.total_seconds() / half_life)
-    return weight * 1000.0 / dose
+    parts = _injections(slices)
+    doses = [_positive(items, "RadionuclideTotalDose", DOSE_BQ, "Bq") for items in parts]
+    if decay == "ADMIN":
+        if len(parts) > 1:
+            raise DicomError(
+                f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(parts)} items, and "
+                f"{tag_name('DecayCorrection')} is ADMIN: the values are corrected to one of several injections, and "
+                "which is not said"
+            )
+        _if_stated(lambda: _uptake_times(slices, doubts), doubts)
+        return weight * 1000.0 / doses[0]
+    half_lives = [_positive(items, "RadionuclideHalfLife", HALF_LIFE_RANGE_S, "s") for items in parts]
+    uptakes = _uptake_times(slices, doubts)
+    told = list(zip(doses, uptakes, strict=True))
+    if len(set(told)) < len(told):
+        raise DicomError(
+            f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(told)} items with the same dose and "
+            "time: one dose told twice, or two doses? Keep one item for each injection"
+        )
+    if len(told) > 1:
+        doubts.append(f"the dose was given in {len(told)} parts, which are decayed to the start of the scan and added")
+    left = [
+        dose * 2.0 ** (-uptake.total_seconds() / half_life)
+        for (dose, uptake), half_life in zip(told, half_lives, strict=True)
+    ]
+    return weight * 1000.0 / sum(left)
 
 
-def _counts_factor(slices: Sequence[Dataset], decay: str) -> float:
+def _injections(slices: Sequence[Dataset]) -> list[list[Dataset]]:
+    """For each injection, its item of every slice."""
+    keyword = "RadiopharmaceuticalInformationSequence"
+    items = [items_of(s, keyword) for s in slices]
+    counts = {len(each) for each in items}
+    if len(counts) > 1:
+        raise DicomError(f"SUV: the slices differ in the number of items of {tag_name(keyword)}")
+    if counts == {0}:
+        raise AbsentTagError(f"SUV: {tag_name(keyword)} is missing or empty")
+    return [list(part) for part in zip(*items, strict=True)]
+
+
+def _uptake_times(slices: Sequence[Dataset], doubts: list[str]) -> list[timedelta]:
+    """From each injection to the start of the scan."""
+    parts = _injections(slices)
+    for keyword in (START_DATE_TIME, START_TIME):
+        for items in parts:
+            _agreed(items, keyword, optional=True)
+    half_life = number_of(parts[0][0], "RadionuclideHalfLife", 0.0) or HALF_LIFE_S[F18]
+    start = scan_start(slices, half_life, doubts)
+    return [uptake_time(items[0], slices[0], start, doubts) for items in parts]
+
+
+def _counts_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> float:
     """From Philips' counts to SUV."""
-    creator = "Philips PET Private Group"
-    for offset in (0x00, 0x09):
-        found = {_private(s, 0x7053, creator, offset) for s in slices}
-        if len(found) > 1:
-            raise DicomError(f"SUV: the slices differ in (7053,10{offset:02X})")
-        factor = _as_number(found.pop(), f"SUV: (7053,10{offset:02X}), {creator},")
-        if factor > 0:  # Philips writes 0 where it has no factor
-            return factor if offset == 0x00 else factor * _activity_factor(slices, decay)
-    raise DicomError(f"SUV: units are CNTS, and both (7053,1000) and (7053,1009) of {creator} are missing or zero")
+    own = _philips_factor(slices, SUV_OFFSET)
+    to_activity = _philips_factor(slices, ACTIVITY_OFFSET)
+    if own > 0:
+        activity = _if_stated(lambda: _activity_factor(slices, decay, doubts), doubts)
+        if activity is not None and to_activity > 0:
+            _say_if_apart(own, to_activity * activity, doubts)
+        return own
+    if to_activity > 0:
+        return to_activity * _activity_factor(slices, decay, doubts)
+    raise DicomError(f"SUV: units are CNTS, and both (7053,1000) and (7053,1009) of {PHILIPS[1]} are missing or zero")
+
+
+def _compare_with_philips(slices: Sequence[Dataset], factor: float, doubts: list[str]) -> None:
+    own, to_activity = _philips_factor(slices, SUV_OFFSET), _philips_factor(slices, ACTIVITY_OFFSET)
+    if own > 0 and to_activity > 0:
+        _say_if_apart(own / to_activity, factor, doubts)
+
+
+def _say_if_apart(own: float, computed: float, doubts: list[str]) -> None:
+    if abs(own / computed - 1) > OWN_FACTOR_TOLERANCE:
+        doubts.append(
+            f"Philips' own SUV factor (7053,1000) is {own / computed:.2f} times that of weight, dose and times"
+        )
+
+
+def _philips_factor(slices: Sequence[Dataset], offset: int) -> float:
+    """A private factor, 0 where there is none (Philips writes 0 as well)."""
+    found = {private_text(s, *PHILIPS, offset) for s in slices}
+    if len(found) > 1:
+        raise DicomError(f"SUV: the slices differ in (7053,10{offset:02X})")
+    return _as_number(found.pop(), f"SUV: (7053,10{offset:02X}), {PHILIPS[1]},")
+
+
+def _if_stated(look: Callable[[], T], doubts: list[str]) -> T | None:
+    """The result of a look at what the factor does not depend on: absent tags are no fault, other faults a doubt."""
+    try:
+        return look()
+    except AbsentTagError:
+        return None
+    except DicomError as error:
+        doubts.append(str(error).removeprefix("SUV: "))
+        return None
 
 
 def _as_number(text: str, where: str) -> float:
-    """A private tag's number, 0 when it is empty."""
+    """A tag's number, 0 when it is empty."""
     try:
         return float(text or 0)
     except ValueError as error:
         raise DicomError(f"{where} is {text!r}, not a number") from error
+
+
+def _check_tracer(slices: Sequence[Dataset], doubts: list[str]) -> None:
+    found = {tracer_of(s) for s in slices}
+    problem = next((tracer.problem for tracer in found if tracer.problem), "")
+    if problem or len(found) > 1:
+        raise DicomError(f"SUV: {problem or 'the slices differ in their tracer'}")
+    doubts += [tracer.doubt for tracer in found if tracer.doubt]
 
 
 def _check_suv_type(slices: Sequence[Dataset]) -> None:
@@ -118,90 +241,14 @@ def _check_corrections(slices: Sequence[Dataset]) -> str:
     return decay
 
 
-def _scan_start(slices: Sequence[Dataset], half_life: float) -> datetime:
-    """The moment to which START corrects the decay."""
-    series = min(_moment(s, "SeriesDate", "SeriesTime") for s in slices)
-    acquired, first = min(((_moment(s, "AcquisitionDate", "AcquisitionTime"), s) for s in slices), key=lambda a: a[0])
-    if series <= acquired:
-        return series
-    private = _private(first, 0x0009, "GEMS_PETD_01", 0x0D)
-    if private:
-        return _date_time(private, first, "SUV: GE's scan date and time (0009,100D)")
-    reference = number_of(first, "FrameReferenceTime", 0.0) / 1000.0
-    duration = number_of(first, "ActualFrameDuration", 0.0) / 1000.0
-    if reference <= 0 or duration <= 0:
-        return acquired
-    # The moment within the frame when the activity equals its mean over the frame.
-    rate = math.log(2) / half_life
-    mean_activity = math.log(rate * duration / -math.expm1(-rate * duration)) / rate
-    return acquired + timedelta(seconds=mean_activity - reference)
-
-
-def _uptake_time(item: Dataset, header: Dataset, scan: datetime) -> timedelta:
-    """Injection to scan."""
-    given = text_of(item, "RadiopharmaceuticalStartDateTime")
-    if len(given) >= len("YYYYMMDDHHMM"):
-        injected = _date_time(given, header, f"SUV: {tag_name('RadiopharmaceuticalStartDateTime')}")
-        if timedelta(0) <= scan - injected <= LONGEST_UPTAKE:
-            return scan - injected
-        clock = injected.time()
-    else:
-        clock = _parsed("TM", _required(item, "RadiopharmaceuticalStartTime"), "RadiopharmaceuticalStartTime")
-    uptake = scan - datetime.combine(scan.date(), clock)
-    if uptake < timedelta(0):
-        uptake += timedelta(days=1)
-    if uptake > LONGEST_UPTAKE:
-        hours, limit = (t.total_seconds() / 3600 for t in (uptake, LONGEST_UPTAKE))
-        raise DicomError(
-            f"SUV: by {tag_name('RadiopharmaceuticalStartTime')} the injection was {hours:.1f} h before the scan, more "
-            f"than {limit:.0f} h: the times do not belong together"
-        )
-    return uptake
-
-
-def _moment(header: Dataset, day: str, clock: str) -> datetime:
-    date = _parsed("DA", _required(header, day), day)
-    return datetime.combine(date, _parsed("TM", _required(header, clock), clock))
-
-
-def _parsed(kind: str, text: str, keyword: str) -> Any:
-    """A DICOM date (DA) or time (TM) as Python's."""
-    try:
-        value = getattr(needed_module("pydicom.valuerep"), kind)(text.replace(":", ""))
-    except ValueError as error:
-        raise DicomError(f"SUV: {tag_name(keyword)} is no date or time that can be read") from error
-    return value
-
-
-def _date_time(text: str, header: Dataset, where: str) -> datetime:
-    """A DICOM date and time (DT) in the scanner's own time, to which the header's other times refer."""
-    try:
-        value = needed_module("pydicom.valuerep").DT(text)
-        offset = text_of(header, "TimezoneOffsetFromUTC")
-        if value.tzinfo is not None and offset:
-            sign = -1 if offset.startswith("-") else 1
-            minutes = 60 * int(offset.lstrip("+-")[:2]) + int(offset.lstrip("+-")[2:])
-            value = value.astimezone(timezone(sign * timedelta(minutes=minutes)))
-    except ValueError as error:
-        raise DicomError(f"{where} is no date and time that can be read") from error
-    return datetime.combine(value.date(), value.time())
-
-
-def _radiopharmaceutical(header: Dataset) -> Dataset:
-    sequence = header.get("RadiopharmaceuticalInformationSequence")
-    if not sequence:
-        raise DicomError(f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} is missing or empty")
-    return sequence[0]
-
-
 def _positive(headers: Sequence[Dataset], keyword: str, limits: tuple[float, float], unit: str) -> float:
     """A number that all headers agree on and that lies within its limits."""
-    found = {_as_number(_required(h, keyword), f"SUV: {tag_name(keyword)}") for h in headers}
+    found = {_as_number(required(h, keyword), f"SUV: {tag_name(keyword)}") for h in headers}
     if len(found) > 1:
         raise DicomError(f"SUV: the slices differ in {tag_name(keyword)}")
     number = found.pop()
     if number == 0:
-        raise DicomError(f"SUV: {tag_name(keyword)} is zero")
+        raise AbsentTagError(f"SUV: {tag_name(keyword)} is zero")
     if not limits[0] <= number <= limits[1]:
         raise DicomError(
             f"SUV: {tag_name(keyword)} is {number:g} {unit}, outside {limits[0]:g} to {limits[1]:g} {unit}; "
@@ -211,23 +258,7 @@ def _positive(headers: Sequence[Dataset], keyword: str, limits: tuple[float, flo
 
 
 def _agreed(headers: Sequence[Dataset], keyword: str, optional: bool = False) -> str:
-    found = {(text_of(h, keyword) if optional else _required(h, keyword)).upper() for h in headers}
+    found = {(text_of(h, keyword) if optional else required(h, keyword)).upper() for h in headers}
     if len(found) > 1:
         raise DicomError(f"SUV: the slices differ in {tag_name(keyword)}: {', '.join(sorted(found))}")
     return found.pop()
-
-
-def _required(header: Dataset, keyword: str) -> str:
-    text = text_of(header, keyword)
-    if not text:
-        raise DicomError(f"SUV: {tag_name(keyword)} is missing or empty")
-    return text
-
-
-def _private(header: Dataset, group: int, creator: str, offset: int) -> str:
-    """A private tag's text, "" when it is absent."""
-    try:
-        value = header.private_block(group, creator)[offset].value
-    except KeyError:
-        return ""
-    return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")).strip(" \0")

@@ -26,6 +26,10 @@ class DicomError(ValueError):
     """DICOM data that cannot be used, told for people: what is wrong, where, and what to do."""
 
 
+class AbsentTagError(DicomError):
+    """A tag that is needed is missing, empty or zero."""
+
+
 def needed_module(name: str) -> Any:
     """A module that only DICOM needs.
 
@@ -88,6 +92,22 @@ def words_of(header: Dataset, keyword: str) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     return tuple(str(v).strip().upper() for v in ([value] if isinstance(value, str) else value))
+
+
+def items_of(header: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence, none where it is absent or no sequence."""
+    sequence = needed_module("pydicom.sequence").Sequence
+    value = header.get(keyword)
+    return list(value) if isinstance(value, sequence) else []
+
+
+def private_text(header: Dataset, group: int, creator: str, offset: int) -> str:
+    """A private tag's value as text, "" when it is absent."""
+    try:
+        value = header.private_block(group, creator)[offset].value
+    except KeyError:
+        return ""
+    return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")).strip(" \0")
 
 
 def numbers_of(header: Dataset, keyword: str, count: int) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .dicom_tags import needed_module, numbers_of, tag_name, text_of
+from .dicom_tags import items_of, needed_module, numbers_of, tag_name, text_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -102,13 +102,6 @@ def tracer_of(header: Dataset) -> Tracer:
     if name:
         return Tracer(name)
     return Tracer(doubt=f"{where} names no tracer that is known here: is it FDG?", order=2 if hint else 3)
-
-
-def items_of(dataset: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence, none where it is absent or no sequence."""
-    sequence = needed_module("pydicom.sequence").Sequence
-    value = dataset.get(keyword)
-    return list(value) if isinstance(value, sequence) else []
 
 
 def _named(text: str, abbreviations: bool = True) -> set[str]:

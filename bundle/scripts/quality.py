@@ -43,6 +43,7 @@ OK, WARN, REJECT = "ok", "warn", "reject"
 VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
 RAISE, FLAG = "raise", "flag"  # what to do with a case that is rejected
 HEAD_IN_VIEW = "head_in_view"
+HEADERS = "headers"
 VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # a training set sets its own range of these
 
 Limits = Mapping[str, Mapping[str, float]]
@@ -170,7 +171,7 @@ class Check:
     """What one rule says of one case.
 
     Args:
-        name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view``.
+        name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view`` or ``headers``.
         value: what was measured; text where the finding is one of several, None where it cannot be measured.
         unit: of the value, ``""`` for text.
         limit: what is accepted, and from where on it is rejected, for people.
@@ -210,7 +211,8 @@ class CheckQualityd(MapTransform):
     """Check a case between :class:`scripts.transforms.LocaliseBoxd` and :class:`scripts.transforms.ResampleToBoxd`.
 
     Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which collates as text does. A mask is
-    checked too, where there is one.
+    checked too, where there is one. Each of ``doubts``, what reading the scans found doubtful in their headers, becomes
+    a warning ``headers``.
 
     Args:
         roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
@@ -256,6 +258,7 @@ class CheckQualityd(MapTransform):
         if d.get(K.MASK) is not None:
             body = next(float(check.value or 0) for check in checks if check.name == "pet_body")
             checks += check_mask(*array_and_grid(d[K.MASK]), ct_grid, pet, pet_grid, body, self.limits)
+        checks += [Check(HEADERS, None, "", "", WARN, doubt) for doubt in d.pop(K.DOUBTS, [])]
         checks = [self._advise(check, d) for check in checks]
         if self.on_reject == "raise" and verdict(checks) == REJECT:
             raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)

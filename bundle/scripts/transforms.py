@@ -54,7 +54,8 @@ class LoadScansd(MapTransform):
     An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
     method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
     data type, with its affine to world mm (RAS+) and, under ``doubts`` of its ``meta``, what makes its place in space
-    doubtful. The scans are read side by side. Also sets ``started``, the clock.
+    doubtful. The scans are read side by side. Also sets ``started``, the clock, and ``doubts``, the texts of all
+    ``doubts`` about their values that the objects read have, where there are any.
 
     Args:
         keys: what to load. The mask may be absent or None, the others may not.
@@ -78,11 +79,12 @@ class LoadScansd(MapTransform):
         present = [key for key in self.key_iterator(d) if d[key] is not None]
         with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
             loaded = list(pool.map(_load, [d[key] for key in present]))
+        doubts = [doubt for key in present for doubt in getattr(d[key], "doubts", ())]
         for key, scan in zip(present, loaded, strict=True):
             if fault := field_of_view_fault(scan.shape[1:], np.asarray(scan.affine)):
                 raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
             d[key] = scan
-        return d
+        return {**d, K.DOUBTS: doubts} if doubts else d
 
 
 class LocaliseBoxd(MapTransform):
