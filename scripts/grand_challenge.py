@@ -19,7 +19,7 @@ from predict import BUNDLE, UsageError, configure_log, load_bundle, run_cases
 
 from scripts import keys
 from scripts.cohort import Case, CohortError
-from scripts.cohort_tables import read_json
+from scripts.cohort_tables import check_names, read_json
 from scripts.engine import plain_errors
 from scripts.files import write_text, written_whole
 from scripts.inputs import add_clinical_values, pair_case
@@ -72,7 +72,8 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
     """The one patient of an input folder.
 
     Raises:
-        CohortError: there is not exactly one CT and one PET, or ``ehr.json`` is no object in valid JSON.
+        CohortError: there is not exactly one CT and one PET, or ``ehr.json`` is no object in valid JSON, or names no
+            clinical value that is known.
         scripts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     case = pair_case(only_image(folder / "images" / "ct"), only_image(folder / "images" / "pet"), features, "patient")
@@ -82,6 +83,7 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
     values = read_json(folder / EHR)
     if not isinstance(values, dict):
         raise CohortError(f"{folder / EHR}: expected one object with the clinical values of one patient")
+    check_names(values, EHR)
     add_clinical_values([case], values, EHR)
     return case
 

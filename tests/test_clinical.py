@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from conftest import SHARED_DATA
 from scripts import clinical
 from scripts.clinical import ClinicalValueError
 
@@ -22,14 +24,14 @@ NAN = float("nan")
         pytest.param("alcohol", ["no", "0", "False"], 0.0, id="alcohol"),
         pytest.param("treatment", [1, "chemoradiotherapy", "CRT", "Chemo-radiotherapy"], 1.0, id="chemoradiotherapy"),
         pytest.param("treatment", [0, "radiotherapy", "RT"], 0.0, id="radiotherapy"),
-        pytest.param("performance_status", ["2", 2.0, "ECOG 2", "PS2"], 2.0, id="performance_status"),
+        pytest.param("performance_status", ["2", 2.0, "ECOG 2", "PS2", "ECOG-Pt 2"], 2.0, id="performance_status"),
         pytest.param("m_stage", ["M1", "m1", "cM1", "1", 1, "1.0"], 1.0, id="m1"),
         pytest.param("m_stage", ["M0", "0", 0.0], 0.0, id="m0"),
         pytest.param("t_stage", ["T4a", "4a", "pT4b", "4", "cT4", "T 4"], 4.0, id="t4"),
         pytest.param("t_stage", ["Tis", "T0", "0"], 0.0, id="t0"),
         pytest.param("n_stage", ["N2c", "2b", "2", 2.0], 2.0, id="n2"),
         pytest.param("hpv", ["+", "positive", "1.0", "Pos"], 1.0, id="hpv_positive"),
-        pytest.param("hpv", ["-", "negative", "0"], 0.0, id="hpv_negative"),
+        pytest.param("hpv", ["-", "negative", "0", "Yes, Negative"], 0.0, id="hpv_negative"),
         pytest.param("rfs", ["1240", "1240.0", 1240], 1240.0, id="rfs"),
         pytest.param("rfs", ["-3"], -3.0, id="negative_rfs_is_left_to_the_cohort"),
         pytest.param("relapse", ["1", 1.0, True, "yes"], 1.0, id="relapse"),
@@ -37,6 +39,113 @@ NAN = float("nan")
 )
 def test_spellings_of_one_value_parse_alike(feature, spellings, value):
     assert [clinical.parse_value(feature, spelling) for spelling in spellings] == [value] * len(spellings)
+
+
+STAGES = {
+    "t_stage": {
+        **{"cT2": 2, "pT2": 2, "ycT2": 2, "ypT3": 3, "yT3": 3, "rT0": 0, "rpT4a": 4, "aT1": 1, "uT2": 2, "T3 (2)": 3},
+        **{
+            "T2(m)": 2,
+            "T1 (m)": 1,
+            "T2 (m, 2)": 2,
+            "T2m": 2,
+            "T1(s)": 1,
+            "Tis": 0,
+            "pTis": 0,
+            "Tis(DCIS)": 0,
+            "T1mi": 1,
+        },
+        **{
+            "T4NOS": 4,
+            "T4 b": 4,
+            "T-3": 3,
+            "T_2": 2,
+            "T2.0": 2,
+            "3b": 3,
+            "T1a1": 1,
+            "TX": None,
+            "pTX": None,
+            "cTx": None,
+        },
+    },
+    "n_stage": {
+        **{
+            "pN2b": 2,
+            "ypN1": 1,
+            "N2a": 2,
+            "N3b": 3,
+            "pN1mi": 1,
+            "pN1 (mi)": 1,
+            "N0(i+)": 0,
+            "N0 (i-)": 0,
+            "pN0(mol+)": 0,
+        },
+        **{"N1(sn)": 1, "N1(f)": 1, "N2b(ENE-)": 2, "N3b ENE+": 3, "N2 (U)": 2, "N1(L)": 1, "cNX": None, "rN1": 1},
+    },
+    "m_stage": {"cM0": 0, "pM1": 1, "cM0(i+)": 0, "M0(i+)": 0, "M1a": 1, "M1c": 1, "MX": None, "pMx": None},
+}
+"""As AJCC writes them: what stands before and behind tells how and when it was found out, not which category."""
+
+
+@pytest.mark.parametrize(
+    ("feature", "raw", "value"),
+    [(feature, raw, value) for feature, known in STAGES.items() for raw, value in known.items()],
+)
+def test_stages_are_read_as_ajcc_writes_them(feature, raw, value):
+    assert clinical.parse_value(feature, raw) == value
+    assert clinical.parse_value(feature, raw.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("feature", "raw"),
+    [
+        *[("t_stage", raw) for raw in ("T5", "N2", "T1-2", "T2/3", "T2N1M0", "T12", "T3(", "T2(?)", "zT2", "T", "T2e")],
+        *[("n_stage", raw) for raw in ("N4", "T2", "Nis", "N+", "N2b/c", "N1 2")],
+        *[("m_stage", raw) for raw in ("M2", "N0", "Mis", "M")],
+    ],
+)
+def test_what_is_no_stage_or_two_of_them_is_refused(feature, raw):
+    with pytest.raises(ClinicalValueError, match="is no value of"):
+        clinical.parse_value(feature, raw)
+
+
+RADCURE = SHARED_DATA / "radcure_clinical" / "RADCURE_Clinical_v04_20241219.csv"
+
+
+@pytest.mark.skipif(not RADCURE.is_file(), reason="the real table is not beside the repository")
+def test_every_stage_of_a_real_table_is_read():
+    table = pd.read_csv(RADCURE, dtype=str, keep_default_na=False)
+    for feature, column in (("t_stage", "T"), ("n_stage", "N"), ("m_stage", "M ")):
+        assert clinical.match_columns(list(table), feature) == [list(table).index(column)]
+        for raw in table[column].unique():
+            digit = next((float(sign) for sign in raw if sign.isdigit()), 0.0 if raw == "Tis" else None)
+            assert clinical.parse_value(feature, raw) == digit, raw
+    status = {raw: clinical.parse_value("hpv", raw) for raw in table["HPV"].unique()}
+    assert status == {"": None, "Yes, positive": 1.0, "Yes, Negative": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("feature", "value", "doubt"),
+    [
+        pytest.param("rfs", 99999.0, "more than 50 years", id="nines"),
+        pytest.param("rfs", 1e9, "more than 50 years", id="huge"),
+        pytest.param("rfs", 9999.0, "all nines", id="four_nines"),
+        pytest.param("rfs", 999.0, "", id="under_three_years"),
+        pytest.param("rfs", 9998.0, "", id="27_years"),
+        pytest.param("age", 0.0, "0 years", id="age_0"),
+        pytest.param("age", 99.0, "", id="age_99"),
+        pytest.param("age", None, "", id="missing"),
+        pytest.param("hpv", 0.0, "", id="level"),
+    ],
+)
+def test_values_that_cannot_be_are_in_doubt(feature, value, doubt):
+    assert bool(clinical.doubt_about(feature, value)) == bool(doubt)
+    assert doubt in clinical.doubt_about(feature, value)
+
+
+def test_a_value_in_doubt_counts_as_missing_and_is_told(caplog):
+    assert clinical.parse_clinical({"Age": 0}, ("age",), where="ehr.json") == {"age": None}
+    assert "ehr.json, Age: 0 is 0 years: taken as missing" in caplog.text
 
 
 @pytest.mark.parametrize("feature", [*clinical.FEATURES, *clinical.LABELS])
@@ -63,6 +172,10 @@ def test_stage_x_is_missing(feature, raw):
         pytest.param("n_stage", "N4", "N3", id="n4"),
         pytest.param("age", "-1", "from 0 to 120 in years", id="negative_age"),
         pytest.param("age", "old", "from 0 to 120 in years", id="age_word"),
+        pytest.param("age", True, "from 0 to 120 in years", id="age_true"),
+        pytest.param("age", 999, "from 0 to 120 in years", id="age_999"),
+        pytest.param("age", "1e400", "from 0 to 120 in years", id="age_beyond_floating_point"),
+        pytest.param("performance_status", "ECOG 0-1", "0, 1, 2, 3, 4", id="two_levels"),
         pytest.param("rfs", "1,240", "in days", id="thousands_or_decimal"),
         pytest.param("rfs", "inf", "in days", id="infinite_text"),
         pytest.param("rfs", float("inf"), "in days", id="infinite"),
@@ -77,6 +190,29 @@ def test_unknown_value_says_where_what_and_what_is_accepted(feature, raw, accept
     assert message.startswith(f"ehr.csv, row 7, column 'X': '{raw}'")
     assert feature in message
     assert accepted in message
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        pytest.param("x" * 5000, f"'{'x' * 60}...' is no value", id="long"),
+        pytest.param("a\x1b[31mb\nc", r"'a\x1b[31mb\nc' is no value", id="control_characters"),
+        pytest.param(10**400, f"'1{'0' * 59}...' is no value", id="whole_number_beyond_floating_point"),
+    ],
+)
+def test_a_message_shows_no_more_of_a_cell_than_can_be_read(raw, shown):
+    with pytest.raises(ClinicalValueError) as error:
+        clinical.parse_value("age", raw)
+    assert shown in str(error.value) and len(str(error.value)) < 200
+
+
+def test_unknown_names_have_the_nearest_known_one():
+    names = ["Age", "HPV status (0=-, 1=+)", "AgeAtDx", "SexMF", "Tobaco", "t_stag", "Weight", "TNM_M", "x" * 10000]
+    found = clinical.unknown_names(names)
+    assert found == {
+        **{"AgeAtDx": "Age", "SexMF": "Sex", "Tobaco": "Tobacco", "t_stag": "T-stage", "Weight": "", "TNM_M": ""},
+        "x" * 10000: "",
+    }
 
 
 def test_unknown_feature_lists_the_known_ones():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import cohort, keys
+from scripts import cohort, cohort_tables, keys
 from scripts.clinical import DEFAULT_FEATURES
 from scripts.cohort import CohortError, Exclusion
 
@@ -385,6 +385,111 @@ def test_unusable_named_table(tmp_path, content, message):
         cohort.load_cohort(tmp_path, ehr_csv=tmp_path / "mine.csv")
     assert message in str(error.value)
     assert "mine.csv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(
+            "PatientID,AgeAtDx,SexMF,TNM_M\nCHUM-001,61,1,M1\n",
+            "found: 'AgeAtDx' (Age?), 'SexMF' (Sex?), 'TNM_M'",
+            id="csv",
+        ),
+        pytest.param("PatientID\nCHUM-001\n", "found: none but the PatientID", id="ids_alone"),
+        pytest.param('[{"PatientID": "CHUM-001", "ehr": {"Age": 61}}]', "found: 'ehr'", id="nested_json"),
+    ],
+)
+def test_a_table_in_which_no_column_is_known_is_refused(tmp_path, content, message):
+    root = add_patients(tmp_path / "data")
+    path = tmp_path / ("mine.json" if content.startswith("[") else "mine.csv")
+    path.write_text(content)
+    for read in (cohort.load_cohort, cohort.inference_cases):
+        with pytest.raises(CohortError, match="none of its columns holds a clinical value or a label") as error:
+            read(root, ehr_csv=path)
+        assert message in str(error.value) and "known are Age, Gender, Tobacco Consumption" in str(error.value)
+
+
+def test_a_table_beside_the_scans_in_which_no_column_is_known_is_told(tmp_path, caplog):
+    (add_patients(tmp_path) / "clinical.csv").write_text("PatientID,AgeAtDx\nCHUM-001,61\n")
+    cases = cohort.inference_cases(tmp_path)
+    assert all(case[keys.CLINICAL]["age"] is None and case[keys.PROBLEM] == "" for case in cases)
+    assert "clinical.csv is not read: none of its columns" in caplog.text and "'AgeAtDx' (Age?)" in caplog.text
+
+
+def test_columns_that_are_not_known_are_told_where_a_value_has_none(tmp_path, caplog):
+    root = add_patients(tmp_path / "data")
+    table = tmp_path / "mine.csv"
+    table.write_text("PatientID,Age,Weight,SexMF\nCHUM-001,61,70,1\n")
+    cohort.inference_cases(root, table, ("age", "gender"))
+    said = "no column for gender: unknown for every case; columns that are not known: 'SexMF' (Sex?), 'Weight'"
+    assert said in caplog.text
+    assert (
+        said.replace("gender", "gender, rfs, relapse, hpv") in cohort.load_cohort(root, table, ("age", "gender")).notes
+    )
+
+
+@pytest.mark.parametrize("rfs", ["99999", "1e9", "9999"])
+def test_a_follow_up_longer_than_a_life_is_told_and_not_used(tmp_path, rfs):
+    add_table(tmp_path, [ROWS[0].replace("1240", rfs), *ROWS[1:]])
+    found = cohort.load_cohort(add_patients(tmp_path))
+    assert [case[keys.SURV_KNOWN] for case in found.cases] == [False, True, False]
+    assert found.cases[0][keys.TIME] == 0 and found.cases[0][keys.HPV_KNOWN]
+    (note,) = (note for note in found.notes if "rfs is taken as missing where it cannot be (1 x)" in note)
+    assert f"{float(rfs):g} in HECKTOR_2025_Training_Task_2.csv, row 2, CHUM-001" in note
+    assert note in "\n".join(found.notes) and note in found.describe()
+
+
+def test_an_age_of_0_is_told_when_predicting(tmp_path, caplog):
+    add_table(tmp_path, [ROWS[0].replace(",61,", ",0,"), *ROWS[1:]])
+    case, *_ = cohort.inference_cases(add_patients(tmp_path))
+    assert case[keys.CLINICAL]["age"] is None and case[keys.PROBLEM] == ""
+    assert "age is taken as missing where it cannot be (1 x): 0 in HECKTOR" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("a.json", "[" * 100000, "nested too deeply", id="deep"),
+        pytest.param(
+            "a.json", '{"PatientID": "a", "Age": 61, "Age": 62}', "'Age' stands twice in one object", id="twice"
+        ),
+        pytest.param("a.json", f'{{"Age": {"9" * 5000}}}', "not read: Exceeds the limit", id="digits"),
+        pytest.param("a.json", b"\xff\xfe\x00", "not a text file in UTF-8", id="no_text"),
+        pytest.param("a.csv", 'PatientID,Age\n"' + "x" * 200000 + '",61\n', "no readable CSV", id="long_cell"),
+        pytest.param("a.csv", b"PatientID,Age\nCHUM\0001,61\n", "is not a text file", id="nul"),
+        pytest.param("a.csv", "PatientID,Age\nCHUM-001,1e400\n", "'1e400' is no value of age", id="overflow"),
+        pytest.param("a.json", '[{"PatientID": "CHUM-001", "Age": 1e400}]', "'inf' is no value of age", id="infinite"),
+        pytest.param("a.json", '[{"PatientID": "CHUM-001", "Age": [61]}]', "'[61]' is no value of age", id="list"),
+    ],
+)
+def test_a_file_made_to_break_the_reader_is_refused_in_one_line(tmp_path, name, content, message):
+    root = add_patients(tmp_path / "data", "CHUM-001")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CohortError) as error:
+        cohort.load_cohort(root, tmp_path / name)
+    assert message in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_number_that_is_none_is_missing(tmp_path):
+    """As pandas writes NaN into JSON, which has no such number."""
+    root = add_patients(tmp_path / "data", "CHUM-001")
+    (tmp_path / "a.json").write_text('[{"PatientID": "CHUM-001", "Age": NaN, "Gender": 1}]')
+    (case,) = cohort.load_cohort(root, tmp_path / "a.json", ("age", "gender")).cases
+    assert case[keys.CLINICAL] == {"age": None, "gender": 1.0}
+
+
+def test_a_huge_file_is_no_table(tmp_path, monkeypatch):
+    root = nested(tmp_path / "data")
+    monkeypatch.setattr(cohort_tables, "_LARGEST_FILE", 10.0)
+    with pytest.raises(CohortError, match="it is no clinical table"):
+        cohort.load_cohort(root, root / "HECKTOR_2025_Training_Task_2.csv")
+
+
+def test_a_broken_file_above_the_folder_costs_nothing(tmp_path, caplog):
+    root = add_patients(tmp_path / "data")
+    (tmp_path / "numbers.csv").write_bytes(b"\0\1\2")
+    assert len(cohort.inference_cases(root)) == 3
+    assert "left alone" in caplog.text and "numbers.csv is not a text file" in caplog.text
 
 
 def test_named_table_that_is_not_there(tmp_path):

@@ -93,6 +93,13 @@ def test_clinical_values_count(given, model, tmp_path):
         pytest.param('{"Age": ', "ehr.json, line 1: not valid JSON", id="cut_off"),
         pytest.param("[61]", "expected one object", id="list"),
         pytest.param('{"Age": "old"}', "ehr.json, Age: 'old' is no value of age", id="value"),
+        pytest.param('{"Age": 61, "Age": 62}', "ehr.json: 'Age' stands twice", id="twice"),
+        pytest.param(
+            '{"patient": {"Age": 63, "M-stage": "M0"}}',
+            "none of its names is a clinical value that is known; found: 'patient'; known are Age.*give its content",
+            id="nested",
+        ),
+        pytest.param('{"CenterID": 1, "AgeAtDx": 63}', r"found: 'AgeAtDx' \(Age\?\)", id="other_names"),
     ],
 )
 def test_a_broken_ehr_is_told_and_leaves_no_answer(given, model, tmp_path, text, message):
@@ -102,6 +109,14 @@ def test_a_broken_ehr_is_told_and_leaves_no_answer(given, model, tmp_path, text,
     with pytest.raises(ValueError, match=message):
         run(given, tmp_path / "out", model)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_names_that_are_not_known_are_told(given, model, tmp_path, caplog):
+    (given / "ehr.json").write_text('{"Age": 61, "Tobaco Consumption": 1}')
+    run(given, tmp_path / "out", model)
+    assert (
+        "ehr.json: names that are not known, and not read: 'Tobaco Consumption' (Tobacco Consumption?)" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("kind", ["ct", "pet"])

@@ -184,6 +184,15 @@ def test_an_object_without_a_patient_is_no_table(tmp_path):
     assert clinical_object(tmp_path / "one.json") == {"Age": 1}
     assert clinical_object(tmp_path / "table.json") is None and clinical_object(tmp_path / "named.json") is None
     assert clinical_object(tmp_path / "table.csv") is None
+    for content in (
+        {"ehr": {"Age": 61}},
+        {"patient": {"Age": 61}},
+        {"CHUM-001": {"Age": 61}, "CHUM-002": {"Age": 62}},
+        {"AgeAtDx": 61},
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(CohortError, match=r"other\.json: none of its names is a clinical value that is known"):
+            clinical_object(tmp_path / "other.json")
 
 
 # --- DICOM ---------------------------------------------------------------------------------------------------------

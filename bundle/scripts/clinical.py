@@ -7,13 +7,19 @@ into numbers: the paper's (:func:`code_clinical`, what the network reads) and in
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from scripts.cohort_scans import printable
+
+logger = logging.getLogger(__name__)
 
 NUMBER, ORDINAL, CATEGORY = "number", "ordinal", "category"
 
@@ -23,6 +29,7 @@ DEFAULT_FEATURES = ("age", "gender", "tobacco", "alcohol", "treatment", "perform
 _MISSING = frozenset(
     ("", "nan", "na", "n/a", "#n/a", "n.a.", "none", "null", "unknown", "unk", "missing", "notavailable", "?", ".")
 )
+_NEAR = 0.75  # of difflib's ratio: a name that is meant by another
 _NO = ("no", "false", "n")
 _YES = ("yes", "true", "y")
 
@@ -41,12 +48,14 @@ class Feature:
         kind: ``"number"`` (a measurement), ``"ordinal"`` (levels with an order) or ``"category"``.
         aliases: further column names; upper case, spaces and punctuation do not matter.
         levels: level -> accepted words, besides the level's own number; empty for numbers.
-        prefix: regular expression of what may stand before the value (``T`` in ``T2``).
+        prefix: regular expression of what may stand before the value (``ECOG`` in ``ECOG 2``).
+        stage: letter of a stage (``T`` in ``T2``), which is read as AJCC writes it, see :func:`_stage_level`.
         unknown: words that mean missing here, besides the common ones.
         low: smallest accepted number.
         high: largest accepted number.
         unit: unit of a number.
         usual: a usual number and how much patients usually differ, to scale by.
+        doubts: see :func:`doubt_about`.
     """
 
     name: str
@@ -55,11 +64,13 @@ class Feature:
     aliases: tuple[str, ...] = ()
     levels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     prefix: str = ""
+    stage: str = ""
     unknown: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
     unit: str = ""
     usual: tuple[float, float] = (0.0, 1.0)
+    doubts: tuple[tuple[Callable[[float], bool], str], ...] = ()
 
     @property
     def accepted(self) -> str:
@@ -76,7 +87,17 @@ class Feature:
 FEATURES: dict[str, Feature] = {
     feature.name: feature
     for feature in (
-        Feature("age", "Age", NUMBER, ("Age at diagnosis",), low=0, high=120, unit="years", usual=(60, 10)),
+        Feature(
+            "age",
+            "Age",
+            NUMBER,
+            ("Age at diagnosis",),
+            low=0,
+            high=120,
+            unit="years",
+            usual=(60, 10),
+            doubts=((lambda years: years == 0, "0 years"),),  # de-identification leaves it behind
+        ),
         Feature("gender", "Gender", CATEGORY, ("Sex",), {0: ("female", "f"), 1: ("male", "m")}),
         Feature("tobacco", "Tobacco Consumption", CATEGORY, ("Tobacco", "Smoking"), {0: _NO, 1: _YES}),
         Feature("alcohol", "Alcohol Consumption", CATEGORY, ("Alcohol",), {0: _NO, 1: _YES}),
@@ -95,12 +116,18 @@ FEATURES: dict[str, Feature] = {
             "performance_status",
             "Performance Status",
             ORDINAL,
-            ("ECOG", "ECOG Performance Status", "WHO Performance Status"),
+            ("ECOG", "ECOG PS", "ECOG Performance Status", "WHO Performance Status"),
             {level: () for level in range(5)},
-            prefix="ecog|who|ps",
+            prefix="ecog(-pt)?|who|ps",  # -pt: as the patient reports it
         ),
         Feature(
-            "m_stage", "M-stage", CATEGORY, ("M", "M category"), {0: ("M0",), 1: ("M1",)}, "[cp]?m", unknown=("Mx", "x")
+            "m_stage",
+            "M-stage",
+            CATEGORY,
+            ("M", "M category"),
+            {0: ("M0",), 1: ("M1",)},
+            stage="m",
+            unknown=("Mx", "x"),
         ),
         Feature(
             "t_stage",
@@ -108,7 +135,7 @@ FEATURES: dict[str, Feature] = {
             ORDINAL,
             ("T", "T category"),
             {0: ("T0", "Tis"), 1: ("T1", "T1a", "T1b"), 2: ("T2", "T2a", "T2b"), 3: ("T3",), 4: ("T4", "T4a", "T4b")},
-            "[cp]?t",
+            stage="t",
             unknown=("Tx", "x"),
         ),
         Feature(
@@ -117,7 +144,7 @@ FEATURES: dict[str, Feature] = {
             ORDINAL,
             ("N", "N category"),
             {0: ("N0",), 1: ("N1",), 2: ("N2", "N2a", "N2b", "N2c"), 3: ("N3", "N3a", "N3b")},
-            "[cp]?n",
+            stage="n",
             unknown=("Nx", "x"),
         ),
         Feature(
@@ -125,17 +152,29 @@ FEATURES: dict[str, Feature] = {
             "HPV Status",
             CATEGORY,
             ("HPV",),
-            {0: ("negative", "neg", "-", *_NO), 1: ("positive", "pos", "+", *_YES)},
+            # the last of each: tested, and the result
+            {0: ("negative", "neg", "-", *_NO, "yes, negative"), 1: ("positive", "pos", "+", *_YES, "yes, positive")},
         ),
     )
 }
 """Clinical features by name; the order of a clinical vector is the caller's list, not this table's."""
 
+LONGEST_FOLLOW_UP_DAYS = 50 * 365.25
+"""Nobody is followed for longer after a cancer of the head and neck."""
+
 LABELS: dict[str, Feature] = {
     "hpv": FEATURES["hpv"],
     "relapse": Feature("relapse", "Relapse", CATEGORY, ("Recurrence",), {0: _NO, 1: _YES}),
     "rfs": Feature(
-        "rfs", "RFS", NUMBER, ("RFS days", "Recurrence-free survival", "Relapse-free survival"), unit="days"
+        "rfs",
+        "RFS",
+        NUMBER,
+        ("RFS days", "Recurrence-free survival", "Relapse-free survival"),
+        unit="days",
+        doubts=(
+            (lambda days: days > LONGEST_FOLLOW_UP_DAYS, "more than 50 years"),
+            (lambda days: days >= 9999 and set(f"{days:g}") == {"9"}, "all nines, as where a value is missing"),
+        ),
     ),
 }
 """What a model learns from, read from the same tables by the same rules."""
@@ -175,7 +214,7 @@ def parse_value(feature: str, raw: object, *, where: str = "") -> float | None:
         True
     """
     known = feature_named(feature)
-    number = _plain_number(raw)
+    number = None if known.kind == NUMBER and isinstance(raw, bool | np.bool_) else _plain_number(raw)
     text = "" if raw is None else _plain(str(raw))
     if number is None and (text in _MISSING or text in map(_plain, known.unknown)):
         return None
@@ -183,6 +222,8 @@ def parse_value(feature: str, raw: object, *, where: str = "") -> float | None:
         return None
     if number is None:
         number = _level_named(known, text)
+    if known.stage and number is not None and math.isnan(number):
+        return None
     valid = number is not None and math.isfinite(number)
     if valid and known.levels:
         valid = number in known.levels
@@ -190,8 +231,20 @@ def parse_value(feature: str, raw: object, *, where: str = "") -> float | None:
         valid = known.low <= (number or 0.0) <= known.high
     if not valid:
         place = f"{where}: " if where else ""
-        raise ClinicalValueError(f"{place}'{raw}' is no value of {known.name}; accepted: {known.accepted}")
+        shown = printable(str(raw), 60)
+        raise ClinicalValueError(f"{place}'{shown}' is no value of {known.name}; accepted: {known.accepted}")
     return number
+
+
+def doubt_about(feature: str, value: float | None) -> str:
+    """Why a value that can be read is not to be used, "" otherwise: a code for a missing one, or impossible.
+
+    Example:
+        >>> doubt_about("rfs", 99999.0), doubt_about("rfs", 9999.0), doubt_about("rfs", 999.0), doubt_about("age", 0.0)
+        ('more than 50 years', 'all nines, as where a value is missing', '', '0 years')
+    """
+    doubts = feature_named(feature).doubts
+    return "" if value is None else next((why for is_doubtful, why in doubts if is_doubtful(value)), "")
 
 
 def parse_clinical(
@@ -221,6 +274,9 @@ def parse_clinical(
         for index in match_columns(names, feature):
             place = f"{where}, {names[index]}" if where else names[index]
             value = parse_value(feature, values[names[index]], where=place)
+            if doubt := doubt_about(feature, value):
+                logger.warning("%s: %g is %s: taken as missing", place, value, doubt)
+                value = None
             if value is not None and found[feature] not in (None, value):
                 raise ClinicalValueError(
                     f"{place}: {value:g} contradicts another value of {feature}, {found[feature]:g}"
@@ -255,6 +311,26 @@ def match_columns(header: Sequence[str], feature: str) -> list[int]:
             _check_remark(known, title)
             matches.append(index)
     return matches
+
+
+def unknown_names(names: Iterable[str]) -> dict[str, str]:
+    """Names that no clinical value and no label has, each with the known name that is nearest, "" where none is near.
+
+    Example:
+        >>> unknown_names(["M-stage", "AgeAtDx", "Tobaco", "Weight"])
+        {'AgeAtDx': 'Age', 'Tobaco': 'Tobacco', 'Weight': ''}
+    """
+    every = (*FEATURES.values(), *LABELS.values())
+    known = {_squeeze(name): name for feature in every for name in (feature.name, *feature.aliases, feature.column)}
+    found = {}
+    for name in names:
+        bare = _squeeze(re.sub(r"[(\[].*", "", name, flags=re.DOTALL))
+        if bare in known or _squeeze(name) in known:
+            continue
+        begins = [each for each in known if len(each) > 2 and bare.startswith(each)]
+        near = begins or difflib.get_close_matches(bare[:60], known, 1, _NEAR)
+        found[name] = known[max(near, key=len)] if near else ""
+    return found
 
 
 def code_clinical(values: Mapping[str, object] | None, features: Sequence[str] = DEFAULT_FEATURES) -> np.ndarray:
@@ -350,6 +426,11 @@ def code_indicators(
     return np.asarray(coded, dtype=np.float32)
 
 
+_STAGES_WITHOUT_NUMBER = {"x": math.nan, "is": 0.0}
+_STAGE_WORD = r"(?:mi|m|s|sn|f|u|l|i[+-]|mol[+-]|ene(?:[+-]|mi|ma|n)|nos|dcis)"
+_STAGE_REMARK = rf"{_STAGE_WORD}|[(\[](?:{_STAGE_WORD}|\d{{1,2}})(?:,(?:{_STAGE_WORD}|\d{{1,2}}))*[)\]]"
+
+
 def _plain(text: str) -> str:
     """Lower case without spaces and quotes."""
     return re.sub(r"[\s'\"]+", "", text).lower()
@@ -366,7 +447,10 @@ def _plain_number(raw: object) -> float | None:
     ``1,234`` is refused: it may mean a thousand or one and a bit.
     """
     if isinstance(raw, numbers.Real | np.bool_):
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError:  # a whole number of more than 308 digits
+            return math.inf
     text = _plain(str(raw))
     if re.search(r",\d{3}$", text):
         return None
@@ -375,21 +459,35 @@ def _plain_number(raw: object) -> float | None:
 
 
 def _level_named(feature: Feature, text: str) -> float | None:
-    """The level that a word such as ``male`` or ``cT4a`` means, or None."""
+    """The level that a word such as ``male`` or ``cT4a`` means, NaN for a stage X, or None."""
+    if feature.stage:
+        return _stage_level(feature.stage, text)
     for level, words in feature.levels.items():
         if text in map(_plain, words) or re.sub(r"[-_]", "", text) in map(_plain, words):
             return float(level)
     if feature.prefix:
-        bare = re.sub(rf"^({feature.prefix})", "", text)
-        stems = {
-            re.sub(rf"^({feature.prefix})", "", _plain(word)): level
-            for level, words in feature.levels.items()
-            for word in words
-        }
-        if bare in stems:
-            return float(stems[bare])
-        return _plain_number(bare)
+        return _plain_number(re.sub(rf"^({feature.prefix})", "", text))
     return None
+
+
+def _stage_level(letter: str, text: str) -> float | None:
+    """The level of a T, N or M category as AJCC writes it, NaN for X, None for what is none.
+
+    Before the letter: when and how it was staged (``c`` clinically, ``p`` by pathology, ``y`` after treatment, ``r`` at
+    recurrence, ``a`` at autopsy, ``u`` by ultrasound). Behind the number: a subcategory (``a`` to ``d``), and what does
+    not change the category: ``mi``, ``(m)``, ``(2)`` or ``(s)`` (number of tumours), ``(sn)``, ``(f)`` (how nodes were
+    sampled), ``(i+)``, ``(mol-)`` (isolated tumour cells), ``ENE+`` (extranodal extension), ``(U)``, ``(L)`` (level in
+    the neck), ``NOS``. Without the letter, the number stands alone.
+
+    Source:
+        AJCC Cancer Staging Manual, 8th edition, 2017, chapter 1.
+    """
+    match = re.fullmatch(
+        rf"(?:[acpruy]{{0,3}}{letter}[-_]?)?(is|x|\d)(?:\.0*)?(?:[a-d]\d?)?((?:{_STAGE_REMARK})*)", text
+    )
+    if match is None or (match[1] == "is" and letter != "t"):
+        return None
+    return _STAGES_WITHOUT_NUMBER[match[1]] if match[1] in _STAGES_WITHOUT_NUMBER else float(match[1])
 
 
 def _check_remark(feature: Feature, title: str) -> None:

@@ -326,10 +326,7 @@ def _notes_on_tables(tables: Tables, cases: Sequence[Case], features: Sequence[s
     """What a reader should know about the tables although it is no fault."""
     if not tables.files:
         return ["no table found: clinical values, HPV status and survival are unknown for every case"]
-    notes = []
-    absent = [name for name in (*features, "rfs", "relapse", "hpv") if not tables.columns.get(name)]
-    if absent:
-        notes.append(f"no column for {', '.join(dict.fromkeys(absent))}: unknown for every case")
+    notes = tables.notes((*features, "rfs", "relapse", "hpv"))
     no_row = [case[keys.PATIENT_ID] for case in cases if not case[keys.CLINICAL_FOUND]]
     if no_row:
         notes.append(f"{len(no_row)} with a mask but no row in a table are kept, all else unknown: {some(no_row)}")
@@ -403,7 +400,7 @@ def cases_to_predict(
     Raises:
         CohortError: a table has a fault that concerns no single patient.
     """
-    problems = patient_problems(tables)
+    problems = patient_problems(tables, features)
     cases = []
     for key in patients:
         case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
@@ -414,9 +411,14 @@ def cases_to_predict(
     return cases
 
 
-def patient_problems(tables: Tables) -> dict[str, list[str]]:
-    """What keeps each patient from being predicted; a fault that concerns no single patient is raised."""
+def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[str]]:
+    """What keeps each patient from being predicted; a fault that concerns no single patient is raised.
+
+    What else there is to know of the tables goes to the log.
+    """
     problems: dict[str, list[str]] = {}
+    for note in tables.notes(features):
+        logger.warning("%s", note)
     for fault in tables.faults:
         if fault.label:
             logger.warning("label ignored: %s", fault.message)

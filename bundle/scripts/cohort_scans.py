@@ -13,7 +13,7 @@ UNNAMED = "unnamed"
 
 _MAX_FAULTS = 20
 _SPACES = r"[-_\s\u2010-\u2015\u2212]+"
-_CONTROLS = ("Cc", "Cn", "Co", "Cs", "Zl", "Zp")
+_CONTROLS = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 _FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is none
 _SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE | re.DOTALL)
@@ -94,11 +94,15 @@ def clean_id(patient_id: str) -> str:
         >>> clean_id(" CHUM 001 "), clean_id("a\nb"), clean_id("=1+1"), clean_id("-1"), clean_id("")
         ('CHUM 001', 'a\\nb', "'=1+1", '-1', 'unnamed')
     """
-    text = _visible(patient_id)
-    text = "".join(
+    return without_formula(printable(_visible(patient_id))) or UNNAMED
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """The text with escapes for what would turn a log or a console round, cut to ``longest`` characters."""
+    shown = "".join(
         sign.encode("unicode_escape").decode() if unicodedata.category(sign) in _CONTROLS else sign for sign in text
     )
-    return without_formula(text) or UNNAMED
+    return shown if longest is None or len(shown) <= longest else f"{shown[:longest]}..."
 
 
 def without_formula(text: str) -> str:

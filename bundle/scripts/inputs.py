@@ -100,7 +100,8 @@ def listed_cases(
     place = {kind: cohort_tables.first_column(titles, names) for kind, names in _COLUMNS.items()}
     if min(place.values()) < 0:
         raise CohortError(f"{path}: a list of cases has the columns patient_id, ct and pet; it has {', '.join(titles)}")
-    tables = cohort_tables.read_tables([path, *([clinical] if clinical else [])], features)
+    read_here = frozenset[str]().union(*_COLUMNS.values())
+    tables = cohort_tables.read_tables([path, *([clinical] if clinical else [])], features, read_here)
     column = cohort_tables.first_column(titles, cohort_tables.ID_COLUMNS)
     scans: dict[str, Scans] = {}
     for _, cells in records[1:]:
@@ -183,14 +184,18 @@ def clinical_object(path: str | Path) -> dict[str, Any] | None:
     """The content of a JSON file that describes one patient and does not name it (``ehr.json``); None for a table.
 
     Raises:
-        CohortError: the file cannot be read or is no valid JSON.
+        CohortError: the file cannot be read, is no valid JSON, or names no clinical value that is known.
     """
     if Path(path).suffix.lower() != ".json":
         return None
     content = cohort_tables.read_json(path)
     if not isinstance(content, dict):
         return None
-    return None if cohort_tables.first_column(list(content), cohort_tables.ID_COLUMNS) >= 0 else content
+    plain = [name for name, value in content.items() if not isinstance(value, dict | list)]
+    if cohort_tables.first_column(plain, cohort_tables.ID_COLUMNS) >= 0:
+        return None
+    cohort_tables.check_names(content, str(path))
+    return content
 
 
 def _dicom_cases(
@@ -199,7 +204,7 @@ def _dicom_cases(
     names = {patient_key(each.patient_id or UNNAMED) for each in found}
     paths = [clinical] if clinical else cohort_tables.find_tables(folder, names)
     tables = cohort_tables.read_tables(paths, features)
-    problems = cohort.patient_problems(tables)
+    problems = cohort.patient_problems(tables, features)
     cases = []
     for each in found:
         key = patient_key(each.patient_id or UNNAMED)
