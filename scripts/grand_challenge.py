@@ -21,7 +21,7 @@ from scripts import keys
 from scripts.cohort import Case, CohortError
 from scripts.cohort_tables import check_names, read_json
 from scripts.engine import plain_errors
-from scripts.files import write_text, written_whole
+from scripts.files import require_writable, write_text, written_whole
 from scripts.inputs import add_clinical_values, pair_case
 from scripts.outputs import FAILED
 
@@ -55,6 +55,7 @@ def grand_challenge(
     if rfs not in SIGNS:
         raise UsageError(f"--rfs is risk (2025: higher = earlier relapse) or time (2026: higher = later), got {rfs!r}")
     configure_log()
+    require_writable(output)
     for name in (RFS_FILE, HPV_FILE, MASK_FILE):  # nobody shall take an earlier answer for this one's
         (Path(output) / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from scripts import keys  # noqa: E402
 from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
-from scripts.files import in_config  # noqa: E402
+from scripts.files import in_config, require_writable  # noqa: E402
 from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
 from scripts.outputs import FAILED, OK, is_link  # noqa: E402
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
     from scripts.outputs import PredictionWriter
-    from scripts.report import ReportWriter
 
 logger = logging.getLogger("predict")
 
@@ -107,6 +106,7 @@ def predict(
         input, output = None, input
     check_usage(input, output, ct, pet, values)
     configure_log()
+    require_writable(str(output))
     parser = load_bundle(str(output), ckpt_dir, device, force)
     features = parser.get_parsed_content("clinical_features")
     if input is not None:
@@ -115,7 +115,7 @@ def predict(
         cases = one_case(str(ct), str(pet), features, patient_id, clinical, values)
     writer = run_cases(parser, cases, report=report, explain=explain, resume=resume)
     print(summary(writer))
-    if any(row["status"] != OK for row in writer.rows.values()):
+    if writer.problems or any(row["status"] != OK for row in writer.rows.values()):
         raise SystemExit(1)
 
 
@@ -230,16 +230,18 @@ def run_cases(
     todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
     parser.get_parsed_content("dataset").data = todo
     writer.products["DICOM objects"] = write_dicom_results
-    reports = add_reports(parser, writer, explain) if report or explain else None
+    if report or explain:
+        add_reports(parser, writer, explain)
     for case in todo:
-        forget(writer.folder(case[keys.PATIENT_ID]))
+        try:
+            forget(writer.folder(case[keys.PATIENT_ID]))
+        except OSError as error:
+            case[keys.PROBLEM] = case.get(keys.PROBLEM) or f"an earlier prediction cannot be removed: {error}"
     if todo:
         parser.get_parsed_content("initialize")
         parser.get_parsed_content("run")
     else:
         writer.write_table()
-        if reports is not None:
-            reports.write_cohort()
     return writer
 
 
@@ -309,9 +311,10 @@ def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bo
     return there and same and (force or not forced)
 
 
-def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> ReportWriter:
-    """Let the writer make a report of each patient, and the evaluator a page of them all at the end."""
+def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> None:
+    """Let the writer make a report of each patient, and a page of them all at the end."""
     from scripts.report import ReportWriter
+    from scripts.summary import INDEX
 
     explainer = None
     if explain:
@@ -320,8 +323,7 @@ def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -
         explainer = RiskExplainer(parser.get_parsed_content("network"))
     reports = ReportWriter(str(writer.output_dir), explainer)
     writer.products["report"] = reports
-    reports.attach(parser.get_parsed_content("evaluator"))
-    return reports
+    writer.pages[INDEX] = reports.write_cohort
 
 
 def summary(writer: PredictionWriter) -> str:
@@ -339,6 +341,7 @@ def summary(writer: PredictionWriter) -> str:
         lines.append(f"{', '.join(patients[:ALIKE])}{more}: {what}")
     trained = next((row["trained_on"] for row in rows if row["trained_on"]), "")
     lines += [f"model trained on: {trained}"] if trained else []
+    lines += [f"no {name}: {why}" for name, why in writer.problems.items()]
     return "\n".join([*lines, f"results: {writer.output_dir}", keys.RESEARCH_USE_ONLY])
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gc
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,8 +20,10 @@ import torch
 from monai.data import MetaTensor
 
 from scripts import keys as K
+from scripts.files import write_text
 from scripts.images import read_image
 from scripts.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
+from scripts.summary import write_summary
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]])
 
@@ -283,3 +288,63 @@ def test_only_the_row_of_a_patient_stays_in_memory(tmp_path: Path) -> None:
     assert volume() is None
     assert set(writer.rows["CHUM-001"]) == set(COLUMNS)
     assert all(isinstance(value, str | float | int | bool) for value in writer.rows["CHUM-001"].values())
+
+
+# --- a disk that takes no more ---------------------------------------------------------------------------------------
+def fill_up(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let files whose path has one of these in it be refused as by a full disk."""
+    method = Path.write_text
+
+    def write(self: Path, *arguments: Any, **more: Any) -> int:
+        if any(name in str(self) for name in names):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return method(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", write)
+
+
+def test_a_patient_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def report(of: dict, given: dict, folder: Path) -> Iterator[tuple[str, str]]:
+        (folder / "report.html").touch()
+        yield "report", "report.html"
+
+    fill_up(monkeypatch, "prediction.json")
+    writer = PredictionWriter(str(tmp_path), [case()], {"report": report})
+    with pytest.raises(OSError, match=r"cannot write .*/CHUM-001/prediction\.json: no space left on device"):
+        writer.write_patient(result())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_rows_are_kept_while_the_table_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    with monkeypatch.context() as patch:
+        fill_up(patch, "predictions.csv")
+        writer.note_failure(SimpleNamespace(state=SimpleNamespace(failures={"CHUM-001": "no PET"})))
+    writer.write_table()
+    assert table(tmp_path)[0]["reason"] == "no PET" and not writer.problems
+
+
+def test_without_its_table_a_cohort_is_told_and_fails(tmp_path: Path, monkeypatch, caplog) -> None:
+    (tmp_path / "predictions.csv").write_text("of an earlier run")
+    writer = PredictionWriter(str(tmp_path), [case()])
+    writer.write_patient(result())
+    writer.pages["index.html"] = lambda: write_summary(tmp_path)
+    fill_up(monkeypatch, "predictions.csv")
+    writer.write_table()
+    assert set(writer.problems) == {"predictions.csv", "index.html"}
+    assert "no space left on device" in writer.problems["predictions.csv"]
+    assert not (tmp_path / "predictions.csv").exists()
+    with pytest.raises(SystemExit, match="1"):
+        writer.exit_if_incomplete()
+    assert "CHUM-001,ok," in caplog.text  # the rows are on the console
+
+
+def test_a_page_that_cannot_be_written_costs_the_exit_code(tmp_path: Path, monkeypatch) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    writer.write_patient(result())
+    writer.pages["index.html"] = lambda: write_text(tmp_path / "index.html", "page")
+    fill_up(monkeypatch, "index.html")
+    writer.write_table()
+    assert set(writer.problems) == {"index.html"} and table(tmp_path)[0]["status"] == "ok"
+    with pytest.raises(SystemExit, match="1"):
+        writer.exit_if_incomplete()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from conftest import ROOT, SHARED_DATA, make_tiny_cohort
 from scripts import keys
 from scripts.clinical import FEATURES
 from scripts.cohort import CohortError
+from scripts.files import WriteError
 from scripts.images import read_image
 
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
@@ -472,6 +474,49 @@ def test_a_failed_structured_report_keeps_the_rest(patients, options, tmp_path, 
     run(dicom_of(patients, tmp_path / "in"), tmp_path / "out", code=1, **options)
     assert set(prediction_of(tmp_path / "out")["files"]) == {"mask", "dicom_seg"}
     assert "CHUM-001: incomplete: no DICOM objects: no ink" in capsys.readouterr().out
+
+
+# --- an output that takes nothing ----------------------------------------------------------------------------------
+def test_a_full_disk_costs_the_patients_it_meets_and_the_rows_are_shown(
+    patients, options, tmp_path, monkeypatch, capsys
+):
+    """Masks can be written, and for the first patient all of it; then nothing."""
+    written = []
+
+    def write(self: Path, text: str, **more: str) -> int:
+        if len(written) > 1:  # the first prediction and the table after it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(self)
+        return self.write_bytes(text.encode())
+
+    monkeypatch.setattr(Path, "write_text", write)
+    run(patients, tmp_path / "out", code=1, **options)
+    shown = capsys.readouterr().out
+    assert "CHUM-001  ok" in shown and "CHUM-002  failed" in shown
+    place = tmp_path / "out"
+    assert f"CHUM-002: failed: cannot write {place}/CHUM-002/prediction.json: no space left on device" in shown
+    assert f"no predictions.csv: cannot write {place}/predictions.csv.partial: no space left on device" in shown
+    assert [path.name for path in place.rglob("*.nii.gz")] == ["CHUM-001__tumour.nii.gz"]
+
+
+def test_an_output_that_cannot_be_written_to_is_told_before_anything_is_read(patients, options, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write to .*/file/out: not a directory"):
+        predict(str(tmp_path / "absent"), str(tmp_path / "file" / "out"), **options)
+
+
+def test_an_earlier_prediction_that_cannot_be_removed_fails_its_patient_only(patients, options, tmp_path, monkeypatch):
+    run(patients, tmp_path / "out", **options)
+
+    def keep(folder: Path) -> None:
+        if folder.name == "CHUM-001":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "prediction.json"))
+
+    monkeypatch.setattr(tool, "forget", keep)
+    run(patients, tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert {patient: row["status"] for patient, row in rows.items()} == {"CHUM-001": "failed", "CHUM-002": "ok"}
+    assert "an earlier prediction cannot be removed" in rows["CHUM-001"]["reason"]
 
 
 # --- real data -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL_BYTES = 2**16  # of a disk that has no more left, a writer that gives no reason failed for that
+
+
+class WriteError(OSError):
+    """A file cannot be written; the message names it and says why."""
 
 
 @contextmanager
@@ -18,16 +28,65 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the final name; its ending is kept by the temporary one, for writers that choose a format by it.
+
+    Raises:
+        WriteError: a full disk, a folder that is read-only, a name that is taken: whatever the writer raises for it.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         yield partial
         partial.replace(target)
+    except Exception as error:
+        why = _why_unwritten(error, target)
+        if not why:
+            raise
+        raise WriteError(f"cannot write {target}: {why}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Make a folder for results if it is not there, and see that files can be written in it.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise WriteError(f"cannot write to {folder}: {_words(error)}") from error
+
+
+def _why_unwritten(error: Exception, target: Path) -> str:
+    """What kept a file from being written, in words; nothing where something else went wrong."""
+    if isinstance(error, WriteError):
+        return ""
+    if isinstance(error, OSError) and error.errno is not None:
+        # a file elsewhere was read by the writer; a write to an open file has no name
+        elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent)
+        made = error.filename is not None and target.is_relative_to(os.fsdecode(error.filename))
+        return "" if elsewhere and not made else _words(error)
+    try:
+        full = shutil.disk_usage(target.parent).free < FULL_BYTES
+    except OSError:
+        return ""
+    return _words(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) if full else ""
+
+
+def _words(error: OSError) -> str:
+    said = error.strerror or str(error)
+    return said[:1].lower() + said[1:]
+
+
+def _remove(file: Path) -> None:
+    """Remove a file if it is there and may be removed: where it may not, the cause has been told already."""
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(target: Path) -> None:

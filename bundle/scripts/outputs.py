@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -22,12 +23,13 @@ from monai.engines import IterationEvents, Workflow
 
 from scripts import keys
 from scripts.cohort_scans import UNNAMED, without_formula
-from scripts.files import write_text
+from scripts.files import WriteError, require_writable, write_text
 from scripts.images import ITK_SUFFIXES, image_suffix, write_mask
 from scripts.sampling import reason
 
 logger = logging.getLogger(__name__)
 
+TABLE = "predictions.csv"
 OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
 YEARS = (1, 2, 3, 5)
 COLUMNS = (
@@ -66,6 +68,8 @@ class PredictionWriter:
     Attributes:
         rows: of ``predictions.csv``, by patient.
         failures: patient to the products that could not be written, and why.
+        pages: more to write of the whole cohort at the end, by the name of the file.
+        problems: ``predictions.csv`` and pages that could not be written, and why.
     """
 
     def __init__(
@@ -77,9 +81,12 @@ class PredictionWriter:
         self.products = dict(products or {})
         self.rows: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
+        self.pages: dict[str, Callable[[], None]] = {}
+        self.problems: dict[str, str] = {}
 
     def attach(self, engine: Workflow) -> None:
         """Register with a :class:`scripts.engine.PatientEvaluator`."""
+        engine.add_event_handler(Events.STARTED, lambda: require_writable(self.output_dir))
         # In the same event as the post transforms and after them: what fails here fails one patient.
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.write_result)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note_failure)
@@ -110,7 +117,24 @@ class PredictionWriter:
         case, folder = self.cases[patient], self.folder(patient)
         if is_link(folder):
             raise OSError(f"{folder} is a link: nothing is written through it; remove it or choose another OUTPUT")
-        files = dict(prediction["files"])
+        prediction["files"] = dict(prediction["files"])
+        try:
+            self._write_files(result, prediction, case, folder)
+            prediction["fingerprint"] = case.get(keys.FINGERPRINT)
+            write_text(folder / "prediction.json", json.dumps(prediction, indent=1, allow_nan=False) + "\n")
+        except BaseException:
+            for file in prediction["files"].values():  # no prediction: nobody shall take them for one
+                with contextlib.suppress(OSError):
+                    (folder / file).unlink(missing_ok=True)
+            raise
+        self.rows[patient] = self._predicted(prediction)
+        return prediction
+
+    def _write_files(
+        self, result: Mapping[str, Any], prediction: dict[str, Any], case: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Write what ``prediction.json`` is to name, and name each in the ``files`` of the prediction."""
+        files, patient = prediction["files"], prediction["patient_id"]
         if result.get(keys.PRED) is not None:
             files["mask"] = f"{folder.name}__tumour{mask_suffix(case.get(keys.CT))}"
             mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
@@ -121,18 +145,13 @@ class PredictionWriter:
         failed = []
         for name, product in self.products.items():
             try:
-                for kind, file in product(case, {**result, keys.PREDICTION: {**prediction, "files": files}}, folder):
+                for kind, file in product(case, {**result, keys.PREDICTION: prediction}, folder):
                     files[kind] = file
             except Exception as error:  # whatever it is, what there is stays
                 failed.append(f"no {name}: {reason(error)}")
                 logger.error("%s: predicted, but %s", patient, failed[-1])
         if failed:
             self.failures[patient] = "; ".join(failed)
-        prediction["files"] = files
-        prediction["fingerprint"] = case.get(keys.FINGERPRINT)
-        write_text(folder / "prediction.json", json.dumps(prediction, indent=1, allow_nan=False) + "\n")
-        self.rows[patient] = self._predicted(prediction)
-        return prediction
 
     def take_over(self, patient: str, sha256: str) -> bool:
         """Take the row of a patient from the ``prediction.json`` that an earlier run has left.
@@ -161,34 +180,49 @@ class PredictionWriter:
         """Give a failed patient its row, and keep the table so far."""
         for patient, why in engine.state.failures.items():
             self.fail(patient, why)
-        write_text(self._partial, self._table())
+        with contextlib.suppress(WriteError):  # said at the end, if it cannot be written then either
+            write_text(self._partial, self._table())
 
     def write_table(self, engine: Workflow | None = None) -> None:
+        """Write ``predictions.csv`` and the pages of the cohort, as far as they can be written; ``problems`` tell."""
+        for name, write in {TABLE: self._write_table, **self.pages}.items():
+            try:
+                write()
+            except (OSError, ValueError) as error:  # a page of a table that is not there is a ValueError
+                self.problems[name] = str(error)
+                logger.error("no %s: %s", name, error)
+                with contextlib.suppress(OSError):  # nobody shall take an earlier one for it
+                    (self.output_dir / name).unlink(missing_ok=True)
+
+    def _write_table(self) -> None:
         """Write ``predictions.csv`` and log what became of the cohort."""
         write_text(self._partial, self._table())
-        self._partial.replace(self.output_dir / "predictions.csv")
+        self._partial.replace(self.output_dir / TABLE)
         counts = {status: sum(r["status"] == status for r in self.rows.values()) for status in (OK, INCOMPLETE, FAILED)}
         logger.info(
             "%d patients: %s. Written: %s",
             len(self.rows),
             ", ".join(f"{n} {status}" for status, n in counts.items()),
-            self.output_dir / "predictions.csv",
+            self.output_dir / TABLE,
         )
 
     def exit_if_incomplete(self) -> None:
-        """End the program with exit code 1 if any patient's row is not ``ok``.
+        """End the program with exit code 1 if any patient's row is not ``ok``, or there is no table of them.
 
         Raises:
             SystemExit: so that a script sees it.
         """
+        if TABLE in self.problems:
+            logger.error("the rows that could not be written:\n%s", self._table())
         bad = [f"{p} ({r['status']}: {r['reason']})" for p, r in self.rows.items() if r["status"] != OK]
         if bad:
             logger.error("%d of %d patients are not ok: %s", len(bad), len(self.rows), "; ".join(bad))
+        if bad or self.problems:
             raise SystemExit(1)
 
     @property
     def _partial(self) -> Path:
-        return self.output_dir / "predictions.csv.partial"
+        return self.output_dir / f"{TABLE}.partial"
 
     def _predicted(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
         """Row of a predicted patient."""

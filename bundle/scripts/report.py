@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ignite.engine import Events
-from monai.engines import Workflow
 
 from scripts import keys
 from scripts.figures import (
@@ -80,7 +78,11 @@ def write_report(
         sections.insert(1, explanation_section(explanation.to_dict()))
     paths = [Path(folder) / REPORT_HTML, Path(folder) / REPORT_PDF]
     _html(prediction, sections, pictures).write(paths[0])
-    _pdf(prediction, sections, pictures).save(paths[1])
+    try:
+        _pdf(prediction, sections, pictures).save(paths[1])
+    except BaseException:
+        paths[0].unlink()  # a report is both
+        raise
     return paths
 
 
@@ -240,7 +242,7 @@ class ReportWriter:
     """Writes the report of each patient, and at the end the page of the cohort.
 
     It is one of the ``products`` of :class:`scripts.outputs.PredictionWriter`, so that ``prediction.json`` names the
-    files; given to the evaluator as a handler after that writer, too, it writes ``index.html``.
+    files; :meth:`write_cohort` is one of its ``pages``.
 
     Args:
         output_dir: of the cohort.
@@ -250,10 +252,6 @@ class ReportWriter:
     def __init__(self, output_dir: str, explainer: RiskExplainer | None = None) -> None:
         self.output_dir = Path(output_dir)
         self.explainer = explainer
-
-    def attach(self, engine: Workflow) -> None:
-        """Register with a :class:`scripts.engine.PatientEvaluator`, after the writer of the predictions."""
-        engine.add_event_handler(Events.COMPLETED, self.write_cohort)
 
     def __call__(self, case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
         """Write one patient's report.
@@ -277,6 +275,6 @@ class ReportWriter:
         html, pdf = write_report(folder, result[keys.PREDICTION], ct, pet, mask, explanation)
         yield from (("report", html.name), ("report_pdf", pdf.name))
 
-    def write_cohort(self, engine: Workflow | None = None) -> None:
+    def write_cohort(self) -> None:
         """Write the page of the cohort."""
         write_summary(self.output_dir)
