@@ -58,7 +58,9 @@ def test_png_from_files(tmp_path: Path) -> None:
     write_image(tmp_path / "ct.nii.gz", ct, 4.0)
     write_image(tmp_path / "mask.nii.gz", mask, 4.0)
     path = tmp_path / "figures" / "case.png"
-    save_case_figure(path, tmp_path / "ct.nii.gz", tmp_path / "ct.nii.gz", {"true": tmp_path / "mask.nii.gz"}, "P-001")
+    save_case_figure(
+        path, tmp_path / "ct.nii.gz", tmp_path / "ct.nii.gz", {"true": tmp_path / "mask.nii.gz"}, r"P-$\\frac{$"
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -161,3 +161,21 @@ def test_the_curve_of_a_patient_shows_the_years_that_are_given() -> None:
     assert curve.get_ydata().tolist() == [1, 0.9, 0.8]
     assert curve.get_color() == GROUP_COLOURS["high"]
     assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [(1, 1.0), (2, 0.9)]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(lambda name: dice_figure({name: [0.5]}, name), id="dice"),
+        pytest.param(lambda name: forest_figure([{"name": name, "value": None, "reason": name}], name), id="forest"),
+        pytest.param(
+            lambda name: roc_figure(
+                {name: {"false_positive_rate": [0, 1], "true_positive_rate": [0, 1], "auc": {"value": 0.5}}}
+            ),
+            id="roc",
+        ),
+    ],
+)
+def test_a_centre_may_be_called_like_a_formula(tmp_path, draw):
+    save_plot(tmp_path / "a.png", draw(r"$\nothing{$"))
+    assert (tmp_path / "a.png").stat().st_size > 0

@@ -15,6 +15,7 @@ from scipy import ndimage
 from scripts.files import written_whole
 from scripts.geometry import Grid, bounding_window, box_grid, resample
 from scripts.images import read_image
+from scripts.plots import as_written
 
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue
 PET_WINDOW_SUV = (0.0, 12.0)
@@ -233,6 +234,7 @@ def save_case_figure(
         title: above the picture.
     """
     figure = case_figure(_load(ct), _load(pet), {name: _load(file) for name, file in masks.items()}, title)
+    as_written(figure)
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=90, bbox_inches="tight", facecolor="black")
 

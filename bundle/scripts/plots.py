@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from scripts.files import write_text, written_whole
 
@@ -40,10 +41,17 @@ def save_plot(path: str | Path, figure: Figure, data: Any = None) -> None:
         data: what it shows, as plain Python without NaN; None for no second file.
     """
     path = Path(path)
+    as_written(figure)
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=DPI)
     if data is not None:
         write_text(path.with_suffix(".json"), json.dumps(data, indent=1, allow_nan=False))
+
+
+def as_written(figure: Figure) -> None:
+    """Let a figure show its texts as they are: what a patient or a centre is called is no formula between ``$``."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str, dict[str, str]]:
