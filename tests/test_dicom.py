@@ -170,6 +170,19 @@ def _shifted(amount):
             id="two_gaps",
         ),
         pytest.param({"depths": [0, 3, 6, 6, 9, 12, 15]}, r"more than one image.*106.00 mm \(slice 3\)", id="doubled"),
+        pytest.param(
+            {"depths": [*range(0, 30, 3), *range(30, 61, 6)]},
+            r"slice spacing changes: 3.00 mm from 100.00 to 130.00 mm, 6.00 mm from 130.00 to 160.00 mm\. A volume",
+            id="spacing_doubles",
+        ),
+        pytest.param(
+            {"depths": [*range(0, 20, 5), *range(20, 40, 2), *range(40, 61, 5)]},
+            r"changes: 5.00 mm from 100.00 to 120.00 mm, 2.00 mm from 120.00 to 140.00 mm, 5.00 mm from 140.00 to 160",
+            id="finer_in_the_middle",
+        ),
+        pytest.param(
+            {"depths": [*range(0, 30, 3), *range(30, 51, 4)]}, "3.00 mm from .* 4.00 mm from", id="by_a_third"
+        ),
         pytest.param({"depths": [0, 3, 6, 10, 13, 16, 19, 22]}, "unevenly spaced, 3.00 to 4.00 mm", id="uneven"),
         pytest.param({"edit": _shifted(-0.8)}, "stacked at 14.9 degrees.*tilted gantry", id="tilted_gantry"),
         pytest.param(
@@ -204,10 +217,10 @@ def test_any_nesting_and_other_files(tmp_path):
     write_series(tmp_path / "c", depths=_without(*range(1, 12, 2)), seed=1)  # the other half of the same series
     write_series(tmp_path / "a", "PT", uid="1.2.3.4.9", tags={"SeriesNumber": 5})
     (tmp_path / "DICOMDIR.txt").write_text("not an image")
-    (tmp_path / "a" / "empty").touch()
+    (tmp_path / "a" / "empty.log").touch()
     found = find_series(tmp_path)
     assert [(s.modality, len(s), s.number) for s in found] == [("CT", 12, 1), ("PT", 12, 5)]
-    assert found.ignored == 2
+    assert found.account == "26 files: 24 in 2 DICOM series, 2 not DICOM (.txt 1, .log 1)"
     assert np.all(np.diff(found[0].positions[:, 2]) == 3)
 
 
@@ -217,44 +230,118 @@ def test_a_file_cut_off_in_its_header_is_told_by_the_series_beside_it(tmp_path):
     path.write_bytes(path.read_bytes()[:700])
     found = find_series(tmp_path)
     assert [bool(series.damaged) for series in found] == [False, True]
-    assert found.damaged and found.damaged[0].startswith("IM0000: not a complete DICOM file")
+    assert [d.path.name for d in found.damaged] == ["IM0000"]
     with pytest.raises(DicomError, match=r"a damaged file may be a slice of it: IM0000: not a complete.*copy it again"):
         choose_pet_ct(found)
+
+
+P1, P2, BOTH = {("P1", "PT")}, {("P2", "PT")}, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}
 
 
 @pytest.mark.parametrize(
     ("last", "damaged"),
     [
         # everything of two patients lies in one folder; the header of one patient's PET slice ends after this tag
-        ("SeriesNumber", {("P1", "PT")}),
-        ("SeriesInstanceUID", {("P1", "CT"), ("P1", "PT")}),  # may be cut off itself: of this patient
-        ("StudyInstanceUID", {("P1", "CT"), ("P1", "PT")}),
-        ("PatientID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
-        ("SOPClassUID", {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),
-        (None, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),  # ends after the file's own header
-        (140, {("P1", "CT"), ("P1", "PT"), ("P2", "CT"), ("P2", "PT")}),  # bytes: ends within the file's own header
+        pytest.param("SeriesNumber", P1, id="series_number"),
+        pytest.param("SeriesInstanceUID", P1, id="series_uid_may_be_cut_off_itself"),
+        pytest.param("PatientID", P1 | P2, id="patient_id_may_be_cut_off_itself"),
+        pytest.param("SOPClassUID", P1 | P2, id="sop_class"),
+        pytest.param(None, P1 | P2, id="after_the_file's_own_header"),
+        pytest.param(140, BOTH, id="within_the_file's_own_header"),
+        pytest.param(0, BOTH, id="empty"),
     ],
 )
 def test_a_file_cut_off_in_its_header_costs_only_whose_it_may_be(tmp_path, last, damaged):
-    flat = tmp_path / "flat"
-    for patient, modality in itertools.product(("P1", "P2"), ("CT", "PT")):
-        name = f"{patient}-{modality}"
-        tags = {"PatientID": patient, "SeriesNumber": 7}
-        write_series(tmp_path / name, modality, uid=f"1.2.3.{patient[1]}.{modality == 'PT':d}", tags=tags)
-        flat.mkdir(exist_ok=True)
-        for path in sorted((tmp_path / name).iterdir()):
-            path.rename(flat / f"{name}-{path.name}")
-    victim = flat / "P1-PT-IM0000"
+    flat = flat_folder(tmp_path, "{number:03d}")
+    victim = next(path for path in sorted(flat.iterdir()) if is_of(path, "P1", "PT"))
     victim.write_bytes(victim.read_bytes()[: end_of(victim, last)])
     found = find_series(flat)
     assert len(found) == 4 and len(found.damaged) == 1
     assert {(s.patient_id, s.modality) for s in found if s.damaged} == damaged
     for study in find_studies(flat):
         if study.patient_id in {patient for patient, _ in damaged}:
-            with pytest.raises(DicomError, match=r"a damaged file may be a slice of it: P1-PT-IM0000: .*copy it again"):
+            with pytest.raises(
+                DicomError, match=rf"a damaged file may be a slice of it: {victim.name}: .*copy it again"
+            ):
                 study.choose()
         else:
             study.choose()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "victim", "damaged"),
+    [
+        pytest.param("{patient}-{modality}-{k:04d}.dcm", "P1-PT-0003.dcm", P1, id="patient_and_modality"),
+        pytest.param("{patient}-{k:04d}{modality}", "P2-0011PT", P2, id="last_of_its_series"),
+        pytest.param("IM-{series:04d}-{k:04d}", "IM-0002-0000", P1, id="number_of_the_series"),
+        pytest.param("{patient}-{modality}-{k:04d}", "P1-PT-0031", P1, id="any_number_after_their_name"),
+        pytest.param("{run:03d}", "018", P1, id="numbers_that_run_on"),
+        pytest.param("{run:03d}", "023", {("P1", "PT"), ("P2", "CT")}, id="between_two_series"),
+        pytest.param("{run:03d}", "900", BOTH, id="no_number_of_anybody"),
+        pytest.param("{number:03d}", "000", BOTH, id="numbers_in_no_order"),
+        pytest.param("{patient}-{modality}-{k:04d}", "P3-PT-0003", BOTH, id="of_nobody_here"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["empty", "zeros", "dangling"])
+def test_the_name_of_a_damaged_file_points_to_its_series(tmp_path, pattern, victim, damaged, kind):
+    flat = flat_folder(tmp_path, pattern)
+    victim = flat / victim
+    victim.unlink(missing_ok=True)
+    if kind == "dangling":
+        victim.symlink_to(tmp_path / "gone")
+    else:
+        victim.write_bytes(bytes(5000 if kind == "zeros" else 0))
+    found = find_series(flat)
+    assert {(s.patient_id, s.modality) for s in found if s.damaged} == damaged
+    assert all(f"{victim.name}: " in s.damaged for s in found if s.damaged)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        pytest.param("P1-PT-0005", P1, id="named_like_a_slice"),
+        pytest.param("P2-PT-0012", P2, id="named_like_the_next_slice"),
+        pytest.param("P2-PT-0050", set(), id="named_like_none"),
+        pytest.param("a.dcm", BOTH, id="named_dcm"),
+        pytest.param("notes.txt", set(), id="text"),
+        pytest.param(".P1-PT-0005", set(), id="hidden"),
+        pytest.param("._a.dcm", set(), id="hidden_by_macos"),
+        pytest.param("Thumbs.db", set(), id="thumbnails"),
+    ],
+)
+def test_a_file_that_is_not_dicom_is_a_slice_lost_where_its_name_says_so(tmp_path, name, damaged):
+    flat = flat_folder(tmp_path, "{patient}-{modality}-{k:04d}")
+    (flat / name).write_bytes(b"GIF89a" * 99)
+    found = find_series(flat)
+    assert {(s.patient_id, s.modality) for s in found if s.damaged} == damaged
+    assert len(found.damaged) + len(found.others) == 1
+
+
+def test_a_damaged_file_is_no_slice_of_a_pet_that_has_all_it_announces(tmp_path):
+    flat = flat_folder(tmp_path, "{number:03d}", lambda modality: {"NumberOfSlices": 12 if modality == "PT" else None})
+    (flat / "048").write_bytes(b"")
+    assert {s.modality for s in find_series(flat) if s.damaged} == {"CT"}
+
+
+def flat_folder(folder, pattern, tags=lambda modality: {}):
+    """Two patients' CT and PET in one folder; numbers of the files run through all of them in no order."""
+    numbers = iter(np.random.default_rng(3).permutation(4 * 12))
+    for series, (patient, modality) in enumerate(itertools.product(("P1", "P2"), ("CT", "PT")), start=1):
+        own = {"PatientID": patient, "SeriesNumber": 7, "StudyInstanceUID": f"1.2.3.{patient[1]}", **tags(modality)}
+        write_series(folder / str(series), modality, uid=f"1.2.3.{patient[1]}.{series}", tags=own)
+        (folder / "flat").mkdir(exist_ok=True)
+        for k, path in enumerate(sorted((folder / str(series)).iterdir())):
+            name = pattern.format(
+                patient=patient, modality=modality, k=k, series=series, number=next(numbers), run=12 * (series - 1) + k
+            )
+            path.rename(folder / "flat" / name)
+        (folder / str(series)).rmdir()
+    return folder / "flat"
+
+
+def is_of(path, patient, modality):
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    return (header.PatientID, header.Modality) == (patient, modality)
 
 
 def end_of(path, keyword):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,73 @@ def test_unusable_json_tables_are_refused(tmp_path, text, message):
 def test_nothing_to_predict(tmp_path, make, message):
     with pytest.raises(CohortError, match=message):
         find_cases(make(tmp_path), FEATURES)
+
+
+def test_linked_patients_and_files_are_read(tmp_path):
+    add_scans(tmp_path / "elsewhere" / "CHUM-001", "CHUM-001")
+    add_scans(tmp_path / "elsewhere" / "files", "CHUM-002")
+    source = tmp_path / "in"
+    (source / "CHUM-002").mkdir(parents=True)
+    (source / "CHUM-001").symlink_to(tmp_path / "elsewhere" / "CHUM-001")
+    for path in (tmp_path / "elsewhere" / "files").iterdir():
+        (source / "CHUM-002" / path.name).symlink_to(path)
+    (source / "circle").symlink_to(source)
+    assert {name: case[keys.PROBLEM] for name, case in by_id(find_cases(source)).items()} == {
+        "CHUM-001": "",
+        "CHUM-002": "",
+    }
+
+
+@pytest.mark.parametrize(
+    "link, failed, problem",
+    [
+        pytest.param("CHUM-003", "CHUM-003", "is a link to what is not there", id="patient"),
+        pytest.param("P3", "P3", "is a link to what is not there", id="patient_of_any_name"),
+        pytest.param(
+            "CHUM-003__CT.nii.gz", "CHUM-003", "CHUM-003__CT.nii.gz is a link to what", id="ct_without_folder"
+        ),
+        pytest.param("CHUM-001/CHUM-001__PT.nii.gz", "CHUM-001", "CHUM-001__PT.nii.gz is a link to what", id="pet"),
+        pytest.param("CHUM-001/CHUM-001.nii.gz", None, "", id="mask"),
+        pytest.param("readme.txt", None, "", id="text"),
+        pytest.param("self", "self", "is a link to what is not there", id="to_itself"),
+    ],
+)
+def test_links_to_nothing_fail_their_patient(tmp_path, link, failed, problem):
+    for patient in ("CHUM-001", "CHUM-002"):
+        add_scans(tmp_path / patient, patient)
+    (tmp_path / link).unlink(missing_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / ("self" if link == "self" else "gone"))
+    problems = {name: case[keys.PROBLEM] for name, case in by_id(find_cases(tmp_path)).items()}
+    assert set(problems) == {"CHUM-001", "CHUM-002", *([failed] if failed else [])}
+    assert [name for name, text in problems.items() if text] == ([failed] if failed else [])
+    assert failed is None or problem in problems[failed]
+
+
+def test_a_patient_whose_folder_cannot_be_read_has_a_row(tmp_path, monkeypatch):
+    for patient in ("CHUM-001", "CHUM-002"):
+        add_scans(tmp_path / patient, patient)
+    (tmp_path / "lost+found").mkdir()
+    locked = {tmp_path / "CHUM-002", tmp_path / "lost+found"}
+    forbid(monkeypatch, locked)
+    cases = by_id(find_cases(tmp_path, FEATURES))
+    assert set(cases) == {"CHUM-001", "CHUM-002"} and cases["CHUM-001"][keys.PROBLEM] == ""
+    assert cases["CHUM-002"][keys.PROBLEM] == f"{tmp_path / 'CHUM-002'} cannot be read (Permission denied)"
+    locked.add(tmp_path)
+    with pytest.raises(CohortError, match=r"cannot be read \(Permission denied\)"):
+        find_cases(tmp_path, FEATURES)
+
+
+def forbid(monkeypatch, folders: set[Path]) -> None:
+    """Let nobody list the folders: root, as whom tests may run, could."""
+    scandir, listdir = os.scandir, os.listdir
+
+    def guarded(path=".", list_folder=scandir):
+        if Path(path) in folders:
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "listdir", lambda path=".": guarded(path, listdir))
 
 
 def test_a_single_scan_asks_for_the_other(tmp_path):
@@ -260,6 +328,39 @@ def test_a_folder_of_several_patients_and_examinations(tmp_path, caplog):
     assert cases["C"][keys.CT] is None
     assert "A: CT:  series 2 (CT), 12 slices" in caplog.text
     assert not [secret for secret in SECRETS if secret in caplog.text]
+
+
+def test_dicom_and_image_files_in_one_folder_are_all_predicted(tmp_path, caplog):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001")
+    write_dicom(tmp_path / "CHUM-001" / "originals", "CHUM-001", 1)  # of what was converted
+    write_dicom(tmp_path / "a", "P-2", 2)
+    write_dicom(tmp_path / "b", "CHUM-001", 3)
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\nCHUM-001,50\nP-2,60\nP-3,70\n")
+    cases = by_id(find_cases(tmp_path, FEATURES))
+    assert {name: case[keys.PROBLEM] for name, case in cases.items()} == {
+        "CHUM-001": "",
+        "P-2": "",
+        "P-3": f"no CT and no PET found in {tmp_path}",
+    }
+    assert "CHUM-001: has image files; the DICOM of this patient is not read" in caplog.messages
+    assert isinstance(cases["CHUM-001"][keys.CT], str) and cases["P-2"][keys.DICOM]
+    assert cases["P-2"][keys.CLINICAL]["age"] == 60.0
+
+
+def test_patients_whom_only_the_table_has_fail_beside_dicom_too(tmp_path):
+    write_dicom(tmp_path / "in" / "a", "P-1")
+    (tmp_path / "all.csv").write_text("PatientID,Age\nP-1,50\nP-2,60\n")
+    assert set(by_id(find_cases(tmp_path / "in", FEATURES, tmp_path / "all.csv"))) == {"P-1"}
+    shutil.copy(tmp_path / "all.csv", tmp_path / "in" / "clinical.csv")
+    assert by_id(find_cases(tmp_path / "in", FEATURES))["P-2"][keys.PROBLEM].startswith("no CT and no PET found")
+
+
+def test_a_list_with_a_folder_that_holds_no_dicom_fails_its_patient_only(tmp_path):
+    write_dicom(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cases.csv").write_text("patient_id,ct,pet\nA,CT,PET\nB,empty,empty\n")
+    cases = by_id(find_cases(tmp_path / "cases.csv", FEATURES))
+    assert cases["A"][keys.PROBLEM] == "" and "no DICOM series" in cases["B"][keys.PROBLEM]
 
 
 def test_a_pair_of_dicom_folders(tmp_path):

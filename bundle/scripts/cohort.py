@@ -306,6 +306,8 @@ def _locate_table(path: Path, dataset_dir: Path) -> Path:
 def _reason_to_exclude(scans: Scans | None, record: Record | None, require_images: bool) -> tuple[str, str] | None:
     """Why a patient is left out of training and evaluation: (reason, detail), or None."""
     rows = "; ".join(record.rows) if record else ""
+    if require_images and scans is not None and scans.problem:
+        return "scans that cannot be read", scans.problem
     if require_images and (scans is None or not (scans.ct or scans.pet)):
         return ("row in the table but no scans" if record else "no scans", rows)
     if require_images and scans is not None and not (scans.ct and scans.pet):
@@ -405,7 +407,9 @@ def cases_to_predict(
     for key in patients:
         case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
         missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
-        lacking = [f"no {' and no '.join(missing)} found in {scans[key].folder if key in scans else place}"]
+        found = scans.get(key)
+        lost = found.problem if found else ""
+        lacking = [lost or f"no {' and no '.join(missing)} found in {found.folder if found else place}"]
         case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
         cases.append(case)
     return cases

@@ -11,6 +11,9 @@ from pathlib import Path
 UNNAMED = "unnamed"
 """Shown for a patient whose id is empty."""
 
+SYSTEM_FOLDERS = frozenset(("lost+found", "System Volume Information", "$RECYCLE.BIN"))
+"""Names of folders that systems make on every disk and that hold nobody's scans."""
+
 _MAX_FAULTS = 20
 _SPACES = r"[-_\s\u2010-\u2015\u2212]+"
 _CONTROLS = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
@@ -37,6 +40,7 @@ class Scans:
         ct: CT file.
         pet: PET file.
         mask: tumour mask.
+        problem: what of theirs cannot be read, "" where there is nothing.
     """
 
     patient_id: str
@@ -44,6 +48,7 @@ class Scans:
     ct: Path | None = None
     pet: Path | None = None
     mask: Path | None = None
+    problem: str = ""
 
 
 @dataclass
@@ -127,60 +132,94 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     Args:
         dataset_dir: the folder.
 
+    Links are followed. A link to what is not there, and a patient's folder that cannot be read, are that patient's
+    ``problem``.
+
     Returns:
         Scans by patient key, sorted, and notes on what was ambiguous. A patient found in several places is one
         entry: the place with CT, PET and mask goes first.
 
     Raises:
-        CohortError: the folder does not exist, a file lies in another patient's folder, or two files of one
-            place claim to be the same scan of the same patient.
+        CohortError: the folder, or one below it that holds patients, is not there or cannot be read; a file lies in
+            another patient's folder; or two files of one place claim to be the same scan of the same patient.
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise CohortError(f"dataset_dir {root} is {'a file, not a folder' if root.exists() else 'not there'}")
     found: dict[str, list[Scans]] = {}
     remarks = Remarks()
-    for container in [root, *containers(root)]:
-        labels_only = container.name.lower().startswith("labels")
-        groups = _group_files(container, remarks, labels_only)
-        folders = {} if labels_only else _patient_folders(container, remarks)
-        for key in {*groups, *folders}:
-            found.setdefault(key, []).extend(scans for scans in (groups.get(key), folders.get(key)) if scans)
+    place = root
+    try:
+        for place in [root, *containers(root)]:
+            _find_below(place, found, remarks)
+    except OSError as error:
+        raise CohortError(f"{place} cannot be read ({error.strerror})") from error
     if remarks.faults:
         raise CohortError(list_faults(f"{root}: the image files contradict each other", remarks.faults))
     scans = {key: _merge_scans(found[key], remarks) for key in sorted(found)}
     return scans, [f"{title}: {some(items)}" for title, items in remarks.notes.items()]
 
 
+def _find_below(container: Path, found: dict[str, list[Scans]], remarks: Remarks) -> None:
+    """Add the patients of one folder of patients."""
+    labels_only = container.name.lower().startswith("labels")
+    groups = _group_files(container, remarks, labels_only)
+    folders = {} if labels_only else _patient_folders(container, remarks)
+    for key in {*groups, *folders}:
+        found.setdefault(key, []).extend(scans for scans in (groups.get(key), folders.get(key)) if scans)
+
+
 def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> dict[str, Scans]:
     """Sort the files of one folder by patient and kind; a file name that says neither is none of ours."""
     groups: dict[str, dict[str, Path]] = {}
     names: dict[str, str] = {}
-    for path in sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith(".")):
+    lost: dict[str, list[str]] = {}
+    for path in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         scan, mask = _SCAN_FILE.fullmatch(path.name), _MASK_FILE.fullmatch(path.name)
         match = mask if masks_only else scan or mask
-        if match is None:
+        if match is None or not (path.is_file() or leads_nowhere(path)):
             continue
         kind = "mask" if match is mask else "ct" if match["kind"].lower() == "ct" else "pet"
         key = patient_key(match["id"])
+        if leads_nowhere(path) and kind == "mask":
+            remarks.note("a link to what is not there", str(path))
+            continue
         other = groups.setdefault(key, {}).get(kind)
+        names.setdefault(key, match["id"])
+        if leads_nowhere(path):
+            lost.setdefault(key, []).append(f"{path} is a link to what is not there")
+            continue
         if other is not None and other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
             remarks.faults.append(f"{other} and {path.name} are both the {kind} of {key}")
         elif other is not None:
             remarks.note("the .nii.gz is used where a .nii of the same name exists", str(path))
         groups[key][kind] = path
-        names.setdefault(key, match["id"])
-    return {key: Scans(names[key], folder, **group) for key, group in groups.items()}
+    return {
+        key: Scans(names[key], folder, **group, problem="; ".join(lost.get(key, []))) for key, group in groups.items()
+    }
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to what is not there, or to itself."""
+    return path.is_symlink() and not path.exists()
 
 
 def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
     """Patients that have a folder of their own in ``container``."""
     patients: dict[str, Scans] = {}
-    for folder in sorted(entry for entry in container.iterdir() if entry.is_dir()):
-        if folder.name.startswith(".") or CONTAINER.fullmatch(folder.name):
-            continue
+    for folder in sorted(container.iterdir()):
         key = patient_key(folder.name)
-        groups = _group_files(folder, remarks)
+        if folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS:
+            continue
+        if leads_nowhere(folder) and not folder.suffix:
+            patients[key] = Scans(folder.name, folder, problem=f"{folder} is a link to what is not there")
+        if not folder.is_dir() or CONTAINER.fullmatch(folder.name):
+            continue
+        try:
+            groups = _group_files(folder, remarks)
+        except OSError as error:
+            patients[key] = Scans(folder.name, folder, problem=f"{folder} cannot be read ({error.strerror})")
+            continue
         scans = groups.pop(key, None)
         strangers = [str(path) for other in groups.values() for path in (other.ct, other.pet, other.mask) if path]
         if scans is None and not _PATIENT_FOLDER.fullmatch(folder.name):
@@ -206,7 +245,10 @@ def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
         for used, unused in ((ct, other.ct), (pet, other.pet), (mask, other.mask)):
             if used and unused and used.stat().st_size != unused.stat().st_size:
                 remarks.note("not used, since another folder has this scan of the patient, which differs", str(unused))
-    return Scans(best.patient_id, best.folder, ct, pet, mask)
+    problem = "; ".join(dict.fromkeys(place.problem for place in places if place.problem))
+    if problem and ct and pet:
+        remarks.note("not used, since another folder has this patient's scans", problem)
+    return Scans(best.patient_id, best.folder, ct, pet, mask, "" if ct and pet else problem)
 
 
 def containers(root: Path) -> list[Path]:

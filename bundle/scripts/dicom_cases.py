@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scripts.clinical import ClinicalValueError, parse_value
-from scripts.dicom_choice import Choice, Study, choose_pet_ct, find_studies
-from scripts.dicom_series import Series, SeriesList, find_series, read_headers, read_series
+from scripts.cohort_scans import UNNAMED, clean_id
+from scripts.dicom_choice import Choice, Study, choose_pet_ct, studies_of
+from scripts.dicom_files import DICOM_ENDING, Damaged, describe
+from scripts.dicom_series import Series, SeriesList, find_series, people_differ, read_headers, read_series
 from scripts.dicom_suv import Suv, suv_of
-from scripts.dicom_tags import DicomError
+from scripts.dicom_tags import DicomError, lenient, read_header, text_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEADER = "DICOM header"
-UNNAMED = "unnamed"  # a patient whose files have no PatientID
 DAYS_A_YEAR = 365.25
 AGE_UNITS = {"D": DAYS_A_YEAR, "W": DAYS_A_YEAR / 7, "M": 12.0, "Y": 1.0}
 
@@ -68,61 +71,113 @@ class Examination:
     """One patient's PET/CT, or the reason why there is none.
 
     Args:
-        patient_id: as the files have it.
+        patient_id: as the files have it, "" where they have none (kept out of ``repr``).
         choice: the series to predict from.
         problem: why there is none, "" otherwise.
-        number: of the examination among those of the patient, in the order of their dates.
+        name: the patient's id, ``unnamed`` without one; with ``_2``, ``_3`` ... for a further examination, in the order
+            of their dates (kept out of ``repr``).
+        passed_over: series of the patient's studies that are no PET/CT.
+        sharing: the tag by which the examinations under this PatientID are of several people, "" where they may be of
+            one.
     """
 
-    patient_id: str
+    patient_id: str = field(repr=False)
     choice: Choice | None
     problem: str = ""
-    number: int = 1
-
-    @property
-    def name(self) -> str:
-        """The patient's id; with ``_2``, ``_3`` ... for a further examination."""
-        return (self.patient_id or UNNAMED) + (f"_{self.number}" if self.number > 1 else "")
+    name: str = field(default="", repr=False)
+    passed_over: tuple[Series, ...] = ()
+    sharing: str = ""
 
 
-def find_examinations(folder: str | PathLike[str]) -> list[Examination]:
+def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()) -> list[Examination]:
     """The PET/CT examinations below a folder with any mixture of patients, studies and series.
 
-    Studies without a PET and a CT are passed over where their patient has one with both.
+    Studies without a PET and a CT are passed over where their patient has one with both. What cannot be read and may be
+    a part of a CT or PET of nobody else here stands for a patient of its own, called by the PatientID if its header
+    tells one, or else by the folder that holds nothing but such files. What became of every file is logged.
 
     Args:
         folder: where to look.
+        without: folders below it that are left alone.
 
     Raises:
         scripts.dicom_tags.DicomError: no DICOM in it.
     """
-    patients: dict[str, list[Study]] = {}
-    for study in find_studies(folder):
-        patients.setdefault(study.patient_id, []).append(study)
-    found = []
-    for patient, studies in sorted(patients.items()):
-        complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=_date)
-        if not complete:
-            names = sorted({series.modality or "unknown" for study in studies for series in study.series})
-            missing = [name for name, code in (("CT", "CT"), ("PET", "PT")) if code not in names]
-            lacking = f"no {' and no '.join(missing)}" if missing else "CT and PET are of different examinations"
-            found.append(Examination(patient, None, f"{lacking} among its DICOM series ({', '.join(names)})"))
-        for number, study in enumerate(complete, start=1):
-            found.append(replace(_chosen(patient, study.series, study.ignored), number=number))
-    return found
+    series = find_series(folder, without=without)
+    if not series and not any(each.told for each in series.damaged):
+        problems = "; ".join([series.account, *describe(series.damaged)])
+        raise DicomError(f"{folder}: no DICOM series in it ({problems})")
+    logger.info("%s: %s", Path(folder).resolve().name, series.account)
+    patients: dict[str, list[Examination]] = {}
+    for study in studies_of(series):
+        patients.setdefault(study.patient_id, [])
+    for patient in patients:
+        patients[patient] += _of_patient(patient, [s for s in studies_of(series) if s.patient_id == patient])
+    for patient, problem in _lost(series, Path(folder)):
+        patients.setdefault(patient, []).append(Examination(patient, None, problem))
+    return _named(patients)
+
+
+def _of_patient(patient: str, studies: Sequence[Study]) -> list[Examination]:
+    """The examinations of one patient, by their dates."""
+    complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=lambda study: (study.date, study.study_uid))
+    if not complete:
+        names = sorted({series.modality or "unknown" for study in studies for series in study.series})
+        missing = [name for name, code in (("CT", "CT"), ("PET", "PT")) if code not in names]
+        lacking = f"no {' and no '.join(missing)}" if missing else "CT and PET are of different examinations"
+        faults = [series.damaged for study in studies for series in study.series if series.damaged]
+        listed = "; ".join([f"{lacking} among its DICOM series ({', '.join(names)})", *dict.fromkeys(faults)])
+        return [Examination(patient, None, listed)]
+    found = [_chosen(patient, study.series) for study in complete]
+    others = tuple(series for study in studies if study not in complete for series in study.series)
+    people = [person for study in complete for series in study.series for person in series.people]
+    found[0] = replace(found[0], passed_over=others)
+    return [replace(each, sharing=people_differ(people) if len(found) > 1 else "") for each in found]
+
+
+def _lost(series: SeriesList, folder: Path) -> list[tuple[str, str]]:
+    """Patient and problem of what cannot be read and may be a part of a scan of nobody else."""
+    holding = {parent for one in series for path in one.paths for parent in path.parents}
+    groups: dict[str, list[Damaged]] = {}
+    for each in series.lost:
+        is_file = not each.path.is_symlink() or DICOM_ENDING.fullmatch(each.path.suffix)
+        place = each.path.parent if is_file and not each.path.is_dir() else each.path
+        while place not in (folder, *folder.parents) and place.parent not in (folder, *holding):
+            place = place.parent
+        name = str(place.relative_to(folder)) if place != folder else folder.resolve().name
+        groups.setdefault(clean_id(each.told.get("PatientID", "") or name), []).append(each)
+    return [(patient, "; ".join(describe(each))) for patient, each in groups.items()]
+
+
+def _named(patients: Mapping[str, Sequence[Examination]]) -> list[Examination]:
+    """The examinations in the order of patients, no two with one name."""
+    taken = {patient or UNNAMED for patient in patients}
+    named = []
+    for patient, found in sorted(patients.items()):
+        names = (name for number in count(2) if (name := f"{patient or UNNAMED}_{number}") not in taken)
+        for number, each in enumerate(found):
+            name = next(names) if number else patient or UNNAMED
+            named.append(replace(each, name=name))
+    return named
 
 
 def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Examination:
     """The PET/CT whose CT lies in one folder and whose PET lies in another (or in the same one).
 
     Raises:
-        scripts.dicom_tags.DicomError: a folder holds no DICOM.
+        scripts.dicom_tags.DicomError: the folders hold no DICOM.
     """
-    series = {(each.uid, each.part): each for folder in (ct, pet) for each in find_series(folder)}
+    series = find_series(ct, pet)
+    logger.info("%s, %s: %s", Path(ct).name, Path(pet).name, series.account)
+    problems = "; ".join(describe(series.lost))
     if not series:
-        raise DicomError(f"{ct} and {pet}: no DICOM series in them")
-    patients = [each.patient_id for each in series.values() if each.modality in ("CT", "PT")]
-    return _chosen(patients[0] if patients else "", list(series.values()), 0)
+        raise DicomError(f"{ct} and {pet}: no DICOM series in them" + (f" ({problems})" if problems else ""))
+    patients = [each.patient_id for each in series if each.modality in ("CT", "PT")]
+    found = _chosen(patients[0] if patients else "", series)
+    found = replace(found, name=found.patient_id or UNNAMED)
+    return (
+        replace(found, choice=None, problem="; ".join(filter(None, [found.problem, problems]))) if problems else found
+    )
 
 
 def clinical_values(choice: Choice, features: Iterable[str]) -> dict[str, float]:
@@ -130,43 +185,44 @@ def clinical_values(choice: Choice, features: Iterable[str]) -> dict[str, float]
 
     The age is Patient's Age, or else the time from Patient's Birth Date to the study. An age of 0, which
     de-identification leaves behind, and a sex other than M and F count as not stated.
+
+    Raises:
+        scripts.dicom_tags.DicomError: the header cannot be read any more.
     """
-    header = read_headers(choice.ct)[0]
+    with lenient():
+        header = read_header(choice.ct.paths[0], ("PatientAge", "PatientBirthDate", "StudyDate", "PatientSex"))
+    if header is None:
+        raise DicomError(f"{choice.ct.paths[0].name}: no longer DICOM")
     values: dict[str, float | None] = {"age": _age(header), "gender": _gender(header)}
     return {name: value for name in features if (value := values.get(name)) is not None}
 
 
-def _chosen(patient: str, series: Sequence[Series], ignored: int) -> Examination:
+def _chosen(patient: str, series: Sequence[Series]) -> Examination:
     try:
-        return Examination(patient, choose_pet_ct(SeriesList(series, ignored)))
+        return Examination(patient, choose_pet_ct(series))
     except DicomError as error:
         return Examination(patient, None, "; ".join(str(error).splitlines()))
 
 
-def _date(study: Study) -> tuple[str, str]:
-    header = read_headers(study.series[0])[0]
-    return str(header.get("StudyDate") or ""), study.study_uid
-
-
 def _age(header: Dataset) -> float | None:
-    text = str(header.get("PatientAge") or "").strip().upper()
+    text = text_of(header, "PatientAge").upper()
     if text[:-1].isdigit() and text[-1:] in AGE_UNITS:
         years = float(int(text[:-1]) / AGE_UNITS[text[-1]])
     else:
-        years = _years_between(header.get("PatientBirthDate"), header.get("StudyDate"))
+        years = _years_between(text_of(header, "PatientBirthDate"), text_of(header, "StudyDate"))
     try:
         return parse_value("age", float(int(years))) or None
     except ClinicalValueError:
         return None
 
 
-def _years_between(start: object, end: object) -> float:
+def _years_between(start: str, end: str) -> float:
     """Whole years between two DICOM dates, 0 where either is not stated."""
-    days = [str(day or "").replace(".", "").strip() for day in (start, end)]
+    days = [day.replace(".", "") for day in (start, end)]
     if not all(len(day) == 8 and day.isdigit() for day in days):
         return 0.0
     return float((int(days[1]) - int(days[0])) // 10000)  # as numbers YYYYMMDD: a year is 10000
 
 
 def _gender(header: Dataset) -> float | None:
-    return {"M": 1.0, "F": 0.0}.get(str(header.get("PatientSex") or "").strip().upper())
+    return {"M": 1.0, "F": 0.0}.get(text_of(header, "PatientSex").upper())

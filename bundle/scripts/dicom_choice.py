@@ -14,7 +14,8 @@ from os import PathLike
 
 import numpy as np
 
-from .dicom_series import CT_STORAGE, PET_STORAGE, Series, SeriesList, find_series
+from .dicom_files import describe
+from .dicom_series import CT_STORAGE, PET_STORAGE, Series, find_series, people_differ
 from .dicom_suv import READABLE_UNITS
 from .dicom_tags import DicomError
 
@@ -35,18 +36,15 @@ class Choice:
         ct: the CT.
         pet: the PET.
         rejected: every other series, with the reason why it is not used.
-        ignored: files that were no DICOM images at all.
     """
 
     ct: Series
     pet: Series
     rejected: list[tuple[Series, str]]
-    ignored: int = 0
 
     def describe(self) -> str:
         """The choice and what was left out, one series a line, with nothing that identifies a patient."""
-        lines = [f"CT:  {self.ct.label}", f"PET: {self.pet.label}", *_reasons(self.rejected)]
-        return "\n".join([*lines, f"not DICOM: {self.ignored} files"] if self.ignored else lines)
+        return "\n".join([f"CT:  {self.ct.label}", f"PET: {self.pet.label}", *_reasons(self.rejected)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +55,25 @@ class Study:
         patient_id: the patient's id as the files have it (kept out of ``repr``).
         study_uid: StudyInstanceUID of its first series (kept out of ``repr``).
         series: all series of the examination.
-        ignored: files in the folder that were no DICOM images (of the whole folder, not of this study).
     """
 
     patient_id: str = field(repr=False)
     study_uid: str = field(repr=False)
     series: list[Series]
-    ignored: int = 0
 
     @property
     def is_pet_ct(self) -> bool:
         """Whether there is at least one CT and one PET series."""
         return {"CT", "PT"} <= {s.modality for s in self.series}
 
+    @property
+    def date(self) -> str:
+        """Earliest StudyDate, YYYYMMDD; "" where none is stated."""
+        return min((s.study_date for s in self.series if s.study_date), default="")
+
     def choose(self, require_same_frame: bool = True) -> Choice:
         """:func:`choose_pet_ct` among this study's series."""
-        return choose_pet_ct(SeriesList(self.series, self.ignored), require_same_frame)
+        return choose_pet_ct(self.series, require_same_frame)
 
 
 def find_studies(folder: str | PathLike[str]) -> list[Study]:
@@ -92,9 +93,8 @@ def find_studies(folder: str | PathLike[str]) -> list[Study]:
     """
     series = find_series(folder)
     if not series:
-        others = [f"{series.ignored} files of other kinds", *series.damaged]
-        raise DicomError(f"{folder}: no DICOM series in it ({'; '.join(others)})")
-    return _studies(series)
+        raise DicomError(f"{folder}: no DICOM series in it ({'; '.join([series.account, *describe(series.damaged)])})")
+    return studies_of(series)
 
 
 def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> Choice:
@@ -143,10 +143,10 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
     for other in (c for c in fit["CT"] if c is not ct):
         mismatch = _mismatch(other, pet, require_same_frame)
         rejected.append((other, mismatch or _lost(_ct_rank(other, pet), _ct_rank(ct, pet))))
-    return Choice(ct, pet, sorted(rejected, key=lambda r: (r[0].number, r[0].uid, r[0].part)), _ignored(series))
+    return Choice(ct, pet, sorted(rejected, key=lambda r: (r[0].number, r[0].uid, r[0].part)))
 
 
-def _studies(series: Sequence[Series]) -> list[Study]:
+def studies_of(series: Sequence[Series]) -> list[Study]:
     """Groups of series of one patient that share a study or a frame of reference."""
     groups: list[tuple[set[tuple[str, str]], list[Series]]] = []
     for each in series:
@@ -156,12 +156,8 @@ def _studies(series: Sequence[Series]) -> list[Study]:
             groups.remove(group)
             links, members = links | group[0], group[1] + members
         groups.append((links, members))
-    studies = [Study(m[0].patient_id, m[0].study_uid, m, _ignored(series)) for _, m in groups]
+    studies = [Study(m[0].patient_id, m[0].study_uid, m) for _, m in groups]
     return sorted(studies, key=lambda s: (s.patient_id, s.study_uid))
-
-
-def _ignored(series: Sequence[Series]) -> int:
-    return series.ignored if isinstance(series, SeriesList) else 0
 
 
 def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple[Series, str]]]:
@@ -169,9 +165,13 @@ def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple
     patients = {s.patient_id for s in series if s.modality in ("CT", "PT")}
     if len(patients) > 1:
         raise DicomError(f"scans of {len(patients)} patients: give one patient at a time, or use find_studies")
-    pairs = [study for study in _studies(series) if study.is_pet_ct]
+    pairs = [study for study in studies_of(series) if study.is_pet_ct]
     if len(pairs) > 1:
         raise DicomError(f"{len(pairs)} PET/CT examinations of one patient: give one of them, or use find_studies")
+    for members in [study.series for study in pairs] or [list(series)]:
+        apart = people_differ(person for each in members if each.modality in ("CT", "PT") for person in each.people)
+        if apart:
+            raise DicomError(f"CT and PET differ in {apart}: of two patients with one Patient ID? Give each an id")
     if not pairs:  # the checks of each series and of each pair say what is amiss
         return list(series), []
     chosen = {id(s) for s in pairs[0].series}
@@ -192,6 +192,11 @@ def _unfit(series: Series) -> str:
         return f"a picture, not slices ({sorted(picture)[0].lower()})"
     if series.modality == "PT" and _unfit_pet(series):
         return _unfit_pet(series)
+    if series.differing:
+        return (
+            f"its images differ in {series.differing}: of several scans or patients under one Series Instance UID "
+            "(0020,000E); sort them into folders, or export them again"
+        )
     if series.damaged:
         return f"a damaged file may be a slice of it: {series.damaged}"
     if len(series) < MIN_SLICES:

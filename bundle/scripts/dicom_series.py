@@ -1,23 +1,38 @@
-"""The DICOM series in a folder, by their headers, and each as a volume.
+"""The DICOM series in folders, by their headers, and each as a volume.
 
-:func:`find_series` reads the headers of whatever lies in a folder; :func:`read_series` gives a volume in HU or in the
+:func:`find_series` reads the headers of whatever lies in folders; :func:`read_series` gives a volume in HU or in the
 PET's own units, which :func:`scripts.dicom_suv.suv_factor` turns into SUV.
 """
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import math
-import struct
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .cohort_scans import clean_id
+from .dicom_files import (
+    CONSTANT_TAGS,
+    Damaged,
+    Names,
+    describe,
+    is_other,
+    names_of,
+    ought_to_be_dicom,
+    pointed_at,
+    walk,
+)
 from .dicom_tags import (
     DicomError,
     cause_of,
@@ -26,6 +41,7 @@ from .dicom_tags import (
     needed_module,
     number_of,
     numbers_of,
+    read_file,
     read_header,
     tag_name,
     text_of,
@@ -47,30 +63,41 @@ PET_STORAGE = "1.2.840.10008.5.1.4.1.1.128"
 GAP_TOLERANCE, ROUNDING_MM = 0.1, 0.1
 SIDEWAYS_MM = 0.5  # over the whole stack; a tilted gantry moves far more
 SAME_ORIENTATION = 1e-3  # direction cosines
+AGAIN = "copy it again or remove it"
+_SCANS = {"", "CT", "PT", CT_STORAGE, PET_STORAGE}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Series:
-    """The slices of one series that lie on one grid, by their headers.
+    """The slices of one series of one patient and study that lie on one grid, by their headers.
 
-    A series whose images differ in size, pixel spacing or direction (a scout filed with its scan) becomes several of
-    these, with ``part`` 1, 2, ...; ``repeated`` counts files left out because they hold an image that is there already;
-    ``damaged`` tells of a file that cannot be read and may be one of them (:class:`Damaged`), "" where there is none.
-    Slices are sorted by their position along the normal of the slice plane.
+    A series whose images differ in size, pixel spacing, direction or frame of reference (a scout filed with its scan)
+    becomes several of these, with ``part`` 1, 2, ... Slices are sorted by their position along the normal of the slice
+    plane.
 
     Args:
+        told: of :data:`scripts.dicom_files.CONSTANT_TAGS`, the values of the first file.
+        people: (name, birth date, sex) of the patient, each combination that the files hold.
+        differing: what differs although it is one in a series, "" where nothing does: the files are of several scans.
         paths: one file a slice.
         positions: (N, 3) mm (LPS+), the centre of each slice's first pixel; None where a header has none.
         orientation: (6,) direction cosines (LPS+) of a row and of a column; None where there are none.
         pixel_spacing: (2,) mm between rows and between columns; None where there is none.
         tracer: of a PET.
+        repeated: files left out because they hold an image that is there already.
+        shared: images whose SOPInstanceUID another image of the series has.
+        damaged: what is wrong with a file that cannot be read and may be one of them, "" where there is none.
     """
 
     modality: str
     sop_class: str
     uid: str
     study_uid: str
+    study_date: str
     patient_id: str
+    told: Mapping[str, str]
+    people: frozenset[tuple[str, str, str]]
+    differing: str
     frame_of_reference: str
     number: int
     image_type: tuple[str, ...]
@@ -88,6 +115,7 @@ class Series:
     tracer: Tracer = field(default_factory=Tracer)
     part: int = 0
     repeated: int = 0
+    shared: int = 0
     damaged: str = ""
 
     def __len__(self) -> int:
@@ -137,115 +165,188 @@ class Series:
         words += [text for text in (self.units, f"kernel {self.kernel}" if self.kernel else "") if text]
         if self.modality == "PT":
             words += [_AC_WORDS[self.attenuation_corrected], self.tracer.name or "tracer not known"]
-        return ", ".join(words) + (f", {self.repeated} files repeated" if self.repeated else "")
+        words += [f"{self.repeated} files repeated"] if self.repeated else []
+        words += [f"{self.shared} images with one SOP Instance UID (0008,0018) of several"] if self.shared else []
+        return ", ".join(words)
+
+    @cached_property
+    def folders(self) -> frozenset[Path]:
+        """Where its files lie."""
+        return frozenset(path.parent for path in self.paths)
+
+    @cached_property
+    def names(self) -> dict[Path, Names]:
+        """How its files are named, by folder."""
+        return names_of(self.paths)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known to have all its slices: a PET announces how many there are (0054,0081)."""
+        return self.modality == "PT" and self.expected_slices == len(self) > 1
 
 
 class SeriesList(list[Series]):
-    """The series found, and how many files were none.
+    """The series found, and what became of every other file.
 
     Args:
         series: what was found.
-        ignored: files that are not DICOM, or DICOM without a series (a DICOMDIR).
-        damaged: what is wrong with files that say they are DICOM and cannot be read.
+        files: number of files that there are.
+        others: files that are not DICOM.
+        loose: files of DICOM that belong to no series (a DICOMDIR).
+        damaged: what cannot be read, or not be sorted.
+        lost: those of them that may hold a part of a CT or PET and that no series can be blamed for.
+        loops: number of links to a folder above them, or to themselves.
     """
 
-    def __init__(self, series: Sequence[Series] = (), ignored: int = 0, damaged: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        series: Sequence[Series] = (),
+        files: int = 0,
+        others: Sequence[Path] = (),
+        loose: int = 0,
+        damaged: Sequence[Damaged] = (),
+        lost: Sequence[Damaged] = (),
+        loops: int = 0,
+    ) -> None:
         super().__init__(series)
-        self.ignored, self.damaged = ignored, tuple(damaged)
+        self.files, self.others, self.loose = files, tuple(others), loose
+        self.damaged, self.lost, self.loops = tuple(damaged), tuple(lost), loops
 
+    @property
+    def account(self) -> str:
+        """What became of every file, in one line.
 
-@dataclass(frozen=True, repr=False)
-class Damaged:
-    """A file that says it is DICOM and cannot be read, and what its header tells as far as it goes.
-
-    Args:
-        path: the file.
-        problem: what is wrong, for people.
-        uid: of its series, "" where the header ends before.
-        patient_id: likewise.
-    """
-
-    path: Path
-    problem: str
-    uid: str = ""
-    patient_id: str = ""
-
-    @classmethod
-    def of(cls, path: Path, header: Dataset | None, problem: str) -> Damaged:
-        """From the readable part of the header, None where nothing of it can be read."""
-        if header is None:
-            return cls(path, problem)
-        whole = {header[tag].keyword for tag in sorted(header.keys())[:-1]}  # the last value may be cut off
-        told = (text_of(header, name) if name in whole else "" for name in ("SeriesInstanceUID", "PatientID"))
-        return cls(path, problem, *told)
-
-    def may_belong_to(self, series: Series) -> bool:
-        """Whether it may be a slice of a series: of that series, or beside its files and told to be of no other."""
-        if self.uid:
-            return self.uid == series.uid
-        beside = any(path.parent == self.path.parent for path in series.paths)
-        return beside and self.patient_id in ("", series.patient_id)
+        Example: ``97 files: 96 in 2 DICOM series, 1 not DICOM (.txt 1)``
+        """
+        repeated = sum(series.repeated for series in self)
+        used = sum(map(len, self)) + repeated
+        words = [f"{used} in {len(self)} DICOM series" + (f" ({repeated} repeated)" if repeated else "")]
+        if self.loose:
+            words.append(f"{self.loose} DICOM of no series (DICOMDIR)")
+        if self.others:
+            endings = Counter(path.suffix.lower() or "no ending" for path in self.others)
+            words.append(f"{len(self.others)} not DICOM ({', '.join(f'{e} {n}' for e, n in endings.most_common(5))})")
+        if self.damaged:
+            words.append(f"{len(self.damaged)} that cannot be used")
+        loops = f"; {self.loops} links in a circle, not followed" if self.loops else ""
+        return f"{self.files} files: {', '.join(words)}{loops}"
 
 
 _AC_WORDS = {True: "attenuation corrected", False: "not attenuation corrected", None: "attenuation correction unknown"}
 _HEADER_TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
+    *(*CONSTANT_TAGS, "SOPInstanceUID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("FrameOfReferenceUID", "SeriesNumber", "ImageType", "SeriesType", "CorrectedImage", "Units"),
-    *("ConvolutionKernel", "NumberOfSlices", "Rows", "Columns", "PixelSpacing"),
+    *("ConvolutionKernel", "NumberOfSlices", "Rows", "Columns", "PixelSpacing", "AcquisitionNumber", "InstanceNumber"),
     *("ImageOrientationPatient", "ImagePositionPatient"),
     *("RadiopharmaceuticalInformationSequence", "SeriesDescription"),
 )
+_ALIKE = ("SOPClassUID", "Modality", "Rows", "Columns", "FrameOfReferenceUID")
+_Files = list[tuple[Path, "Dataset"]]
 
 
-def find_series(folder: str | PathLike[str]) -> SeriesList:
-    """Read the headers of every DICOM file under a folder and sort them into series.
+def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) -> SeriesList:
+    """Read the headers of every DICOM file under folders and sort them into series.
 
-    Any mixture of series in any nesting will do. Pixels are not read.
+    Any mixture of patients and series in any nesting will do, links included. Pixels are read only of files that share
+    their SOPInstanceUID and their place. Images without a SeriesInstanceUID cannot be sorted and count as damaged.
 
     Args:
-        folder: where to look, all levels below included.
+        folders: where to look, all levels below included.
+        without: folders below them that are left alone.
 
     Returns:
-        The series, in the order of their numbers, each cut where its images change size, spacing or direction; with
-        ``.ignored``, the number of other files, and ``.damaged``. A series that a damaged file may belong to says so:
-        a slice of it may be missing.
+        The series, by patient, study and SeriesInstanceUID, in the order of their numbers, each cut where its images
+        change size, spacing, direction or frame of reference; and what became of the other files. A series that a
+        damaged file may belong to says so: a slice of it may be missing.
 
     Raises:
-        DicomError: when the folder does not exist.
+        DicomError: when a folder does not exist.
         ImportError: when pydicom is not installed.
     """
-    if not Path(folder).is_dir():
-        raise DicomError(f"{folder}: no such folder")
-    groups: dict[str, list[tuple[Path, Dataset]]] = {}
-    damaged: list[Damaged] = []
-    ignored = 0
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise DicomError(f"{folder}: no such folder")
+    found = walk(*map(Path, folders), without=without)
+    groups: dict[tuple[str, ...], _Files] = {}
+    others, damaged, loose = list(found.others), list(found.damaged), 0
     with lenient():
-        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            header = None
-            try:
-                header = read_header(path, _HEADER_TAGS)
-                if header is not None:
-                    _check_whole(header, path)
-            except DicomError as error:
-                logger.warning("%s", error)
-                damaged.append(Damaged.of(path, header, str(error)))
-                continue
-            if header is None or not text_of(header, "SeriesInstanceUID"):
-                ignored += 1
+        for path in found.files:
+            header = _header_of(path)
+            if header is None:
+                others.append(path)
+            elif isinstance(header, Damaged):
+                damaged.append(header)
+            elif not text_of(header, "SeriesInstanceUID"):
+                loose += 1
             else:
-                groups.setdefault(text_of(header, "SeriesInstanceUID"), []).append((path, header))
+                uids = (text_of(header, "StudyInstanceUID"), text_of(header, "SeriesInstanceUID"))
+                groups.setdefault((_patient(header), *uids), []).append((path, header))
         series = [part for members in groups.values() for part in _series_of(members)]
-    for file in reversed(damaged):  # the first in the folder has the last word
-        series = [replace(s, damaged=file.problem) if file.may_belong_to(s) else s for s in series]
-    problems = [file.problem for file in damaged]
-    return SeriesList(sorted(series, key=lambda s: (s.number, s.uid, s.part)), ignored, problems)
+    named = [(folder, names) for each in series for folder, names in each.names.items()]
+    stray = {
+        path
+        for path in others
+        if not is_other(path) and any(path.parent == folder and names.near(path.name) for folder, names in named)
+    }
+    others = [path for path in others if path not in stray]
+    damaged += [Damaged(path, f"not DICOM, though named like the series beside it; {AGAIN}") for path in sorted(stray)]
+    for line in describe(damaged):
+        logger.warning("%s", line)
+    series, lost = _blamed(series, damaged)
+    series.sort(key=lambda s: (s.number, s.uid, s.part))
+    files = len(found.files) + len(found.others) + len(found.damaged)
+    return SeriesList(series, files, others, loose, damaged, lost, len(found.loops))
 
 
-def _check_whole(header: Dataset, path: Path) -> None:
-    """Refuse an image, or what may be one, whose file ends within its header: pydicom reads as far as it goes."""
+def _header_of(path: Path) -> Dataset | Damaged | None:
+    """A file's header, or what is wrong with it; None for a file of another kind."""
+    header = None
+    try:
+        header = read_header(path, _HEADER_TAGS)
+        if header is None:
+            problem = ought_to_be_dicom(path)
+            return Damaged(path, problem) if problem else None
+        kinds = _check_whole(header, path)
+    except DicomError as error:
+        if header is None and is_other(path):
+            return None
+        return Damaged.of(path, header, str(error).removeprefix(f"{path.name}: "))
+    if not text_of(header, "SeriesInstanceUID") and (not kinds or kinds & {CT_STORAGE, PET_STORAGE}):
+        problem = f"no {tag_name('SeriesInstanceUID')}, which says what images belong together; export the series again"
+        return Damaged.of(path, header, problem, cut_off=False)
+    return header
+
+
+def _check_whole(header: Dataset, path: Path) -> set[str]:
+    """Refuse an image, or what may be one, whose file ends within its header: pydicom reads as far as it goes.
+
+    Returns:
+        The SOP class that the file names; none, or even two.
+    """
     kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
     if (not kinds or kinds & {CT_STORAGE, PET_STORAGE}) and not integer_of(header, "Rows"):
-        raise DicomError(f"{path.name}: not a complete DICOM file (no Rows); copy it again or remove it")
+        raise DicomError(f"{path.name}: not a complete DICOM file (no Rows); {AGAIN}")
+    return kinds
+
+
+def _blamed(series: Sequence[Series], damaged: Sequence[Damaged]) -> tuple[list[Series], list[Damaged]]:
+    """The series with what is wrong with files that may be theirs, and the files that may be of no series here.
+
+    Of the series that a file may belong to, its name can point to one, and a PET can have all slices that it announces.
+    """
+    faults: dict[int, list[Damaged]] = {}
+    lost = []
+    for each in damaged:
+        possible = [k for k, one in enumerate(series) if each.may_belong_to(one.told, one.folders)]
+        for k in (possible[n] for n in pointed_at(each.path, [series[k].names for k in possible])):
+            if not series[k].complete:
+                faults.setdefault(k, []).append(each)
+        if not possible and {each.told.get("SOPClassUID", ""), each.told.get("Modality", "")} <= _SCANS:
+            lost.append(each)
+    marked = [
+        replace(one, damaged="; ".join(describe(faults[k]))) if k in faults else one for k, one in enumerate(series)
+    ]
+    return marked, lost
 
 
 def read_headers(series: Series) -> list[Dataset]:
@@ -261,29 +362,104 @@ def read_headers(series: Series) -> list[Dataset]:
     return [header for header in headers if header is not None]
 
 
-def _series_of(members: Sequence[tuple[Path, Dataset]]) -> list[Series]:
+def _series_of(members: _Files) -> list[Series]:
     """The images of one series, cut where they change grid."""
-    parts: list[list[tuple[Path, Dataset]]] = []
-    seen: set[str] = set()
+    parts: list[_Files] = []
     for path, header in members:
-        instance = text_of(header, "SOPInstanceUID")
-        if instance in seen:
-            continue
-        seen.add(instance)
-        for part in parts:
-            if _same_grid(part[0][1], header):
-                part.append((path, header))
-                break
-        else:
+        part = next((part for part in parts if _same_grid(part[0][1], header)), None)
+        if part is None:
             parts.append([(path, header)])
+        else:
+            part.append((path, header))
     series = [_one_series(part) for part in parts]
-    repeated = len(members) - len(seen)
-    series[0] = replace(series[0], repeated=repeated)
     return series if len(series) == 1 else [replace(s, part=k) for k, s in enumerate(series, start=1)]
 
 
+def _without_copies(members: _Files) -> tuple[_Files, int]:
+    """Every image once, and how many of them share their SOPInstanceUID with another image."""
+    kept: dict[str, _Files] = {}
+    for path, header in members:
+        alike = kept.setdefault(text_of(header, "SOPInstanceUID"), [])
+        if not any(_same_image(path, header, *other) for other in alike):
+            alike.append((path, header))
+    shared = sum(len(alike) for uid, alike in kept.items() if uid and len(alike) > 1)
+    images = [member for alike in kept.values() for member in alike]
+    return sorted(images, key=lambda member: member[0]), shared
+
+
+def _same_image(path: Path, header: Dataset, other: Path, other_header: Dataset) -> bool:
+    """Whether two files of one SOPInstanceUID (none is none) hold the same image at the same place."""
+    if not text_of(header, "SOPInstanceUID") or not np.array_equal(_place(header), _place(other_header)):
+        return False
+    if path.samefile(other) or filecmp.cmp(path, other, shallow=False):
+        return True
+    try:
+        images = [read_file(each) for each in (path, other)]
+        values = [_rescaled(image.pixel_array, image, "") for image in images if image is not None]
+    except Exception:  # pixels that cannot be read are told when the series is
+        return False
+    return len(values) == 2 and np.array_equal(values[0], values[1])
+
+
+def _place(header: Dataset) -> np.ndarray:
+    """Where an image lies, in steps below which two places are one; empty where it is not stated."""
+    place = numbers_of(header, "ImagePositionPatient", 3)
+    return np.array([]) if place is None else np.round(place / SAME_POSITION_MM)
+
+
+def _differing(members: _Files) -> str:
+    """What differs among the files of one series though it is one in a series; "" where nothing does."""
+    people = people_differ({_person(header) for _, header in members})
+    if people:
+        return people
+    for name in ("StudyDate", "SeriesNumber"):
+        if len({text_of(header, name) for _, header in members}) > 1:
+            return tag_name(name)
+    numbers = Counter(
+        (text_of(header, "AcquisitionNumber"), text_of(header, "InstanceNumber")) for _, header in members
+    )
+    twice = sum(count for count in numbers.values() if count > 1)
+    if len(numbers) > 1 and 2 * twice > len(members):
+        return f"the place that one {tag_name('InstanceNumber')} has"
+    return ""
+
+
+def _patient(header: Dataset) -> str:
+    return clean_id(text_of(header, "PatientID")) if text_of(header, "PatientID") else ""
+
+
+def _person(header: Dataset) -> tuple[str, str, str]:
+    return (
+        text_of(header, "PatientName"),
+        text_of(header, "PatientBirthDate").replace(".", ""),
+        text_of(header, "PatientSex").upper(),
+    )
+
+
+def people_differ(people: Iterable[tuple[str, str, str]]) -> str:
+    """The tag by which (name, birth date, sex) are of different people, "" where they may all be of one.
+
+    What is not stated differs from nothing; names differ where they have no word in common, so that spellings,
+    titles and middle names may.
+
+    Example:
+        >>> people_differ([("Doe^Jane", "19600101", "F"), ("DOE^JANE^^Dr", "", ""), ("", "19600101", "O")])
+        ''
+        >>> people_differ([("Doe^Jane", "", ""), ("Roe^Richard", "", "")])
+        "Patient's Name (0010,0010)"
+    """
+    people = list(people)
+    if len({birth for _, birth, _ in people if birth}) > 1:
+        return tag_name("PatientBirthDate")
+    if len({sex for _, _, sex in people} & {"M", "F"}) > 1:
+        return tag_name("PatientSex")
+    names = [words for name, _, _ in people if (words := set(re.findall(r"\w+", name.upper().replace("_", " "))))]
+    apart = any(not one & other for one, other in combinations(names, 2))
+    return tag_name("PatientName") if apart else ""
+
+
 def _same_grid(one: Dataset, other: Dataset) -> bool:
-    if any(text_of(one, key) != text_of(other, key) for key in ("SOPClassUID", "Rows", "Columns")):
+    if any(text_of(one, key) != text_of(other, key) for key in _ALIKE):
         return False
     for key, count in (("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
         a, b = numbers_of(one, key, count), numbers_of(other, key, count)
@@ -295,7 +471,8 @@ def _same_grid(one: Dataset, other: Dataset) -> bool:
     return True
 
 
-def _one_series(members: Sequence[tuple[Path, Dataset]]) -> Series:
+def _one_series(files: _Files) -> Series:
+    members, shared = _without_copies(files)
     header = members[0][1]
     orientation = _unit_axes(numbers_of(header, "ImageOrientationPatient", 6))
     spacing = numbers_of(header, "PixelSpacing", 2)
@@ -310,7 +487,11 @@ def _one_series(members: Sequence[tuple[Path, Dataset]]) -> Series:
         sop_class=text_of(header, "SOPClassUID"),
         uid=text_of(header, "SeriesInstanceUID"),
         study_uid=text_of(header, "StudyInstanceUID"),
-        patient_id=text_of(header, "PatientID"),
+        study_date=text_of(header, "StudyDate").replace(".", ""),
+        patient_id=_patient(header),
+        told={name: text_of(header, name) for name in CONSTANT_TAGS},
+        people=frozenset(_person(each) for _, each in members),
+        differing=_differing(members),
         frame_of_reference=text_of(header, "FrameOfReferenceUID"),
         number=integer_of(header, "SeriesNumber"),
         image_type=words_of(header, "ImageType"),
@@ -326,6 +507,8 @@ def _one_series(members: Sequence[tuple[Path, Dataset]]) -> Series:
         paths=tuple(paths),
         positions=positions,
         tracer=tracer_of(header) if text_of(header, "Modality").upper() == "PT" else Tracer(),
+        repeated=len(files) - len(members),
+        shared=shared,
     )
 
 
@@ -358,16 +541,15 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
             cannot be decoded.
     """
     affine = series.grid.affine
-    pydicom = needed_module("pydicom")
     volume: np.ndarray | None = None
     with lenient():
         for index, path in enumerate(series.paths):
             try:
-                dataset = pydicom.dcmread(path)
-            except (OSError, EOFError, ValueError, struct.error, pydicom.errors.InvalidDicomError) as error:
-                raise DicomError(
-                    f"{series.label}: {path.name}: cannot be read ({cause_of(error)}); copy it again"
-                ) from error
+                dataset = read_file(path)
+            except DicomError as error:
+                raise DicomError(f"{series.label}: {error}") from error
+            if dataset is None:
+                raise DicomError(f"{series.label}: {path.name}: no longer DICOM; look for the series again")
             values = _rescaled(_pixels(dataset, series, path), dataset, f"{series.label}: {path.name}")
             if volume is None:
                 volume = np.empty((len(series), series.rows, series.columns), dtype=values.dtype)
@@ -416,7 +598,14 @@ def _check_gaps(depth: np.ndarray, where: str) -> None:
     if len(doubled):
         raise DicomError(
             f"{where}: {len(doubled)} positions hold more than one image, the first at {depth[doubled[0]]:.2f} mm "
-            f"(slice {doubled[0] + 1}); several time points or reconstructions are mixed: keep one"
+            f"(slice {doubled[0] + 1}); several time points, reconstructions or patients are mixed: keep one"
+        )
+    stretches = _stretches(depth)
+    if len(stretches) > 1:
+        listed = ", ".join(f"{gap:.2f} mm from {low:.2f} to {high:.2f} mm" for gap, low, high in stretches)
+        raise DicomError(
+            f"{where}: the slice spacing changes: {listed}. A volume has one: reconstruct or resample the series to "
+            "one spacing, or keep the part with the head and neck; if it should have one spacing, slices are missing"
         )
     wide = np.flatnonzero(gaps > 1.5 * step)
     if len(wide):
@@ -434,6 +623,22 @@ def _check_gaps(depth: np.ndarray, where: str) -> None:
             f"{where}: slices are unevenly spaced, {low:.2f} to {high:.2f} mm, worst at {depth[worst]:.2f} mm (slice "
             f"{worst + 1}); resample the series to one spacing"
         )
+
+
+def _stretches(depth: np.ndarray) -> list[tuple[float, float, float]]:
+    """Spacing, begin and end (mm) of the stretches of even spacing, where slices at ``depth`` (N,) form several.
+
+    None where a stretch is of fewer than three slices: single gaps are no other spacing.
+    """
+    ends, found = [0], []
+    for k in range(1, len(depth)):
+        spacing = depth[ends[-1] + 1] - depth[ends[-1]]
+        if abs(depth[k] - depth[k - 1] - spacing) > max(GAP_TOLERANCE * spacing, ROUNDING_MM):
+            found.append((float(spacing), float(depth[ends[-1]]), float(depth[k - 1])))
+            ends.append(k - 1)
+    found.append((float(depth[ends[-1] + 1] - depth[ends[-1]]), float(depth[ends[-1]]), float(depth[-1])))
+    counts = np.diff([*ends, len(depth) - 1])
+    return found if counts.min() > 1 else []
 
 
 def _check_upright(sideways: np.ndarray, length: float, where: str) -> None:
@@ -462,7 +667,7 @@ def _pixels(dataset: Dataset, series: Series, path: Path) -> np.ndarray:
         )
     try:
         values = dataset.pixel_array
-    except (RuntimeError, AttributeError, KeyError, ValueError, EOFError, struct.error) as error:
+    except Exception as error:  # damaged bytes end in nearly any error
         cause = " ".join(cause_of(error).split())
         raise DicomError(f"{where}: pixel data cannot be decoded ({cause}); copy the file again") from error
     if values.shape != (series.rows, series.columns):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+PREAMBLE = 128  # bytes before the letters DICM
 
 
 class DicomError(ValueError):
@@ -42,37 +45,124 @@ def needed_module(name: str) -> Any:
         raise ImportError(f"DICOM needs {name}: pip install pydicom highdicom") from error
 
 
+class _Leniency:
+    """pydicom's settings for the whole process, changed by the first thread that enters and restored by the last."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.changes = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self._change()
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.changes.close()
+
+    def _change(self) -> None:
+        self.changes.enter_context(needed_module("pydicom.config").disable_value_validation())
+        self.changes.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"(pydicom|highdicom)\b")
+        for name in ("pydicom", "highdicom"):
+            library = logging.getLogger(name)
+            self.changes.callback(library.setLevel, library.level)
+            library.setLevel(logging.CRITICAL)
+
+
+_leniency = _Leniency()
+
+
 @contextmanager
 def lenient() -> Iterator[None]:
     """Faults in tags that are of no use here (a study id that is too long) are not this module's to complain about.
 
-    What pydicom and highdicom warn of and log is kept back: they quote names and identifiers.
+    What pydicom and highdicom warn of and log is kept back: they quote names and identifiers. Their settings, Python's
+    filters of warnings and the levels of loggers belong to the whole process. Several threads may be inside at once:
+    the settings are changed when the first enters and are as they were when the last has left.
     """
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    levels = [logger.level for logger in loggers]
-    with needed_module("pydicom.config").disable_value_validation(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"(pydicom|highdicom)\b")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    _leniency.enter()
+    try:
+        yield
+    finally:
+        _leniency.leave()
 
 
 def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset | None:
-    """The header of a DICOM file, None for a file of another kind."""
+    """The header of a DICOM file, None for a file of another kind.
+
+    Args:
+        path: the file, with or without preamble, see :func:`read_file`.
+        keywords: of the tags to read; None: all.
+
+    Raises:
+        DicomError: when the file cannot be read, or says that it is DICOM and is not whole.
+    """
+    return read_file(
+        path, stop_before_pixels=True, specific_tags=None if keywords is None else ["SOPClassUID", *keywords]
+    )
+
+
+def read_file(path: Path, **options: Any) -> Dataset | None:
+    """A DICOM file, None for a file of another kind.
+
+    Old archives keep files without the preamble of 128 bytes and the letters ``DICM``, with or without the group 0002
+    that names the transfer syntax. Such a file is DICOM when it begins with an element of group 0002 or 0008 and names
+    a SOP class. Where no transfer syntax is named, the file is little endian as it stands, with
+    implicit or explicit VR (PS3.10, 7.1; PS3.5, A.1).
+
+    Args:
+        path: the file.
+        options: of ``pydicom.dcmread``.
+
+    Raises:
+        DicomError: when the file cannot be read, or says that it is DICOM and is not whole.
+    """
     pydicom = needed_module("pydicom")
-    tags = None if keywords is None else list(keywords)
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except pydicom.errors.InvalidDicomError:
-        return None
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error) as error:
+        with path.open("rb") as file:
+            start = file.read(PREAMBLE + 4)
+        bare = start[PREAMBLE:] != b"DICM"
+        if bare and not _begins_with_an_element(start):
+            return None
+        dataset = pydicom.dcmread(path, force=bare, **options)
+    except OSError as error:
+        raise DicomError(f"{path.name}: cannot be read ({cause_of(error)})") from error
+    except Exception as error:  # damaged bytes end in nearly any error
         raise DicomError(
             f"{path.name}: not a complete DICOM file ({cause_of(error)}); copy it again or remove it"
         ) from error
+    if bare:
+        _check_bare(dataset, path)
+    return dataset
+
+
+def _begins_with_an_element(start: bytes) -> bool:
+    """Whether bytes are an element of group 0002 or 0008 with its length, little endian."""
+    if len(start) < 8:
+        return False
+    group, element, vr, short, length = (*struct.unpack("<HH2sH", start[:8]), struct.unpack("<I", start[4:8])[0])
+    if group not in (0x0002, 0x0008) or element > 0x0100:
+        return False
+    explicit = vr in (b"UL", b"OB", b"UI", b"CS", b"SH", b"DA", b"TM", b"LO", b"DT", b"SQ")
+    return (explicit and short <= 1024) or (group == 0x0008 and length <= 1024)
+
+
+def _check_bare(dataset: Dataset, path: Path) -> None:
+    """Refuse a file without preamble that names no SOP class; name the transfer syntax where the file does not."""
+    uids = needed_module("pydicom.uid")
+    named = uids.UID(text_of(dataset, "SOPClassUID") or text_of(dataset.file_meta, "MediaStorageSOPClassUID"))
+    if not (named and named.is_valid):
+        raise DicomError(
+            f"{path.name}: begins like DICOM without a preamble and names no SOP class (ACR-NEMA, or cut off?); "
+            "convert it to DICOM, copy it again or remove it"
+        )
+    implicit, little = dataset.original_encoding
+    if "TransferSyntaxUID" not in dataset.file_meta and little:
+        dataset.file_meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else uids.ExplicitVRLittleEndian
 
 
 def cause_of(error: Exception) -> str:
@@ -80,15 +170,23 @@ def cause_of(error: Exception) -> str:
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
+def value_of(header: Dataset, keyword: str) -> Any:
+    """The value of a tag, None when it is absent or its bytes are no value of its kind."""
+    try:
+        return header.get(keyword)
+    except Exception:  # pydicom converts values when they are asked for, and damaged ones end in nearly any error
+        return None
+
+
 def text_of(header: Dataset, keyword: str) -> str:
-    """The value of a tag as text, "" when it is absent or empty."""
-    value = header.get(keyword)
+    """The value of a tag as text, "" when it is absent, empty or damaged."""
+    value = value_of(header, keyword)
     return "" if value is None else str(value).strip()
 
 
 def words_of(header: Dataset, keyword: str) -> tuple[str, ...]:
-    """The values of a multi-valued text tag in upper case, none when it is absent or empty."""
-    value = header.get(keyword)
+    """The values of a multi-valued text tag in upper case, none when it is absent, empty or damaged."""
+    value = value_of(header, keyword)
     if value is None or value == "":
         return ()
     return tuple(str(v).strip().upper() for v in ([value] if isinstance(value, str) else value))
@@ -112,8 +210,8 @@ def private_text(header: Dataset, group: int, creator: str, offset: int) -> str:
 
 def numbers_of(header: Dataset, keyword: str, count: int) -> np.ndarray | None:
     """(count,) finite numbers, None when the tag does not hold so many."""
+    value = value_of(header, keyword)
     try:
-        value = header.get(keyword)
         numbers = np.array([] if value is None else value, dtype=np.float64).ravel()
     except (TypeError, ValueError):
         return None
@@ -127,12 +225,12 @@ def integer_of(header: Dataset, keyword: str) -> int:
 
 
 def number_of(dataset: Dataset, keyword: str, default: float) -> float:
-    """A number, or the default where the tag is absent.
+    """A number, or the default where the tag is absent or empty.
 
     Raises:
         DicomError: when it is there and no number.
     """
-    if dataset.get(keyword) is None:
+    if keyword not in dataset or dataset.get_item(keyword).value in (None, b"", ""):
         return default
     number = numbers_of(dataset, keyword, 1)
     if number is None:

@@ -16,10 +16,9 @@ from typing import Any
 from scripts import cohort, cohort_tables, keys
 from scripts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
 from scripts.cohort import Case, CohortError
-from scripts.cohort_scans import Scans, find_scans, patient_key
+from scripts.cohort_scans import UNNAMED, Scans, containers, find_scans, patient_key, some
 from scripts.dicom_cases import (
     HEADER,
-    UNNAMED,
     DicomScan,
     Examination,
     clinical_values,
@@ -66,15 +65,14 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
         what = "is a single file: name the CT with --ct and the PET with --pet" if source.exists() else "is not there"
         raise CohortError(f"{source} {what}")
     if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
-        return cohort.inference_cases(source, clinical, features)
+        cases = cohort.inference_cases(source, clinical, features)
+        return _with_dicom_beside(cases, features, clinical, source)
     try:
         return _dicom_cases(find_examinations(source), features, clinical, source)
     except DicomError as error:
-        if "no DICOM series" not in str(error):
-            raise
         raise CohortError(
             f"{source} holds no scan: neither <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
-            ".nrrd) nor DICOM files; name two files with --ct and --pet"
+            f".nrrd) nor DICOM files; name two files with --ct and --pet. {error}"
         ) from error
 
 
@@ -112,7 +110,10 @@ def listed_cases(
     cases = cohort.cases_to_predict(scans, scans, tables, features, str(path))
     for case in cases:
         if case[keys.CT] and case[keys.PET] and Path(case[keys.CT]).is_dir() and Path(case[keys.PET]).is_dir():
-            _take_dicom(case, pair_examination(case[keys.CT], case[keys.PET]), features)
+            try:
+                _take_dicom(case, pair_examination(case[keys.CT], case[keys.PET]), features)
+            except DicomError as error:
+                case[keys.PROBLEM] = "; ".join(filter(None, [str(error), case[keys.PROBLEM]]))
     return cases
 
 
@@ -198,11 +199,37 @@ def clinical_object(path: str | Path) -> dict[str, Any] | None:
     return content
 
 
-def _dicom_cases(
-    found: Sequence[Examination], features: Sequence[str], clinical: str | Path | None, folder: Path
+def _with_dicom_beside(
+    cases: Sequence[Case], features: Sequence[str], clinical: str | Path | None, folder: Path
 ) -> list[Case]:
-    names = {patient_key(each.patient_id or UNNAMED) for each in found}
-    paths = [clinical] if clinical else cohort_tables.find_tables(folder, names)
+    """Cases of image files and those of DICOM in the same folder; DICOM within a patient's folder is left alone."""
+    files = [Path(case[kind]) for case in cases for kind in (keys.CT, keys.PET) if case[kind]]
+    own = {file.parent for file in files} - {folder, *containers(folder)}
+    having = {patient_key(case[keys.PATIENT_ID]) for case in cases if case[keys.CT] or case[keys.PET]}
+    try:
+        found = find_examinations(folder, own)
+    except DicomError:  # there is none
+        return list(cases)
+    for each in (each for each in found if patient_key(each.patient_id) in having):
+        logger.warning("%s: has image files; the DICOM of this patient is not read", each.name)
+    found = [each for each in found if patient_key(each.patient_id) not in having]
+    beside = _dicom_cases(found, features, clinical, folder, table_alone=False)
+    names = {patient_key(case[keys.PATIENT_ID]) for case in beside if case[keys.CT]}
+    kept = [case for case in cases if patient_key(case[keys.PATIENT_ID]) not in names]
+    known = {patient_key(case[keys.PATIENT_ID]) for case in kept}
+    return kept + [case for case in beside if patient_key(case[keys.PATIENT_ID]) not in known]
+
+
+def _dicom_cases(
+    found: Sequence[Examination],
+    features: Sequence[str],
+    clinical: str | Path | None,
+    folder: Path,
+    table_alone: bool = True,
+) -> list[Case]:
+    """Cases of DICOM examinations; ``table_alone``: also of patients whom only a table in the folder has."""
+    ids = {patient_key(each.patient_id or UNNAMED) for each in found}
+    paths = [clinical] if clinical else cohort_tables.find_tables(folder, ids)
     tables = cohort_tables.read_tables(paths, features)
     problems = cohort.patient_problems(tables, features)
     cases = []
@@ -210,14 +237,26 @@ def _dicom_cases(
         key = patient_key(each.patient_id or UNNAMED)
         case = cohort.make_case(Scans(each.name, folder), tables.records.get(key), features, bool(tables.files))
         case[keys.PROBLEM] = "; ".join(problems.get(key, []))
+        if each.sharing and key in tables.records:
+            case[keys.PROBLEM] = (
+                f"its row of the table may be another's: several people have this PatientID, by {each.sharing}"
+            )
         _take_dicom(case, each, features)
         cases.append(case)
+    absent = sorted(set(tables.records) - ids)
+    if table_alone and absent and all(folder.resolve() in Path(path).resolve().parents for path in tables.files):
+        cases += cohort.cases_to_predict(absent, {}, tables, features, str(folder))
+    elif absent:
+        logger.info("%d patients of the tables have no DICOM in %s: %s", len(absent), folder, some(absent))
     return cases
 
 
 def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -> None:
     """Put the chosen series into a case, and the age and sex that nothing else has told; log what was chosen."""
     case[keys.CT] = case[keys.PET] = None
+    patient = case[keys.PATIENT_ID]
+    for series in examination.passed_over:
+        logger.info("%s: passed over: %s: of a study without CT and PET", patient, series.label)
     if examination.choice is None:
         case[keys.PROBLEM] = "; ".join(filter(None, [examination.problem, case[keys.PROBLEM]]))
         return
@@ -225,7 +264,11 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
     case[keys.DICOM] = examination.choice
     case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
     for line in examination.choice.describe().splitlines():
-        logger.info("%s: %s", case[keys.PATIENT_ID], line)
+        logger.info("%s: %s", patient, line)
+    if examination.name != examination.patient_id:  # the name alone does not tell whose it is
+        logger.info("%s: CT from %s", patient, examination.choice.ct.paths[0].parent)
+    if examination.sharing:
+        logger.warning("%s: several people have this PatientID, by %s", patient, examination.sharing)
     for name, value in clinical_values(examination.choice, features).items():
         if case[keys.CLINICAL][name] is None:
             case[keys.CLINICAL][name] = value
