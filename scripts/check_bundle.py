@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ SECTION_IDS = {
 }
 OWN_VERSIONS = {"monai_version": "monai", "pytorch_version": "torch", "numpy_version": "numpy"}
 PACKAGE_LISTS = ("required_packages_version", "optional_packages_version")
+
+# setup.cfg and pyproject.toml of the zoo; its runtests.sh adds --skip-magic-trailing-comma
+ZOO_STYLE = """
+[tool.black]
+line-length = 120
+target-version = ["py37", "py38", "py39"]
+skip-magic-trailing-comma = true
+
+[tool.isort]
+known_first_party = ["models"]
+profile = "black"
+line_length = 120
+"""
 
 STRAY_FOLDERS = ("__pycache__", "mlruns", "runs", "wandb")
 STRAY_AT_TOP = ("data", "output", "eval")  # what the bundle's own commands and the zoo's checks leave behind
@@ -189,6 +203,7 @@ def large_files(bundle: Bundle) -> None:
     """Files over 25 MB have an address and a hash; one that is here has that hash."""
     listed = {entry.get("path", ""): entry for entry in bundle.large_files}
     problems = [f"{name or 'an entry'} has no url" for name, entry in listed.items() if not entry.get("url")]
+    problems += [f"{name} leads out of the bundle" for name in listed if leads_out(name, bundle.root)]
     for path in sorted(p for p in bundle.root.rglob("*") if p.is_file()):
         name = path.relative_to(bundle.root).as_posix()
         if name in listed:
@@ -252,6 +267,30 @@ def configs(bundle: Bundle) -> None:
             except Exception as error:  # each reader has its own
                 problems.append(f"configs/{file.name}: {_one_line(error)}")
     _complain(problems)
+
+
+def config_style(bundle: Bundle) -> None:
+    """JSON configs are written as the zoo writes them: indented by 4, each entry of a list on a line of its own."""
+    files = sorted((bundle.root / "configs").glob("*.json"))
+    _complain(
+        f"configs/{file.name} is not indented by 4 as by json.dumps"
+        for file in files
+        if (text := file.read_text(encoding="utf-8").strip()) not in (styled_json(text), styled_json(text, ascii=True))
+    )
+
+
+def code_style(bundle: Bundle) -> None:
+    """The zoo's black and isort would change nothing."""
+    if missing := [name for name in ("black", "isort") if find_spec(name) is None]:
+        raise Skipped(f"needs {' and '.join(missing)}: pip install -r tests/requirements.txt")
+    if not list((bundle.root / CODE).rglob("*.py")):
+        raise Skipped(f"no package {CODE}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(bundle.root / CODE, Path(folder) / CODE))
+        style_code(copy)
+        files = sorted(path.relative_to(copy) for path in copy.rglob("*.py"))
+        changed = [name for name in files if (copy / name).read_bytes() != (bundle.root / CODE / name).read_bytes()]
+    _complain(f"{CODE}/{name} is not formatted by the zoo's black and isort" for name in changed)
 
 
 def inference_ids(bundle: Bundle) -> None:
@@ -360,6 +399,8 @@ CHECKS: dict[str, Callable[[Bundle], None]] = {
     "metadata schema": metadata_schema,
     "exact package versions": packages,
     "configs can be read": configs,
+    "configs are indented": config_style,
+    "code style": code_style,
     "ids of the inference config": inference_ids,
     "ids of the train config": train_ids,
     "properties of the inference workflow": properties_of("inference"),
@@ -390,6 +431,7 @@ def check_bundle(directory: str, schema: str = "", model_info: str = "", dataset
         Path(model_info) if model_info else None,
         dataset_dir or None,
     )
+    print("the bundle's own code is run: check only bundles that you trust", file=sys.stderr)
     failed = [name for name, outcome in run_checks(bundle) if outcome.startswith("FAILED")]
     print(f"{len(failed)} of {len(CHECKS)} checks failed" if failed else "no check failed")
     if failed:
@@ -460,6 +502,32 @@ def stray_reason(path: Path, root: Path) -> str:
     if len(parts) > 1 and parts[0] in STRAY_AT_TOP:
         return "data or output"
     return "leftover" if path.name.endswith(STRAY_ENDINGS) else ""
+
+
+def styled_json(text: str, ascii: bool = False) -> str:
+    """A JSON text as the zoo writes it, without a line end."""
+    return json.dumps(json.loads(text), indent=4, ensure_ascii=ascii)
+
+
+def style_code(folder: Path) -> None:
+    """Format Python files in place by the zoo's isort and black.
+
+    Raises:
+        CheckError: one of them cannot; its last line says why.
+    """
+    with tempfile.TemporaryDirectory() as place:  # away from any other settings
+        settings = Path(place) / "pyproject.toml"
+        settings.write_text(ZOO_STYLE, encoding="utf-8")
+        for tool in (["isort", "--quiet", "--settings-file"], ["black", "--quiet", "--config"]):
+            command = [sys.executable, "-m", *tool, str(settings), str(folder.resolve())]
+            result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise CheckError(f"{tool[0]}: {(result.stdout + result.stderr).strip().splitlines()[-1]}")
+
+
+def leads_out(name: str, root: Path) -> bool:
+    """Whether a path of ``large_files.yml`` would be written outside the bundle."""
+    return not (root / name).resolve().is_relative_to(root.resolve())
 
 
 def package_versions(metadata: Mapping[str, Any]) -> dict[str, str]:

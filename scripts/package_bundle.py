@@ -8,8 +8,10 @@
 (``head_neck_pet_ct_multitask_of_phantoms_v0.2.0.zip`` where the weights are of phantoms.)
 
 Files over 25 MB are only in the zip; ``large_files.yml`` in the directory says where they are (``--large_files_url``)
-and what their sha256 is. Every check of ``check_bundle.py`` is passed before anything appears under its name. The same
-bundle gives the same zip, byte for byte.
+and what their sha256 is. Configs and code are written in the zoo's style. Guides that describe tools of the repository
+say that these are not in the package; ``--repository`` names its address. Every check of ``check_bundle.py`` is passed
+before anything appears under its name. The same bundle gives the same zip, byte for byte. Needs what
+``tests/requirements.txt`` names.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from command_line import run_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -37,15 +40,19 @@ sys.path.insert(0, str(ROOT / "bundle"))
 
 from check_bundle import (  # noqa: E402
     CHECKS,
+    CODE,
     LARGE_BYTES,
     LARGE_FILES,
     METADATA,
     WEIGHTS,
     Bundle,
+    CheckError,
     large_files,
     package_versions,
     run_checks,
     stray_reason,
+    style_code,
+    styled_json,
 )
 
 from scripts.ensemble import CheckpointError, name_of_release, saved_provenance  # noqa: E402
@@ -54,6 +61,8 @@ from scripts.files import write_text, written_whole  # noqa: E402
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
 SOURCE = ROOT / "bundle"
 REQUIREMENTS = ROOT / "requirements.txt"
+NEEDED = {"black": "black", "isort": "isort", "yaml": "pyyaml"}  # module -> package
+TOOL = re.compile(r"python scripts/(\w+)")
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 
 
@@ -69,6 +78,7 @@ def package_bundle(
     bundle: str = str(SOURCE),
     requirements: str = str(REQUIREMENTS),
     schema: str = "",
+    repository: str = "",
 ) -> None:
     """Write the bundle's directory and zip, and say what they hold.
 
@@ -80,7 +90,10 @@ def package_bundle(
         bundle: the directory to package.
         requirements: the requirements that the metadata's versions have to meet.
         schema: file of the metadata's schema, as for check_bundle.py.
+        repository: address of the repository, for the guides that describe its tools.
     """
+    if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
+        raise PackageError(f"needs {', '.join(missing)}: pip install -r tests/requirements.txt")
     source, folder = Path(bundle).resolve(), Path(out).resolve()
     released = name_of_release(NAME, saved_provenance(source / WEIGHTS, {}))
     target, archive = folder / NAME, folder / f"{released}_v{version}.zip"
@@ -94,6 +107,8 @@ def package_bundle(
         raise PackageError(f"{source / METADATA}: " + "; ".join(problems))
     with written_directory(target) as building:
         copy_files(source, files, metadata, building)
+        write_as_the_zoo(building)
+        guides = name_repository(building, repository)
         large = {name: path for name in files if (path := building / name).stat().st_size > LARGE_BYTES}
         require_addresses(large, large_files_url)
         fail_if_unsound(building, schema)
@@ -101,6 +116,8 @@ def package_bundle(
             write_zip(building, files, partial)
         leave_out(building, large, large_files_url)
     print(summary(target, archive, files, list(large)))
+    if guides and not repository:
+        print(f"{', '.join(guides)}: they say that tools are in the repository, but not where: --repository names it")
 
 
 def bundle_files(source: Path) -> list[str]:
@@ -194,6 +211,37 @@ def copy_files(source: Path, files: list[str], metadata: Mapping[str, Any], buil
         write_text(building / METADATA, json.dumps(metadata, indent=4, ensure_ascii=False) + "\n")
 
 
+def write_as_the_zoo(building: Path) -> None:
+    """Write configs and code in the zoo's style, which its checks ask for.
+
+    Raises:
+        PackageError: a file is no JSON or no Python.
+    """
+    try:
+        for file in sorted((building / "configs").glob("*.json")):
+            write_text(file, styled_json(file.read_text(encoding="utf-8")) + "\n")
+        style_code(building / CODE)
+    except (ValueError, CheckError) as error:
+        raise PackageError(f"the files cannot be written in the zoo's style: {error}") from error
+
+
+def name_repository(building: Path, address: str) -> list[str]:
+    """Say in every guide that describes tools of the repository that they are not in the package, and where they are.
+
+    Returns:
+        Names of the guides.
+    """
+    where = address or "ask for its address where you have the package from"
+    note = f"The commands `python scripts/...` are tools of the repository, not of this package ({where})."
+    guides = []
+    for file in sorted((building / "docs").glob("*.md")):
+        title, _, text = file.read_text(encoding="utf-8").partition("\n")
+        if any(not (building / CODE / f"{tool}.py").is_file() for tool in TOOL.findall(text)):
+            write_text(file, f"{title}\n\n{note}\n{text}")
+            guides.append(file.relative_to(building).as_posix())
+    return guides
+
+
 def require_addresses(large: Mapping[str, Path], url: str) -> None:
     """Raise PackageError for large files that nobody could download."""
     if large and not url:
@@ -235,6 +283,8 @@ def leave_out(building: Path, large: Mapping[str, Path], url: str) -> None:
         address = f"{url.rstrip('/')}/{path.name}"
         entries.append({"path": name, "url": address, "hash_val": digest, "hash_type": "sha256"})
         path.unlink()
+    import yaml
+
     write_text(building / f"{LARGE_FILES}.yml", yaml.safe_dump({LARGE_FILES: entries}, sort_keys=False))
 
 

@@ -15,8 +15,8 @@ from check_bundle import CHECKS, LARGE_BYTES, Bundle, on_path, outcome_of
 
 from conftest import SHARED_DATA
 
-NETWORK_CODE = """
-import torch
+NETWORK_CODE = """import torch
+
 
 class Double(torch.nn.Module):
     def __init__(self):
@@ -75,7 +75,7 @@ REQUIRED = ("schema", "version", "task", "network_data_format")
 
 def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=4) + "\n")
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -173,6 +173,48 @@ FAILURES: list[tuple[str, str, Spoil, str]] = [
         lambda root: change(root / "configs/metadata.json", required_packages_version={"fire": ">=0.7"}),
         "fire '>=0.7' is no exact version",
     ),
+    (
+        "leads_out",
+        "large files",
+        lambda root: write(root / "large_files.yml", {"large_files": [{"path": "../x.pt", "url": "u"}]}),
+        "../x.pt leads out of the bundle",
+    ),
+    (
+        "compact_config",
+        "configs are indented",
+        lambda root: write(root / "configs/train.json", json.dumps(TRAIN)),
+        "configs/train.json is not indented by 4",
+    ),
+    (
+        "compact_list",
+        "configs are indented",
+        lambda root: write(root / "configs/more.json", '{\n    "size": [1, 2]\n}\n'),
+        "configs/more.json is not indented by 4",
+    ),
+    (
+        "black",
+        "code style",
+        lambda root: write(root / "scripts/double.py", NETWORK_CODE.replace("2.0", " 2.0 ")),
+        "scripts/double.py is not formatted by the zoo's black and isort",
+    ),
+    (
+        "trailing_comma",
+        "code style",
+        lambda root: write(root / "scripts/more.py", "SIZE = [\n    1,\n    2,\n]\n"),
+        "scripts/more.py is not formatted",
+    ),
+    (
+        "isort",
+        "code style",
+        lambda root: write(root / "scripts/more.py", "import torch\nimport os\n"),
+        "scripts/more.py is not formatted",
+    ),
+    (
+        "no_python",
+        "code style",
+        lambda root: write(root / "scripts/more.py", "def ("),
+        "black: ",
+    ),
     ("no_json", "configs can be read", lambda root: write(root / "configs/train.json", "{"), "configs/train.json"),
     (
         "no_device",
@@ -236,6 +278,8 @@ FAILURES: list[tuple[str, str, Spoil, str]] = [
 
 @pytest.mark.parametrize(("check", "spoil", "message"), [pytest.param(*case[1:], id=case[0]) for case in FAILURES])
 def test_each_check_fails_for_its_own_reason(doubling: Bundle, check: str, spoil: Spoil, message: str) -> None:
+    if check == "code style":
+        pytest.importorskip("black"), pytest.importorskip("isort")
     spoil(doubling.root)
     result = outcome(check, doubling)
     assert result.startswith("FAILED")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from ensemble_folds import empty_ensemble
 from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
 from packaging.version import Version
 
-from conftest import BUNDLE, TINY, make_tiny_cohort
+from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
 from scripts.ensemble import save_weights
 
 SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -39,6 +41,10 @@ def installed_versions() -> dict[str, Any]:
     versions = {each.name: Version(importlib.metadata.version(each.name)).public for each in names}
     own = {key: versions.pop(package) for key, package in OWN_VERSIONS.items()}
     return {**own, "required_packages_version": versions}
+
+
+pytest.importorskip("black", reason="needs pip install -r tests/requirements.txt")
+pytest.importorskip("isort", reason="needs pip install -r tests/requirements.txt")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package_bundle, "run_checks", lambda bundle, names: [])
 
 
+def imports_first(code: bytes) -> ast.Module:
+    """A module whose imports stand in one order: they are sorted otherwise in the package."""
+    tree = ast.parse(code)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in imports:
+        node.names.sort(key=lambda name: name.name)
+    rest = [node for node in tree.body if node not in imports]
+    return ast.Module([*sorted(imports, key=ast.dump), *rest], [])
+
+
 # --- what is in it ------------------------------------------------------------------------------------------------
 def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Path) -> None:
     assert sorted(path.name for path in package.iterdir()) == [NAME, f"{NAME}_of_phantoms_v9.8.7.zip"]
@@ -84,10 +100,68 @@ def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Pa
     assert {f"scripts/{path.name}" for path in BUNDLE.glob("scripts/*.py")} <= files
     assert not [name for name in files if name.startswith(("output", "data")) or "pycache" in name or "/." in name]
     for name in files:
-        assert (root / name).read_bytes() == (source / name).read_bytes()
+        packaged, original = (root / name).read_bytes(), (source / name).read_bytes()
+        if name.endswith(".json"):
+            assert json.loads(packaged) == json.loads(original)
+        elif name.endswith(".py"):
+            assert ast.dump(imports_first(packaged)) == ast.dump(imports_first(original)), name
+        elif name.endswith(".md"):
+            assert packaged.endswith(original.partition(b"\n")[2])
+        else:
+            assert packaged == original
     with zipfile.ZipFile(package / f"{NAME}_of_phantoms_v9.8.7.zip") as archive:
         assert archive.namelist() == sorted(f"{NAME}/{name}" for name in files)
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_configs_and_code_are_in_the_zoos_style(package: Path) -> None:
+    """By the zoo's own commands, in a folder like the zoo's."""
+    files = list((package / NAME / "configs").glob("*.json"))
+    assert len(files) == 8
+    for file in files:
+        assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=4, ensure_ascii=False) + "\n"
+
+
+def test_the_zoos_commands_find_nothing(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package / NAME, tmp_path / "models" / NAME)
+    black = "[tool.black]\nline-length = 120\ntarget-version = ['py37', 'py38', 'py39']\n"
+    (tmp_path / "pyproject.toml").write_text(black)
+    (tmp_path / "setup.cfg").write_text("[isort]\nknown_first_party = models\nprofile = black\nline_length = 120\n")
+    for command in (["isort", "--check"], ["black", "--skip-magic-trailing-comma", "--check"]):
+        ended = subprocess.run([sys.executable, "-m", *command, "."], cwd=tmp_path, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_guides_say_that_tools_are_not_in_the_package(package: Path, source: Path, tmp_path: Path, quick: None) -> None:
+    package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source), repository="https://example.org/tools")
+    tools = {path.stem for path in (ROOT / "scripts").iterdir()} - {path.stem for path in BUNDLE.glob("scripts/*.py")}
+    told = []
+    for guide in sorted((tmp_path / NAME / "docs").glob("*.md")):
+        text = guide.read_text()
+        if any(re.search(rf"scripts/{tool}\b", text) for tool in tools):
+            told.append(guide.name)
+            assert "tools of the repository, not of this package (https://example.org/tools)" in text.split("\n")[2]
+            assert "ask for its address" in (package / NAME / "docs" / guide.name).read_text().split("\n")[2]
+    assert {"README.md", "predict.md", "label.md", "deploy.md", "exports.md"} <= set(told)
+
+
+def test_without_the_packages_that_it_needs_it_says_which(source: Path, tmp_path: Path) -> None:
+    """As after the installation of requirements.txt alone."""
+    code = (
+        "import importlib.util as util, runpy, sys; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name in ('yaml', 'black', 'isort') else find(name, *rest)\n"
+        "sys.modules['yaml'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    typed = [str(ROOT / "scripts" / "package_bundle.py"), "--version", "9.8.7", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, *typed, "--bundle", str(source)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]),
+    }
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = "package_bundle: needs black, isort, pyyaml: pip install -r tests/requirements.txt\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_bundle_gives_the_same_zip(package: Path, source: Path, tmp_path: Path, quick: None) -> None:
