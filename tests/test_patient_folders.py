@@ -74,3 +74,36 @@ def test_an_earlier_prediction_names_only_files_of_its_own_folder(work, file):
     forget(folder)
     assert list(folder.iterdir()) == []
     assert others(work) == ["CHUM-007__tumour.nii.gz", "prediction.json"]
+
+
+def test_a_list_of_patients_of_every_name(work, model):
+    """Each is predicted, has a folder and a report of its own, and is called in the table as in the list."""
+    scans = sorted(path.relative_to(work / "given") for path in (work / "given").rglob("*__*.nii.gz"))
+    names = [
+        "<script>alert(1)</script>",
+        r"$\frac{$",
+        "=1+1",
+        "../up",
+        "a/b",
+        "a_b",
+        "CON",
+        "x" * 300,
+        "Mu\u0308ller\x1b[31m",
+    ]
+    rows = [{"patient_id": name, "ct": str(scans[0]), "pet": str(scans[1]), "Age": 61} for name in names]
+    (work / "given" / "cases.json").write_text(json.dumps(rows))
+    output = work / "results"
+    predict(str(work / "given" / "cases.json"), str(output), ckpt_dir=str(model), device="cpu", report=True)
+    with (output / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    shown = [*names[:2], "'=1+1", *names[3:8], "M\u00fcller\\x1b[31m"]
+    assert sorted(row["PatientID"] for row in table) == sorted(shown)
+    assert {row["status"] for row in table} == {"ok"}
+    assert {path.name for path in work.iterdir()} == {"given", "other_results", "results"}
+    folders = [path for path in output.iterdir() if path.is_dir()]
+    assert len(folders) == len(names) and all((folder / "report.pdf").is_file() for folder in folders)
+    assert {row["mask"].split("/")[0] for row in table} == {folder.name for folder in folders}
+    pages = [path.read_text(encoding="utf-8") for path in (output / "index.html", *output.glob("*/report.html"))]
+    assert not [page for page in pages if "<script>alert" in page]
+    assert sum("&lt;script&gt;alert" in page for page in pages) == 2
+    assert pages[0].count("/report.html") == len(names)
