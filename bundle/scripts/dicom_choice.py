@@ -201,8 +201,10 @@ def _unfit(series: Series) -> str:
         return f"a damaged file may be a slice of it: {series.damaged}"
     if len(series) < MIN_SLICES:
         return f"only {len(series)} slices"
-    if series.normal is None or series.positions is None or series.pixel_spacing is None or not series.rows:
+    if series.normal is None or series.positions is None or series.pixel_spacing is None:
         return "no position in space in its headers"
+    if not series.rows or not series.columns:
+        return "no size in its headers (Rows, Columns)"
     if abs(series.normal[2]) < AXIAL_COSINE:
         return "slices are not axial"
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dicom_series import Series, read_headers
-from .dicom_tags import DicomError, lenient, needed_module, text_of
+from .dicom_tags import DicomError, lenient, needed_module, numbers_of, tag_name, text_of
 from .files import written_whole
 from .keys import RESEARCH_USE_ONLY
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 1024  # letters of a short text (ST)
 SEG_SERIES_NUMBER = 9101  # far above those of scanners
 UTF_8 = "ISO_IR 192"  # holds whatever the source's names and the notes are written in
+RED = (230, 40, 40)  # of 255, in which viewers draw the tumour
+REFERRED = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+# Of patient and study, what every DICOM object has, with an empty value where it is not known.
+DESCRIBED = ("PatientID", "PatientName", "AccessionNumber", "StudyID", "ReferringPhysicianName")
+SEXES = ("M", "F", "O")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def write_seg(
     One segment: category Morphologically Abnormal Structure (SCT 49755003), type Neoplasm (SCT 108369006; primary and
     nodes are one label), region Head and Neck (SCT 774007). Only slices with tumour are stored. An empty mask is
     written with all its empty slices, since "looked for and not found" is a result. The segment's description says that
-    it is for research use only and what the model was trained on.
+    it is for research use only and what the model was trained on. Tags of patient and study that the CT lacks, as after
+    de-identification, are empty; where it lacks a slice thickness, the distance of the slices stands there.
 
     Args:
         path: where to; the file appears whole or not at all.
@@ -88,7 +94,8 @@ def write_seg(
         The dataset as written, for :func:`write_sr`.
 
     Raises:
-        DicomError: when the mask is not on the grid of ``source`` or holds other values.
+        DicomError: when the mask is not on the grid of ``source`` or holds other values; when the CT lacks a UID by
+            which a segmentation refers to it.
     """
     if tuple(mask.shape) != source.grid.shape:
         raise DicomError(f"the mask has shape {tuple(mask.shape)}, the CT {source.grid.shape}")
@@ -96,9 +103,15 @@ def write_seg(
         raise DicomError("the mask holds values other than the integers 0 and 1")
     hd = needed_module("highdicom")
     frames = np.ascontiguousarray(mask.transpose(2, 1, 0).astype(np.uint8))
+    images = source_headers(source)
     with lenient():
+        if not all(text_of(image, "FrameOfReferenceUID") for image in images):
+            name = tag_name("FrameOfReferenceUID")
+            raise DicomError(f"{source.label}: no {name}, without which a segmentation has no place in space")
+        for image in images:
+            _state_slices(image, float(np.linalg.norm(source.grid.affine[:3, 2])))
         seg = hd.seg.Segmentation(
-            source_images=source_headers(source),
+            source_images=images,
             pixel_array=frames,
             segmentation_type="BINARY",
             segment_descriptions=[_segment(model)],
@@ -124,12 +137,50 @@ def save_whole(dataset: Dataset, path: str | PathLike[str]) -> None:
 
 
 def source_headers(series: Series) -> list[Dataset]:
-    """Headers to take patient and study tags from; a study id that is too long for DICOM is cut."""
+    """Headers to refer to and to take patient and study tags from.
+
+    What de-identification has removed, or replaced by what is no date, time or sex, is empty in them. A study id that
+    is too long for DICOM is cut.
+
+    Raises:
+        DicomError: when a UID by which other objects refer to the images is missing.
+    """
     headers = read_headers(series)
-    for header in headers:
-        if "StudyID" in header:
-            header.StudyID = text_of(header, "StudyID")[:16]
+    with lenient():
+        for header in headers:
+            lacking = [tag_name(keyword) for keyword in REFERRED if not text_of(header, keyword)]
+            if lacking:
+                raise DicomError(
+                    f"{series.label}: no {lacking[0]}, by which segmentation and report refer to the images"
+                )
+            _describe(header)
     return headers
+
+
+def _describe(header: Dataset) -> None:
+    """Give a header all that is copied from it, empty where it has none that can be copied."""
+    valuerep = needed_module("pydicom.valuerep")
+    for keyword in DESCRIBED:
+        if header.get(keyword) is None or header[keyword].VM > 1:
+            setattr(header, keyword, "")
+    header.StudyID = text_of(header, "StudyID")[:16]
+    for keyword, kind in (("PatientBirthDate", "DA"), ("StudyDate", "DA"), ("StudyTime", "TM")):
+        text = text_of(header, keyword)
+        try:
+            getattr(valuerep, kind)(text)
+        except ValueError:
+            text = ""
+        setattr(header, keyword, text)
+    sex = text_of(header, "PatientSex")
+    header.PatientSex = sex if sex in SEXES else ""
+
+
+def _state_slices(image: Dataset, distance_mm: float) -> None:
+    """Thickness and distance of the slices; the latter is measured, whatever the header says."""
+    thickness = numbers_of(image, "SliceThickness", 1)
+    if thickness is None or thickness[0] <= 0:
+        image.SliceThickness = f"{distance_mm:.6g}"
+    image.SpacingBetweenSlices = f"{distance_mm:.6g}"
 
 
 def code(scheme: str, value: str, meaning: str) -> Any:
@@ -155,6 +206,7 @@ def _segment(model: Model) -> Any:
         tracking_uid=hd.UID(),
         tracking_id="Tumour",
         anatomic_regions=[head_and_neck()],
+        display_color=hd.color.CIELabColor.from_rgb(*RED),
     )
     segment.SegmentDescription = " ".join(model.statements)[:LONGEST_TEXT]
     return segment

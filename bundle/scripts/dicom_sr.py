@@ -123,6 +123,7 @@ def write_sr(
             imaging_measurements=groups,
             title=code("DCM", "126000", "Imaging Measurement Report"),
         )
+        _separate(report[0])
         evidence = [*source_headers(ct), *source_headers(pet), *([seg] if seg is not None else [])]
         document = hd.sr.ComprehensiveSR(
             evidence=evidence,
@@ -139,6 +140,17 @@ def write_sr(
         )
         save_whole(document, path)
     return document
+
+
+def _separate(item: Any) -> None:
+    """Say that the items of each container stand on lines of their own.
+
+    highdicom says CONTINUOUS, by which the standard has them rendered as running text, without their names.
+    """
+    if item.ValueType == "CONTAINER":
+        item.ContinuityOfContent = "SEPARATE"
+    for child in item.get("ContentSequence") or []:
+        _separate(child)
 
 
 def _private_code(value: str) -> Any:

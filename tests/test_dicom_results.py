@@ -1,0 +1,189 @@
+"""SEG and SR of scans that lack tags; what viewers and renderers need of both."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_study import write_series
+
+from scripts.dicom_cases import find_examinations
+from scripts.dicom_choice import choose_pet_ct
+from scripts.dicom_seg import Model, write_seg
+from scripts.dicom_series import find_series
+from scripts.dicom_sr import Findings, write_sr
+from scripts.dicom_tags import DicomError
+
+pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
+hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
+from pydicom.config import disable_value_validation  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
+MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
+FINDINGS = Findings(volume_ml=12.5, suv_max=14.25, lesions=2, log_hazard=-0.75, survival={730: 0.81}, hpv_positive=True)
+# What a scanner writes beside the tags of write_series().
+SCANNER = {
+    **{"SpecificCharacterSet": "ISO_IR 100", "SeriesDate": "20200102", "SeriesTime": "100000", "StudyDescription": "S"},
+    **{"AcquisitionDate": "20200102", "AcquisitionTime": "100000", "ContentDate": "20200102", "ContentTime": "100000"},
+    **{"PatientAge": "050Y", "PatientWeight": 70, "KVP": 120, "AcquisitionNumber": 1, "SliceLocation": 3},
+    **{"SpacingBetweenSlices": 3, "InstitutionName": "X", "ManufacturerModelName": "M", "ConvolutionKernel": "B31f"},
+}
+# Patient and study in every DICOM object, with an empty value where it is not known (type 2).
+EMPTY_OR_NOT = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber"),
+    *("StudyID", "ReferringPhysicianName"),
+)
+# Without these there are no slices, no place in space or nothing to refer to.
+INDISPENSABLE = {
+    **{"SOPClassUID": "not stored as CT", "Modality": "no usable CT", "FrameOfReferenceUID": "none stated"},
+    **{"SOPInstanceUID": "CT", "StudyInstanceUID": "Study Instance UID", "SeriesInstanceUID": "no usable CT"},
+    **{"ImagePositionPatient": "no position", "ImageOrientationPatient": "no position", "PixelSpacing": "no position"},
+    **{"Rows": "no usable CT", "Columns": "no usable CT", "PatientID": "2 patients"},
+}
+
+
+def study(folder):
+    """A CT and a PET of one study."""
+    write_series(folder / "ct", shape=(8, 6), depths=np.arange(9) * 3.0, tags=SCANNER)
+    pet = {"SeriesNumber": 2, "PixelSpacing": [5, 5]}
+    write_series(folder / "pet", "PT", uid="1.2.3.4.4", depths=np.arange(9) * 3.0, tags=pet)
+    return folder
+
+
+def change(folder, edit):
+    """Change the header of every file."""
+    with disable_value_validation():
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            dataset = pydicom.dcmread(path)
+            edit(dataset)
+            dataset.save_as(path)
+
+
+def without(keyword):
+    """An edit that removes a tag."""
+    return lambda dataset: dataset.__delitem__(keyword) if keyword in dataset else None
+
+
+def results(folder, out):
+    """SEG and SR of the study in a folder, read back."""
+    choice = choose_pet_ct(find_series(folder))
+    mask = np.zeros(choice.ct.grid.shape, np.uint8)
+    mask[1:4, 2:5, 3:6] = 1
+    seg = write_seg(out / "seg.dcm", mask, choice.ct, model=MODEL)
+    write_sr(out / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    read = hd.seg.segread(out / "seg.dcm")
+    assert read.pixel_array.sum() == mask.sum()
+    return read, hd.sr.srread(out / "sr.dcm")
+
+
+TAGS = sorted(
+    {
+        *SCANNER,
+        *EMPTY_OR_NOT,
+        *("ImageType", "SeriesDescription", "Manufacturer", "PatientPosition", "SeriesNumber", "InstanceNumber"),
+        *("PositionReferenceIndicator", "Laterality", "SliceThickness", "RescaleSlope", "RescaleIntercept"),
+        *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
+        *("PixelRepresentation", "SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID"),
+        *("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"),
+    }
+)
+
+
+def test_the_table_holds_every_tag_of_the_ct(tmp_path):
+    header = pydicom.dcmread(next((study(tmp_path) / "ct").iterdir()), stop_before_pixels=True)
+    assert {element.keyword for element in header} == set(TAGS)
+
+
+@pytest.mark.parametrize("keyword", TAGS)
+def test_any_tag_of_the_ct_may_be_absent(tmp_path, keyword):
+    change(study(tmp_path / "in") / "ct", without(keyword))
+    if keyword in INDISPENSABLE:
+        with pytest.raises(DicomError, match=INDISPENSABLE[keyword]):
+            results(tmp_path / "in", tmp_path)
+        return
+    for written in results(tmp_path / "in", tmp_path):
+        for name in EMPTY_OR_NOT:
+            assert name in written, f"{name} is of type 2"
+        assert not written.get(keyword) or keyword not in EMPTY_OR_NOT
+
+
+@pytest.mark.parametrize("keyword", EMPTY_OR_NOT)
+def test_tags_of_patient_and_study_may_be_absent_everywhere(tmp_path, keyword):
+    change(study(tmp_path / "in"), without(keyword))
+    for written in results(tmp_path / "in", tmp_path):
+        assert keyword in written and not written[keyword].value
+
+
+def test_all_tags_of_patient_and_study_may_be_absent_at_once(tmp_path):
+    change(
+        study(tmp_path / "in"), lambda dataset: [dataset.pop(name, None) for name in (*EMPTY_OR_NOT, "SliceThickness")]
+    )
+    for written in results(tmp_path / "in", tmp_path):
+        assert [written[name].value or None for name in EMPTY_OR_NOT] == [None] * len(EMPTY_OR_NOT)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        pytest.param({"PatientBirthDate": "ANONYMIZED"}, id="birth_date"),
+        pytest.param({"StudyDate": "0"}, id="study_date"),
+        pytest.param({"StudyTime": "REMOVED"}, id="study_time"),
+        pytest.param({"PatientSex": "U"}, id="sex"),
+        pytest.param({"PatientSex": "REMOVED"}, id="sex_removed"),
+        pytest.param({"PatientName": ["A", "B"]}, id="two_names"),
+        pytest.param({"AccessionNumber": ["A", "B"]}, id="two_accession_numbers"),
+    ],
+)
+def test_values_that_are_none_of_their_kind_are_emptied(tmp_path, tags):
+    change(study(tmp_path / "in"), lambda dataset: [setattr(dataset, name, value) for name, value in tags.items()])
+    for written in results(tmp_path / "in", tmp_path):
+        assert [str(written[name].value or "") for name in tags] == [""] * len(tags)
+
+
+@pytest.mark.parametrize("thickness", [None, "", 0, 5])
+@pytest.mark.parametrize("spacing", [None, 0, 7])
+def test_slices_of_the_segmentation(tmp_path, thickness, spacing):
+    def edit(dataset):
+        for name, value in (("SliceThickness", thickness), ("SpacingBetweenSlices", spacing)):
+            without(name)(dataset)
+            if value is not None:
+                setattr(dataset, name, value)
+
+    change(study(tmp_path / "in") / "ct", edit)
+    seg, _ = results(tmp_path / "in", tmp_path)
+    [measures] = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert (measures.SliceThickness, measures.SpacingBetweenSlices) == (thickness or 3, 3)
+
+
+def test_the_segment_has_a_colour(tmp_path):
+    seg, _ = results(study(tmp_path / "in"), tmp_path)
+    lightness, a, b = seg.SegmentSequence[0].RecommendedDisplayCIELabValue
+    assert 0.3 < lightness / 65535 < 0.7, "neither black nor white"
+    assert a / 257 - 128 > 40 and b / 257 - 128 > 20, "red"
+
+
+def containers(item):
+    """A container and all below it."""
+    inner = [found for child in item.get("ContentSequence", []) for found in containers(child)]
+    return [item, *inner] if item.ValueType == "CONTAINER" else inner
+
+
+def test_items_of_the_report_stand_on_lines_of_their_own(tmp_path):
+    results(study(tmp_path / "in"), tmp_path)
+    report = pydicom.dcmread(tmp_path / "sr.dcm")
+    assert [item.ContinuityOfContent for item in containers(report)] == ["SEPARATE"] * 4
+    stated = []
+    report.walk(lambda dataset, element: stated.append(dataset) if element.keyword == "ContinuityOfContent" else None)
+    assert all(item.ValueType == "CONTAINER" for item in stated) and len(stated) == 4
+
+
+@pytest.mark.parametrize("name", ["B07", "d0", "d6"])
+def test_shared_cases_without_tags(tmp_path, name):
+    folder = SHARED / "seg-tags-absent" / name
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    [found] = find_examinations(folder)
+    seg = write_seg(tmp_path / "seg.dcm", np.ones(found.choice.ct.grid.shape, np.uint8), found.choice.ct, model=MODEL)
+    write_sr(tmp_path / "sr.dcm", FINDINGS, ct=found.choice.ct, pet=found.choice.pet, model=MODEL, seg=seg)
+    for file in ("seg.dcm", "sr.dcm"):
+        written = pydicom.dcmread(tmp_path / file)
+        assert all(keyword in written for keyword in EMPTY_OR_NOT)
