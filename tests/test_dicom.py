@@ -747,7 +747,7 @@ def test_no_half_file_is_left(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Dataset, "save_as", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="no space left"):
         write_seg(tmp_path / "out" / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
     assert list((tmp_path / "out").iterdir()) == []
 
