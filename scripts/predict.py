@@ -25,7 +25,7 @@ from scripts.clinical import FEATURES  # noqa: E402
 from scripts.cohort import Case  # noqa: E402
 from scripts.engine import plain_errors  # noqa: E402
 from scripts.files import in_config, require_writable  # noqa: E402
-from scripts.inputs import add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
+from scripts.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
 from scripts.outputs import FAILED, OK, is_link  # noqa: E402
 
 if TYPE_CHECKING:
@@ -179,7 +179,10 @@ def gather_cases(source: str, features: Sequence[str], clinical: str | None, val
         values: of the only patient, as typed.
     """
     own = None if clinical is None else clinical_object(clinical)
-    cases = find_cases(source, features, None if own is not None else clinical)
+    try:
+        cases = find_cases(source, features, None if own is not None else clinical)
+    except NoScanError as error:
+        raise UsageError(f"{error}; two files are named with --ct and --pet") from error
     return with_values(cases, clinical, own, values)
 
 

@@ -390,6 +390,37 @@ def test_output_of_an_earlier_run_is_never_mixed_with_the_new(sdk, tmp_path):
         sdk.app.unused(tmp_path)
 
 
+@pytest.mark.skipif(find_spec("holoscan") is not None, reason="MONAI Deploy is in this environment")
+def test_without_monai_deploy_it_says_so_in_one_line(tmp_path):
+    said = run_app(tmp_path, tmp_path / "out", BUNDLE, code=1)
+    assert said.count("\n") == 1 and said.startswith("error: MONAI Deploy cannot be imported (No module named ")
+    assert "pip install -r scripts/deploy_app/requirements.txt" in said
+
+
+@needs_sdk
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param(["--input", "absent"], "--input/-i: No such file/folder", id="no_study"),
+        pytest.param(["--model", "absent"], "--model/-m: No such file/folder", id="no_bundle"),
+        pytest.param(["--ct", "a"], "unrecognized arguments: --ct a", id="unknown"),
+        pytest.param(["--input"], "expected one argument", id="no_value"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_ends_as_documented(tmp_path, option, message):
+    ended = subprocess.run([sys.executable, str(APP), *option], cwd=tmp_path, capture_output=True, text=True)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1 and last.startswith("error: ") and message in last
+
+
+@needs_sdk
+def test_a_folder_without_scans_is_told_without_options_of_other_tools(sdk, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CohortError, match="holds no scan") as error:
+        sdk.operators.read_study(tmp_path, ("age",))
+    assert "--" not in str(error.value)
+
+
 # --- the application -----------------------------------------------------------------------------------------------
 
 

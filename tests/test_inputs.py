@@ -163,7 +163,7 @@ def forbid(monkeypatch, folders: set[Path]) -> None:
 
 def test_a_single_scan_asks_for_the_other(tmp_path):
     add_scans(tmp_path, "A-1")
-    with pytest.raises(CohortError, match="single file: name the CT with --ct"):
+    with pytest.raises(CohortError, match="is a single file, neither a folder nor a list"):
         find_cases(tmp_path / "A-1__CT.nii.gz", FEATURES)
 
 

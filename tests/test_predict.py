@@ -30,6 +30,7 @@ from scripts.clinical import FEATURES
 from scripts.cohort import CohortError
 from scripts.files import WriteError
 from scripts.images import read_image
+from scripts.inputs import NoScanError, find_cases
 
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
 SPACING = 8.0
@@ -474,6 +475,16 @@ def test_a_failed_structured_report_keeps_the_rest(patients, options, tmp_path, 
     run(dicom_of(patients, tmp_path / "in"), tmp_path / "out", code=1, **options)
     assert set(prediction_of(tmp_path / "out")["files"]) == {"mask", "dicom_seg"}
     assert "CHUM-001: incomplete: no DICOM objects: no ink" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "."])
+def test_a_place_without_scans_is_told_with_what_to_do_here_alone(name, patients, options, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match="two files are named with --ct and --pet"):
+        predict(str(tmp_path / name), str(tmp_path / "out"), **options)
+    with pytest.raises(NoScanError) as error:  # as other tools tell it, which have no such options
+        find_cases(tmp_path / name)
+    assert "--" not in str(error.value)
 
 
 # --- an output that takes nothing ----------------------------------------------------------------------------------

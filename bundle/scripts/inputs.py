@@ -37,6 +37,10 @@ _COLUMNS = {
 }
 
 
+class NoScanError(CohortError):
+    """Nothing in a place is named as scans are; two files may be there all the same."""
+
+
 def find_cases(
     source: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
 ) -> list[Case]:
@@ -62,17 +66,18 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
     if source.is_file() and source.suffix.lower() in LISTS:
         return listed_cases(source, features, clinical)
     if not source.is_dir():
-        what = "is a single file: name the CT with --ct and the PET with --pet" if source.exists() else "is not there"
-        raise CohortError(f"{source} {what}")
+        if source.exists():
+            raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
+        raise CohortError(f"{source} is not there")
     if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
         cases = cohort.inference_cases(source, clinical, features)
         return _with_dicom_beside(cases, features, clinical, source)
     try:
         return _dicom_cases(find_examinations(source), features, clinical, source)
     except DicomError as error:
-        raise CohortError(
+        raise NoScanError(
             f"{source} holds no scan: neither <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
-            f".nrrd) nor DICOM files; name two files with --ct and --pet. {error}"
+            f".nrrd) nor DICOM files. {error}"
         ) from error
 
 

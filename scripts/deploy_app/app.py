@@ -8,13 +8,15 @@ control rejects it. See ``bundle/docs/deploy.md``.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from monai.deploy.conditions import CountCondition
-from monai.deploy.core import Application
+from monai.deploy.core import Application, parse_args
 
 FORCE = "QUALITY_FORCE"
 SWITCH = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
@@ -91,9 +93,27 @@ def forced() -> bool:
     return SWITCH[value]
 
 
-def main() -> None:
-    """Run the application; a study that cannot be predicted ends it with one line that says why, and code 1."""
+def check_arguments() -> None:
+    """Read the command line as the SDK will, which ends a program with code 2 and its usage.
+
+    Raises:
+        AppError: it cannot be read.
+    """
+    said = io.StringIO()
     try:
+        with redirect_stderr(said):
+            parse_args(sys.argv)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        why = said.getvalue().strip().rpartition("error: ")[2]
+        raise AppError(f"{why}; there are --input STUDY, --output OUT and --model BUNDLE") from None
+
+
+def main() -> None:
+    """Run the application; options or a study that cannot be used end it with one line that says why, and code 1."""
+    try:
+        check_arguments()
         HeadNeckPetCtApp().run()
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
