@@ -446,6 +446,12 @@ def test_absent_tags_that_are_not_needed_are_no_doubt(changes):
         ),
         pytest.param([pet_header(), parts(PART_1, PART_2)], "differ in the number of items", id="slices_and_items"),
         pytest.param([pet_header(), pet_header(**{CLOCK: "101000"})], r"differ in .*1072\)", id="slices_and_injection"),
+        pytest.param(
+            pet_header(Units="CNTS", private=(*PHILIPS, 0, "UN", b"1e400")), r"\(7053,1000\).*finite", id="factor_inf"
+        ),
+        pytest.param(
+            pet_header(Units="CNTS", private=(*PHILIPS, 0, "UN", b"x")), r"\(7053,1000\).*finite", id="factor_text"
+        ),
         pytest.param(pet_header(RadionuclideTotalDose=370e3), "is 370000 Bq.*check its unit", id="dose_in_kbq"),
         pytest.param(pet_header(RadionuclideTotalDose=10), "is 10 Bq.*check its unit", id="dose_in_mci"),
         pytest.param(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -203,9 +204,12 @@ def _if_stated(look: Callable[[], T], doubts: list[str]) -> T | None:
 def _as_number(text: str, where: str) -> float:
     """A tag's number, 0 when it is empty."""
     try:
-        return float(text or 0)
-    except ValueError as error:
-        raise DicomError(f"{where} is {text!r}, not a number") from error
+        number = float(text or 0)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DicomError(f"{where} is not a finite number")
+    return number
 
 
 def _check_tracer(slices: Sequence[Dataset], doubts: list[str]) -> None:
