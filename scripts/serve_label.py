@@ -8,6 +8,7 @@ images and start a training.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -21,8 +22,12 @@ from command_line import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
-SERVER = Path(__file__).resolve().parent / "label_server"
+sys.path.insert(0, str(BUNDLE))
+from scripts.cohort_scans import CohortError, find_scans  # noqa: E402
+from scripts.files import dated_name  # noqa: E402
+
 ENVIRONMENT = ROOT / ".label_env"
+HOSTS = "MONAI_LABEL_ALLOWED_HOSTS"  # read by bundle/scripts/label_web.py
 NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task
 
 # Without their own requirements: MONAI Label asks for sam2, mlflow and more that this needs not, torchvision for CUDA.
@@ -71,6 +76,7 @@ def serve_label(
     store: str | None = None,
     bundle: str | None = None,
     fresh_model: bool = False,
+    scans: str | None = None,
 ) -> None:
     """Start MONAI Label with this bundle; Ctrl+C or SIGTERM ends it.
 
@@ -84,6 +90,7 @@ def serve_label(
         store: folder of the server's list of CTs and of the masks that are edited; ``<studies>/monailabel`` by default.
         bundle: the bundle to serve; this project's by default.
         fresh_model: serve the bundle's weights again where training from MONAI Label has put others in their place.
+        scans: folder whose files a request may name; ``studies`` by default, if that is a folder.
     """
     if not studies:
         sys.exit("serve_label: name the folder of the scans with --studies")
@@ -94,7 +101,8 @@ def serve_label(
         sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
     install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model)
-    start_server(python, folder, list_studies(str(studies), store), host, port)
+    reach = scans or ("" if str(studies).startswith(("http://", "https://")) else str(studies))
+    start_server(python, folder, list_studies(str(studies), store), host, port, reach)
 
 
 def make_environment(place: Path) -> Path:
@@ -174,7 +182,7 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
     served = target / "models" / "model.pt"
     served.parent.mkdir(exist_ok=True)
     if fresh_model and served.is_file():
-        served.rename(served.with_name(f"model_before_{int(served.stat().st_mtime)}.pt"))
+        served.rename(dated_name(served))
     if not served.is_file():
         shutil.copyfile(weights, served)
     elif served.read_bytes() != weights.read_bytes():
@@ -196,9 +204,6 @@ def list_studies(studies: str, store: str | None = None) -> str:
     """
     if studies.startswith(("http://", "https://")):
         return studies
-    sys.path.insert(0, str(BUNDLE))
-    from scripts.cohort_scans import CohortError, find_scans
-
     try:
         scans, notes = find_scans(studies)
     except CohortError as error:
@@ -228,17 +233,20 @@ def _link(folder: Path, cts: Sequence[Path]) -> None:
         (folder / ct.name).symlink_to(ct)
 
 
-def start_server(python: Path, app: Path, studies: str, host: str, port: int) -> NoReturn:
+def start_server(python: Path, app: Path, studies: str, host: str, port: int, scans: str = "") -> NoReturn:
     """Become MONAI Label's server."""
-    environment = dict(os.environ, PYTHONPATH=str(SERVER))
+    environment = dict(os.environ)
+    environment.pop("PYTHONPATH", None)  # of this project's environment
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # training from MONAI Label takes one GPU
-    conf = [
-        word for pair in (("models", NAME), ("zoo_source", "local"), ("sam2", "false")) for word in ("--conf", *pair)
-    ]
+    names = json.loads(environment.get(HOSTS) or "[]")
+    environment[HOSTS] = json.dumps([*names, host])
+    settings = {"models": NAME, "zoo_source": "local", "sam2": "false"}
+    if scans:
+        settings["scans"] = str(Path(scans).expanduser().resolve())
+    conf = [word for pair in settings.items() for word in ("--conf", *pair)]
     where = ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
-    command = ["-m", "monailabel.main", "start_server", *where, "--uvicorn_app", "answers:app", *conf]
     print(f"serve_label: starting http://{host}:{port} (model {NAME}); research use only", flush=True)
-    os.execve(python, [str(python), *command], environment)
+    os.execve(python, [str(python), "-m", "monailabel.main", "start_server", *where, *conf], environment)
 
 
 if __name__ == "__main__":

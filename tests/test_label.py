@@ -138,8 +138,9 @@ def test_a_request_that_cannot_be_served_says_why(name: str, tiny_cohort: Path, 
 def test_a_fault_in_the_patients_row_stops_the_request(tiny_cohort: Path, tmp_path: Path) -> None:
     table = tmp_path / "faulty.csv"
     table.write_text("PatientID,Age\nCHUM-001,old\nCHUM-002,50\n")
-    with pytest.raises(CohortError, match=r"CHUM-001: faulty.csv, row 2, column 'Age': 'old'"):
+    with pytest.raises(CohortError, match=r"CHUM-001: faulty.csv, row 2, column 'Age': no value of age; acc") as error:
         label.request_case({"image": str(ct_of(tiny_cohort, 1)), "ehr_csv": str(table)}, FEATURES)
+    assert "old" not in str(error.value)  # the client may not see the table
     assert label.request_case({"image": str(ct_of(tiny_cohort, 2)), "ehr_csv": str(table)})[K.CLINICAL]["age"] == 50
 
 

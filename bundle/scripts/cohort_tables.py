@@ -34,11 +34,14 @@ class Fault:
         message: what and where.
         patient: key of the patient, or "" where the whole table is concerned.
         label: True where only a label is concerned, which prediction does not need.
+        told: the message for somebody who may not see the table: without what stands in it; "" where the message says
+            nothing of that anyway.
     """
 
     message: str
     patient: str = ""
     label: bool = False
+    told: str = ""
 
 
 @dataclass
@@ -402,7 +405,9 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
             message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
             tables.faults.append(Fault(message, key))
         elif key in rows:
-            tables.faults.append(Fault(f"{place}: {clean_id(patient_id)} stands in row {rows[key]} already", key))
+            told = f"{place}: the patient stands in row {rows[key]} already"
+            message = f"{place}: {clean_id(patient_id)} stands in row {rows[key]} already"
+            tables.faults.append(Fault(message, key, told=told))
         else:
             rows[key] = row
             record = tables.records.setdefault(key, Record(patient_id))
@@ -427,7 +432,8 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
         try:
             columns[name] = clinical.match_columns(titles, name)
         except ClinicalValueError as error:
-            tables.faults.append(Fault(f"{path.name}, {error}", label=name in labels))
+            told = f"{path.name}: what the column of {name} says in brackets is another coding than is read"
+            tables.faults.append(Fault(f"{path.name}, {error}", label=name in labels, told=told))
         else:
             tables.columns.setdefault(name, []).extend(titles[index] for index in columns[name])
     tables.files.append(path)
@@ -446,7 +452,9 @@ def _read_row(
         try:
             value = clinical.parse_value(name, cells[index], where=where)
         except ClinicalValueError as error:
-            faults.append(Fault(str(error), key, label))
+            column = re.sub(r"[(\[].*", "", header.titles[index]).strip()  # a known name, without the remark
+            told = f"{place}, column '{column}': no value of {name}; accepted: {clinical.feature_named(name).accepted}"
+            faults.append(Fault(str(error), key, label, told))
             continue
         if value is None:
             continue
@@ -455,9 +463,8 @@ def _read_row(
             continue
         if record.values.setdefault(name, value) != value:
             known = f"{record.values[name]:g} in {record.places[name]}"
-            faults.append(
-                Fault(f"{where}: {name} of {clean_id(record.patient_id)} is {value:g}, but {known}", key, label)
-            )
+            message = f"{where}: {name} of {clean_id(record.patient_id)} is {value:g}, but {known}"
+            faults.append(Fault(message, key, label, f"{place}: {name} contradicts another row or table"))
         record.places.setdefault(name, where)
     if header.centre >= 0 and cells[header.centre]:
         centre = centre_name(cells[header.centre], record.patient_id)
@@ -465,6 +472,7 @@ def _read_row(
             message = (
                 f"{place}: centre of {clean_id(record.patient_id)} is {centre}, but {record.centre} in {record.rows[0]}"
             )
-            faults.append(Fault(message, key, label=True))
+            told = f"{place}: the centre contradicts another row or table"
+            faults.append(Fault(message, key, label=True, told=told))
         record.centre = record.centre or centre
     return faults

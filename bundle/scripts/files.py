@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 FULL_BYTES = 2**16  # of a disk that has no more left, a writer that gives no reason failed for that
@@ -130,3 +132,14 @@ def in_config(text: str) -> str:
     if not set("#@%$") & set(text):
         return text
     return "$" + "".join(f"\\x{ord(letter):02x}" if letter in "#@%" else letter for letter in repr(text))
+
+
+def dated_name(path: str | os.PathLike[str]) -> Path:
+    """A free name beside ``path`` to keep it under before another file takes its place: ``model_before_<time>.pt``.
+
+    Two in one second are told apart by a number at the end.
+    """
+    target = Path(path)
+    stem = f"{target.stem}_before_{datetime.now():%Y%m%d_%H%M%S}"
+    names = (target.with_name(f"{stem}{f'_{number}' if number else ''}{target.suffix}") for number in count())
+    return next(name for name in names if not name.exists())

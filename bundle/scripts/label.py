@@ -29,7 +29,7 @@ from scripts import keys as K
 from scripts.clinical import DEFAULT_FEATURES
 from scripts.cohort import Case, Cohort, CohortError
 from scripts.cohort_scans import Scans, patient_key
-from scripts.cohort_tables import find_tables, read_tables
+from scripts.cohort_tables import Tables, find_tables, read_tables
 from scripts.engine import EnsembleInferer
 from scripts.ensemble import (
     EXTRA_STATE,
@@ -43,8 +43,9 @@ from scripts.ensemble import (
     saved_settings,
     settings_differences,
 )
-from scripts.files import written_whole
+from scripts.files import dated_name, written_whole
 from scripts.images import image_suffix
+from scripts.label_guard import TABLES, RequestError, confined, read_prediction
 from scripts.sampling import CaseDataset
 from scripts.transforms import ToNetworkItemd
 
@@ -134,36 +135,62 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
     Args:
         request: ``image``, the path of the CT (or a folder with its DICOM series); optional ``pet`` (a path, or a name
             beside the CT; needed for DICOM), ``patient_id``, ``ehr_csv`` (the table to look the patient up in) and
-            clinical values.
+            clinical values. Other names that MONAI Label knows have no meaning here.
         features: names of the clinical values, in the network's order.
 
     Raises:
-        scripts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says what to do.
+        scripts.label_guard.RequestError: a parameter is not known, or is none of the values accepted.
+        scripts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says what to do,
+            and nothing of what stands in a table.
         scripts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
-    if not request.get(K.IMAGE) or not Path(request[K.IMAGE]).exists():
-        name = f"image {request[K.IMAGE]!r}" if request.get(K.IMAGE) else "image"  # MONAI Label empties an unknown id
-        raise CohortError(f"{name}: the server has no such CT; GET /datastore/?output=all lists its CTs")
-    ct = Path(request[K.IMAGE])
-    pet = ct.parent / str(request["pet"]) if request.get("pet") else None
-    if pet is not None and not pet.exists():
-        raise CohortError(f"pet {str(request['pet'])!r}: the server has no such file or folder (looked for {pet})")
-    patient = str(request.get("patient_id") or "") or None
+    request = read_prediction(request)
+    ct = named_file(request, K.IMAGE)
+    if ct is None:
+        raise CohortError("image: the server has no such CT; its list is at datastore/?output=all")
+    pet = named_file(request, "pet", ct)
+    if not all(path is None or path.is_dir() or image_suffix(path) for path in (ct, pet)):
+        raise RequestError("image and pet are scans: .nii.gz, .nii, .mha, .mhd, .nrrd, or a folder with DICOM")
+    patient = request.get("patient_id")
     if ct.is_dir():
         if pet is None:
             raise CohortError(f"{ct} holds DICOM: name the folder of the PET series in the request as 'pet'")
         case = inputs.pair_case(ct, pet, features, patient)
     else:
         scans = _scans_with(ct, pet, patient)
-        if request.get("ehr_csv"):
-            tables = [Path(str(request["ehr_csv"]))]
-        else:  # of an uploaded file without a name nobody knows whose it is
-            tables = _tables_of(scans) if patient or named_ct(ct) else []
+        named = named_file(request, "ehr_csv", ct)
+        if named is not None and named.suffix.lower() not in TABLES:
+            raise RequestError(f"ehr_csv is a table ({', '.join(TABLES)}), got {named.name!r}")
+        # of an uploaded file without a name nobody knows whose it is
+        found = _tables_of(scans) if named is None and (patient or named_ct(ct)) else []
+        tables = found if named is None else [named]
         case = _named_case(scans, features, tables)
     if case[K.PROBLEM]:
         raise CohortError(f"patient {case[K.PATIENT_ID]}: {case[K.PROBLEM]}")
     inputs.add_clinical_values([case], request, "request")
     return case
+
+
+def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) -> Path | None:
+    """The file or folder that a request names; None where it names none.
+
+    Args:
+        request: the parameters.
+        name: of the parameter.
+        ct: the CT of the request, beside which the file may lie.
+
+    Raises:
+        scripts.label_guard.RequestError: it is out of a request's reach.
+        CohortError: there is none.
+    """
+    given = request.get(name)
+    if not given:
+        return None
+    path = confined(name, (ct.parent if ct is not None else Path()) / given, ct)
+    if not path.exists():
+        what = "no such table" if name == "ehr_csv" else "the server has no such file or folder"
+        raise CohortError(f"{name} {given!r}: {what}")
+    return path
 
 
 def _scans_with(ct: Path, pet: Path | None = None, patient: str | None = None) -> Scans:
@@ -205,8 +232,23 @@ def _stem(path: Path) -> str:
 def _named_case(scans: Scans, features: Sequence[str], tables: Sequence[str | Path]) -> Case:
     """The case of these scans, with what the tables say of the patient."""
     key = patient_key(scans.patient_id)
-    read = read_tables(tables, features)
+    read = _read_tables(tables, features)
     return cohort.cases_to_predict([key], {key: scans}, read, features, str(scans.folder))[0]
+
+
+def _read_tables(paths: Sequence[str | Path], features: Sequence[str]) -> Tables:
+    """The tables, whose faults say nothing of what stands in them: the client may not see them, but the messages.
+
+    Raises:
+        CohortError: one is no table of clinical values.
+    """
+    try:
+        tables = read_tables(paths, features)
+    except CohortError:
+        names = ", ".join(Path(path).name for path in paths)
+        raise CohortError(f"{names}: no table of clinical values (CSV or JSON) with a column PatientID") from None
+    tables.faults = [replace(fault, message=fault.told or fault.message) for fault in tables.faults]
+    return tables
 
 
 def _tables_of(scans: Scans) -> list[Path]:
@@ -350,7 +392,7 @@ def install_weights(ckpt_dir: str, bundle_root: str, cache_dir: str) -> None:
         logger.warning("no epoch gave a usable validation: %s stays as it was", target)
         return
     if target.is_file():
-        backup = target.with_name(f"model_before_{datetime.now():%Y%m%d_%H%M%S}.pt")
+        backup = dated_name(target)
         _copy(target, backup)
         logger.info("the weights so far are kept as %s", backup)
     _copy(trained, target)
