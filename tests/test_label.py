@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import check_label
@@ -28,11 +30,12 @@ from monai.data import MetaTensor
 
 from conftest import BUNDLE, ROOT, SHARED_DATA
 from scripts import keys as K
-from scripts import label
+from scripts import label, label_guard, label_web
 from scripts.clinical import ClinicalValueError
 from scripts.cohort import CohortError
 from scripts.engine import EnsembleInferer
 from scripts.ensemble import FoldEnsemble, SettingsMismatch, load_weights, save_weights
+from scripts.label_guard import RequestError
 from scripts.networks import MultitaskNet
 from scripts.transforms import ToNetworkItemd
 
@@ -54,6 +57,7 @@ in_monai_label = pytest.mark.skipif(
     not WANTED and find_spec("monailabel") is None, reason="MONAI Label is not in this environment: see check_label.py"
 )
 MAIN_PYTHON = os.environ.get("MAIN_PYTHON", sys.executable)  # of the environment that predict.py is made for
+VIEWER = "http://viewer.example:3000"  # its pages may use the server of the tests
 REAL = SHARED_DATA / "sts_petct" / "images" / "STS-002" / "STS-002__CT.nii.gz"
 
 
@@ -142,6 +146,318 @@ def test_a_fault_in_the_patients_row_stops_the_request(tiny_cohort: Path, tmp_pa
         label.request_case({"image": str(ct_of(tiny_cohort, 1)), "ehr_csv": str(table)}, FEATURES)
     assert "old" not in str(error.value)  # the client may not see the table
     assert label.request_case({"image": str(ct_of(tiny_cohort, 2)), "ehr_csv": str(table)})[K.CLINICAL]["age"] == 50
+
+
+# --- what a request may say ---------------------------------------------------------------------------------------
+CLIENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "3d_slicer": (
+        {"device": "cpu", "model_filename": "model.pt", "force": False, "client_id": "user-xyz"}
+        | {"result_extension": ".nrrd", "result_dtype": "uint8"},
+        {"device": "cpu", "model_filename": "model.pt", "force": False}
+        | {"result_extension": ".nrrd", "result_dtype": "uint8"},
+    ),
+    "ohif": (
+        {"device": ["cpu"], "model_filename": ["model.pt", "model_before_20250131_120000.pt"], "force": False}
+        | {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False, "restore_label_idx": False},
+        {"device": "cpu", "model_filename": "model.pt", "force": False}
+        | {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False},
+    ),
+    "batch": (
+        {"device": "cuda", "multi_gpu": True, "gpus": "all", "logging": "WARNING", "save_label": True}
+        | {"label_tag": "original", "max_workers": 1, "max_batch_size": 0, "images": "all"},
+        {"device": "cuda", "multi_gpu": True, "gpus": "all", "logging": "WARNING", "save_label": True}
+        | {"label_tag": "original", "max_workers": 1, "max_batch_size": 0, "images": "all"},
+    ),
+    "clinical_values": (
+        {"Age": "61", "M-stage": "M1", "gender": "male", "Tobacco Consumption": None},
+        {"Age": "61", "M-stage": "M1", "gender": "male", "Tobacco Consumption": None},
+    ),
+    "words_for_force": ({"force": "TRUE"}, {"force": True}),
+    "nothing_said": ({"pet": "", "ehr_csv": "", "patient_id": None}, {}),
+    "patient_id_as_a_number": ({"patient_id": 2024001}, {"patient_id": "2024001"}),
+}
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_what_the_clients_send_is_taken_by_name_and_type(name: str) -> None:
+    sent, taken = CLIENTS[name]
+    assert label_guard.read_prediction(sent) == taken
+
+
+TRAININGS = {
+    "3d_slicer": (
+        {"device": "cpu", "pretrained": True, "max_epochs": 50, "val_split": 0.2, "multi_gpu": True, "gpus": "all"}
+        | {"tracking": "None", "tracking_uri": "", "tracking_experiment_name": "", "run_id": "", "client_id": "user-x"},
+        {"device": "cpu", "pretrained": True, "max_epochs": 50, "val_split": 0.2, "multi_gpu": True, "gpus": "all"}
+        | {"tracking": "None"},
+    ),
+    "words": ({"max_epochs": "3", "val_split": "-1"}, {"max_epochs": 3, "val_split": -1}),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_what_the_clients_send_to_train_is_taken_by_name_and_type(name: str) -> None:
+    sent, taken = TRAININGS[name]
+    assert label_guard.read_training(sent) == taken
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt": ({"agee": 50}, "unknown parameter 'agee'; is 'age' meant?"),
+    "misspelt_column": ({"Perfomance Status": 1}, "is 'Performance Status' meant?"),
+    "unknown": ({"zzz": 1}, "unknown parameter 'zzz'; known are device, model_filename"),
+    "a_config_id": ({"network_def": {}}, "unknown parameter 'network_def'"),
+    "an_id_within": ({"displayable_configs#force": True}, "unknown parameter"),
+    "expression": ({"force": "$print(1)"}, "force is true or false, got '$print(1)'"),
+    "number_for_force": ({"force": 1}, "force is true or false"),
+    "component": ({"force": {"_target_": "os.system", "command": "id"}}, "force is true or false"),
+    "reference": ({"device": "@run"}, "device is 'cpu'"),
+    "macro": ({"device": "%configs/train.json"}, "device is 'cpu'"),
+    "device_of_lists": ({"device": [["$1"]]}, "device is 'cpu'"),
+    "weights_elsewhere": ({"model_filename": "/weights/model.pt"}, "model_filename is the name of a file"),
+    "weights_above": ({"model_filename": "../model.pt"}, "model_filename is the name of a file"),
+    "weights_expression": ({"model_filename": "$1"}, "model_filename is the name of a file"),
+    "weights_of_lists": ({"model_filename": [{"_target_": "builtins.open"}]}, "model_filename is the name of a file"),
+    "clinical_list": ({"age": [50]}, "age is a single value"),
+    "clinical_component": ({"gender": {"_target_": "os.system"}}, "gender is a single value"),
+    "clinical_range": ({"age": 500}, "'500' is no value of age"),
+    "clinical_expression": ({"age": "$1"}, "'$1' is no value of age"),
+    "extension": ({"result_extension": "/../x.nii"}, "result_extension is '.nrrd'"),
+    "dtype": ({"result_dtype": "object"}, "result_dtype is 'uint8'"),
+    "tag": ({"label_tag": "../final"}, "label_tag is a plain name"),
+    "timeout": ({"timeout": -1}, "timeout is a whole number from 1"),
+    "images": ({"images": ["/etc/passwd"]}, "images is 'all'"),
+    "logging": ({"logging": "$1"}, "logging is 'DEBUG'"),
+    "pet_list": ({"pet": ["a"]}, "pet is a file beside the CT"),
+    "control_letters": ({"pet": "a\0b"}, "pet is a file beside the CT"),
+    "patient_path": ({"patient_id": "../x"}, "patient_id is a patient's id"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_on_the_list_is_refused_by_name(name: str, tiny_cohort: Path) -> None:
+    request, message = REFUSED[name]
+    for read in (
+        label_guard.read_prediction,
+        lambda asked: label.TakeRequestd(FEATURES)({"image": str(ct_of(tiny_cohort, 1)), **asked}),
+    ):
+        with pytest.raises(ValueError) as error:
+            read(request)
+        assert message in str(error.value)
+
+
+REFUSED_TRAININGS: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt": ({"max_epoch": 1}, "is 'max_epochs' meant?"),
+    "epochs_expression": ({"max_epochs": "$1"}, "max_epochs is a whole number from 1 to 10000"),
+    "epochs": ({"max_epochs": 0}, "max_epochs is a whole number"),
+    "epochs_inf": ({"max_epochs": float("inf")}, "max_epochs is a whole number"),
+    "run_id": ({"run_id": "initialize"}, "run_id is 'run'"),
+    "tracking_file": ({"tracking": "/uploads/config.json"}, "tracking is 'None' or 'mlflow'"),
+    "tracking_uri": ({"tracking_uri": "http://evil.example"}, "tracking_uri is empty, or the address"),
+    "experiment": ({"tracking_experiment_name": "$1"}, "tracking_experiment_name is a name of letters"),
+    "from_scratch": ({"pretrained": False}, "pretrained is true (from scratch, train with"),
+    "split": ({"val_split": 1.0}, "val_split is a number from 0 to 0.9"),
+    "gpus": ({"gpus": "0; id"}, "gpus is 'all' or numbers"),
+    "bundle_id": ({"bundle_root": "/x"}, "unknown parameter 'bundle_root'"),
+    "dataset": ({"dataset": {"_target_": "x"}}, "unknown parameter 'dataset'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_TRAININGS)
+def test_trainings_are_refused_likewise(name: str) -> None:
+    request, message = REFUSED_TRAININGS[name]
+    with pytest.raises(RequestError) as error:
+        label_guard.read_training(request)
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """MONAI Label's settings, of a server for ``tmp_path/studies``."""
+    (tmp_path / "studies").mkdir()
+    names = ("SESSION_PATH", "DICOMWEB_CACHE_PATH", "DATASTORE_CACHE_PATH", "TRACKING_URI")
+    made = SimpleNamespace(**{f"MONAI_LABEL_{name}": "" for name in names})
+    made.MONAI_LABEL_STUDIES, made.MONAI_LABEL_APP_CONF = str(tmp_path / "studies"), {}
+    monkeypatch.setitem(sys.modules, "monailabel.config", SimpleNamespace(settings=made))
+    return made
+
+
+@pytest.fixture
+def study(settings: SimpleNamespace, tiny_cohort: Path, tmp_path: Path) -> Path:
+    """The CT of a patient of the studies, with PET and table; and files that are none of a request's business."""
+    folder = tmp_path / "studies" / "CHUM-001"
+    shutil.copytree(ct_of(tiny_cohort, 1).parent, folder)
+    (folder / "own.csv").write_text("PatientID,Age\nCHUM-001,41\n")
+    (tmp_path / "secret.csv").write_text("PatientID,Age\nCHUM-001,42\n")
+    (tmp_path / "secret.nii.gz").write_bytes((folder / "CHUM-001__PT.nii.gz").read_bytes())
+    (folder / "link.csv").symlink_to(tmp_path / "secret.csv")
+    (folder / "link.nii.gz").symlink_to(tmp_path / "secret.nii.gz")
+    (folder / "notes.txt").write_text("a secret")
+    return folder / "CHUM-001__CT.nii.gz"
+
+
+OUT_OF_REACH: dict[str, tuple[str, str, str]] = {
+    "system_file": ("ehr_csv", "/etc/passwd", "ehr_csv is a file of the studies, got 'passwd'"),
+    "absent": ("ehr_csv", "/none/at/all.csv", "ehr_csv is a file of the studies, got 'all.csv'"),
+    "above": ("ehr_csv", "../../secret.csv", "ehr_csv is a file of the studies"),
+    "link": ("ehr_csv", "link.csv", "ehr_csv is a file of the studies"),
+    "no_table": ("ehr_csv", "notes.txt", "ehr_csv is a table"),
+    "pet": ("pet", "{folder}/secret.nii.gz", "pet is a file of the studies"),
+    "pet_above": ("pet", "../../secret.nii.gz", "pet is a file of the studies"),
+    "pet_link": ("pet", "link.nii.gz", "pet is a file of the studies"),
+    "no_pet": ("pet", "notes.txt", "image and pet are scans"),
+    "image": ("image", "{folder}/secret.nii.gz", "image is a file of the studies"),
+    "no_image": ("image", "{folder}/studies/CHUM-001/notes.txt", "image and pet are scans"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_REACH)
+def test_a_request_reaches_no_file_outside_of_the_studies(name: str, study: Path, tmp_path: Path) -> None:
+    parameter, value, message = OUT_OF_REACH[name]
+    with pytest.raises(RequestError) as error:
+        label.request_case({"image": str(study), parameter: value.format(folder=tmp_path)}, FEATURES)
+    assert message in str(error.value)
+    assert "secret" not in str(error.value).replace("secret.", "")
+
+
+def test_a_request_reaches_what_is_in_the_studies(study: Path, settings: SimpleNamespace, tmp_path: Path) -> None:
+    for named in ("own.csv", str(study.with_name("own.csv")), "../CHUM-001/own.csv"):
+        case = label.request_case({"image": str(study), "ehr_csv": named, "pet": "CHUM-001__PT.nii.gz"}, FEATURES)
+        assert case[K.CLINICAL]["age"] == 41
+    settings.MONAI_LABEL_APP_CONF["scans"] = str(tmp_path)  # --conf scans DIR
+    case = label.request_case({"image": str(study), "ehr_csv": str(tmp_path / "secret.csv")}, FEATURES)
+    assert case[K.CLINICAL]["age"] == 42
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / study.name).symlink_to(study)
+    settings.MONAI_LABEL_STUDIES = str(tmp_path / "list")
+    settings.MONAI_LABEL_APP_CONF.clear()
+    study.with_name("link.csv").unlink()  # of two tables neither is taken
+    assert label.request_case({"image": str(study)}, FEATURES)[K.PATIENT_ID] == "CHUM-001"
+
+
+def test_an_upload_is_reached_alone(study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(label_guard.tempfile, "gettempdir", lambda: str(tmp_path))
+    upload = tmp_path / "tmpab12cd_9.nii.gz"
+    shutil.copy(study, upload)
+    pet = str(study.with_name("CHUM-001__PT.nii.gz"))
+    assert label.request_case({"image": str(upload), "pet": pet}, FEATURES)[K.CT] == str(upload)
+    with pytest.raises(RequestError, match="pet is a file of the studies"):
+        label.request_case({"image": str(upload), "pet": "secret.nii.gz"}, FEATURES)
+    header = tmp_path / "tmpab12cd_8.mhd"
+    geometry = "NDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\nOffset = 0 0 0"
+    header.write_text(f"ObjectType = Image\nBinaryData = True\n{geometry}\nElementDataFile = others.raw\n")
+    (tmp_path / "others.raw").write_bytes(bytes(64))
+    with pytest.raises(RequestError, match="an uploaded scan is one file"):
+        label.request_case({"image": str(header), "pet": pet}, FEATURES)
+
+
+TABLES = {
+    "no_table": ("root:x:0:0:secret\n", "own.csv: no table of clinical values"),
+    "cut_header": ("PatientID,HPV (secret, 1=+)\nA-1,2\n", "own.csv: no table of clinical values"),
+    "cell": ("PatientID,Age\nCHUM-001,secret\n", "own.csv, row 2, column 'Age': no value of age; accepted: a number"),
+    "remark": ("PatientID,Gender (0=male secret)\nCHUM-001,0\n", "own.csv: what the column of gender says in brackets"),
+    "other_row": ("PatientID,Age,ID\nCHUM-001,50,secret\nCHUM-001,51,secret\n", "row 3: the patient stands in row 2"),
+    "two_columns": ("PatientID,Age,Age at diagnosis\nCHUM-001,50,77\n", "own.csv, row 2: age contradicts another"),
+    "json": ('[{"patient_id": "CHUM-001", "age": "secret"}]', "no value of age"),
+    "broken_json": ('[{"secret": }]', "no table of clinical values"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_stands_in_a_table_is_not_told(name: str, study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content, message = TABLES[name]
+    table = study.with_name("own.json" if "json" in name else "own.csv")
+    table.write_text(content)
+    with pytest.raises(CohortError) as error:
+        label.request_case({"image": str(study), "ehr_csv": table.name}, FEATURES)
+    assert message in str(error.value)
+    assert not any(word in str(error.value) + caplog.text for word in ("secret", "77"))
+
+
+def test_messages_for_the_client_have_no_folder_of_the_server(study: Path) -> None:
+    told = label_guard.for_client(
+        f"{study}: damaged; /srv/app/model/x.pt and (/a/b/c), see http://a.example/b/c; CT/PET"
+    )
+    assert told == "CHUM-001/CHUM-001__CT.nii.gz: damaged; x.pt and (c), see http://a.example/b/c; CT/PET"
+
+
+# --- who may ask -----------------------------------------------------------------------------------------------------
+def scope(method: str = "GET", address: str = "/info/", server: str = "127.0.0.1", **headers: str) -> dict[str, Any]:
+    path, _, query = address.partition("?")
+    given = [(name.encode(), value.encode()) for name, value in {"host": "127.0.0.1:8000", **headers}.items()]
+    start = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
+    return {**start, "headers": [pair for pair in given if pair[1]], "server": (server, 8000)}
+
+
+ASKED: dict[str, tuple[dict[str, Any], int]] = {
+    "no_origin": (scope(), 200),
+    "localhost": (scope(host="localhost:8000"), 200),
+    "ipv6": (scope(host="[::1]:8000", server="::1"), 200),
+    "own_address": (scope(host="10.0.0.5:8000", server="10.0.0.5"), 200),
+    "own_name": (scope(host=f"{socket.gethostname()}:8000"), 200),
+    "allowed_name": (scope(host="GPU1.hospital.example:8000"), 200),
+    "rebinding": (scope(host="evil.example:8000"), 403),
+    "rebinding_own_page": (scope(host="evil.example:8000", origin="http://evil.example:8000"), 403),
+    "name_like_an_address": (scope(host="127.0.0.1.evil.example"), 403),
+    "other_address": (scope(host="10.0.0.6:8000", server="10.0.0.5"), 403),
+    "no_host": (scope(host=""), 403),
+    "odd_host": (scope(host="[::1"), 403),
+    "own_page": (scope("POST", origin="http://127.0.0.1:8000"), 200),
+    "allowed_page": (scope("POST", origin="https://viewer.example"), 200),
+    "other_page": (scope("POST", origin="http://evil.example"), 403),
+    "other_page_reads": (scope(origin="http://evil.example"), 403),
+    "preflight": (scope("OPTIONS", origin="http://evil.example"), 403),
+    "other_port": (scope("POST", origin="http://127.0.0.1:3000"), 403),
+    "sandbox_or_file": (scope("POST", origin="null"), 403),
+    "allowed_page_below": (scope("POST", origin="https://viewer.example.evil.example"), 403),
+    "session": (scope(address="/session/?session_id=ab-12"), 200),
+    "session_above": (scope("POST", "/infer/m?session_id=../../x"), 400),
+    "session_archive": (scope("PUT", "/session/?uncompress=true"), 400),
+    "scan": (scope(address="/datastore/image?image=CHUM (2) 1__CT"), 200),
+    "scan_above": (scope("PUT", "/datastore/image?image=..%2F..%2Fx"), 400),
+    "scan_without_name": (scope("PUT", "/datastore/image"), 400),
+    "scan_hidden": (scope("PUT", "/datastore/?image=.lock"), 400),
+    "new_scan": (scope("PUT", "/datastore/?image=new"), 200),
+    "linked_scan": (scope("PUT", "/datastore/?image=CHUM-009__CT"), 403),
+    "linked_scan_removed": (scope("DELETE", "/datastore/image?id=CHUM-009__CT"), 403),
+    "tag": (scope("PUT", "/datastore/label?image=A&tag=final"), 200),
+    "tag_above": (scope("PUT", "/datastore/label?image=A&tag=../../scripts"), 400),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_only_own_pages_and_names_are_answered(name: str, settings: SimpleNamespace, tmp_path: Path) -> None:
+    asked, status = ASKED[name]
+    (tmp_path / "studies" / "CHUM-009__CT.nii.gz").symlink_to(tmp_path / "elsewhere.nii.gz")
+    refused = label_web.refusal(asked, ["gpu1.hospital.example"], ["https://viewer.example/"])
+    assert (refused[0] if refused else 200) == status
+
+
+def test_the_hosts_in_the_environment_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONAI_LABEL_ALLOWED_HOSTS", '["a.example"]')
+    assert label_web.allowed_hosts() == ["a.example"]
+    monkeypatch.setenv("MONAI_LABEL_ALLOWED_HOSTS", "a.example")
+    with pytest.raises(ValueError, match="is a JSON list of names"):
+        label_web.allowed_hosts()
+    monkeypatch.delenv("MONAI_LABEL_ALLOWED_HOSTS")
+    assert label_web.allowed_hosts() == []
+
+
+def test_only_words_of_the_bundle_are_told() -> None:
+    wrapped = RuntimeError("Failed to instantiate /srv/x")
+    wrapped.__cause__ = CohortError("no PET beside /srv/a/b.nii.gz")
+    assert label_web.explain(wrapped) == (400, "no PET beside b.nii.gz")
+    assert label_web.explain(OSError("root:x:0:0")) == (500, "the server failed at this (OSError); its log tells more")
+
+
+def test_the_page_of_the_log_needs_nothing_from_elsewhere() -> None:
+    assert "://" not in label_web.LOG_PAGE and "src=" not in label_web.LOG_PAGE
+
+
+def test_no_setting_of_the_bundle_is_open_to_requests() -> None:
+    """MONAI Label writes what a request says into these, and evaluates it."""
+    for config in (BUNDLE / "configs").glob("*.json"):
+        assert "displayable_configs" not in json.loads(config.read_text()), config.name
+    assert "$import scripts.label_guard" in json.loads((BUNDLE / "configs" / "inference.json").read_text())["imports"]
 
 
 # --- item and network ---------------------------------------------------------------------------------------------
@@ -270,6 +586,7 @@ def test_new_weights_keep_a_copy_of_the_old_ones(tmp_path: Path, caplog: pytest.
     label.install_weights(*arguments)
     assert (tmp_path / "models" / "model.pt").read_text() == "new"
     (backup,) = (tmp_path / "models").glob("model_before_*.pt")
+    assert re.fullmatch(r"model_before_\d{8}_\d{6}\.pt", backup.name)
     assert backup.read_text() == "old"
     assert not (tmp_path / "run" / "cache").exists()
 
@@ -324,7 +641,11 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
     assert (target / "models" / "model.pt").read_text() == "trained since"
     serve_label.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
     assert (target / "models" / "model.pt").read_text() == "shipped"
-    assert [path.read_text() for path in (target / "models").glob("model_before_*")] == ["trained since"]
+    (target / "models" / "model.pt").write_text("trained again")
+    serve_label.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
+    backups = sorted((target / "models").glob("model_before_*"))
+    assert sorted(path.read_text() for path in backups) == ["trained again", "trained since"]
+    assert all(re.fullmatch(r"model_before_\d{8}_\d{6}(_\d+)?\.pt", path.name) for path in backups)
 
 
 def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Path, capsys: Any) -> None:
@@ -500,8 +821,9 @@ def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
         sys.prefix,
         f"--port={port}",
     ]
+    environment = {**os.environ, "PYTHONPATH": "", "MONAI_LABEL_CORS_ORIGINS": f'["{VIEWER}"]'}
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ""})
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(address), process, folder / "log.txt")
@@ -525,6 +847,127 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path, se
     while not ready():
         assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
         time.sleep(1)
+
+
+PYTHON = '$__import__("pathlib").Path("{canary}").touch() or {value}'
+TARGET = {"_target_": "builtins.open", "file": "{canary}", "mode": "w"}
+CT_1 = "/infer/{model}?image={ct}&output=json"
+ATTACKS: dict[str, tuple[str, str, Any, str]] = {  # method, address, parameters, what the reply says
+    "force": ("POST", CT_1, {"force": PYTHON.replace("{value}", "False")}, "force is true or false"),
+    "force_component": ("POST", CT_1, {"force": TARGET}, "force is true or false"),
+    "weights": ("POST", CT_1, {"model_filename": PYTHON.replace("{value}", "'model.pt'")}, "model_filename is"),
+    "weights_component": ("POST", CT_1, {"model_filename": [TARGET]}, "model_filename is"),
+    "weights_of_another": ("POST", CT_1, {"model_filename": "other.pt"}, "model_filename is one of model.pt"),
+    "device": ("POST", CT_1, {"device": PYTHON.replace("{value}", "'cpu'")}, "device is"),
+    "device_reference": ("POST", CT_1, {"device": "@run"}, "device is"),
+    "age": ("POST", CT_1, {"age": PYTHON.replace("{value}", "50")}, "is no value of age"),
+    "age_component": ("POST", CT_1, {"age": TARGET}, "age is a single value"),
+    "config_id": ("POST", CT_1, {"checkpoint": PYTHON}, "unknown parameter 'checkpoint'"),
+    "misspelt": ("POST", CT_1, {"agee": 50}, "unknown parameter 'agee'; is 'age' meant?"),
+    "table": ("POST", CT_1, {"ehr_csv": "/etc/passwd"}, "ehr_csv is a file of the studies, got 'passwd'"),
+    "pet": ("POST", CT_1, {"pet": "/etc/passwd"}, "pet is a file of the studies, got 'passwd'"),
+    "image": ("POST", CT_1, {"image": "/etc/passwd"}, "image is a file of the studies, got 'passwd'"),
+    "image_above": ("POST", CT_1, {"image": "../../etc/passwd"}, "image is a file of the studies"),
+    "mask": ("POST", CT_1, {"save_label": True, "label_tag": "../../x"}, "label_tag is a plain name"),
+    "no_json": ("POST", CT_1, "{", "params is no valid JSON"),
+    "slide": ("POST", "/infer/wsi/{model}?image={ct}", {"level": 0}, "takes no whole-slide images"),
+    "epochs": ("POST", "/train/{model}", {"max_epochs": PYTHON.replace("{value}", "1")}, "max_epochs is a whole"),
+    "epochs_at_once": ("POST", "/train/{model}?run_sync=true", {"max_epochs": TARGET}, "max_epochs is a whole"),
+    "training_device": ("POST", "/train/{model}", {"device": PYTHON}, "device is"),
+    "run_id": ("POST", "/train/{model}", {"run_id": PYTHON}, "run_id is 'run'"),
+    "tracking": ("POST", "/train/{model}", {"tracking": "{canary}.json"}, "tracking is 'None'"),
+    "ohif_training": ("POST", "/train/", {"{model}": {"max_epochs": PYTHON}}, "max_epochs is a whole"),
+    "batch": ("POST", "/batch/infer/{model}", {"images": ["/etc/passwd"]}, "images is 'all'"),
+    "batch_force": ("POST", "/batch/infer/{model}", {"force": PYTHON}, "force is true or false"),
+    "new_scan": ("PUT", "/datastore/image?image=../../canary", None, "image is a plain name"),
+    "scan_replaced": ("PUT", "/datastore/image?image={ct}", None, "the list only links to this scan"),
+    "scan_removed": ("DELETE", "/datastore/image?id={ct}", None, "the list only links to this scan"),
+    "tag": ("PUT", "/datastore/label?image={ct}&tag=../../../canary", None, "tag is a plain name"),
+    "archive": ("PUT", "/session/?uncompress=true", None, "archives are not unpacked"),
+    "session": ("POST", "/infer/{model}?session_id=../../x", {}, "session_id is a plain name"),
+    "new_weights": ("PUT", "/model/{model}", None, "not by a request"),
+}
+
+
+def filled(value: Any, **names: Any) -> Any:
+    """The names in braces of all texts within."""
+    if isinstance(value, dict):
+        return {filled(key, **names): filled(each, **names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [filled(each, **names) for each in value]
+    for name, text in names.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", str(text))
+    return value
+
+
+def files_of(*folders: Path) -> dict[Path, bytes]:
+    """What there is, but caches of Python."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    return {path: path.read_bytes() for path in files}
+
+
+@in_monai_label
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_server_refuses_what_an_attacker_sends(
+    name: str, server: tuple[str, Path], studies: Path, tmp_path: Path
+) -> None:
+    import requests
+
+    address, served = server
+    ct = sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))[0].name.removesuffix(".nii.gz")
+    names = {"canary": tmp_path / "canary", "model": NAME, "ct": ct}
+    method, path, params, message = filled(list(ATTACKS[name]), **names)
+    before = files_of(served, studies)
+    body: dict[str, Any] = {"json": params}
+    if path.startswith(f"/infer/{NAME}"):
+        body = {"data": {"params": params if isinstance(params, str) else json.dumps(params)}}
+    elif method == "PUT":
+        body = {"files": {each: ("x.py", b"raise SystemExit") for each in ("file", "files", "label")}}
+    reply = requests.request(method, f"{address}{path}", timeout=300, **body)
+    assert reply.status_code in (400, 403), reply.text
+    assert message in reply.json()["detail"]
+    assert not any(word in reply.text for word in ("root:", str(studies), str(served)))
+    assert not list(tmp_path.iterdir())
+    assert files_of(served, studies) == before
+
+
+PAGES = {
+    "another_origin": ({"Origin": "http://evil.example"}, 403),
+    "a_file": ({"Origin": "null"}, 403),
+    "rebinding": ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+    "own_page": ({"Origin": "{address}"}, 200),
+    "allowed_viewer": ({"Origin": VIEWER}, 200),
+    "no_page": ({}, 200),
+}
+
+
+@in_monai_label
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_server_answers_its_own_pages_and_allowed_ones(name: str, method: str, server: tuple[str, Path]) -> None:
+    import requests
+
+    address, _ = server
+    headers, status = filled(PAGES[name][0], address=address), PAGES[name][1]
+    asked: dict[str, Any] = {"url": f"{address}/datastore/"}
+    if method == "POST":  # a form, as a page can send one without a preflight
+        asked = {"url": f"{address}/activelearning/first", "json": {}}
+    if method == "OPTIONS":
+        headers["Access-Control-Request-Method"] = "PUT"
+        if status == 200 and name != "allowed_viewer":
+            pytest.skip("a browser asks before it sends to another origin only")
+    reply = requests.request(method, headers=headers, timeout=300, **asked)
+    assert reply.status_code == status, reply.text
+    allowed = reply.headers.get("Access-Control-Allow-Origin")
+    assert allowed == (VIEWER if name == "allowed_viewer" else None)
+
+
+@in_monai_label
+def test_a_server_shows_its_log_without_the_internet(server: tuple[str, Path]) -> None:
+    import requests
+
+    page = requests.get(f"{server[0]}/logs/?lines=7", timeout=300).text
+    assert "://" not in page and "lines=7" in page
 
 
 @in_monai_label

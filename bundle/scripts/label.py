@@ -44,8 +44,9 @@ from scripts.ensemble import (
     settings_differences,
 )
 from scripts.files import dated_name, written_whole
+from scripts.image_headers import read_header
 from scripts.images import image_suffix
-from scripts.label_guard import TABLES, RequestError, confined, read_prediction
+from scripts.label_guard import TABLES, RequestError, confined, is_upload, read_prediction
 from scripts.sampling import CaseDataset
 from scripts.transforms import ToNetworkItemd
 
@@ -151,6 +152,8 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
     pet = named_file(request, "pet", ct)
     if not all(path is None or path.is_dir() or image_suffix(path) for path in (ct, pet)):
         raise RequestError("image and pet are scans: .nii.gz, .nii, .mha, .mhd, .nrrd, or a folder with DICOM")
+    if is_upload(ct) and read_header(ct, image_suffix(ct)).path != ct:  # what lies beside it is somebody else's
+        raise RequestError("an uploaded scan is one file; this one names another file for its voxels")
     patient = request.get("patient_id")
     if ct.is_dir():
         if pet is None:

@@ -359,6 +359,7 @@ def _guard_predictions(task_class: Any) -> None:
             return predict(task, request, *more, **options)
         taken = read_prediction(request)
         taken["model_filename"] = _choose_weights(taken, task.bundle_path)
+        taken.setdefault("image", "")  # of an id that is not in the list
         with _TURN:  # what is set here is evaluated again, so that weights trained since are seen too
             task.bundle_config.set(taken["model_filename"], WEIGHTS)
             task.bundle_config.set(taken.get(FORCE, False), FORCE)
