@@ -217,8 +217,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights_above": ({"model_filename": "../model.pt"}, "model_filename is the name of a file"),
     "weights_expression": ({"model_filename": "$1"}, "model_filename is the name of a file"),
     "weights_of_lists": ({"model_filename": [{"_target_": "builtins.open"}]}, "model_filename is the name of a file"),
-    "clinical_list": ({"age": [50]}, "age is a single value"),
-    "clinical_component": ({"gender": {"_target_": "os.system"}}, "gender is a single value"),
+    "clinical_list": ({"age": [50]}, "age is a single number or word"),
+    "clinical_component": ({"gender": {"_target_": "os.system"}}, "gender is a single number or word"),
     "clinical_range": ({"age": 500}, "'500' is no value of age"),
     "clinical_expression": ({"age": "$1"}, "'$1' is no value of age"),
     "extension": ({"result_extension": "/../x.nii"}, "result_extension is '.nrrd'"),
@@ -432,14 +432,15 @@ def test_only_own_pages_and_names_are_answered(name: str, settings: SimpleNamesp
     assert (refused[0] if refused else 200) == status
 
 
-def test_the_hosts_in_the_environment_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MONAI_LABEL_ALLOWED_HOSTS", '["a.example"]')
-    assert label_web.allowed_hosts() == ["a.example"]
-    monkeypatch.setenv("MONAI_LABEL_ALLOWED_HOSTS", "a.example")
-    with pytest.raises(ValueError, match="is a JSON list of names"):
-        label_web.allowed_hosts()
-    monkeypatch.delenv("MONAI_LABEL_ALLOWED_HOSTS")
-    assert label_web.allowed_hosts() == []
+@pytest.mark.parametrize("variable", ["MONAI_LABEL_ALLOWED_HOSTS", "MONAI_LABEL_ALLOWED_ORIGINS"])
+def test_what_is_allowed_in_the_environment_is_a_list(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    assert label_web.allowed(variable) == []
+    monkeypatch.setenv(variable, '["a.example"]')
+    assert label_web.allowed(variable) == ["a.example"]
+    monkeypatch.setenv(variable, "a.example")
+    with pytest.raises(ValueError, match=f"{variable} is a JSON list, such as"):
+        label_web.allowed(variable)
 
 
 def test_only_words_of_the_bundle_are_told() -> None:
@@ -821,7 +822,7 @@ def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
         sys.prefix,
         f"--port={port}",
     ]
-    environment = {**os.environ, "PYTHONPATH": "", "MONAI_LABEL_CORS_ORIGINS": f'["{VIEWER}"]'}
+    environment = {**os.environ, "PYTHONPATH": "", "MONAI_LABEL_ALLOWED_ORIGINS": f'["{VIEWER}"]'}
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -860,8 +861,8 @@ ATTACKS: dict[str, tuple[str, str, Any, str]] = {  # method, address, parameters
     "weights_of_another": ("POST", CT_1, {"model_filename": "other.pt"}, "model_filename is one of model.pt"),
     "device": ("POST", CT_1, {"device": PYTHON.replace("{value}", "'cpu'")}, "device is"),
     "device_reference": ("POST", CT_1, {"device": "@run"}, "device is"),
-    "age": ("POST", CT_1, {"age": PYTHON.replace("{value}", "50")}, "is no value of age"),
-    "age_component": ("POST", CT_1, {"age": TARGET}, "age is a single value"),
+    "age": ("POST", CT_1, {"age": PYTHON.replace("{value}", "50")}, "age is a single number"),
+    "age_component": ("POST", CT_1, {"age": TARGET}, "age is a single number or word"),
     "config_id": ("POST", CT_1, {"checkpoint": PYTHON}, "unknown parameter 'checkpoint'"),
     "misspelt": ("POST", CT_1, {"agee": 50}, "unknown parameter 'agee'; is 'age' meant?"),
     "table": ("POST", CT_1, {"ehr_csv": "/etc/passwd"}, "ehr_csv is a file of the studies, got 'passwd'"),
@@ -931,7 +932,7 @@ def test_a_server_refuses_what_an_attacker_sends(
     assert files_of(served, studies) == before
 
 
-PAGES = {
+PAGES: dict[str, tuple[dict[str, str], int]] = {
     "another_origin": ({"Origin": "http://evil.example"}, 403),
     "a_file": ({"Origin": "null"}, 403),
     "rebinding": ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
@@ -943,23 +944,21 @@ PAGES = {
 
 @in_monai_label
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_server_answers_its_own_pages_and_allowed_ones(name: str, method: str, server: tuple[str, Path]) -> None:
     import requests
 
     address, _ = server
     headers, status = filled(PAGES[name][0], address=address), PAGES[name][1]
-    asked: dict[str, Any] = {"url": f"{address}/datastore/"}
-    if method == "POST":  # a form, as a page can send one without a preflight
-        asked = {"url": f"{address}/activelearning/first", "json": {}}
-    if method == "OPTIONS":
-        headers["Access-Control-Request-Method"] = "PUT"
-        if status == 200 and name != "allowed_viewer":
-            pytest.skip("a browser asks before it sends to another origin only")
-    reply = requests.request(method, headers=headers, timeout=300, **asked)
+    path = "/datastore/" if method == "GET" else "/activelearning/first"
+    reply = requests.request(method, f"{address}{path}", headers=headers, timeout=300)
     assert reply.status_code == status, reply.text
-    allowed = reply.headers.get("Access-Control-Allow-Origin")
-    assert allowed == (VIEWER if name == "allowed_viewer" else None)
+    allowed = VIEWER if name == "allowed_viewer" else None
+    assert reply.headers.get("Access-Control-Allow-Origin") == allowed
+    asks = {**headers, "Access-Control-Request-Method": "PUT"}  # as a browser does before it sends to another origin
+    before = requests.options(f"{address}{path}", headers=asks, timeout=300)
+    assert before.headers.get("Access-Control-Allow-Origin") == allowed
+    assert before.status_code == 200 if allowed else before.status_code != 200
 
 
 @in_monai_label

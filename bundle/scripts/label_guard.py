@@ -210,7 +210,7 @@ def read_prediction(request: Mapping[str, Any]) -> dict[str, Any]:
     clinical = {name: value for name, value in request.items() if _is_clinical(name)}
     for name, value in clinical.items():
         if not isinstance(value, int | float | str | None) or len(str(value)) > 100:
-            raise RequestError(f"{name} is a single value, got {_shown(value)}")
+            raise RequestError(f"{name} is a single number or word, got {_shown(value)}")
     parse_clinical(clinical, list(FEATURES), where="request")
     return _read(request, PREDICTION, clinical)
 

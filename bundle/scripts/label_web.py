@@ -29,8 +29,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HOSTS = "MONAI_LABEL_ALLOWED_HOSTS"  # environment variable: further names of this server, as a JSON list
-ORIGINS = "MONAI_LABEL_CORS_ORIGINS"  # MONAI Label's own
+# Environment variables, each a JSON list: further names of this server, and the origins whose pages may use it.
+# MONAI Label's own MONAI_LABEL_CORS_ORIGINS counts too, but its version 0.8.5 does not start with it.
+HOSTS, ORIGINS = "MONAI_LABEL_ALLOWED_HOSTS", "MONAI_LABEL_ALLOWED_ORIGINS"
 SESSION = r"[\w-]+"
 LOG_PAGE = """<!doctype html>
 <html><head><meta charset="utf-8"><title>Log</title></head>
@@ -231,20 +232,21 @@ async def _reply(send: Send, status: int, text: str) -> None:
 
 
 # --- in the server --------------------------------------------------------------------------------------------------
-def allowed_hosts() -> list[str]:
-    """The names in the environment variable :data:`HOSTS`.
+def allowed(variable: str) -> list[str]:
+    """The texts in the environment variable, :data:`HOSTS` or :data:`ORIGINS`.
 
     Raises:
         ValueError: it is no JSON list of texts.
     """
-    text = os.environ.get(HOSTS, "").strip() or "[]"
+    text = os.environ.get(variable, "").strip() or "[]"
     try:
-        hosts = json.loads(text)
+        names = json.loads(text)
     except json.JSONDecodeError:
-        hosts = None
-    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise ValueError(f'{HOSTS} is a JSON list of names, such as ["gpu1.hospital.example"], got {text}')
-    return hosts
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        example = "gpu1.hospital.example" if variable == HOSTS else "https://viewer.hospital.example"
+        raise ValueError(f'{variable} is a JSON list, such as ["{example}"], got {text}')
+    return names
 
 
 def install(app: Any) -> None:
@@ -256,12 +258,12 @@ def install(app: Any) -> None:
 
     if getattr(app.state, "guarded", False):
         return
-    origins = [str(origin).rstrip("/") for origin in settings.MONAI_LABEL_CORS_ORIGINS]
+    origins = [str(origin).rstrip("/") for origin in (*settings.MONAI_LABEL_CORS_ORIGINS, *allowed(ORIGINS))]
     kept = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
     cors = Middleware(
         CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
     )
-    guard = Middleware(Guard, hosts=allowed_hosts(), origins=origins)
+    guard = Middleware(Guard, hosts=allowed(HOSTS), origins=origins)
     app.user_middleware = [guard, *([cors] if origins else []), *kept, Middleware(Explain)]
     if app.middleware_stack is not None:  # it has started: add_middleware would refuse
         app.middleware_stack = app.build_middleware_stack()
