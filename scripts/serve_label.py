@@ -25,9 +25,9 @@ BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 from scripts.cohort_scans import CohortError, find_scans  # noqa: E402
 from scripts.files import dated_name  # noqa: E402
+from scripts.label_web import HOSTS, allowed  # noqa: E402
 
 ENVIRONMENT = ROOT / ".label_env"
-HOSTS = "MONAI_LABEL_ALLOWED_HOSTS"  # read by bundle/scripts/label_web.py
 NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task
 
 # Without their own requirements: MONAI Label asks for sam2, mlflow and more that this needs not, torchvision for CUDA.
@@ -238,8 +238,10 @@ def start_server(python: Path, app: Path, studies: str, host: str, port: int, sc
     environment = dict(os.environ)
     environment.pop("PYTHONPATH", None)  # of this project's environment
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # training from MONAI Label takes one GPU
-    names = json.loads(environment.get(HOSTS) or "[]")
-    environment[HOSTS] = json.dumps([*names, host])
+    try:
+        environment[HOSTS] = json.dumps([*allowed(HOSTS), host])
+    except ValueError as error:
+        sys.exit(f"serve_label: {error}")
     settings = {"models": NAME, "zoo_source": "local", "sam2": "false"}
     if scans:
         settings["scans"] = str(Path(scans).expanduser().resolve())

@@ -822,7 +822,11 @@ def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
         sys.prefix,
         f"--port={port}",
     ]
-    environment = {**os.environ, "PYTHONPATH": "", "MONAI_LABEL_ALLOWED_ORIGINS": f'["{VIEWER}"]'}
+    settings = {
+        "MONAI_LABEL_ALLOWED_ORIGINS": json.dumps([VIEWER]),
+        "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+    }
+    environment = {**os.environ, "PYTHONPATH": "", **settings}
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -959,6 +963,29 @@ def test_a_server_answers_its_own_pages_and_allowed_ones(name: str, method: str,
     before = requests.options(f"{address}{path}", headers=asks, timeout=300)
     assert before.headers.get("Access-Control-Allow-Origin") == allowed
     assert before.status_code == 200 if allowed else before.status_code != 200
+
+
+@in_monai_label
+@pytest.mark.parametrize("way", ["file", "session"])
+def test_a_server_takes_an_upload_with_a_pet_of_the_studies(way: str, server: tuple[str, Path], studies: Path) -> None:
+    import requests
+
+    address, _ = server
+    ct = sorted(studies.glob("Task 1/[!L]*/*__CT.nii.gz"))[0]
+    pet = str(ct).replace("__CT", "__PT")
+    form = {"params": json.dumps({"device": "cpu", "pet": pet, "result_extension": ".nrrd"})}
+    if way == "file":
+        with ct.open("rb") as file:
+            url = f"{address}/infer/{NAME}?output=json"
+            reply = requests.post(url, data=form, files={"file": ("x.nii.gz", file)}, timeout=900)
+    else:
+        with ct.open("rb") as file:
+            made = requests.put(f"{address}/session/", files={"files": (ct.name, file)}, timeout=300).json()
+        url = f"{address}/infer/{NAME}?output=json&session_id={made['session_id']}"
+        reply = requests.post(url, data=form, timeout=900)
+        assert requests.delete(f"{address}/session/{made['session_id']}", timeout=300).status_code == 200
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["tumour"]["volume_ml"] > 0
 
 
 @in_monai_label
