@@ -300,6 +300,35 @@ def test_a_damaged_dicom_file_fails_its_patient_only(patients, options, tmp_path
     assert rows["CHUM-002"]["status"] == "ok"
 
 
+def test_a_patient_who_cannot_be_had_has_a_row_and_costs_the_exit_code(patients, options, tmp_path, capsys):
+    dicom_of(patients, tmp_path / "in" / "a", "CHUM-001", 1)
+    for path in dicom_of(patients, tmp_path / "in" / "b", "CHUM-002", 2).rglob("IM*"):
+        path.write_bytes(path.read_bytes()[:60])  # of a copy that failed
+    (tmp_path / "in" / "c").symlink_to("gone")
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    assert {patient: row["status"] for patient, row in rows.items()} == {"CHUM-001": "ok", "b": "failed", "c": "failed"}
+    assert "c: a link to what is not there" in rows["c"]["reason"]
+    assert "c: failed: c: a link to what is not there" in capsys.readouterr().out
+
+
+SHARED_CASES = SHARED_DATA.parent / "cases"
+
+
+@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="no ../shared/cases")
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        pytest.param("mixed-patients-one-series-uid", {"PAT-A": "", "PAT-B": ""}, id="two_patients_one_series_uid"),
+        pytest.param("no-series-uid", {"E2-noseriesuid": "no Series Instance UID (0020,000E)"}, id="no_series_uid"),
+    ],
+)
+def test_shared_cases(name, expected):
+    found = {case[keys.PATIENT_ID]: case[keys.PROBLEM] for case in find_cases(SHARED_CASES / name)}
+    assert set(found) == set(expected)
+    assert all(text in found[patient] and bool(text) == bool(found[patient]) for patient, text in expected.items())
+
+
 def test_a_value_that_is_no_number_is_told_by_quality_control(patients, options, tmp_path):
     folder = shutil.copytree(patients / "CHUM-001", tmp_path / "in" / "CHUM-001")
     path = scans(folder.parent)[1]

@@ -161,6 +161,17 @@ def test_scans_from_anywhere(case, kind):
         np.testing.assert_allclose(loaded[key].affine, affine)
 
 
+def test_read_only_scans_are_neither_copied_nor_a_matter_of_warnings(monkeypatch):
+    """Scans are loaded by several threads, and filters of warnings are one for all of them."""
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4).transpose(2, 1, 0)
+    array.flags.writeable = False
+    with monkeypatch.context() as patch:
+        patch.setattr("warnings.catch_warnings", lambda: pytest.fail("filters of warnings were changed"))
+        loaded = LoadScansd()({K.PATIENT_ID: "a", K.CT: (array, np.eye(4)), K.PET: (array, np.eye(4))})[K.CT]
+    np.testing.assert_array_equal(loaded[0].numpy(), array)
+    assert loaded.data_ptr() == array.ctypes.data and not array.flags.writeable
+
+
 @pytest.mark.parametrize("mask", ["missing_key", "none"])
 def test_missing_mask_is_not_an_empty_one(case, mask):
     case = {key: value for key, value in case.items() if key != K.MASK}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,11 +339,24 @@ def _doubts(scan: MetaTensor | None) -> str:
 
 def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
     """Wrap an array without copying it."""
-    with warnings.catch_warnings():
-        # decoded files are read-only memory; nothing here writes into them
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        values = torch.from_numpy(array if array.ndim == 4 else array[None])
+    values = torch.from_numpy(_Shared.of(array if array.ndim == 4 else array[None]))
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64), meta=dict(meta))
+
+
+class _Shared:
+    """The memory of a read-only array, as an array of which torch does not warn; nothing here writes into it.
+
+    Decoded files are read-only. Python's filters of warnings cannot be changed meanwhile: they belong to all threads.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> np.ndarray:
+        """The array itself where it can be written to."""
+        return array if array.flags.writeable else np.asarray(cls(array))
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
