@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -330,7 +330,7 @@ def properties_of(kind: str) -> Callable[[Bundle], None]:
 
     def check(bundle: Bundle) -> None:
         arguments: dict[str, Any] = {"config_file": str(bundle.needs(kind)), "meta_file": str(bundle.root / METADATA)}
-        arguments |= {"workflow_type": kind, "logging_file": False, "bundle_root": str(bundle.root)}
+        arguments |= {"workflow_type": kind, "logging_file": False, "bundle_root": "."}
         if bundle.dataset_dir is None:
             workflow: ConfigWorkflow = DeclaredWorkflow(**arguments)
             workflow.parser.parse(reset=True)
@@ -355,7 +355,7 @@ def network_in_out(bundle: Bundle) -> None:
         meta_file=str(bundle.root / METADATA),
         config_file=str(config),
         device="cpu",
-        bundle_root=str(bundle.root),
+        bundle_root=".",
     )
 
 
@@ -370,7 +370,7 @@ def torchscript(bundle: Bundle) -> None:
             ckpt_file=str(weights),
             meta_file=str(bundle.root / METADATA),
             config_file=str(config),
-            bundle_root=str(bundle.root),
+            bundle_root=".",
         )
         torch.jit.load(file)
     if (bundle.root / TORCHSCRIPT).is_file():
@@ -427,9 +427,9 @@ def check_bundle(directory: str, schema: str = "", model_info: str = "", dataset
         raise NotADirectoryError(f"no directory at {directory}")
     bundle = Bundle(
         Path(directory).resolve(),
-        Path(schema) if schema else None,
-        Path(model_info) if model_info else None,
-        dataset_dir or None,
+        Path(schema).resolve() if schema else None,
+        Path(model_info).resolve() if model_info else None,
+        str(Path(dataset_dir).resolve()) if dataset_dir else None,
     )
     print("the bundle's own code is run: check only bundles that you trust", file=sys.stderr)
     failed = [name for name, outcome in run_checks(bundle) if outcome.startswith("FAILED")]
@@ -464,7 +464,10 @@ def outcome_of(check: Callable[[Bundle], None], bundle: Bundle) -> str:
 
 @contextmanager
 def on_path(root: Path) -> Iterator[None]:
-    """Import ``scripts`` from this bundle and from no other, leaving no caches in it, and put all back afterwards."""
+    """Import ``scripts`` from this bundle and from no other, leaving no caches in it, and put all back afterwards.
+
+    The bundle is the working folder meanwhile: ``bundle_root`` is ".", since MONAI's parser changes a ``#`` in a path.
+    """
     path, write = list(sys.path), sys.dont_write_bytecode
     level = logging.root.manager.disable
     others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == CODE}
@@ -472,7 +475,7 @@ def on_path(root: Path) -> Iterator[None]:
     sys.dont_write_bytecode = True
     logging.disable(logging.WARNING)  # MONAI's account of its arguments
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), chdir(root):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -255,7 +255,7 @@ def fail_if_unsound(building: Path, schema: str) -> None:
         PackageError: one failed; its line has been printed.
     """
     names = tuple(name for name, check in CHECKS.items() if check is not large_files)  # they are left out afterwards
-    outcomes = run_checks(Bundle(building, Path(schema) if schema else None), names)
+    outcomes = run_checks(Bundle(building, Path(schema).resolve() if schema else None), names)
     failed = [name for name, outcome in outcomes if outcome.startswith("FAILED")]
     if failed:
         raise PackageError(f"not packaged, since these checks failed: {', '.join(failed)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,8 @@ def test_a_whole_bundle_passes_and_is_left_as_it_was(doubling: Bundle, capsys: p
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
     check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema))
     lines = capsys.readouterr().out.splitlines()
-    assert [line[9:] for line in lines[:-1] if line.startswith("ok ")] == [
-        name for name in CHECKS if name != "version not released before"
-    ]
+    skipped = {"version not released before", *([] if find_spec("black") and find_spec("isort") else ["code style"])}
+    assert [line[9:] for line in lines[:-1] if line.startswith("ok ")] == [n for n in CHECKS if n not in skipped]
     assert lines[-1] == "no check failed"
     assert sorted(doubling.root.rglob("*")) == before
     assert {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"} == modules
@@ -284,6 +284,12 @@ def test_each_check_fails_for_its_own_reason(doubling: Bundle, check: str, spoil
     result = outcome(check, doubling)
     assert result.startswith("FAILED")
     assert message in result
+
+
+def test_a_bundle_in_a_folder_of_any_name_passes(doubling: Bundle) -> None:
+    root = doubling.root.rename(doubling.root.with_name("a#b @c$d"))
+    results = check_bundle.run_checks(Bundle(root, schema=doubling.schema))
+    assert not [result for result in results if result[1].startswith("FAILED")]
 
 
 def test_every_check_is_made_to_fail_once() -> None:
