@@ -38,6 +38,7 @@ from scripts.images import read_image  # noqa: E402
 from scripts.layers import SafeConv3d  # noqa: E402
 from scripts.losses import MultitaskLoss  # noqa: E402
 from scripts.networks import MultitaskNet  # noqa: E402
+from scripts.thresholds import above  # noqa: E402
 from scripts.transforms import RestoreMaskd, ScaleIntensityPETCTd  # noqa: E402
 
 PATIENT = "PHANTOM-1"
@@ -294,7 +295,7 @@ def random_image(setup: Setup, cases: int = 1) -> tuple[torch.Tensor, torch.Tens
 def check_network(setup: Setup, plain: Answer, product: Answer) -> str:
     """float32: the same numbers; bfloat16: nearly the same mask and scores (random weights are the worst case)."""
     half = parser_amp(setup)
-    dice = _dice(plain[K.SEG_PROB] >= 0.5, product[K.SEG_PROB] >= 0.5)
+    dice = _dice(above(plain[K.SEG_PROB]), above(product[K.SEG_PROB]))
     hazard = float(np.abs(plain[K.LOG_HAZARD] - product[K.LOG_HAZARD]).max())
     hpv = float(np.abs(plain[K.HPV_PROB] - product[K.HPV_PROB]).max())
     least, most = (0.99, 0.05) if half else (0.9999, 1e-3)
@@ -360,7 +361,7 @@ def whole_mask(probability: torch.Tensor, box_affine: np.ndarray, grid: Grid) ->
         dst_affine=torch.from_numpy(grid.affine),
         spatial_size=grid.shape,
     )
-    return np.asarray(whole)[0] >= 0.5
+    return above(np.asarray(whole)[0])
 
 
 def write_plainly(mask: np.ndarray, affine: np.ndarray, path: Path) -> None:

@@ -21,10 +21,11 @@ from experiment import TRAINING  # noqa: E402
 
 from scripts import keys  # noqa: E402
 from scripts.bootstrap import paired_bootstrap  # noqa: E402
-from scripts.case_metrics import HPV_THRESHOLD, MEASURES, PAPER_MEASURES, summarise  # noqa: E402
+from scripts.case_metrics import MEASURES, PAPER_MEASURES, summarise  # noqa: E402
 from scripts.cohort import Case, CohortError, load_cohort  # noqa: E402
 from scripts.cohort_scans import patient_key  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale  # noqa: E402
+from scripts.thresholds import HALF  # noqa: E402
 
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 COMPARED = (*PAPER_MEASURES, "hpv_auc")
@@ -151,7 +152,7 @@ def add_clinical_hpv(
         none = {"value": None, "reason": str(error).splitlines()[0], "patients": 0}
         return cases, about | dict.fromkeys(HPV_COMPARED, none)
     table = cases.dropna(subset=["clinical_hpv"])
-    table = table.assign(hpv_prob=table["clinical_hpv"], hpv_threshold=HPV_THRESHOLD)
+    table = table.assign(hpv_prob=table["clinical_hpv"], hpv_threshold=HALF)
     about |= summarise(table, seed, HPV_COMPARED, samples=samples)
     about["model_minus_clinical"] = {name: compare_tables(cases, table, seed, samples, name) for name in HPV_COMPARED}
     return cases, about

@@ -3,8 +3,8 @@
 ``python scripts/ensemble_folds.py --runs runs/NAME --out bundle/models/model.pt`` joins the folds that
 ``scripts/train_folds.py`` has trained. Beside the weights the file carries its provenance: what the training cases are,
 metrics of each fold, clinical features and their coding, preprocessing, versions, hashes of the configs, the range of
-voxel sizes, the HPV threshold and the calibration of absolute risk, both chosen on predictions of cases that the
-predicting network has not learnt from.
+voxel sizes, the HPV threshold and the calibration of absolute risk. Both are chosen on predictions of cases that the
+predicting network's weights were not fitted to; with ``keep_epoch: best`` its epoch was, which the provenance says.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from scripts.case_metrics import balanced_accuracy  # noqa: E402
 from scripts.clinical import feature_named  # noqa: E402
 from scripts.ensemble import (  # noqa: E402
     EXTRA_STATE,
+    KEEP_EPOCH,
     SETTINGS,
     TRAINED_ON,
     CheckpointError,
@@ -54,8 +55,10 @@ from scripts.ensemble import (  # noqa: E402
     save_weights,
 )
 from scripts.evaluation import read_features  # noqa: E402
+from scripts.handlers import BEST  # noqa: E402
 from scripts.quality_features import fit_feature_statistics  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
+from scripts.thresholds import HALF  # noqa: E402
 
 MISSING_IS_ZERO = "a missing value is 0"
 
@@ -142,10 +145,20 @@ def provenance(
         "preprocessing": dict(settings),
         "versions": record["versions"],
         "configs": record["configs"],
+        KEEP_EPOCH: record["settings"].get(KEEP_EPOCH),
+        "selection": describe_chosen_on(record["settings"].get(KEEP_EPOCH)),
         "hpv_threshold": choose_hpv_threshold(cases),
         "calibration": calibrate(runs, folds, cases),
         "feature_statistics": [describe_features(runs, fold) for fold in folds] if "log_hazard" in cases else [],
     }
+
+
+def describe_chosen_on(keep_epoch: str | None) -> str:
+    """In words, what the calibration, the HPV threshold and the folds' metrics rest on."""
+    chosen = "calibration and HPV threshold were chosen on the folds' validation cases, which no weights were fitted to"
+    if keep_epoch == BEST:
+        chosen += "; the epochs were chosen on the same cases, so that both and the folds' metrics are too good"
+    return chosen
 
 
 def describe_fold(outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,11 +257,11 @@ def choose_hpv_threshold(cases: pd.DataFrame) -> dict[str, Any]:
     known = cases.dropna(subset=["hpv"]).groupby("PatientID")[["hpv", "hpv_prob"]].mean()
     counts = {"patients": len(known), "positive": int(known["hpv"].sum())}
     levels = np.unique(known["hpv_prob"])
-    candidates = [0.5, *((levels[1:] + levels[:-1]) / 2).tolist()]
+    candidates = [HALF, *((levels[1:] + levels[:-1]) / 2).tolist()]
     reached = [balanced_accuracy(known, threshold) if len(known) else math.nan for threshold in candidates]
     if math.isnan(reached[0]):
         return {"value": None, "reason": "no two classes of HPV status among the cases", **counts}
-    best = max(range(len(candidates)), key=lambda k: (round(reached[k], 12), -abs(candidates[k] - 0.5)))
+    best = max(range(len(candidates)), key=lambda k: (round(reached[k], 12), -abs(candidates[k] - HALF)))
     return {"value": candidates[best], "balanced_accuracy": reached[best], **counts}
 
 
@@ -265,6 +278,7 @@ def summary(ensemble: FoldEnsemble, path: Path) -> str:
     threshold, calibration = known["hpv_threshold"], known["calibration"]
     chosen = f"{threshold['value']:.3f}" if threshold["value"] is not None else f"none ({threshold['reason']})"
     lines.append(f"  HPV threshold: {chosen}")
+    lines.append(f"  {known['selection']}")
     fitted = "reason" not in calibration
     absolute = f"up to day {calibration['last_day']:g}, {calibration['events']} events" if fitted else "none"
     lines.append(f"  absolute risk: {absolute}" + ("" if fitted else f" ({calibration['reason']})"))

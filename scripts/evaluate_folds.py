@@ -36,6 +36,7 @@ from evidence import (  # noqa: E402
     fold_means,
     judge,
     read_run,
+    selection_of,
     survival_of,
 )
 from experiment import ExperimentError, fold_folder  # noqa: E402
@@ -73,6 +74,7 @@ def describe(run: Run, seed: int, samples: int) -> dict[str, Any]:
         "command": record["command"],
         "protocol": record["protocol"],
         "held_out": record["held_out"],
+        "selection": selection_of(record),
         "tasks": record["tasks"],
         "folds_evaluated": run.folds,
         "normalisation": run.normalisation,

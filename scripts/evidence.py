@@ -1,7 +1,9 @@
 """The held-out predictions of an experiment, brought to one scale and judged.
 
-No patient is judged with anything that was fitted to that patient: the network has not seen it, and the calibration,
-the cut points of risk groups and the HPV threshold come from the held-out predictions of the other folds.
+The weights that a patient is judged by were not fitted to that patient, nor were the calibration, the cut points of
+risk groups and the HPV threshold, which come from the held-out predictions of the other folds. The epoch was: with
+``keep_epoch: best`` it is the one that was best on the fold's validation cases, which makes their figures too good
+where they are the ones that are held out. :func:`selection_of` says which it is, and every report repeats it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
-from scripts.case_metrics import HPV_THRESHOLD, PAPER_MEASURES, summarise, too_few  # noqa: E402
+from scripts.case_metrics import PAPER_MEASURES, summarise, too_few  # noqa: E402
+from scripts.evaluation import describe_selection  # noqa: E402
 from scripts.survival import (  # noqa: E402
     Calibration,
     CalibrationError,
@@ -42,6 +45,7 @@ from scripts.survival import (  # noqa: E402
     normalise_out_of_fold,
 )
 from scripts.survival_metrics import FigureUnavailableError, survival_metrics  # noqa: E402
+from scripts.thresholds import HALF  # noqa: E402
 
 METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
@@ -113,7 +117,27 @@ def read_run(folder: str | Path) -> Run:
         run.calibrations[fold] = calibrate(run, fold)
         if "hpv_prob" in run.cases:
             run.cases.loc[run.cases["fold"] == fold, "hpv_threshold"] = hpv_threshold(run, fold)
+    selection = selection_of(record)
+    if selection["fitted_to_these_cases"] != []:
+        notes.append(selection["statement"])
     return run
+
+
+def selection_of(record: Mapping[str, Any], judged: str | None = None) -> dict[str, Any]:
+    """What was fitted to the cases that are judged (see :func:`scripts.evaluation.describe_selection`).
+
+    Args:
+        record: ``experiment.json``.
+        judged: part of the split, None for the one that was held out.
+    """
+    selection = describe_selection(record["settings"].get("keep_epoch"), judged or record["held_out"])
+    if "epoch" in (selection["fitted_to_these_cases"] or []):
+        selection["statement"] = (
+            "each network is of the epoch that was best on the cases that judge it, and calibration, cut points and "
+            "HPV threshold come from cases of other folds, on which their epochs were chosen: the figures are too good "
+            "(keep_epoch: best)"
+        )
+    return selection
 
 
 def read_cases(path: Path) -> pd.DataFrame:
@@ -196,8 +220,8 @@ def hpv_threshold(run: Run, fold: int) -> float:
     chosen = choose_hpv_threshold(run.others(fold))
     if chosen["value"] is None:
         where = "patients of all folds" if fold == SHARED else run.name(fold)
-        run.notes.append(f"HPV threshold of {where} is {HPV_THRESHOLD}: {chosen['reason']}")
-        return HPV_THRESHOLD
+        run.notes.append(f"HPV threshold of {where} is {HALF}: {chosen['reason']}")
+        return HALF
     return float(chosen["value"])
 
 

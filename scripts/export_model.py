@@ -51,6 +51,7 @@ from scripts.ensemble import (  # noqa: E402
     name_of_release,
 )
 from scripts.files import in_config, written_whole  # noqa: E402
+from scripts.thresholds import above  # noqa: E402
 
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
@@ -343,7 +344,7 @@ def compare(case: Case, run: Run) -> Difference:
     wrong = [f"no {name}" for name in case.expected if name not in found]
     dice, voxels = None, 0
     if K.SEG_PROB in case.expected and K.SEG_PROB in found:
-        expected_mask, mask = (outputs[K.SEG_PROB] >= 0.5 for outputs in (case.expected, found))
+        expected_mask, mask = (above(outputs[K.SEG_PROB]) for outputs in (case.expected, found))
         voxels, dice = int(expected_mask.sum()), dice_of(expected_mask, mask)
         if not dice >= LEAST_DICE:
             wrong.append(f"Dice of the masks {dice:.5f}, below {LEAST_DICE}")

@@ -18,16 +18,17 @@ sys.path.insert(0, str(BUNDLE))
 from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle  # noqa: E402
 from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
 from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold  # noqa: E402
-from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, why_no_survival  # noqa: E402
+from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, selection_of, why_no_survival  # noqa: E402
 from experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.case_metrics import HPV_THRESHOLD, SMALL_GROUP, centre_groups, summarise  # noqa: E402
+from scripts.case_metrics import SMALL_GROUP, centre_groups, summarise  # noqa: E402
 from scripts.cohort import load_cohort  # noqa: E402
 from scripts.cohort_scans import shared_patients  # noqa: E402
 from scripts.evaluation import case_figures  # noqa: E402
 from scripts.plots import save_plots, survival_figures  # noqa: E402
 from scripts.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
+from scripts.thresholds import HALF  # noqa: E402
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
@@ -83,7 +84,7 @@ def read_external(run: Run, path: Path) -> pd.DataFrame:
     if "hpv_prob" in cases:
         train = run.cases if run.reference is None else run.reference
         chosen = choose_hpv_threshold(train)["value"] if "hpv_prob" in train else None
-        cases["hpv_threshold"] = HPV_THRESHOLD if chosen is None else chosen
+        cases["hpv_threshold"] = HALF if chosen is None else chosen
     return cases
 
 
@@ -118,7 +119,7 @@ def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int)
         return report | {"survival": survival_metrics(*outcomes, **needed, seed=seed, samples=samples)}
 
     try:
-        report = {"table": str(path), **judge_group(cases)}
+        report = {"table": str(path), "selection": selection_of(run.record, "all"), **judge_group(cases)}
         report["centres"] = {centre: judge_group(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
     except ValueError as error:
         raise ExperimentError(f"{path}: {error}") from error

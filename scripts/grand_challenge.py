@@ -24,13 +24,13 @@ from scripts.engine import plain_errors
 from scripts.files import require_writable, write_text, written_whole
 from scripts.inputs import add_clinical_values, pair_case
 from scripts.outputs import FAILED
+from scripts.thresholds import HALF, above
 
 logger = logging.getLogger("predict")
 
 EHR = "ehr.json"
 RFS_FILE, HPV_FILE, MASK_FILE = "rfs.json", "hpv-status.json", "images/tumor-lymph-node-segmentation/output.mha"
 SIGNS = {"risk": 1.0, "time": -1.0}
-HALF = 0.5  # the HPV threshold of a model that has none of its own
 
 
 def grand_challenge(
@@ -120,7 +120,7 @@ def write_answers(prediction: Mapping[str, Any], folder: Path, output: Path, rfs
         raise CohortError(f"the model has the tasks {tasks}; seg, hpv and surv are asked for")
     positive = hpv["positive"]
     if positive is None:
-        positive = hpv["probability"] > HALF
+        positive = above(hpv["probability"])
         logger.warning("the model has no HPV threshold of its own: %g is taken", HALF)
     if prediction["quality"]["forced"]:
         logger.warning("quality control rejects these scans; they are predicted all the same")

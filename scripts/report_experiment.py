@@ -166,8 +166,8 @@ def decimals(value: float, digits: int) -> str:
 
 def counts_cell(row: Mapping[str, Any]) -> str:
     """``120 patients, 30 events`` of a figure."""
-    names = ("patients", "events", "positive", "cases", "controls", *LESIONS.values(), "missed")
-    return Words(", ".join(f"{row[name]} {name}" for name in names if name in row))
+    names = ("patients", "events", "positive", "cases", "controls", *LESIONS.values(), "missed", "both_empty")
+    return Words(", ".join(f"{row[name]} {name.replace('_', ' ')}" for name in names if name in row))
 
 
 def measure_rows(metrics: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[list[object]]:
@@ -515,9 +515,9 @@ def write_segmentation(page: Page, main: Experiment) -> None:
     page.table(["figure", "value [95 % interval]", "of"], measure_rows(metrics, names))
     page.paragraph(
         "Dice and the other figures are taken within the network's box and on its grid. Surface distance: median over "
-        "cases of the 95 % Hausdorff distance, without the missed cases, in which one of the masks is empty. Volume "
-        "error: mean absolute difference; relative: median. Sensitivity: share of all true lesions, primaries or nodes "
-        "of which at least 30 % is covered. A predicted lesion is false where it touches no true one; the network does "
+        "cases of the 95 % Hausdorff distance, without those in which one of the masks is empty (missed) or both. "
+        "Volume error: mean absolute difference; relative: median. Sensitivity: share of all true lesions, primaries or "
+        "nodes of which at least 30 % is covered. A predicted lesion is false where it touches no true one; the network does "
         "not say which of them are nodes.",
         "note",
     )

@@ -24,9 +24,10 @@ from experiment import EXPERIMENT_FILE, ExperimentError, read_experiment  # noqa
 
 from scripts import keys  # noqa: E402
 from scripts.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
-from scripts.case_metrics import HPV_THRESHOLD, MEASURES  # noqa: E402
+from scripts.case_metrics import MEASURES  # noqa: E402
 from scripts.cohort import load_cohort  # noqa: E402
 from scripts.files import write_text  # noqa: E402
+from scripts.thresholds import HALF  # noqa: E402
 
 RUN_FILE = "run.json"
 BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"
@@ -59,7 +60,7 @@ def read_cells(study: Study, variant: str) -> Cells:
             table, training = map(read_cases, study.cases_files(variant, seed, fold))
             if "hpv_prob" in table:
                 chosen = choose_hpv_threshold(training)
-                table["chosen"] = HPV_THRESHOLD if chosen["value"] is None else chosen["value"]
+                table["chosen"] = HALF if chosen["value"] is None else chosen["value"]
             cells[f"seed {seed}, fold {fold}"] = table.set_index("PatientID").sort_index()
     return cells
 
@@ -161,7 +162,7 @@ def with_clinical(study: Study, variant: str, cells: Cells) -> Cells:
             for cell, table in mine.items():
                 found[cell] = with_risk(table, risks)
                 if "hpv" in table:
-                    hpv = {"hpv": table["hpv"], "hpv_prob": status.reindex(table.index), "chosen": HPV_THRESHOLD}
+                    hpv = {"hpv": table["hpv"], "hpv_prob": status.reindex(table.index), "chosen": HALF}
                     found[cell] = found[cell].assign(**hpv)
     return found
 

@@ -100,7 +100,7 @@ def uncalibrated() -> dict[str, Any]:
     bare = prediction()
     bare["survival"].update(
         log_hazard_folds=[0.4],
-        log_hazard_std=0.0,
+        log_hazard_std=None,
         percentile=None,
         risk_group=None,
         recurrence_free_survival=[],
@@ -109,6 +109,7 @@ def uncalibrated() -> dict[str, Any]:
         unavailable="no calibration was stored",
     )
     bare["hpv"].update(threshold=None, positive=None, unavailable="no threshold was stored", probability_folds=[0.7])
+    bare["hpv"]["probability_std"] = None
     bare["tumour"].update(volume_ml=0.0, lesions=0, suv_max=None, suv_mean=None, mtv_ml=0.0, tlg_g=0.0, lesion_list=[])
     return bare
 

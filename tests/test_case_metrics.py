@@ -133,6 +133,23 @@ def test_missed_cases_are_counted_beside_the_surface_distance() -> None:
     assert all_missed["surface_distance_mm"]["reason"] == "20 of 20 are missed"
 
 
+@pytest.mark.parametrize("distance", [math.nan, 0.0], ids=["now", "tables_of_earlier_versions"])
+def test_cases_without_any_tumour_are_counted_and_have_no_surface(distance) -> None:
+    """Half of the cases are rightly empty: as 0 mm they would make the median 0."""
+    cases = table(20)
+    cases.loc[:11, ["volume_ml", "true_volume_ml"]] = 0.0
+    cases.loc[:11, "surface_distance_mm"] = distance
+    cases.loc[12, ["volume_ml", "surface_distance_mm"]] = [0.0, math.inf]
+    row = summarise(cases, measures=("surface_distance_mm",), samples=20)["surface_distance_mm"]
+    assert (row["patients"], row["missed"], row["both_empty"]) == (8, 1, 12)
+    assert row["value"] == pytest.approx(cases["surface_distance_mm"][13:].median())
+    assert "1 missed, 12 both empty" in format_summary({"surface_distance_mm": row})
+    dice = summarise(cases, measures=("dice",), samples=20)["dice"]
+    assert (dice["patients"], dice["both_empty"]) == (20, 12)
+    nothing = summarise(cases[:12], measures=("surface_distance_mm",))["surface_distance_mm"]
+    assert (nothing["value"], nothing["reason"]) == (None, "no tumour in any mask")
+
+
 def test_small_groups_have_counts_and_a_reason() -> None:
     groups = dict(centre_groups(table()))
     assert list(groups) == ["MDA", "USZ"] and not centre_groups(table().drop(columns=keys.CENTRE))

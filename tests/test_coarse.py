@@ -133,11 +133,11 @@ def test_candidates_are_measured():
     grid = box_grid((0, 0, 0), 16, 10.0)
     probability = np.zeros(grid.shape, dtype=np.float32)
     probability[2:4, 2:4, 2:4] = 0.75
-    probability[10:14, 10, 10] = [0.5, 1.0, 0.5, 0.49]
+    probability[10:14, 10, 10] = [0.51, 1.0, 0.51, 0.5]
     heavy, light = find_candidates(probability, grid)
     assert (heavy.mass_ml, heavy.confidence) == (pytest.approx(6.0), 0.75)
     assert heavy.bounds_mm.tolist() == [[-60, -60, -60], [-40, -40, -40]]
-    assert (light.mass_ml, light.confidence) == (pytest.approx(2.0), 1.0)
+    assert (light.mass_ml, light.confidence) == (pytest.approx(2.02), 1.0)
     assert find_candidates(probability * 0, grid) == []
 
 

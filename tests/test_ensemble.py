@@ -94,7 +94,7 @@ def test_prediction_is_the_mean_and_the_spread_of_the_members(image):
 
 def test_one_fold_has_no_spread(image):
     result = answers(ensemble(1), image)
-    assert result[LOG_HAZARD_STD].tolist() == [0, 0] and result[HPV_PROB_STD].tolist() == [0, 0]
+    assert not {LOG_HAZARD_STD, HPV_PROB_STD} & set(result)
 
 
 def test_prediction_under_autocast_is_float32(image):

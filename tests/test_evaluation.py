@@ -55,14 +55,14 @@ def test_surface_distance_in_mm_against_distance_maps(spacing) -> None:
 @pytest.mark.parametrize(
     ("predicted", "true", "expected"),
     [
-        pytest.param(block((0, 0)), block((0, 0)), 0.0, id="both_empty"),
+        pytest.param(block((0, 0)), block((0, 0)), math.nan, id="both_empty"),
         pytest.param(block((0, 0)), block((2, 4)), math.inf, id="missed"),
         pytest.param(block((2, 4)), block((0, 0)), math.inf, id="nothing_to_find"),
         pytest.param(block((2, 4)), block((2, 4)), 0.0, id="equal"),
     ],
 )
 def test_surface_distance_of_masks_that_are_empty_or_equal(predicted, true, expected) -> None:
-    assert surface_distance_mm(predicted, true, (2.0, 2.0, 2.0)) == expected
+    assert surface_distance_mm(predicted, true, (2.0, 2.0, 2.0)) == pytest.approx(expected, nan_ok=True)
 
 
 TWO = block((2, 6), (2, 6), (2, 6)) + block((10, 14), (10, 14), (10, 14))
@@ -197,6 +197,30 @@ def test_an_ensemble_cuts_risk_groups_and_is_seen_to_be_calibrated(tmp_path: Pat
     shown = json.loads((tmp_path / "figures" / "kaplan_meier_tertiles.json").read_text())["content"]
     assert shown["cuts"] == pytest.approx(carried["cut_points"]["tertiles"])
     assert shown["log_rank"]["value"] < 0.001
+
+
+@pytest.mark.parametrize(
+    ("keep_epoch", "part", "fitted", "words"),
+    [
+        pytest.param("best", "validation", ["epoch"], "best on these cases: the figures are too good", id="best"),
+        pytest.param("last", "validation", [], "nothing was fitted", id="last"),
+        pytest.param("best", "test", [], "nothing was fitted", id="test_cases"),
+        pytest.param("last", "training", ["weights"], "trained on these cases", id="training_cases"),
+        pytest.param("best", "all", [], "unless", id="another_cohort"),
+        pytest.param(None, "validation", None, "not recorded", id="weights_of_an_earlier_version"),
+        pytest.param("last", "", [], "nothing was fitted", id="part_not_told"),
+    ],
+)
+def test_metrics_say_what_was_fitted_to_the_cases(tmp_path: Path, caplog, keep_epoch, part, fitted, words) -> None:
+    handler = CaseTable(str(tmp_path), "cohort", "model.pt", part=part)
+    handler.rows = table(20).to_dict("records")
+    provenance = {} if keep_epoch is None else {"keep_epoch": keep_epoch}
+    with caplog.at_level("INFO", "scripts.evaluation"):
+        handler.write(SimpleNamespace(network=SimpleNamespace(provenance=provenance)))
+    said = json.loads((tmp_path / "metrics.json").read_text())["selection"]
+    assert (said["keep_epoch"], said["judged"], said["fitted_to_these_cases"]) == (keep_epoch, part, fitted)
+    assert words in said["statement"]
+    assert said["statement"] in caplog.text
 
 
 def test_the_handler_keeps_the_deep_features(tmp_path: Path) -> None:

@@ -41,6 +41,23 @@ def test_calibration_cuts_and_thresholds_come_from_the_other_folds(run):
         assert threshold == [chosen]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "settings", "fitted"),
+    [
+        pytest.param("partial", {"keep_epoch": "best"}, ["epoch"], id="best"),
+        pytest.param("partial", {"keep_epoch": "last", "early_stop_patience": 0}, [], id="last"),
+        pytest.param("ablation", {"keep_epoch": "best"}, [], id="best_with_test_cases"),
+    ],
+)
+def test_it_is_said_where_the_epoch_was_chosen_on_the_cases(cohort, tmp_path, protocol, settings, fitted):
+    """Not with test cases, which no epoch was chosen on."""
+    judged = evidence.read_run(make_run(tmp_path / "run", cohort, protocol, **settings))
+    said = evidence.selection_of(judged.record)
+    assert (said["keep_epoch"], said["judged"]) == (settings["keep_epoch"], judged.record["held_out"])
+    assert said["fitted_to_these_cases"] == fitted
+    assert [note for note in judged.notes if "the figures are too good" in note] == [said["statement"]] * len(fitted)
+
+
 def test_without_training_predictions_the_scale_is_of_the_held_out_cases_and_says_so(copy):
     shutil.rmtree(evaluation_folder(copy, 2, "training"))
     judged = evidence.read_run(copy)

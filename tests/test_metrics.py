@@ -209,8 +209,8 @@ def test_balanced_accuracy_of_one_class_is_nan(label):
     assert math.isnan(balanced_accuracy(torch.tensor([0.9, 0.1]), torch.full((2,), label)))
 
 
-def test_balanced_accuracy_threshold_belongs_to_the_positive():
-    probability, label = torch.tensor([0.3, 0.29]), torch.tensor([1.0, 0.0])
+def test_balanced_accuracy_threshold_belongs_to_the_negative():
+    probability, label = torch.tensor([0.31, 0.3]), torch.tensor([1.0, 0.0])
     assert balanced_accuracy(probability, label, threshold=0.3) == 1
     assert balanced_accuracy(probability, label) == 0.5
 

@@ -13,6 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
@@ -24,6 +25,7 @@ from scripts.ensemble import FoldEnsemble, save_weights
 from scripts.geometry import Grid, box_grid
 from scripts.measures import MeasureTumourd
 from scripts.networks import MultitaskNet
+from scripts.plots import draw_patient_curve
 from scripts.prediction import CURVE_POINTS, DescribePredictiond, Model, survival_curve, weights_sha256
 from scripts.quality import Check, QualityError, checks_to_json
 from scripts.quality_features import fit_feature_statistics
@@ -45,14 +47,14 @@ def valid(prediction: dict) -> dict:
 
 
 @cache
-def calibration(years: float = 4.0, patients: int = 200, sign: float = 1.0) -> Calibration:
+def calibration(years: float = 4.0, patients: int = 200, sign: float = 1.0, folds: int = FOLDS) -> Calibration:
     """Fitted to exponential times whose rate rises with the log hazard, all followed for ``years`` at most."""
     rng = np.random.default_rng(0)
     risk = rng.normal(size=patients)
     relapse = rng.exponential(2000 * np.exp(-sign * risk))
     end = rng.uniform(0.3, 1.0, patients) * years * DAYS_PER_YEAR
     end[0], relapse[0] = years * DAYS_PER_YEAR, 1e9
-    scales = [FoldScale(0.1 * k, 1.0 + k) for k in range(FOLDS)]
+    scales = [FoldScale(0.1 * k, 1.0 + k) for k in range(folds)]
     return fit_calibration(risk, np.minimum(relapse, end), relapse <= end, scales)
 
 
@@ -113,6 +115,8 @@ def result(folds: int = FOLDS, log_hazard: float = 0.5, hpv: float = 0.7) -> dic
         K.LOG_HAZARD_FOLDS: log_hazard + spread,
         K.FEATURES: torch.zeros(folds, 5),
     }
+    if folds == 1:  # as FoldEnsemble.predict leaves them out
+        del item[K.HPV_PROB_STD], item[K.LOG_HAZARD_STD]
     return Compose([CodeClinicald(DEFAULT_FEATURES), RestoreMaskd(), MeasureTumourd()])(item)
 
 
@@ -188,6 +192,7 @@ def test_a_single_fold_gives_a_rank_and_says_why_no_more(bare: FoldEnsemble) -> 
     said = valid(describe(bare, result(folds=1)))
     survival = said["survival"]
     assert survival["log_hazard"] == 0.5
+    assert survival["log_hazard_std"] is said["hpv"]["probability_std"] is None
     assert survival["percentile"] is survival["risk_group"] is survival["curve"] is None
     assert survival["recurrence_free_survival"] == survival["beyond_follow_up"] == []
     assert "ensemble_folds.py" in survival["unavailable"]
@@ -195,6 +200,21 @@ def test_a_single_fold_gives_a_rank_and_says_why_no_more(bare: FoldEnsemble) -> 
     assert "ensemble_folds.py" in said["hpv"]["unavailable"]
     (check,) = (c for c in said["quality"]["checks"] if c["name"] == "feature_distance")
     assert (check["value"], check["verdict"]) == (None, "ok") and "not available" in check["message"]
+
+
+def test_one_fold_has_a_calibration_and_no_spread() -> None:
+    """As ``ensemble_folds.py --allow_missing`` leaves it: null is not the same as a spread of nothing."""
+    model = ensemble(folds=1, calibration=calibration(folds=1).to_dict())
+    survival = valid(describe(model, result(folds=1)))["survival"]
+    assert [row["years"] for row in survival["recurrence_free_survival"]] == [1, 2, 3]
+    for row in survival["recurrence_free_survival"]:
+        assert 0 < row["survival"] < 1
+        assert row["low"] is row["high"] is None
+    assert survival["curve"]["low"] is survival["curve"]["high"] is None
+    assert len(survival["curve"]["survival"]) == len(survival["curve"]["days"])
+    figure = Figure()
+    draw_patient_curve(figure.subplots(), survival)
+    assert len(figure.axes[0].lines) and not figure.axes[0].collections
 
 
 @pytest.mark.parametrize(

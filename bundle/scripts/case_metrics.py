@@ -18,8 +18,8 @@ from scipy.stats import rankdata
 from scripts import keys
 from scripts.bootstrap import BOOTSTRAP_SAMPLES, bootstrap_interval
 from scripts.metrics import concordance_index
+from scripts.thresholds import HALF, above
 
-HPV_THRESHOLD = 0.5
 SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
 """Below so many, an interval of one centre would say no more than that there is none."""
 
@@ -34,13 +34,13 @@ def c_index(cases: pd.DataFrame) -> float:
     return concordance_index(cases["time"].to_numpy(), cases["event"].to_numpy(), cases["log_hazard"].to_numpy())
 
 
-def hpv_calls(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> np.ndarray:
+def hpv_calls(cases: pd.DataFrame, threshold: float = HALF) -> np.ndarray:
     """(N,) bool, whether HPV is called positive: ``hpv_prob`` is above the row's ``hpv_threshold``, else above that."""
     limit = cases["hpv_threshold"].to_numpy() if "hpv_threshold" in cases else threshold
-    return cases["hpv_prob"].to_numpy() > limit
+    return above(cases["hpv_prob"].to_numpy(), limit)
 
 
-def balanced_accuracy(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> float:
+def balanced_accuracy(cases: pd.DataFrame, threshold: float = HALF) -> float:
     """Balanced accuracy (9), mean of sensitivity and specificity, of columns ``hpv`` and ``hpv_prob``.
 
     Args:
@@ -54,7 +54,7 @@ def balanced_accuracy(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> 
     return float((called[positive].mean() + (~called[~positive]).mean()) / 2)
 
 
-def confusion(cases: pd.DataFrame, threshold: float = HPV_THRESHOLD) -> dict[str, int]:
+def confusion(cases: pd.DataFrame, threshold: float = HALF) -> dict[str, int]:
     """Numbers of patients by true HPV status and call (columns as :func:`balanced_accuracy`)."""
     positive, called = cases["hpv"].to_numpy() > 0.5, hpv_calls(cases, threshold)
     return {
@@ -79,7 +79,8 @@ def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
     """Points of the ROC curve of columns ``hpv`` and ``hpv_prob``, from the strictest threshold to the loosest.
 
     Returns:
-        Columns ``threshold`` (called positive from it on), ``false_positive_rate``, ``true_positive_rate``.
+        Columns ``threshold`` (the lowest probability that is called positive), ``false_positive_rate``,
+        ``true_positive_rate``.
 
     Raises:
         ValueError: where only one class is there.
@@ -131,6 +132,11 @@ def aggregated_dice(cases: pd.DataFrame) -> float:
     """
     volumes = (cases["volume_ml"] + cases["true_volume_ml"]).to_numpy()
     return float((cases["dice"].to_numpy() * volumes).sum() / volumes.sum()) if volumes.sum() else math.nan
+
+
+def without_surfaces(cases: pd.DataFrame) -> pd.Series:
+    """(N,) bool, the cases whose true and predicted mask are both empty: right, and without a surface to measure."""
+    return (cases["volume_ml"] == 0) & (cases["true_volume_ml"] == 0)
 
 
 def surface_distance(cases: pd.DataFrame) -> float:
@@ -262,17 +268,21 @@ def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
 def _figure(
     cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int] | None, samples: int
 ) -> dict[str, Any]:
+    if name == "surface_distance_mm" and {"surface_distance_mm", *_VOLUMES} <= set(cases):
+        # 0 mm in tables of earlier versions
+        cases = cases.assign(surface_distance_mm=cases["surface_distance_mm"].mask(without_surfaces(cases)))
     present = [column for column in (*measure.columns, "hpv_threshold") if column in cases]
     known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
     if any(column not in cases for column in measure.columns[1:]):  # nobody has the label
         known = known.iloc[:0]
-    head = {"patients": len(known), **_class_counts(name, known)}
+    head = {"patients": len(known), **_class_counts(name, known), **_empty_masks(name, cases)}
     if measure.columns[0] not in cases:
         counted_later = measure.columns[0].startswith("found_") and "dice" in cases
         reason = "not counted by the version that judged these cases" if counted_later else "not a task of this model"
         return {"value": None, "reason": reason, **head}
     if not len(known):
-        return {"value": None, "reason": "no labelled case", **head}
+        reason = _NO_TUMOUR if name == "surface_distance_mm" and head.get("both_empty") else "no labelled case"
+        return {"value": None, "reason": reason, **head}
     value = measure.statistic(known)
     if math.isnan(value):
         return {"value": None, "reason": measure.why_not.format(**head), **head}
@@ -281,7 +291,7 @@ def _figure(
     low, high = bootstrap_interval(measure.statistic, known, samples, seed)
     figure: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
     if name == "balanced_accuracy":
-        thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HPV_THRESHOLD])
+        thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HALF])
         figure |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}
     return figure
 
@@ -301,13 +311,21 @@ def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
     return {}
 
 
+def _empty_masks(name: str, cases: pd.DataFrame) -> dict[str, int]:
+    """Cases without any tumour, true or predicted, beside figures that such cases have no or the best value of."""
+    if name not in ("dice", "surface_distance_mm") or not set(_VOLUMES) <= set(cases):
+        return {}
+    count = int(without_surfaces(cases).sum())
+    return {"both_empty": count} if count else {}
+
+
 def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of :func:`summarise` to read."""
     lines = []
     for name, row in summary.items():
         title, digits = MEASURES[name].title, MEASURES[name].digits
-        names = ("patients", "events", "positive", *LESIONS.values(), "missed")
-        counts = ", ".join(f"{row[k]} {k}" for k in names if k in row)
+        names = ("patients", "events", "positive", *LESIONS.values(), "missed", "both_empty")
+        counts = ", ".join(f"{row[k]} {k.replace('_', ' ')}" for k in names if k in row)
         if len(row.get("thresholds", ())) == 1:
             counts += f"; called above {row['thresholds'][0]:.3f}"
         if row["value"] is None:

@@ -25,6 +25,7 @@ from .geometry import Grid, box_grid, resample
 from .keys import IMAGE, TASK_SEG
 from .localise import BODY_HU, Anchor, Candidate, NoCoarsePass, credible_bounds
 from .networks import MultitaskNet
+from .thresholds import above
 from .transforms import CT_FILL, PET_FILL, ScaleIntensityPETCTd
 from .unet import ROI_FACTOR
 
@@ -32,7 +33,6 @@ IN_DOUBT, ALWAYS = "in_doubt", "always"
 COARSE_SPACING_MM = 4.0
 WINDOW_OVERLAP = 0.25
 CONTEXT_MM = 40.0  # what is looked at around the bounds of interest: a tumour at their edge, and what lies about it
-TUMOUR_PROBABILITY = 0.5
 # A box of the head and neck holds no higher uptake: an injection site must not take the whole range of a network that
 # scales by the box's maximum.
 HIGHEST_SUV = 30.0
@@ -200,7 +200,7 @@ def find_candidates(probability: np.ndarray, grid: Grid) -> list[Candidate]:
         probability: (X, Y, Z) tumour probability.
         grid: where it is.
     """
-    labels, count = ndimage.label(probability >= TUMOUR_PROBABILITY)
+    labels, count = ndimage.label(above(probability))
     found = []
     for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
         values = probability[window][labels[window] == number]

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 SETTINGS, PROVENANCE = "settings", "provenance"
 NOT_RECORDED = "not recorded"
 TRAINED_ON = "trained_on"  # in the provenance: what the training cases are, in words for every reader of an output
+KEEP_EPOCH = "keep_epoch"  # in the provenance: which epoch's weights these are, as the training config says it
 EARLIER: Mapping[str, Any] = {"survival_inputs": ["deep"], "hpv_inputs": ["image"]}
 """What weights were trained with that are older than a setting, by its name."""
 EXTRA_STATE = "_extra_state"  # torch's name for it
@@ -131,9 +132,9 @@ class FoldEnsemble(nn.Module):
 
         Returns:
             float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds;
-            ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected: 0 for one fold);
+            ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected), of several folds;
             ``hpv_prob_folds``, ``log_hazard_folds`` (B, K), of each fold; ``features`` (B, K, F), its deep features.
-            Those of absent tasks are absent.
+            Those of absent tasks are absent, and the deviations where there is one fold.
         """
         seg_total: Tensor | None = None
         scores: dict[str, list[Tensor]] = {HPV_PROB: [], LOG_HAZARD: [], FEATURES: []}
@@ -154,8 +155,9 @@ class FoldEnsemble(nn.Module):
         ):
             if scores[name]:
                 stacked = torch.stack(scores[name], dim=1)
-                result[name], result[spread] = stacked.mean(dim=1), stacked.std(dim=1, correction=0)
-                result[each] = stacked
+                result[name], result[each] = stacked.mean(dim=1), stacked
+                if len(self.folds) > 1:  # one says nothing of how much they differ
+                    result[spread] = stacked.std(dim=1, correction=0)
         if scores[FEATURES]:
             result[FEATURES] = torch.stack(scores[FEATURES], dim=1)
         return result

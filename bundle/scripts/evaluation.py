@@ -31,10 +31,12 @@ from scripts.case_metrics import (
     summarise,
     too_few,
 )
-from scripts.ensemble import FoldEnsemble
+from scripts.ensemble import KEEP_EPOCH, FoldEnsemble
 from scripts.files import write_text, written_whole
+from scripts.handlers import BEST, LAST
 from scripts.survival import Outcomes
 from scripts.survival_metrics import ensemble_survival, survival_metrics
+from scripts.thresholds import above
 
 if TYPE_CHECKING:
     from scripts.plots import Drawn
@@ -68,6 +70,7 @@ class CaseTable:
             where it was trained elsewhere; None leaves these figures out.
         ensemble: the network, where the cohort is one that it has not learnt from: HPV is then called at the threshold
             that it carries, and its calibration gives absolute risk, which is judged too.
+        part: of the split that is judged, as ``evaluate_on`` names it; stated with what was fitted to its cases.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class CaseTable:
         seed: int = 0,
         training_cases: Sequence[Mapping[str, Any]] | None = None,
         ensemble: FoldEnsemble | None = None,
+        part: str = "",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint)}
         self.seed = seed
         self.training_cases = training_cases
         self.ensemble = ensemble
+        self.part = part
         self.rows: list[dict[str, Any]] = []
         self.features: list[np.ndarray] = []
 
@@ -110,7 +115,8 @@ class CaseTable:
         write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
         if self.features:
             write_features(self.output_dir, cases["PatientID"], np.concatenate(self.features))
-        report = {**self.about, **self._judge(cases)}
+        kept = getattr(getattr(engine, "network", None), "provenance", {}).get(KEEP_EPOCH)
+        report = {**self.about, "selection": describe_selection(kept, self.part), **self._judge(cases)}
         report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
         if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
             report["tumour_inside_box"] = {
@@ -120,6 +126,7 @@ class CaseTable:
         report["figures"] = self._draw(cases, report)
         write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
         logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
+        logger.info("%s", report["selection"]["statement"])
         logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
 
     def _judge(self, cases: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -153,6 +160,36 @@ class CaseTable:
     def _carried(self, name: str) -> Mapping[str, Any]:
         """What the ensemble carries under this name, or nothing."""
         return {} if self.ensemble is None else self.ensemble.provenance.get(name) or {}
+
+
+def describe_selection(keep_epoch: str | None, part: str) -> dict[str, Any]:
+    """What of a network was fitted to the cases that judge it, for ``metrics.json``.
+
+    Args:
+        keep_epoch: which epoch's weights were kept, ``best`` on the validation cases or ``last``; None: not recorded.
+        part: the cases: ``training``, ``validation``, ``test`` or ``all`` of another cohort.
+
+    Returns:
+        ``keep_epoch``, ``judged`` (the part), ``fitted_to_these_cases`` (of ``weights`` and ``epoch``; None where it is
+        not known) and ``statement``, in words.
+
+    Example:
+        >>> describe_selection("best", "validation")["fitted_to_these_cases"]
+        ['epoch']
+    """
+    fitted: list[str] | None = []
+    statement = "nothing was fitted to these cases"
+    if part == "training":
+        fitted, statement = ["weights"], "the network was trained on these cases: the figures say how well it fits them"
+    elif part == "all":
+        statement = "nothing was fitted to these cases, unless the network was made on some of them"
+    elif part != "test" and keep_epoch == BEST:
+        fitted = ["epoch"]
+        statement = "the epoch is the one that was best on these cases: the figures are too good (keep_epoch: best)"
+    elif part != "test" and keep_epoch != LAST:
+        fitted = None
+        statement = "whether the epoch was chosen on these cases is not recorded; if so, the figures are too good"
+    return {"keep_epoch": keep_epoch, "judged": part, "fitted_to_these_cases": fitted, "statement": statement}
 
 
 def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) -> None:
@@ -242,7 +279,7 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
         columns["hpv_prob"] = _numbers(pred[keys.HPV_PROB])
     columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
     if keys.SEG_PROB in pred:
-        columns |= _mask_columns(batch, (pred[keys.SEG_PROB] > 0.5).float().cpu())
+        columns |= _mask_columns(batch, above(pred[keys.SEG_PROB]).float().cpu())
     columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
     columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]
     return pd.DataFrame(columns).to_dict("records")
@@ -280,11 +317,11 @@ def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm
         spacing_mm: edge lengths of a voxel.
 
     Returns:
-        mm; 0 where both masks are empty, infinite where one is.
+        mm; NaN where both masks are empty and there is nothing to measure, infinite where one is.
     """
     filled = bool(predicted.any()), bool(truth.any())
     if not all(filled):
-        return math.inf if any(filled) else 0.0
+        return math.inf if any(filled) else math.nan
     with warnings.catch_warnings():
         # MONAI 1.6 calls a function of its own with an argument that it deprecates.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)

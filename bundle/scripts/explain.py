@@ -29,6 +29,7 @@ from scripts.ensemble import NOT_RECORDED, TRAINED_ON, FoldEnsemble
 from scripts.files import write_text
 from scripts.geometry import Grid
 from scripts.networks import MultitaskNet
+from scripts.thresholds import above
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ EXPLANATION_FILE = "explanation.json"
 # Points of the Gauss-Legendre rule. A point takes, per fold, 0.1 s of one CPU core for a box of 32 voxels and 9 s for
 # one of 128, for which fewer are taken unless there is a GPU: 6 minutes for five folds on one core.
 STEPS, STEPS_SLOW = 24, 8
-TUMOUR_THRESHOLD = 0.5
 VOXELS_AT_ONCE = 64**3  # of points computed side by side; a point of more voxels is computed alone
 SMOOTH_MM = 5.0  # standard deviation; single voxels of a gradient are noise
 ACCEPTED_ERROR = 0.1
@@ -191,7 +191,7 @@ class RiskExplainer:
         clinical = result.get(keys.CLINICAL)
         clinical = None if clinical is None else torch.as_tensor(clinical).detach()[None]
         probability = result.get(keys.SEG_PROB)
-        tumour = None if probability is None else torch.as_tensor(probability)[0].cpu().numpy() >= TUMOUR_THRESHOLD
+        tumour = None if probability is None else above(torch.as_tensor(probability)[0].cpu().numpy())
         shape = tuple(image.shape[-3:])
         grid = Grid((shape[0], shape[1], shape[2]), torch.as_tensor(result[keys.BOX_AFFINE]).cpu().double().numpy())
         patient = str(result.get(keys.PATIENT_ID, ""))

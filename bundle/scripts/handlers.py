@@ -27,6 +27,7 @@ from scripts.files import write_text, written_whole
 from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
 from scripts.networks import MultitaskNet
 from scripts.sampling import EventBatchSampler, seed_epoch
+from scripts.thresholds import above
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def survival_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tenso
 def mask_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted tumour (B, 1, *roi_size) at probability 0.5 and the true one of an engine's output."""
     pred, label = output["pred"], output["label"]
-    return (pred[keys.SEG_PROB] > 0.5).float(), nan_where_unknown(label[keys.SEG], label[keys.SEG_KNOWN])
+    return above(pred[keys.SEG_PROB]).float(), nan_where_unknown(label[keys.SEG], label[keys.SEG_KNOWN])
 
 
 def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from monai.metrics.confusion_matrix import compute_confusion_matrix_metric, get_
 from torch import Tensor
 
 from scripts.losses import without_metadata
+from scripts.thresholds import HALF, above
 
 __all__ = [
     "BalancedAccuracyMetric",
@@ -98,13 +99,13 @@ def dice_scores(prediction: Tensor, mask: Tensor) -> Tensor:
     return compute_dice(prediction.float(), mask.float(), include_background=True, ignore_empty=False)
 
 
-def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = 0.5) -> float:
+def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = HALF) -> float:
     """Mean of sensitivity and specificity (eq. 9).
 
     Args:
-        probability: (N,) of the positive class; at the threshold counts as positive.
+        probability: (N,) of the positive class.
         label: (N,) in {0, 1}.
-        threshold: where positive begins.
+        threshold: above which it is called positive.
 
     Returns:
         A number in [0, 1]; NaN where one of the classes is absent.
@@ -124,7 +125,7 @@ def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = 0.5
         raise ValueError(f"{int(torch.isnan(probability).sum())} of {len(probability)} probabilities are NaN")
     if not len(label):
         return float("nan")
-    positive = (probability >= threshold).float().reshape(-1, 1)
+    positive = above(probability, threshold).float().reshape(-1, 1)
     counts = get_confusion_matrix(positive, label.float().reshape(-1, 1)).sum(dim=(0, 1))
     return float(compute_confusion_matrix_metric("balanced accuracy", counts))
 
@@ -217,7 +218,7 @@ class BalancedAccuracyMetric(_CaseMetric):
     Called with ``y_pred`` (B, 1), the probability of the positive class, and ``y`` (B, 1) in {0, 1}, NaN where unknown.
 
     Args:
-        threshold: where positive begins.
+        threshold: above which the class is called positive.
 
     Example:
         >>> metric = BalancedAccuracyMetric()
@@ -226,7 +227,7 @@ class BalancedAccuracyMetric(_CaseMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    def __init__(self, threshold: float = 0.5) -> None:
+    def __init__(self, threshold: float = HALF) -> None:
         super().__init__(columns=2)
         self.threshold = threshold
 

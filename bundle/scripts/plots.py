@@ -325,9 +325,10 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
     curve = survival["curve"]
     years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR
     colour = GROUP_COLOURS.get(survival.get("risk_group") or "", GREY)
-    panel.fill_between(
-        years, _floats(curve["low"]), _floats(curve["high"]), step="post", color=colour, alpha=0.2, linewidth=0
-    )
+    if curve["low"] is not None:  # several folds
+        panel.fill_between(
+            years, _floats(curve["low"]), _floats(curve["high"]), step="post", color=colour, alpha=0.2, linewidth=0
+        )
     panel.plot(years, _floats(curve["survival"]), drawstyle="steps-post", color=colour, linewidth=1.8)
     for given in survival.get("recurrence_free_survival", []):
         panel.plot(given["years"], given["survival"], "o", color=colour, markersize=4)

@@ -36,6 +36,7 @@ from .quality import (
     verdict,
 )
 from .survival import DAYS_PER_YEAR, HORIZON_YEARS, Calibration, CalibrationError, group_names, risk_groups
+from .thresholds import above
 
 SCHEMA_VERSION = "1"
 METADATA = Path(__file__).resolve().parents[1] / "configs" / "metadata.json"
@@ -157,7 +158,7 @@ class DescribePredictiond(Transform):
             return None
         return describe_survival(
             _number(data, K.LOG_HAZARD),
-            _number(data, K.LOG_HAZARD_STD),
+            _spread(data, K.LOG_HAZARD_STD),
             _numbers(data, K.LOG_HAZARD_FOLDS),
             self.known.provenance,
         )
@@ -171,10 +172,10 @@ class DescribePredictiond(Transform):
         return {
             "inputs": list(self.known.hpv_inputs),
             "probability": probability,
-            "probability_std": _number(data, K.HPV_PROB_STD),
+            "probability_std": _spread(data, K.HPV_PROB_STD),
             "probability_folds": _numbers(data, K.HPV_PROB_FOLDS),
             "threshold": threshold,
-            "positive": None if threshold is None else probability > threshold,
+            "positive": None if threshold is None else above(probability, threshold),
             "unavailable": ""
             if threshold is not None
             else stored.get("reason", SINGLE_FOLD.format(what="no threshold for HPV status")),
@@ -203,13 +204,13 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def describe_survival(
-    log_hazard: float, log_hazard_std: float, log_hazard_folds: Sequence[float], provenance: Mapping[str, Any]
+    log_hazard: float, log_hazard_std: float | None, log_hazard_folds: Sequence[float], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Rank, risk group and recurrence-free survival, as far as the model's calibration goes.
 
     Args:
         log_hazard: mean of the folds' log hazards as they give them.
-        log_hazard_std: their standard deviation.
+        log_hazard_std: their standard deviation, None of one fold.
         log_hazard_folds: (K,) of each fold.
         provenance: of the model; ``calibration`` in it is :meth:`scripts.survival.Calibration.to_dict` or a ``reason``.
 
@@ -237,9 +238,12 @@ def describe_survival(
     usable = calibration.usable(days)
     at = calibration.survival_interval(log_hazard_folds, days[usable])
     years = [year for year, within in zip(HORIZON_YEARS, usable, strict=True) if within]
+    ranges: list[list[float | None]] = [at.low.tolist(), at.high.tolist()]
+    if len(log_hazard_folds) == 1:  # one fold tells no spread
+        ranges = [[None] * len(at.days)] * 2
     described["recurrence_free_survival"] = [
-        {"years": year, "days": float(day), "survival": float(s), "low": float(low), "high": float(high)}
-        for year, day, s, low, high in zip(years, at.days, at.survival, at.low, at.high, strict=True)
+        {"years": year, "days": float(day), "survival": float(survival), "low": low, "high": high}
+        for year, day, survival, low, high in zip(years, at.days, at.survival, *ranges, strict=True)
     ]
     cuts = calibration.cut_points["tertiles"]
     described["beyond_follow_up"] = [year for year, within in zip(HORIZON_YEARS, usable, strict=True) if not within]
@@ -264,8 +268,8 @@ def read_calibration(provenance: Mapping[str, Any]) -> Calibration:
     return Calibration.from_dict(stored)
 
 
-def survival_curve(calibration: Calibration, log_hazard_folds: Sequence[float]) -> dict[str, list[float]]:
-    """Recurrence-free survival from day 0 to the end of follow-up, with the range of the folds.
+def survival_curve(calibration: Calibration, log_hazard_folds: Sequence[float]) -> dict[str, list[float] | None]:
+    """Recurrence-free survival from day 0 to the end of follow-up, with the range of the folds where there are several.
 
     At most :data:`CURVE_POINTS` of the days on which it falls; it is constant between those of the calibration.
     """
@@ -273,8 +277,13 @@ def survival_curve(calibration: Calibration, log_hazard_folds: Sequence[float]) 
     if len(days) > CURVE_POINTS:
         days = days[np.rint(np.linspace(0, len(days) - 1, CURVE_POINTS)).astype(int)]
     curve = calibration.survival_interval(log_hazard_folds, days)
-    named = {"days": curve.days, "survival": curve.survival, "low": curve.low, "high": curve.high}
-    return {name: values.tolist() for name, values in named.items()}
+    several = len(log_hazard_folds) > 1
+    return {
+        "days": curve.days.tolist(),
+        "survival": curve.survival.tolist(),
+        "low": curve.low.tolist() if several else None,
+        "high": curve.high.tolist() if several else None,
+    }
 
 
 def worst_features(features: torch.Tensor | None, model: Model, limits: Limits | None = None) -> Check:
@@ -322,6 +331,11 @@ def _number(data: Mapping[Hashable, Any], key: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the network gave {key} = {number}; the weights or the input are damaged")
     return number
+
+
+def _spread(data: Mapping[Hashable, Any], key: str) -> float | None:
+    """Standard deviation over the folds; None of one fold, which tells no spread."""
+    return None if data.get(key) is None else _number(data, key)
 
 
 def _numbers(data: Mapping[Hashable, Any], key: str) -> list[float]:

@@ -26,6 +26,7 @@ from .clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_valu
 from .geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
 from .images import read_scan
 from .localise import Proposer, locate_head_neck, locate_mask
+from .thresholds import HALF, above
 
 CT_FILL = -1024.0  # air, in HU
 PET_FILL = 0.0
@@ -276,7 +277,7 @@ class RestoreMaskd(MapTransform):
 
     Args:
         keys: the probability (1, R, R, R), beside the box's affine and the CT's shape and affine.
-        threshold: probability from which on a voxel is tumour.
+        threshold: probability above which a voxel is tumour.
         pred_key: where the mask goes.
         volume_key: where the volume in ml goes.
     """
@@ -284,15 +285,15 @@ class RestoreMaskd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection = K.SEG_PROB,
-        threshold: float = 0.5,
+        threshold: float = HALF,
         pred_key: str = K.PRED,
         volume_key: str = K.VOLUME_ML,
     ) -> None:
         super().__init__(keys)
         if len(self.keys) != 1:
             raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
         self.threshold, self.pred_key, self.volume_key = threshold, pred_key, volume_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -305,7 +306,7 @@ class RestoreMaskd(MapTransform):
         ct = Grid((shape[0], shape[1], shape[2]), _plain(d[K.CT_AFFINE]).numpy())
         window, values = to_ct_window(prob.numpy(), _box(d[K.BOX_AFFINE], prob.shape), ct)
         mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
-        mask[window] = values >= self.threshold
+        mask[window] = above(values, self.threshold)
         d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
         d[self.volume_key] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
         return d
