@@ -516,9 +516,9 @@ def write_segmentation(page: Page, main: Experiment) -> None:
     page.paragraph(
         "Dice and the other figures are taken within the network's box and on its grid. Surface distance: median over "
         "cases of the 95 % Hausdorff distance, without those in which one of the masks is empty (missed) or both. "
-        "Volume error: mean absolute difference; relative: median. Sensitivity: share of all true lesions, primaries or "
-        "nodes of which at least 30 % is covered. A predicted lesion is false where it touches no true one; the network does "
-        "not say which of them are nodes.",
+        "Volume error: mean absolute difference; relative: median. Sensitivity: share of all true lesions, primaries "
+        "or nodes of which at least 30 % is covered. A predicted lesion is false where it touches no true one; the "
+        "network does not say which of them are nodes.",
         "note",
     )
 

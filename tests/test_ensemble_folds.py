@@ -87,6 +87,7 @@ def runs(tmp_path) -> Path:
         "command": "python scripts/train_folds.py --dataset_dir data",
         "protocol": "partial",
         "num_folds": 3,
+        "settings": {"keep_epoch": "best"},
         "cohort": {
             "trained_on": PHANTOMS,
             "cases": 60,
@@ -141,6 +142,17 @@ def test_the_file_says_where_the_weights_come_from(runs, tmp_path):
     assert known["clinical"]["coding"]["m_stage"] == "0 (M0) -> 1, 1 (M1) -> 2; a missing value is 0"
     assert known["clinical"]["coding"]["performance_status"].startswith("0 -> 1, 1 -> 2")
     assert known["hpv_threshold"]["patients"] == 45 and 0.3 < known["hpv_threshold"]["value"] < 0.4
+
+
+@pytest.mark.parametrize(("keep_epoch", "flattered"), [("best", True), ("last", False)])
+def test_the_file_says_what_threshold_and_calibration_rest_on(runs, tmp_path, capsys, keep_epoch, flattered):
+    record = json.loads((runs / "experiment.json").read_text())
+    (runs / "experiment.json").write_text(json.dumps({**record, "settings": {"keep_epoch": keep_epoch}}))
+    ensemble_folds.ensemble_folds(str(runs), str(tmp_path / "model.pt"))
+    known = torch.load(tmp_path / "model.pt", weights_only=True)["_extra_state"]["provenance"]
+    assert known["keep_epoch"] == keep_epoch
+    assert ("too good" in known["selection"]) == flattered
+    assert known["selection"] in capsys.readouterr().out
 
 
 def test_inference_reads_it_and_says_what_it_is(runs, tmp_path, tiny_cohort, run_bundle):
