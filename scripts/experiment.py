@@ -20,16 +20,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import monai
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
-from nibabel.spatialimages import SpatialImage
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -39,7 +37,7 @@ from scripts import keys  # noqa: E402
 from scripts.cohort import Cohort, Split, load_cohort  # noqa: E402
 from scripts.ensemble import settings_differences  # noqa: E402
 from scripts.files import write_text  # noqa: E402
-from scripts.geometry import Grid  # noqa: E402
+from scripts.images import ImageReadError, read_grid  # noqa: E402
 from scripts.quality import fit_voxel_limits  # noqa: E402
 
 EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
@@ -380,21 +378,9 @@ def voxel_limits(cohort: Cohort) -> dict[str, dict[str, float]]:
     for case in cohort.cases:
         try:
             grids.append((read_grid(case[keys.CT]), read_grid(case[keys.PET])))
-        except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        except ImageReadError as error:
             print(f"{case[keys.PATIENT_ID]}: not counted in the range of voxel sizes: {error}", file=sys.stderr)
     return fit_voxel_limits(grids) if grids else {}
-
-
-def read_grid(path: str) -> Grid:
-    """Voxel grid of a NIfTI file by its header.
-
-    Raises:
-        OSError: it is not there or damaged (nibabel's ImageFileError too).
-        ValueError: it has fewer than three axes.
-    """
-    scan = cast(SpatialImage, nib.load(path))
-    x, y, z = scan.shape[:3]
-    return Grid((x, y, z), np.asarray(scan.affine, dtype=float))
 
 
 def claim_folder(plan: Plan) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from scripts import images
-from scripts.images import ImageReadError, image_suffix, read_image, read_scan, write_mask
+from scripts.images import ImageReadError, image_suffix, read_grid, read_image, read_scan, write_mask
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 CASES = BUNDLE.parents[1] / "shared" / "cases"
@@ -369,11 +369,15 @@ def test_faults_are_told(tmp_path, make, message):
     ],
 )
 def test_what_is_whole_is_read_without_a_doubt(tmp_path, name, content):
-    array, affine, doubts = read_scan(damaged(tmp_path, name, content))
+    path = damaged(tmp_path, name, content)
+    array, affine, doubts = read_scan(path)
     np.testing.assert_array_equal(array, values())
     expected = PLACE if name.startswith("a.nii") else PLACE @ np.diag([1, -1, 1, 1])
     np.testing.assert_allclose(affine, expected, atol=1e-5)
     assert doubts == ()
+    grid = read_grid(path)
+    assert grid.shape == SHAPE
+    np.testing.assert_array_equal(grid.affine, affine)
 
 
 @pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (2, 1.0), (3, 1e3)])

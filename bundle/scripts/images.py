@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.files import written_whole
+from scripts.geometry import Grid
 from scripts.image_headers import (
     COPY_AGAIN,
     GZIP,
@@ -35,6 +36,7 @@ __all__ = [
     "NIFTI_SUFFIXES",
     "ImageReadError",
     "image_suffix",
+    "read_grid",
     "read_image",
     "read_scan",
     "write_mask",
@@ -85,13 +87,7 @@ def read_scan(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, tup
         ImageReadError: when the file is absent, of an unknown format, damaged, not a 3-D image of numbers, or
             without a usable position in space.
     """
-    suffix = image_suffix(path)
-    if not suffix:
-        known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES))
-        raise ImageReadError(path, "not a known image format", f"give one of {known}")
-    if not Path(path).is_file():
-        raise ImageReadError(path, "no such file", "check the path in the datalist or in dataset_dir")
-    header = read_header(path, suffix)
+    header = _header(path)
     try:
         with header.path.open("rb") as file:
             file.seek(header.start)
@@ -102,6 +98,12 @@ def read_scan(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, tup
     except (OSError, ValueError) as error:
         raise ImageReadError(path, f"cannot be read ({error})", COPY_AGAIN) from error
     return _scaled(raw.reshape(header.shape, order="F"), header.slope, header.inter), header.affine, header.doubts
+
+
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """Where the voxels of a 3-D image are, by its header alone; errors as :func:`read_scan`."""
+    header = _header(path)
+    return Grid(header.shape, header.affine)
 
 
 def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarray, notice: str = "") -> None:
@@ -132,6 +134,16 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarra
             partial.write_bytes(_nifti_bytes(mask, affine, notice, compress=suffix == ".nii.gz"))
         else:
             _write_itk(str(partial), mask, affine, notice)
+
+
+def _header(path: str | os.PathLike[str]) -> Header:
+    suffix = image_suffix(path)
+    if not suffix:
+        known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES))
+        raise ImageReadError(path, "not a known image format", f"give one of {known}")
+    if not Path(path).is_file():
+        raise ImageReadError(path, "no such file", "check the path in the datalist or in dataset_dir")
+    return read_header(path, suffix)
 
 
 def _unpack(content: bytes, header: Header, path: str | os.PathLike[str]) -> bytes:
