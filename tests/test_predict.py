@@ -267,6 +267,39 @@ def test_one_failed_patient_stops_no_other(patients, options, tmp_path, capsys):
     assert "CHUM-001: failed: no PET found in" in shown and "CHUM-003: failed" in shown
 
 
+def test_images_with_bad_headers_fail_their_patients_only(patients, options, tmp_path):
+    """NDims of -1 ended the process inside SimpleITK; no position in space gave another tumour without a word."""
+
+    def another(patient: str) -> Path:
+        folder = shutil.copytree(patients / "CHUM-001", tmp_path / "in" / patient)
+        for path in folder.iterdir():
+            path.rename(path.with_name(path.name.replace("CHUM-001", patient)))
+        return scans(folder.parent, patient)[0]
+
+    ct = another("CHUM-010")
+    path = as_mha(ct, ct.with_name("CHUM-010__CT.mha"))
+    path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims = -1"))
+    ct.unlink()
+    for patient, codes, shift in (("CHUM-011", (0, 0), 0.0), ("CHUM-012", (1, 1), 25.0), ("CHUM-013", (1, 1), 0.0)):
+        ct = another(patient)
+        image = nibabel.load(ct)
+        header, affine = image.header.copy(), image.affine.copy()
+        header.set_sform(affine, codes[0])
+        affine[0, 3] += shift
+        header.set_qform(affine, codes[1])
+        content = np.asarray(image.dataobj)
+        nibabel.save(nibabel.Nifti1Image(content, None, header), ct)
+    run(tmp_path / "in", tmp_path / "out", code=1, **options)
+    rows = rows_of(tmp_path / "out")
+    states = {patient: row["status"] for patient, row in rows.items()}
+    assert states == {"CHUM-010": "failed", "CHUM-011": "failed", "CHUM-012": "ok", "CHUM-013": "ok"}
+    assert "NDims = -1" in rows["CHUM-010"]["reason"]
+    assert "no position in space" in rows["CHUM-011"]["reason"]
+    assert "sform and its qform are up to 25 mm apart" in rows["CHUM-012"]["crop_flag"]
+    assert rows["CHUM-012"]["quality"] == "warn"
+    assert "sform" not in rows["CHUM-013"]["crop_flag"]
+
+
 def test_an_unknown_clinical_value_names_file_and_value(patients, options, tmp_path):
     (tmp_path / "clinical.csv").write_text("PatientID,Age,Gender\nCHUM-001,61,robot\nCHUM-002,50,f\n")
     run(patients, tmp_path / "out", clinical=str(tmp_path / "clinical.csv"), code=1, **options)
