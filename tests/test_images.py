@@ -235,6 +235,7 @@ FAULTS = [
     fault("a.nii", nifti(np.diag([1e6, 1, 1, 1])), "no scan of a body", "affine_of_1e6"),
     fault("a.nii", nifti(np.diag([0.0001, 1, 1, 1])), "no scan of a body", "voxels_too_small"),
     fault("a.nii", nifti(srow_x=[2, 0, 0, 1e20]), "no place in a scanner", "far_away"),
+    fault("a.nii", nifti(srow_x=[np.inf, 0, 0, 9]), "no usable voxel size", "infinite"),
     fault("a.nii", nifti(srow_x=[2, 0, 0, np.nan]), "no usable voxel size", "not_a_number"),
     fault("a.nii", nifti(sform_code=0, pixdim=[1, 0, 2, 3, 0, 0, 0, 0]), "pixdim. of zero", "voxel_size_0"),
     fault("a.nii", nifti(sform_code=0, quatern_b=7), "not a complete NIfTI", "no_quaternion"),
@@ -394,7 +395,9 @@ def test_metres_and_micrometres_become_millimetres(tmp_path, unit, factor, codes
     [
         pytest.param("a.nii", nifti(qoffset_x=102), "sform and its qform are up to 12 mm apart", id="shifted"),
         pytest.param("a.nii", nifti(quatern_c=0.9), "sform and its qform are up to", id="turned"),
-        pytest.param("a.nii", nifti(quatern_b=7), "qform is no rotation", id="no_rotation"),
+        pytest.param("a.nii", nifti(quatern_b=7), "qform gives no place", id="no_rotation"),
+        pytest.param("a.nii", nifti(qoffset_x=np.nan), "qform gives no place", id="qform_not_a_number"),
+        pytest.param("a.nii", nifti(qoffset_x=np.inf), "qform gives no place", id="qform_infinite"),
         pytest.param("a.nii", nifti(srow_y=[0, -2.5, 0, -70]), "sform and its qform are up to", id="mirrored"),
         pytest.param(
             "a.nii",

@@ -253,7 +253,8 @@ def _nifti_header(path: Path, head: bytes, packed: int | None) -> Header:
         header.check_fix(logger=quiet)
         dtype, slope_inter, skip = header.get_data_dtype(), header.get_slope_inter(), int(header["vox_offset"])
         shape = _one_volume([int(n) for n in header.get_data_shape()])
-        affine, doubts = _nifti_place(header, spacing)
+        with np.errstate(all="ignore"):  # what is not finite is refused or said below
+            affine, doubts = _nifti_place(header, spacing)
     except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as error:
         raise _Fault(f"not a complete NIfTI file ({error})", COPY_AGAIN) from error
     slope, inter = (default if value is None else value for value, default in zip(slope_inter, (1.0, 0.0), strict=True))
@@ -279,15 +280,17 @@ def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndar
         raise _Fault("the header gives a voxel size (pixdim) of zero", CONVERT_AGAIN)
     if codes[0]:
         size, told_size = np.linalg.norm(affine[:3, :3], axis=0), _UNIT_MM.get(unit, 1.0) * spacing
-        if np.abs(size - told_size).max() > SPACING_TOLERANCE * size.max():
+        if not np.abs(size - told_size).max() <= SPACING_TOLERANCE * size.max():
             doubts.append(f"its sform says voxels of {_times(size)} mm, its pixdim {_times(told_size)} mm")
     if all(codes):
         try:
             other = to_mm @ np.asarray(header.get_qform(), dtype=np.float64)
-        except ValueError:
-            return affine, [*doubts, "its qform is no rotation; the sform was taken"]
+        except ValueError:  # its quaternion is none
+            other = np.full((4, 4), np.nan)
+        if not np.isfinite(other).all():
+            return affine, [*doubts, "its qform gives no place; the sform was taken"]
         apart = _apart(affine, other, header.get_data_shape())
-        if apart > max(PLACE_TOLERANCE_MM, 0.5 * float(np.linalg.norm(affine[:3, :3], axis=0).min())):
+        if not apart <= max(PLACE_TOLERANCE_MM, 0.5 * float(np.linalg.norm(affine[:3, :3], axis=0).min())):
             doubts.append(f"its sform and its qform are up to {apart:.4g} mm apart; the sform was taken")
     return affine, doubts
 
