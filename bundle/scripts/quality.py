@@ -304,8 +304,8 @@ def check_case(
     """
     table = merge_limits(limits)
     box = box_grid(location.centre_mm, roi_size, spacing_mm)
-    pet_values, pet_thin = measure_pet(pet, pet_grid)
     ct_values, ct_thin = measure_ct(ct, ct_grid)
+    pet_values, pet_thin = measure_pet(pet, pet_grid, ct_thin)
     outlines = body_outlines(ct_thin, pet_thin, pet_values["pet_body"], box)
     shift, agreement = (None, None) if outlines is None else best_shift(*outlines)
     values: dict[str, float | None] = {

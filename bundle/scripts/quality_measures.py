@@ -16,9 +16,9 @@ from .geometry import Grid, bounding_window, box_grid, resample, share_inside, s
 from .keys import BACKGROUND, GTVN, GTVP
 
 THIN_MM = 5.0  # voxels of the thinned-out scans: about this
-# Body in the PET, whatever the unit: first above this share of its mean, for which the hottest 1 % are cut so that a
-# bladder does not set it; then, for the outline, above this share of the body's median (fat has a third of it).
-BODY_SHARE_OF_MEAN, BODY_SHARE_OF_MEDIAN = 0.4, 0.4
+# Body in the PET, whatever the unit: above this share of the body's median (fat has a third of it), for which the body
+# counts as at least this share of the field of view.
+BODY_SHARE_OF_MEDIAN, LEAST_BODY_SHARE = 0.4, 0.02
 # Hot is beyond both; the first holds in SUV, the second whatever the unit.
 HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
 # Head, neck, heart, kidneys and bladder lie within 130 mm of the midline, an arm beside the trunk beyond.
@@ -34,6 +34,7 @@ LARGEST_SHIFT_MM = 96.0
 # cylinder fits itself at any height.
 LEAST_GAIN, GAIN_PER_MM = 0.03, 0.0005
 POINTS = 24  # per axis, to measure shared volumes
+BODY_POINTS = 48  # per axis, to measure the body: some 400 of them lie in a neck in a field of 500 mm
 IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])  # neighbours within a slice along z
 
 
@@ -65,24 +66,56 @@ def _not_finite(array: np.ndarray) -> tuple[float, float, float]:
     return (count, float(finite.min()), float(finite.max())) if finite.size else (count, 0.0, 0.0)
 
 
-def measure_pet(pet: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thin]:
-    """Values of the rules on the PET."""
+def measure_pet(pet: np.ndarray, grid: Grid, ct: Thin) -> tuple[dict[str, float | None], Thin]:
+    """Values of the rules on the PET.
+
+    Args:
+        pet: (X, Y, Z).
+        grid: its grid.
+        ct: thinned-out CT, which says how much of the field of view is body.
+    """
     count, lowest, highest = _not_finite(pet)
     thin = _thin_out(pet, grid, THIN_MM)
-    # a sample of some 100 000 voxels settles quantiles
-    sample = thin.values.ravel(order="K")[:: max(1, thin.values.size // 100_000)]
-    body_from = BODY_SHARE_OF_MEAN * float(np.minimum(sample, np.quantile(sample, 0.99)).mean())
-    body = sample[sample > body_from]
-    level = float(np.median(body)) if len(body) else 0.0
+    level = pet_body_level(ct, thin)
+    hot_from = max(HOT_SUV, HOT_TIMES_BODY * (level or 0.0))
     values: dict[str, float | None] = {
         "pet_not_finite": count,
         "pet_lowest": lowest,
         "pet_contrast": highest - lowest,
         "pet_body": level,
         "pet_highest": highest,
-        "pet_injection_site": 100 * _lateral_share(thin, body_from, max(HOT_SUV, HOT_TIMES_BODY * level)),
+        "pet_injection_site": 100 * _lateral_share(thin, BODY_SHARE_OF_MEDIAN * (level or 0.0), hot_from),
     }
     return values, thin
+
+
+def pet_body_level(ct: Thin, pet: Thin) -> float | None:
+    """Median PET value of the body, whatever the unit; None where CT and PET have no place in common.
+
+    The body is as large in the PET as in the CT: of the places that both show, as many of the warmest as the CT has
+    tissue (table included, which adds some percent). How the PET lies on the CT does not matter, nor what it holds in
+    the air: noise, zeros, values below zero, or padding around what was scanned, which is left out.
+
+    Args:
+        ct: thinned-out CT.
+        pet: thinned-out PET.
+    """
+    scanned = bounding_window(pet.values > 0)
+    if scanned is None:
+        return 0.0
+    bounds = pet.grid.crop(scanned).bounds
+    low, high = np.maximum(ct.grid.bounds[0], bounds[0]), np.minimum(ct.grid.bounds[1], bounds[1])
+    if (high <= low).any():
+        return None
+    common = box_grid((low + high) / 2, BODY_POINTS, (high - low) / BODY_POINTS)
+    hu = resample(ct.values, ct.grid, common, "nearest", fill=np.nan)
+    suv = resample(pet.values, pet.grid, common, "nearest", fill=np.nan)
+    seen = np.isfinite(hu) & np.isfinite(suv)
+    warm = suv[seen & (suv > 0)]
+    if not warm.size:
+        return None
+    share = np.clip((hu[seen] > TISSUE_HU).sum() / warm.size, LEAST_BODY_SHARE, 1.0)
+    return float(np.quantile(warm, 1 - share / 2))
 
 
 def _lateral_share(pet: Thin, body_from: float, hot_from: float) -> float:
