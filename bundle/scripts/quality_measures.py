@@ -6,13 +6,12 @@ depends on the order or the direction of the array's axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import fft, ndimage
+from scipy import ndimage
 
-from .geometry import Grid, bounding_window, box_grid, resample, share_inside, smooth_resample
+from .geometry import Grid, bounding_window, box_grid, resample, share_inside
 from .keys import BACKGROUND, GTVN, GTVP
 
 THIN_MM = 5.0  # voxels of the thinned-out scans: about this
@@ -25,16 +24,17 @@ HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
 LATERAL_MM = 130.0
 BODY_HU, AIR_HU = -400.0, -500.0
 TISSUE_HU = -300.0  # lungs, foam and clothes stay below
+# Below this the lowest value may stand for what was not scanned (-2000, -3024); air is -1024 at least.
+PADDING_HU = -1200.0
+AIR_BIN_HU, LEAST_AIR = 10.0, 50  # width of a bin, and voxels of the thinned-out CT that tell what air is
+# Speckle: pixels that stand out of all their neighbours in the slice, in the CT by this, in the PET, where nothing is
+# sharper than its blur, by a multiple of them and of the body's median.
+SPECKLE_HU, SPECKLE_TIMES_NEXT, SPECKLE_TIMES_BODY = 300.0, 3.0, 2.0
+SPECKLE_SLICES = 8
 AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # grid to look for it; section of a narrow throat
-OUTLINE_MM, OUTLINE_SIGMA_MM = 8.0, 6.0
-OUTLINE_MARGIN_MM = 48.0  # around the box: shoulders and vertex say most about a shift along z
-OUTLINE_LEAST_MM = 80.0  # a common field of view smaller than this shows no outline
-LARGEST_SHIFT_MM = 96.0
-# A shift counts when it raises the agreement of the outlines (-1 to 1) by this, and by this for every millimetre: a
-# cylinder fits itself at any height.
-LEAST_GAIN, GAIN_PER_MM = 0.03, 0.0005
 POINTS = 24  # per axis, to measure shared volumes
 BODY_POINTS = 48  # per axis, to measure the body: some 400 of them lie in a neck in a field of 500 mm
+NEIGHBOURS = np.array([[[1], [1], [1]], [[1], [0], [1]], [[1], [1], [1]]], dtype=bool)  # in a slice along z
 IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])  # neighbours within a slice along z
 
 
@@ -85,6 +85,8 @@ def measure_pet(pet: np.ndarray, grid: Grid, ct: Thin) -> tuple[dict[str, float 
         "pet_body": level,
         "pet_highest": highest,
         "pet_injection_site": 100 * _lateral_share(thin, BODY_SHARE_OF_MEDIAN * (level or 0.0), hot_from),
+        "pet_speckle": 100 * _pet_speckle(_some_slices(pet, grid), level) if level else 0.0,
+        "pet_blank_slices": _blank_slices(pet, grid),
     }
     return values, thin
 
@@ -138,10 +140,61 @@ def measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thi
     values: dict[str, float | None] = {
         "ct_not_finite": count,
         "ct_lowest": float(thin.values.min()),
+        "ct_air": _air_hu(thin.values),
         "ct_tissue": float(np.median(body)) if len(body) else None,
         "ct_body": 100.0 * len(body) / thin.values.size,
+        "ct_speckle": 100 * _ct_speckle(_some_slices(ct, grid)),
+        "ct_blank_slices": _blank_slices(ct, grid),
     }
     return values, thin
+
+
+def _air_hu(hu: np.ndarray) -> float | None:
+    """The most frequent value of air, padding left out; None where there is (almost) none."""
+    air = hu[hu < AIR_HU]
+    if air.size < LEAST_AIR:
+        return None
+    lowest = air.min()
+    if lowest < PADDING_HU and (air > lowest).sum() >= LEAST_AIR:
+        air = air[air > lowest]
+    bins = np.floor((AIR_HU - np.maximum(air, 10 * AIR_HU)) / AIR_BIN_HU).astype(int)
+    counts = np.convolve(np.bincount(bins), [1, 2, 3, 2, 1])[2:-2]
+    return AIR_HU - (float(counts.argmax()) + 0.5) * AIR_BIN_HU
+
+
+def _across(grid: Grid) -> int:
+    """The array's axis along which slices follow each other: the one nearest to the body's."""
+    return int(np.abs(grid.affine[2, :3] / grid.spacing).argmax())
+
+
+def _some_slices(array: np.ndarray, grid: Grid) -> np.ndarray:
+    """Some whole slices (X, Y, S) of a scan, as float32."""
+    slices = np.moveaxis(array, _across(grid), 2)
+    count = slices.shape[2]
+    taken = np.unique(np.rint(np.linspace(0, count - 1, min(count, SPECKLE_SLICES))).astype(int))
+    return np.asarray(np.nan_to_num(slices[:, :, taken].astype(np.float32), posinf=0.0, neginf=0.0))
+
+
+def _ct_speckle(slices: np.ndarray) -> float:
+    """Share of pixels above or below all their neighbours by more than anything but noise would be."""
+    above = slices - ndimage.maximum_filter(slices, footprint=NEIGHBOURS)
+    below = ndimage.minimum_filter(slices, footprint=NEIGHBOURS) - slices
+    return float((np.maximum(above, below) > SPECKLE_HU).mean())
+
+
+def _pet_speckle(slices: np.ndarray, level: float) -> float:
+    """Share of pixels that are hotter than all their neighbours by more than a scanner's blur allows."""
+    beside = ndimage.maximum_filter(slices, footprint=NEIGHBOURS)
+    return float(((slices > SPECKLE_TIMES_BODY * level) & (slices > SPECKLE_TIMES_NEXT * beside)).mean())
+
+
+def _blank_slices(array: np.ndarray, grid: Grid) -> float:
+    """Number of slices of a single value between others."""
+    slices = np.moveaxis(array, _across(grid), 2)
+    steps = np.maximum(1, np.rint(THIN_MM / np.delete(grid.spacing, _across(grid)))).astype(int)
+    thin = slices[:: steps[0], :: steps[1]]
+    drawn = np.flatnonzero(thin.min(axis=(0, 1)) != thin.max(axis=(0, 1)))
+    return float(drawn[-1] - drawn[0] + 1 - len(drawn)) if len(drawn) else 0.0
 
 
 def measure_mask(
@@ -182,10 +235,27 @@ def voxel_sizes(ct_grid: Grid, pet_grid: Grid) -> dict[str, float]:
     """Voxel sizes in mm in the slice (mean of the two) and across slices (the axis nearest to the body's)."""
     sizes = {}
     for name, grid in (("ct", ct_grid), ("pet", pet_grid)):
-        across = int(np.abs(grid.affine[2, :3] / grid.spacing).argmax())
+        across = _across(grid)
         sizes[f"{name}_in_plane"] = float(np.delete(grid.spacing, across).mean())
         sizes[f"{name}_slice"] = float(grid.spacing[across])
     return sizes
+
+
+def grid_shape(*grids: Grid) -> dict[str, float]:
+    """How far the voxels of the worst of some grids are from upright boxes with a square base.
+
+    Returns:
+        ``voxel_skew``, the largest deviation from 90 degrees between two axes, and ``pixel_aspect``, the longer side of
+        a pixel in the slice over the shorter one.
+    """
+    skew, aspect = 0.0, 1.0
+    for grid in grids:
+        axes = grid.affine[:3, :3] / grid.spacing
+        cosines = np.abs(np.triu(axes.T @ axes, 1)).max()
+        skew = max(skew, float(np.rad2deg(np.arcsin(min(1.0, cosines)))))
+        sides = np.delete(grid.spacing, _across(grid))
+        aspect = max(aspect, float(sides.max() / sides.min()))
+    return {"voxel_skew": skew, "pixel_aspect": aspect}
 
 
 def _points(grid: Grid) -> np.ndarray:
@@ -212,7 +282,7 @@ def overlap(one: Grid, other: Grid) -> float:
     return float(_inside(_points(small), large).mean())
 
 
-def _enclosed(mask: np.ndarray) -> np.ndarray:
+def enclosed(mask: np.ndarray) -> np.ndarray:
     """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z."""
     labels: np.ndarray = ndimage.label(~mask, IN_PLANE)[0]
     rim = np.concatenate([side.ravel() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1])])
@@ -231,58 +301,5 @@ def airway_mm(ct: np.ndarray, ct_grid: Grid, box: Grid) -> float:
     thin = _thin_out(ct[window], ct_grid.crop(window), AIRWAY_MM)
     shape = np.maximum(1, np.rint(box.extent / AIRWAY_MM)).astype(int).tolist()
     hu = resample(thin.values, thin.grid, box_grid(box.centre, shape, AIRWAY_MM), "nearest", -1024.0)
-    air = _enclosed(hu > BODY_HU) & (hu < AIR_HU)
+    air = enclosed(hu > BODY_HU) & (hu < AIR_HU)
     return float((air.sum(axis=(0, 1)) * AIRWAY_MM**2 / 100 >= AIRWAY_CM2).sum()) * AIRWAY_MM
-
-
-def body_outlines(ct: Thin, pet: Thin, level: float | None, box: Grid) -> tuple[np.ndarray, np.ndarray] | None:
-    """The body as CT and as PET show it around the box, on one coarse grid; None where that cannot be had.
-
-    Args:
-        ct: thinned-out CT.
-        pet: thinned-out PET.
-        level: median PET value of the body.
-        box: the network's box.
-    """
-    low = np.max([ct.grid.bounds[0], pet.grid.bounds[0], box.bounds[0] - OUTLINE_MARGIN_MM], axis=0)
-    high = np.min([ct.grid.bounds[1], pet.grid.bounds[1], box.bounds[1] + OUTLINE_MARGIN_MM], axis=0)
-    if (high - low).min() < OUTLINE_LEAST_MM or not level:
-        return None
-    grid = box_grid((low + high) / 2, np.floor((high - low) / OUTLINE_MM).astype(int).tolist(), OUTLINE_MM)
-    hu = smooth_resample(ct.values, ct.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
-    suv = smooth_resample(pet.values, pet.grid, grid, OUTLINE_SIGMA_MM, fill=np.nan)
-    one, other = _signed(hu, BODY_HU), _signed(suv, BODY_SHARE_OF_MEDIAN * level)
-    return None if min((one > 0).mean(), (other > 0).mean()) < 0.01 else (one, other)
-
-
-def best_shift(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
-    """Shift (3,) in mm of the second outline against the first, and how well they agree after it.
-
-    Both hold +1 for body, -1 for air and 0 for out of view, so that their mean product is 1 for equal outlines and -1
-    for opposite ones. The shift that raises it most is taken, a smaller one where it does about as well.
-    """
-    reach = np.minimum(round(LARGEST_SHIFT_MM / OUTLINE_MM), np.array(one.shape) // 4).tolist()
-    seen = _correlate(np.abs(one), np.abs(other), reach)
-    agreement = _correlate(one, other, reach) / np.maximum(seen, 1)
-    shifts = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1) * OUTLINE_MM
-    # what a shift moves out of view speaks neither for it nor against it
-    gain = (agreement - agreement[tuple(reach)]) * seen / max(1.0, float(seen[tuple(reach)]))
-    best = int((gain - GAIN_PER_MM * np.linalg.norm(shifts, axis=-1)).argmax())
-    if gain.ravel()[best] < LEAST_GAIN:
-        return np.zeros(3), float(agreement[tuple(reach)])
-    return shifts.reshape(-1, 3)[best], float(agreement.ravel()[best])
-
-
-def _signed(values: np.ndarray, body_from: float) -> np.ndarray:
-    """+1 in the body with what it encloses, -1 in air, 0 outside the field of view."""
-    outside = np.isnan(values)
-    body = np.where(outside, -np.inf, values) > body_from
-    body |= _enclosed(body)
-    return np.where(outside, np.float32(0), np.where(body, np.float32(1), np.float32(-1)))
-
-
-def _correlate(one: np.ndarray, other: np.ndarray, reach: Sequence[int]) -> np.ndarray:
-    """Sum over x of one(x) other(x + s) for all shifts s up to ``reach`` voxels along each axis."""
-    shape = [fft.next_fast_len(n + r, real=True) for n, r in zip(one.shape, reach, strict=True)]
-    product = np.conj(fft.rfftn(one, shape)) * fft.rfftn(other, shape)
-    return fft.irfftn(product, shape)[np.ix_(*(np.arange(-r, r + 1) for r in reach))]
