@@ -17,7 +17,7 @@ from .keys import BACKGROUND, GTVN, GTVP
 THIN_MM = 5.0  # voxels of the thinned-out scans: about this
 # Body in the PET, whatever the unit: above this share of the body's median (fat has a third of it), for which the body
 # counts as at least this share of the field of view.
-BODY_SHARE_OF_MEDIAN, LEAST_BODY_SHARE = 0.4, 0.02
+BODY_SHARE_OF_MEDIAN, LEAST_BODY_SHARE = 0.35, 0.02
 # Hot is beyond both; the first holds in SUV, the second whatever the unit.
 HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
 # Head, neck, heart, kidneys and bladder lie within 130 mm of the midline, an arm beside the trunk beyond.
@@ -282,12 +282,18 @@ def overlap(one: Grid, other: Grid) -> float:
     return float(_inside(_points(small), large).mean())
 
 
-def enclosed(mask: np.ndarray) -> np.ndarray:
-    """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z."""
+def enclosed(mask: np.ndarray, sides_open: bool = True) -> np.ndarray:
+    """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z.
+
+    Args:
+        mask: the mask.
+        sides_open: whether a place is open that reaches the left or the right end of the slice, and not the front or
+            the back. Where a view is narrower than a chest, its lungs do.
+    """
     labels: np.ndarray = ndimage.label(~mask, IN_PLANE)[0]
-    rim = np.concatenate([side.ravel() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1])])
+    ends = [labels[:, 0], labels[:, -1], *([labels[0], labels[-1]] if sides_open else [])]
     open_air = np.zeros(int(labels.max()) + 1, dtype=bool)
-    open_air[rim] = True
+    open_air[np.concatenate([end.ravel() for end in ends])] = True
     open_air[0] = True
     return np.asarray(~open_air[labels], dtype=bool)
 

@@ -118,7 +118,7 @@ def _signed(values: np.ndarray, body_from: float) -> np.ndarray:
     """+1 in the body with what it encloses, -1 in air, 0 outside the field of view."""
     outside = np.isnan(values)
     body = np.where(outside, -np.inf, values) > body_from
-    body |= enclosed(body)
+    body |= enclosed(body, sides_open=False)
     return np.where(outside, np.float32(0), np.where(body, np.float32(1), np.float32(-1)))
 
 
