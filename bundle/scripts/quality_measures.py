@@ -31,6 +31,7 @@ AIR_BIN_HU, LEAST_AIR = 10.0, 50  # width of a bin, and voxels of the thinned-ou
 # sharper than its blur, by a multiple of them and of the body's median.
 SPECKLE_HU, SPECKLE_TIMES_NEXT, SPECKLE_TIMES_BODY = 300.0, 3.0, 2.0
 SPECKLE_SLICES = 8
+DRAWN_SHARE = 0.01  # of a slice differs from its corner where there is more than some noise in the air
 AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # grid to look for it; section of a narrow throat
 POINTS = 24  # per axis, to measure shared volumes
 BODY_POINTS = 48  # per axis, to measure the body: some 400 of them lie in a neck in a field of 500 mm
@@ -189,12 +190,13 @@ def _pet_speckle(slices: np.ndarray, level: float) -> float:
 
 
 def _blank_slices(array: np.ndarray, grid: Grid) -> float:
-    """Number of slices of a single value between others."""
+    """Number of slices of a single value between others that show more than some noise."""
     slices = np.moveaxis(array, _across(grid), 2)
     steps = np.maximum(1, np.rint(THIN_MM / np.delete(grid.spacing, _across(grid)))).astype(int)
     thin = slices[:: steps[0], :: steps[1]]
-    drawn = np.flatnonzero(thin.min(axis=(0, 1)) != thin.max(axis=(0, 1)))
-    return float(drawn[-1] - drawn[0] + 1 - len(drawn)) if len(drawn) else 0.0
+    uneven = (thin != thin[:1, :1]).mean(axis=(0, 1))
+    drawn = np.flatnonzero(uneven > DRAWN_SHARE)
+    return float((uneven[drawn[0] : drawn[-1]] == 0).sum()) if len(drawn) else 0.0
 
 
 def measure_mask(
