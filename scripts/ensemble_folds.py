@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from command_line import run_tool
-from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
@@ -47,7 +46,6 @@ from scripts.ensemble import (  # noqa: E402
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
-    complete,
     describe_model,
     join_folds,
     load_weights,
@@ -57,6 +55,7 @@ from scripts.ensemble import (  # noqa: E402
 from scripts.evaluation import read_features  # noqa: E402
 from scripts.handlers import BEST  # noqa: E402
 from scripts.quality_features import fit_feature_statistics  # noqa: E402
+from scripts.spec import ModelSpec  # noqa: E402
 from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
 from scripts.thresholds import HALF  # noqa: E402
 
@@ -106,11 +105,9 @@ def finished_folds(runs: str | Path, record: Mapping[str, Any], allow_missing: b
 
 
 def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
-    """The network as ``inference.json`` defines it, for these settings."""
-    parser = ConfigParser()
-    parser.read_config(str(BUNDLE / "configs" / "inference.json"))
-    parser.update(complete(settings))
-    return parser.get_parsed_content("network_def")
+    """An ensemble of one fold that has learnt nothing, for these settings (:meth:`scripts.spec.ModelSpec.to_dict`)."""
+    spec = ModelSpec.read(settings, "the folds")
+    return FoldEnsemble(spec.network(), spec)
 
 
 # --- provenance -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from experiment import (  # noqa: E402
     typed,
 )
 
-from scripts.ensemble import EARLIER  # noqa: E402
+from scripts.ensemble import complete  # noqa: E402
 
 OTHERS = "others"  # the part that the cases of another cohort are, in the names of folders
 TRAIN_TOOL = ROOT / "scripts" / "train_folds.py"
@@ -231,7 +231,7 @@ def check_variants(names: Sequence[str]) -> tuple[str, ...]:
 def check_run(study: Study, variant: str, seed: int) -> None:
     """See that a run on disk is what its name says.
 
-    A run may lack an id that came later: it was run with what was done then (:data:`scripts.ensemble.EARLIER`), else
+    A run may lack an id that came later: it was run with what was done then (:func:`scripts.ensemble.complete`), else
     with the default of ``configs/train.json``.
     Ids of another kind than plain numbers, texts and lists (objects, expressions) follow from the others.
 
@@ -246,7 +246,7 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     parser.update(values)
     expected = resolved(settings_of(config_of(parser)))
     defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
-    there = resolved({**defaults, **EARLIER, **found})
+    there = resolved({**defaults, **complete(found)})
     differences = [
         f"{name} {value!r} instead of {expected[name]!r}"
         for name, value in ((name, there.get(name)) for name in expected if name not in NOT_COMPARED)

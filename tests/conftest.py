@@ -81,11 +81,11 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
     """Run ``python -m monai.bundle run ...`` in ``bundle/`` and check its exit code."""
 
-    def run(*arguments: str, code: int = 0, cwd: Path = BUNDLE) -> subprocess.CompletedProcess:
+    def run(*arguments: str, code: int = 0, cwd: Path = BUNDLE, path: str = "") -> subprocess.CompletedProcess:
         result = subprocess.run(
             [sys.executable, "-m", "monai.bundle", "run", *arguments],
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,

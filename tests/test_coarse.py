@@ -19,7 +19,10 @@ from scripts.localise import METHOD_PET_BRAIN, Anchor, NoCoarsePass
 from scripts.networks import MultitaskNet
 
 SPACING = 8.0
-FIXED = {"tasks": ["seg"], "roi_size": [32, 32, 32], "spacing_mm": SPACING, "ct_window": [-1000, 1000]} | {
+FIXED = {"tasks": ["seg"], "clinical_features": ["age", "gender", "m_stage"]} | {
+    "roi_size": [32, 32, 32],
+    "spacing_mm": SPACING,
+    "ct_window": [-1000, 1000],
     "pet_window": [0, 25],
     "bn_eps": 1e-5,
 }
@@ -231,7 +234,7 @@ def test_other_times_are_refused():
 
 def test_no_pass_without_segmentation(tmp_path):
     settings = {**FIXED, "tasks": ["surv"]}
-    save_weights(FoldEnsemble(MultitaskNet(tasks=["surv"]), settings), tmp_path / "model.pt")
+    save_weights(FoldEnsemble(MultitaskNet(3, tasks=["surv"]), settings), tmp_path / "model.pt")
     with pytest.raises(NoCoarsePass, match="not learnt to segment"):
         CoarsePass(tmp_path / "model.pt")(*scans())
 

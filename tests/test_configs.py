@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
+from scripts import keys
 from scripts.cohort import load_cohort
 from scripts.images import read_image
+from scripts.transforms import LoadScansd
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -36,9 +39,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 # --- what they promise each other -----------------------------------------------------------------------------
-@pytest.mark.parametrize("item", ["network_def", "settings"])
-def test_training_and_inference_define_the_same_network(item: str) -> None:
-    assert config("train.json")[item] == config("inference.json")[item]
+def test_training_and_inference_define_the_same_network() -> None:
+    train, inference = config("train.json"), config("inference.json")
+    assert train["spec"] == inference["spec"]
+    built = [ConfigParser({**c, "saved": c["default_settings"]}) for c in (train, inference)]
+    one, other = (parser.get_parsed_content("network_def").state_dict() for parser in built)
+    assert {name: getattr(value, "shape", value) for name, value in one.items()} == {
+        name: getattr(value, "shape", value) for name, value in other.items()
+    }
 
 
 def test_training_and_inference_preprocess_alike() -> None:
@@ -53,7 +61,7 @@ def test_training_and_inference_preprocess_alike() -> None:
 def test_inference_defaults_are_those_of_training() -> None:
     train = config("train.json")
     assert config("inference.json")["default_settings"] == train["default_settings"]
-    assert set(train["default_settings"]) == set(train["settings"])
+    assert set(train["default_settings"]) == set(train["spec"]) - {"_target_"}
 
 
 @pytest.mark.parametrize("overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json"])
@@ -61,7 +69,7 @@ def test_overlays_change_only_what_exists(overlay: str) -> None:
     """An id that train.json does not have would be ignored in silence."""
     parser = ConfigParser(config("train.json"))
     own = {
-        "evaluate.json": {"checkpoint", "saved", "evaluating", "evaluate_on", "evaluation_dir"},
+        "evaluate.json": {"+imports", "checkpoint", "evaluating", "evaluate_on", "evaluation_dir", "evaluation_cache"},
         "multi_gpu_train.json": {"backend", "local_rank"},
     }
     unknown = [key for key in config(overlay) if key not in parser and key not in own.get(overlay, set())]
@@ -104,6 +112,56 @@ def test_a_broken_off_run_ends_as_an_unbroken_one(trained: Path, tiny_cohort: Pa
     for name, value in states[0].items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, states[1][name])
+
+
+def test_one_more_patient_is_another_run(tmp_path: Path, run_bundle) -> None:
+    """Folds are dealt anew then: going on would validate on cases that were trained on."""
+    cohort = make_tiny_cohort(tmp_path / "cohort")
+    arguments = ["--dataset_dir", str(cohort), "--output_dir", str(tmp_path / "out"), *SMALL_RUN, "--epochs", "1"]
+    run_bundle("training", "--config_file", TRAIN, *arguments)
+    before = (tmp_path / "out" / "models" / "model.pt").read_bytes()
+    make_tiny_cohort(cohort, patients=7)
+    last = run_bundle("training", "--config_file", TRAIN, *arguments, code=1).stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "CHUM-007 came in" in last
+    assert "give another output_dir, or delete" in last and str(tmp_path / "out" / "models" / "resume") in last
+    assert (tmp_path / "out" / "models" / "model.pt").read_bytes() == before
+
+
+ON_NOTHING = ["--dataset_dir", "no_such_folder"]
+
+
+@pytest.mark.parametrize(
+    ("run_id", "files", "options", "message"),
+    [
+        pytest.param("training", [TRAIN], ["--epoch", "1"], "the id 'epoch'.*'epochs' meant", id="training"),
+        pytest.param("evaluating", [TRAIN, EVALUATE], ["--evaluate_in=all"], "'evaluate_on' meant", id="evaluating"),
+        pytest.param("inference", [INFERENCE], ["--forced", "True"], "'force' meant", id="inference"),
+        pytest.param("training", [TRAIN], ["--device", "gpu"], "device 'gpu' cannot be used", id="device"),
+        pytest.param("inference", [INFERENCE], ["--device", "cuda:99"], "device 'cuda:99' cannot", id="no_such_gpu"),
+    ],
+)
+def test_what_cannot_be_meant_ends_a_run_in_one_line(run_bundle, run_id, files, options, message) -> None:
+    said = run_bundle(run_id, "--config_file", str(files), *ON_NOTHING, *options, code=1).stderr
+    assert re.search(f"error: .*{message}", said.strip().splitlines()[-1])
+    assert "Traceback" not in said
+
+
+def test_the_bundle_run_from_another_folder_says_what_is_missing_or_works(
+    trained: Path, tiny_cohort: Path, tmp_path: Path, run_bundle
+) -> None:
+    where = ["--bundle_root", str(BUNDLE), "--dataset_dir", str(tiny_cohort), "--ckpt_dir", str(trained / "models")]
+    command = ["inference", "--config_file", str(BUNDLE / INFERENCE), *where, "--device", "cpu"]
+    said = run_bundle(*command, code=1, cwd=tmp_path).stderr
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("error: the code of the bundle is not on the path of Python")
+    assert "set PYTHONPATH" in said
+    # a folder whose name looks like a number, below one with a '#', neither of which MONAI's command line leaves alone
+    (tmp_path / "a#1").mkdir()
+    run_bundle(*command, "--output_dir", "2025_11", cwd=tmp_path / "a#1", path=str(BUNDLE))
+    run_bundle(*command, "--output_dir", str(tmp_path / "a#1" / "b"), cwd=tmp_path, path=str(BUNDLE))
+    for folder in (tmp_path / "a#1" / "2025_11", tmp_path / "a#1" / "b"):
+        assert [row["status"] for row in rows_of(folder / "predictions.csv")] == ["ok"] * 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a#1"]
 
 
 def test_another_run_in_the_same_folder_is_refused(trained: Path, tiny_cohort: Path, run_bundle) -> None:
@@ -216,6 +274,24 @@ def test_evaluating_reads_the_trained_model(trained: Path, tiny_cohort: Path, ru
     assert report["tumour_inside_box"]["minimum"] == 1.0
     rows = rows_of(trained / "evaluation" / "cases.csv")
     assert len(rows) == report["cases"] == 3
+
+
+def test_evaluating_prepares_every_case_once(trained: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch) -> None:
+    loaded, load = [], LoadScansd.__call__
+    monkeypatch.setattr(
+        LoadScansd, "__call__", lambda self, data: loaded.append(data[keys.PATIENT_ID]) or load(self, data)
+    )
+    monkeypatch.chdir(BUNDLE)
+    where = {"dataset_dir": str(tiny_cohort), "ckpt_dir": str(trained / "models"), "output_dir": str(tmp_path)}
+    options = {"num_folds": 2, "num_workers": 0, "device": "cpu", "logging_file": False, "workflow_type": "train"}
+    workflow = ConfigWorkflow([str(BUNDLE / TRAIN), str(BUNDLE / EVALUATE)], **where, **options)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    assert (
+        json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["cases"] == len(loaded) == len(set(loaded))
+    )
+    assert not (tmp_path / "evaluation" / "cache").exists()
 
 
 def test_settings_that_differ_from_the_weights_are_refused(trained: Path, tiny_cohort: Path, run_bundle) -> None:

@@ -19,73 +19,12 @@ from scripts.engine import (
     EnsembleInferer,
     FlattenPrediction,
     NetworkInferer,
-    as_hpv_inputs,
-    as_roi_size,
-    as_tasks,
     learning_rate_schedule,
     prepare_batch,
     speed_up,
 )
 from scripts.ensemble import FoldEnsemble
 from scripts.networks import MultitaskNet
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        pytest.param("surv", ("surv",), id="one_word"),
-        pytest.param("surv,seg", ("seg", "surv"), id="as_typed_in_any_order"),
-        pytest.param(["seg", "hpv", "surv"], ("seg", "hpv", "surv"), id="list"),
-        pytest.param(("seg",), ("seg",), id="tuple_as_fire_makes_it"),
-    ],
-)
-def test_tasks(given, expected) -> None:
-    assert as_tasks(given) == expected
-
-
-@pytest.mark.parametrize("given", ["", [], "segmentation", ["seg", "os"]])
-def test_unknown_tasks_are_refused(given) -> None:
-    with pytest.raises(ValueError, match="tasks are some of"):
-        as_tasks(given)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        pytest.param("image", ("image",), id="one_word"),
-        pytest.param("clinical,image", ("image", "clinical"), id="as_typed_in_any_order"),
-        pytest.param(["image", "clinical"], ("image", "clinical"), id="list"),
-    ],
-)
-def test_hpv_inputs(given, expected) -> None:
-    assert as_hpv_inputs(given, ["age", "tobacco"]) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "features", "message"),
-    [
-        pytest.param("", ["age"], "hpv_inputs are some of", id="none"),
-        pytest.param(["image", "mask"], ["age"], "hpv_inputs are some of", id="unknown"),
-        pytest.param("image,clinical", ["age", "hpv"], "predicted from itself.*--hpv_inputs image", id="its_own_label"),
-    ],
-)
-def test_hpv_inputs_refused(given, features, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        as_hpv_inputs(given, features)
-
-
-def test_hpv_status_may_be_a_clinical_value_of_survival_alone() -> None:
-    assert as_hpv_inputs("image", ["age", "hpv"]) == ("image",)
-
-
-@pytest.mark.parametrize(("given", "expected"), [(64, (64, 64, 64)), ([32, 48, 64], (32, 48, 64))])
-def test_roi_size(given, expected) -> None:
-    assert as_roi_size(given) == expected
-
-
-def test_two_numbers_are_no_roi_size() -> None:
-    with pytest.raises(ValueError, match="one number or three"):
-        as_roi_size([32, 32])
 
 
 def test_schedule_steps_once_an_epoch() -> None:
@@ -228,7 +167,12 @@ def test_flatten_prediction_leaves_its_input_alone() -> None:
 @pytest.mark.parametrize(
     ("statement", "shown", "hidden"),
     [
-        pytest.param("engine.as_tasks('os')", "error: tasks are some of", "Traceback", id="raised_on_purpose"),
+        pytest.param(
+            "engine.learning_rate_schedule(None, [1], [])",
+            "error: lr_milestones [1] must",
+            "Traceback",
+            id="raised_on_purpose",
+        ),
         pytest.param("int('x')", "Traceback", "error: invalid", id="any_other_error"),
         pytest.param(
             "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')",

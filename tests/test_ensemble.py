@@ -35,13 +35,22 @@ from scripts.keys import (
 )
 from scripts.networks import MultitaskNet
 
-SETTINGS = {"spacing_mm": 2.0, "roi_size": [32, 32, 32], "clinical": {"features": ["age", "gender"]}}
+OLD = {  # as versions 0.1 and 0.2 wrote them
+    "tasks": ["seg", "hpv", "surv"],
+    "clinical_features": ["age", "gender"],
+    "roi_size": [32, 32, 32],
+    "spacing_mm": 2.0,
+    "ct_window": [-1000, 1000],
+    "pet_window": None,
+    "bn_eps": 1e-05,
+}
+SETTINGS = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"]}
 
 
 def ensemble(folds=1, seed=0, tasks=("seg", "hpv", "surv"), settings=None):
     """An evaluated ensemble whose members differ."""
     torch.manual_seed(seed)
-    made = FoldEnsemble(MultitaskNet(2, tasks), SETTINGS if settings is None else settings)
+    made = FoldEnsemble(MultitaskNet(2, tasks), {**SETTINGS, "tasks": list(tasks)} if settings is None else settings)
     made.resize(folds)
     for member in made.folds:
         for parameter in member.parameters():
@@ -168,30 +177,27 @@ def test_file_round_trip(path, image):
     torch.testing.assert_close(answers(loaded, image), answers(source, image), atol=0, rtol=0)
 
 
-OLD = {"spacing_mm": 2.0, "roi_size": [32, 32, 32]}  # as versions 0.1 and 0.2 wrote them
-
-
 def test_weights_older_than_a_setting_load_as_what_they_were(tmp_path):
     torch.manual_seed(0)
-    path, old = tmp_path / "model.pt", FoldEnsemble(MultitaskNet(), OLD)
+    path, old = tmp_path / "model.pt", FoldEnsemble(MultitaskNet(2), OLD)
     save_weights(old, path)
     assert saved_settings(path) == {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"]}
-    new = load_weights(FoldEnsemble(MultitaskNet(), saved_settings(path)), path).eval()
+    new = load_weights(FoldEnsemble(MultitaskNet(2), saved_settings(path)), path).eval()
     image = torch.rand(1, 2, 32, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(new.predict(image), old.eval().predict(image))
 
 
 def test_weights_older_than_a_setting_are_refused_where_it_differs(tmp_path):
-    save_weights(FoldEnsemble(MultitaskNet(), OLD), tmp_path / "model.pt")
+    save_weights(FoldEnsemble(MultitaskNet(2), OLD), tmp_path / "model.pt")
     settings = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image", "clinical"]}
-    other = FoldEnsemble(MultitaskNet(hpv_inputs=["image", "clinical"]), settings)
+    other = FoldEnsemble(MultitaskNet(2, hpv_inputs=["image", "clinical"]), settings)
     with pytest.raises(SettingsMismatch, match=r"hpv_inputs: weights \['image'\], config \['image', 'clinical'\]"):
         load_weights(other, tmp_path / "model.pt")
 
 
 def test_folds_older_than_a_setting_join_those_that_say_the_same():
-    old, new = (FoldEnsemble(MultitaskNet(), settings) for settings in (OLD, complete(OLD)))
+    old, new = (FoldEnsemble(MultitaskNet(2), settings) for settings in (OLD, complete(OLD)))
     assert count_folds(join_folds({"old": old.state_dict(), "new": new.state_dict()})) == 2
 
 
@@ -201,7 +207,7 @@ def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):
     save_weights(ensemble(1), path)
     first = read_state(path)
     first.pop(EXTRA_STATE)  # the caller's own dictionary
-    assert EXTRA_STATE in read_state(path) and saved_settings(path) == complete(SETTINGS) and len(loads) == 1
+    assert EXTRA_STATE in read_state(path) and saved_settings(path) == SETTINGS and len(loads) == 1
     load_weights(ensemble(1), path)
     assert read_facts(path)[1] == 1 and len(loads) == 1
     save_weights(ensemble(2), path)
@@ -228,7 +234,7 @@ def test_checkpoints_of_several_objects(path, key):
     state = ensemble(2).state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3}, path)
     assert len(load_weights(ensemble(1), path).folds) == 2
-    assert saved_settings(path, {}) == complete(SETTINGS)
+    assert saved_settings(path, {}) == SETTINGS
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -270,23 +276,23 @@ def test_copies(duplicate, image):
 def test_settings_are_found_in_a_file_or_default(path):
     assert saved_settings(path, {"spacing_mm": 1.0}) == {"spacing_mm": 1.0}
     save_weights(ensemble(1), path)
-    assert saved_settings(path, {"spacing_mm": 1.0}) == complete(SETTINGS)
+    assert saved_settings(path, {"spacing_mm": 1.0}) == SETTINGS
 
 
 def test_tuples_and_whole_floats_are_the_same_settings():
-    alike = {"spacing_mm": 2, "roi_size": (32, 32, 32), "clinical": {"features": ("age", "gender")}}
+    alike = {**SETTINGS, "spacing_mm": 2, "roi_size": (32, 32, 32), "clinical_features": ("age", "gender")}
     ensemble(1, settings=alike).load_state_dict(ensemble(1).state_dict())
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_settings_that_differ_are_named_and_nothing_is_loaded(strict):
-    target = ensemble(1, seed=1, settings=SETTINGS | {"spacing_mm": 3.0, "clinical": {"features": ["age"]}, "new": 1})
+    target = ensemble(1, seed=1, settings=SETTINGS | {"spacing_mm": 3.0, "clinical_features": ["age"], "new": 1})
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(SettingsMismatch) as error:
         target.load_state_dict(ensemble(2).state_dict(), strict=strict)
     for difference in (
         "spacing_mm: weights 2.0, config 3.0",
-        "clinical.features: weights ['age', 'gender'], config ['age']",
+        "clinical_features: weights ['age', 'gender'], config ['age']",
         "new: weights (absent), config 1",
     ):
         assert difference in str(error.value)
@@ -388,7 +394,12 @@ def test_joined_folds_answer_as_each_of_them_on_average(image):
             "fold 0 and fold 1 do not belong together: spacing_mm: fold 0 2.0, fold 1 3.0",
             id="settings",
         ),
-        pytest.param({"tasks": ("surv",)}, CheckpointError, "fold 0 and fold 1 differ in their weights", id="weights"),
+        pytest.param(
+            {"tasks": ("surv",), "settings": SETTINGS},
+            CheckpointError,
+            "fold 0 and fold 1 differ in their weights",
+            id="weights",
+        ),
         pytest.param({"folds": 2}, CheckpointError, "fold 1 is an ensemble of 2 folds already", id="ensemble"),
     ],
 )

@@ -63,9 +63,20 @@ def statistics() -> list[dict]:
     return [fit_feature_statistics(rng.normal(size=(60, 5))) for _ in range(FOLDS)]
 
 
+SETTINGS = {
+    "tasks": list(K.TASKS),
+    "clinical_features": list(DEFAULT_FEATURES),
+    "roi_size": list(BOX.shape),
+    "spacing_mm": 8.0,
+    "ct_window": [-1000, 1000],
+    "pet_window": None,
+    "bn_eps": 1e-5,
+}
+
+
 def ensemble(tasks: tuple[str, ...] = K.TASKS, folds: int = FOLDS, **provenance: object) -> FoldEnsemble:
     torch.manual_seed(0)
-    model = FoldEnsemble(MultitaskNet(tasks=tasks), {"tasks": list(tasks)})
+    model = FoldEnsemble(MultitaskNet(tasks=tasks), {**SETTINGS, "tasks": list(tasks)})
     model.resize(folds)
     model.provenance = dict(provenance)
     return model.eval()
@@ -237,7 +248,7 @@ def test_calibrations_that_cannot_be_used_are_told(stored: dict, reason: str) ->
     ],
 )
 def test_what_the_hpv_probability_is_read_from(tmp_path: Path, settings: dict, inputs: list, in_file: bool) -> None:
-    model = FoldEnsemble(MultitaskNet(**settings), {"tasks": list(K.TASKS), **settings})
+    model = FoldEnsemble(MultitaskNet(**settings), {**SETTINGS, **settings})
     save_weights(model, tmp_path / "model.pt")
     assert valid(describe(tmp_path / "model.pt" if in_file else model, result()))["hpv"]["inputs"] == inputs
 

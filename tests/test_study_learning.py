@@ -23,7 +23,7 @@ from synthetic_run import make_cohort, make_run
 
 from scripts import keys
 from scripts.cohort import Cohort, load_cohort
-from scripts.ensemble import EARLIER
+from scripts.ensemble import complete
 
 DEMO = ("configs/demo.json",)
 SAMPLES = 30
@@ -181,7 +181,7 @@ def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs
         folder = tmp_path / name
         folder.mkdir()
         record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-        for option in EARLIER:
+        for option in complete({}):
             del record["settings"][option]
         (folder / "experiment.json").write_text(json.dumps(record))
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)

@@ -19,8 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .engine import as_roi_size
-from .ensemble import EXTRA_STATE, SETTINGS, read_state
+from .ensemble import read_state, saved_settings
 from .geometry import Grid, box_grid, resample
 from .keys import IMAGE, TASK_SEG
 from .localise import BODY_HU, Anchor, Candidate, NoCoarsePass, credible_bounds
@@ -109,8 +108,7 @@ class CoarsePass:
         if self._loaded is None:
             if not Path(self.checkpoint).is_file():
                 raise NoCoarsePass(f"no weights at {self.checkpoint}")
-            state = read_state(self.checkpoint)
-            settings = state[EXTRA_STATE][SETTINGS]
+            state, settings = read_state(self.checkpoint), saved_settings(self.checkpoint)
             if TASK_SEG not in settings["tasks"]:
                 raise NoCoarsePass(f"the model at {self.checkpoint} has not learnt to segment")
             network = MultitaskNet(tasks=[TASK_SEG], bn_eps=settings["bn_eps"])
@@ -155,7 +153,7 @@ def see_tumour(
     Returns:
         The grid, grown at its upper ends to whole windows, and the probability on it, float32.
     """
-    size = np.minimum(look.shape, as_roi_size(settings["roi_size"]))
+    size = np.minimum(look.shape, settings["roi_size"])
     window = [int(n) for n in -(-size // ROI_FACTOR) * ROI_FACTOR]
     look = look.crop([slice(0, max(n, w)) for n, w in zip(look.shape, window, strict=True)])
     suv = np.minimum(resample(pet, pet_grid, look, fill=PET_FILL), HIGHEST_SUV)

@@ -21,7 +21,6 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.ensemble import FoldEnsemble
-from scripts.networks import HPV_INPUTS, SURVIVAL_INPUTS
 from scripts.sampling import ERROR, innermost, reason
 from scripts.unet import set_checkpointing
 
@@ -33,71 +32,6 @@ WORKER_KILLED = (
 )
 
 TARGET_KEYS = (keys.SEG, keys.SEG_KNOWN, keys.HPV, keys.HPV_KNOWN, keys.TIME, keys.EVENT, keys.SURV_KNOWN)
-
-
-def as_tasks(tasks: str | Sequence[str]) -> tuple[str, ...]:
-    """Tasks in the order of the paper, from a list or from ``"seg,surv"`` as typed on a command line.
-
-    >>> as_tasks("surv, seg")
-    ('seg', 'surv')
-
-    Raises:
-        ValueError: unknown or no task.
-    """
-    names = [t.strip() for t in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    unknown = sorted(set(names) - set(keys.TASKS))
-    if unknown or not names:
-        raise ValueError(f"tasks are some of {list(keys.TASKS)}; got {tasks!r}")
-    return tuple(t for t in keys.TASKS if t in names)
-
-
-def as_inputs(survival_inputs: str | Sequence[str]) -> tuple[str, ...]:
-    """What the log hazard is made of, from a list or from ``"deep,burden"`` as typed on a command line.
-
-    >>> as_inputs("burden, deep")
-    ('deep', 'burden')
-
-    Raises:
-        ValueError: unknown or none.
-    """
-    return _chosen("survival_inputs", survival_inputs, SURVIVAL_INPUTS)
-
-
-def as_hpv_inputs(hpv_inputs: str | Sequence[str], clinical_features: Sequence[str]) -> tuple[str, ...]:
-    """What the HPV logit is made of, from a list or from ``"image,clinical"`` as typed on a command line.
-
-    >>> as_hpv_inputs("image, clinical", ["age", "tobacco"])
-    ('image', 'clinical')
-
-    Raises:
-        ValueError: unknown or none, or clinical values among which is the HPV status itself.
-    """
-    inputs = _chosen("hpv_inputs", hpv_inputs, HPV_INPUTS)
-    if "clinical" in inputs and "hpv" in clinical_features:
-        raise ValueError(
-            "the HPV status would be predicted from itself: 'hpv' is among clinical_features and 'clinical' among "
-            "hpv_inputs; leave out one of them (--hpv_inputs image)"
-        )
-    return inputs
-
-
-def _chosen(name: str, chosen: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    names = [n.strip() for n in chosen.split(",")] if isinstance(chosen, str) else chosen
-    if not names or not set(names) <= set(known):
-        raise ValueError(f"{name} are some of {list(known)}; got {chosen!r}")
-    return tuple(n for n in known if n in names)
-
-
-def as_roi_size(roi_size: int | Sequence[int]) -> tuple[int, int, int]:
-    """Voxels of the network's box along x, y and z; one number stands for a cube.
-
-    >>> as_roi_size(64)
-    (64, 64, 64)
-    """
-    size = (int(roi_size),) * 3 if isinstance(roi_size, int | float) else tuple(int(s) for s in roi_size)
-    if len(size) != 3:
-        raise ValueError(f"roi_size is one number or three; got {roi_size!r}")
-    return size
 
 
 def plain_errors() -> None:

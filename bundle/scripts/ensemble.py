@@ -10,8 +10,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from scripts.keys import (
     SEG_PROB,
 )
 from scripts.networks import MultitaskNet, fold_norms
+from scripts.spec import ModelSpec, SpecError, check_provenance, check_state
 
 __all__ = [
     "CheckpointError",
@@ -45,6 +49,7 @@ __all__ = [
     "save_weights",
     "saved_provenance",
     "saved_settings",
+    "saved_spec",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,8 +58,8 @@ SETTINGS, PROVENANCE = "settings", "provenance"
 NOT_RECORDED = "not recorded"
 TRAINED_ON = "trained_on"  # in the provenance: what the training cases are, in words for every reader of an output
 KEEP_EPOCH = "keep_epoch"  # in the provenance: which epoch's weights these are, as the training config says it
-EARLIER: Mapping[str, Any] = {"survival_inputs": ["deep"], "hpv_inputs": ["image"]}
-"""What weights were trained with that are older than a setting, by its name."""
+MOST_FOLDS = 100
+LFS_POINTER = b"version https://git-lfs"
 EXTRA_STATE = "_extra_state"  # torch's name for it
 NESTED_KEYS = ("model", "network")  # where a checkpoint of several objects keeps the network
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -77,11 +82,12 @@ class FoldEnsemble(nn.Module):
 
     Args:
         network: the first fold; further ones are copies of it that weights are then loaded into.
-        settings: what the weights depend on besides the network, as nested plain Python (as in a JSON config).
+        settings: what the weights depend on besides the network: a :class:`scripts.spec.ModelSpec`, or nested plain
+            Python.
 
     Attributes:
         folds: the members.
-        settings: as given, tuples as lists.
+        settings: as nested plain Python, tuples as lists.
         provenance: where the weights come from (metrics, versions, ...); free to set, stored with them.
 
     Raises:
@@ -98,10 +104,11 @@ class FoldEnsemble(nn.Module):
         True
     """
 
-    def __init__(self, network: MultitaskNet, settings: Mapping[str, Any]) -> None:
+    def __init__(self, network: MultitaskNet, settings: ModelSpec | Mapping[str, Any]) -> None:
         super().__init__()
         self.folds = nn.ModuleList([network])
-        self.settings = plain_copy(settings, SETTINGS)
+        plain = settings.to_dict() if isinstance(settings, ModelSpec) else settings
+        self.settings = plain_copy(plain, SETTINGS)
         self.provenance = dict[str, Any]()  # not annotated: TorchScript would read the annotation
 
     def forward(self, image: Tensor, clinical: Tensor | None = None) -> Tensor:
@@ -174,15 +181,20 @@ class FoldEnsemble(nn.Module):
         """Take over the provenance, once the settings are seen to agree.
 
         Raises:
-            CheckpointError: where the state is none of ours.
+            CheckpointError: where the state is none of ours, or the provenance is not plain data.
             SettingsMismatch: where the settings differ; it names each difference.
         """
-        if not isinstance(state, Mapping) or SETTINGS not in state:
+        if not isinstance(state, Mapping) or not isinstance(state.get(SETTINGS), Mapping):
             raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
         differences = settings_differences(complete(state[SETTINGS]), complete(self.settings))
         if differences:
             raise SettingsMismatch("the weights do not belong to this configuration: " + "; ".join(differences))
-        self.provenance = copy.deepcopy(dict(state.get(PROVENANCE, {})))
+        stored = state.get(PROVENANCE, {})
+        try:
+            check_provenance(stored, len(self.folds), "the weights")
+        except SpecError as error:
+            raise CheckpointError(str(error)) from error
+        self.provenance = copy.deepcopy(dict(stored))
 
     def fold_norms(self) -> None:
         """Fold the batch norms of every fold (:func:`scripts.networks.fold_norms`), for inference alone."""
@@ -213,26 +225,33 @@ class FoldEnsemble(nn.Module):
     ) -> None:
         if prefix + EXTRA_STATE not in state_dict:
             raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        own = len(self.folds)
         self.resize(count_folds(state_dict, prefix))
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        except ValueError:  # refused: it stays as it was
+            self.resize(own)
+            raise
 
 
 def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
     """The folds in a state dict.
 
     Raises:
-        CheckpointError: where there are none, or one is missing among them.
+        CheckpointError: where there are none, one is missing among them, or there are more than anybody trains.
 
     Example:
         >>> count_folds({"folds.0.weight": 1, "folds.0.bias": 1, "folds.1.weight": 1})
         2
     """
-    pattern = re.compile(re.escape(prefix) + r"folds\.(\d+)\.")
-    found = {int(match[1]) for key in state_dict if (match := pattern.match(key))}
+    pattern = re.compile(re.escape(prefix) + r"folds\.([0-9]{1,4})\.")
+    found = {int(match[1]) for key in state_dict if (match := pattern.match(str(key)))}
     if not found or found != set(range(len(found))):
-        raise CheckpointError(f"the weights hold the folds {sorted(found)}; 0, 1, ... without a gap are expected")
+        raise CheckpointError(f"the weights hold the folds {sorted(found)[:10]}; 0, 1, ... without a gap are expected")
+    if len(found) > MOST_FOLDS:
+        raise CheckpointError(f"the weights hold {len(found)} folds; at most {MOST_FOLDS} are read")
     return len(found)
 
 
@@ -243,7 +262,8 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
         >>> complete({"spacing_mm": 2.0, "survival_inputs": ["burden"]})
         {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'spacing_mm': 2.0}
     """
-    return copy.deepcopy({**EARLIER, **settings})
+    earlier = {item.name: list(item.default) for item in fields(ModelSpec) if item.default is not MISSING}
+    return copy.deepcopy({**earlier, **settings})
 
 
 def settings_differences(
@@ -324,16 +344,50 @@ def _version(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int, int]]:
 
 @lru_cache(maxsize=1)
 def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    state = _load(path)
     for key in NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not isinstance(state.get(EXTRA_STATE), Mapping):
+    extra = state.get(EXTRA_STATE) if isinstance(state, Mapping) else None
+    if not isinstance(extra, Mapping) or SETTINGS not in extra:
         raise CheckpointError(f"{path} is not a checkpoint of this bundle: it carries no settings")
+    try:
+        folds = count_folds(state)
+        check_state(state, ModelSpec.read(extra[SETTINGS], path), folds, EXTRA_STATE, path)
+        check_provenance(extra.get(PROVENANCE, {}), folds, path)
+    except SpecError as error:
+        raise CheckpointError(str(error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return state
+
+
+def _load(path: str) -> Any:
+    """What is in a file that ``torch.save`` wrote: tensors and plain Python, never other objects.
+
+    Raises:
+        CheckpointError: for any other file; the message says what to do.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull`")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is cut off, or torch.save did not write it")
+    with zipfile.ZipFile(path) as archive:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it is compressed, which torch.save never does"
+            )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not loaded: it holds other Python objects than weights, which could run code. Ask whoever "
+            "made it for a file of weights and plain settings"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a broken file
+        why = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {why})") from error
 
 
 @lru_cache(maxsize=8)
@@ -355,7 +409,12 @@ def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | No
     """
     if default is not None and not Path(path).exists():
         return dict(default)
-    return complete(read_facts(path)[0][SETTINGS])
+    return saved_spec(path).to_dict()
+
+
+def saved_spec(path: str | os.PathLike[str]) -> ModelSpec:
+    """What the model in a checkpoint file is; errors as :func:`saved_settings`."""
+    return ModelSpec.read(read_facts(path)[0][SETTINGS], str(path))
 
 
 def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -373,7 +432,10 @@ def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEn
         CheckpointError: where the file is not such a checkpoint.
         SettingsMismatch: where its settings differ from the ensemble's.
     """
-    ensemble.load_state_dict(read_state(path))
+    try:
+        ensemble.load_state_dict(read_state(path))
+    except SettingsMismatch as error:
+        raise SettingsMismatch(f"{path}: {error}") from error
     _read_file.cache_clear()  # the weights are in memory once, not twice
     logger.info("%s", describe_model(ensemble))
     return ensemble

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts import keys
+from scripts.configuration import run_differences
 from scripts.ensemble import FoldEnsemble, save_weights
 from scripts.files import write_text, written_whole
 from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
@@ -206,7 +207,8 @@ class TrainingState:
         val_interval: epochs between validations; the last epoch is always validated.
         ckpt_dir: where ``model.pt`` goes.
         output_dir: where ``history.json`` goes.
-        settings: plain dictionary of what defines the run; a ``last.pt`` of other settings is refused.
+        settings: what defines the run (:func:`scripts.configuration.describe_run`); a ``last.pt`` of another one is
+            refused.
         seed: of the run.
         patience: validations without improvement after which training stops; 0 to never stop early.
         keep: ``"best"``: ``model.pt`` is of the epoch with the best validation metric, as in the paper; ``"last"``: of
@@ -413,15 +415,11 @@ class TrainingState:
             )
 
     def _refuse_other_run(self, found: Mapping[str, Any]) -> None:
-        differences = [
-            f"{k}: {found.get(k)!r} there, {self.settings.get(k)!r} now"
-            for k in sorted({*found, *self.settings})
-            if found.get(k) != self.settings.get(k)
-        ]
+        differences = run_differences(found, self.settings)
         if differences:
             raise RuntimeError(
-                f"{self.last_path} is of a run with other settings ({'; '.join(differences)}): "
-                "give another output_dir, or delete that folder to start anew"
+                f"{self.last_path} is of another run, whose result going on would mix with this one's "
+                f"({'; '.join(differences)}): give another output_dir, or delete {self.last_path.parent} to start anew"
             )
 
 

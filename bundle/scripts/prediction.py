@@ -21,7 +21,7 @@ import torch
 from monai.transforms import Transform
 
 from . import keys as K
-from .ensemble import NOT_RECORDED, PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, complete, read_facts
+from .ensemble import NOT_RECORDED, PROVENANCE, TRAINED_ON, FoldEnsemble, read_facts, saved_spec
 from .networks import MultitaskNet
 from .quality import (
     FLAG,
@@ -75,10 +75,9 @@ class Model:
             scripts.ensemble.CheckpointError: where the file is not a checkpoint of this bundle.
         """
         if isinstance(model, str | os.PathLike):
-            facts, folds = read_facts(model)
-            tasks, inputs = facts[SETTINGS].get("tasks", K.TASKS), complete(facts[SETTINGS])["hpv_inputs"]
+            (facts, folds), spec = read_facts(model), saved_spec(model)
             digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-            return cls(digest, folds, tuple(tasks), tuple(inputs), facts.get(PROVENANCE, {}))
+            return cls(digest, folds, spec.tasks, spec.hpv_inputs, facts.get(PROVENANCE, {}))
         first: MultitaskNet = model.folds[0]  # type: ignore[assignment]
         return cls(weights_sha256(model), len(model.folds), first.tasks, first.hpv_inputs, model.provenance)
 
