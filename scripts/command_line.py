@@ -112,6 +112,8 @@ def read_arguments(
     if len(rest) > len(free):
         raise UsageError(f"what is {rest[len(free)]!r}? Options have names, such as --{next(iter(known))}")
     for name, text in zip(free, rest, strict=False):
+        if not text:  # of a shell's variable that is not set; as a path it would be the working folder
+            raise UsageError(f"{name.upper()} is empty")
         try:
             found[name] = reader(known[name].annotation)(text)
         except argparse.ArgumentTypeError as error:

@@ -236,7 +236,13 @@ def test_unknown_feature_lists_the_known_ones():
         pytest.param("N Stage", "n_stage", id="2026_n"),
         pytest.param("HPV status (0=-, 1=+)", "hpv", id="2022_hpv_with_remark"),
         pytest.param("HPV Status", "hpv", id="2025_hpv"),
-        pytest.param("Gender (1=M, 0=F)", "gender", id="remark_agrees"),
+        *[
+            pytest.param(f"Gender ({remark})", "gender", id=remark)
+            for remark in ("1=M, 0=F", "M=1; F=0", "F: 0, M: 1", "0 female, 1 male", "F/M = 0/1", "M/F", "at birth")
+        ],
+        *[pytest.param(f"Age ({unit})", "age", id=f"age_{unit}") for unit in ("years", "y", "in years")],
+        pytest.param("Performance Status (ECOG 0-4)", "performance_status", id="range"),
+        pytest.param("T-stage (8th edition)", "t_stage", id="edition"),
         pytest.param("RFS", "rfs", id="rfs"),
         pytest.param("RFS (days)", "rfs", id="rfs_days"),
         pytest.param("Relapse", "relapse", id="relapse"),
@@ -255,7 +261,29 @@ def test_column_is_found_by_exactly_one_feature(title, feature):
     [
         pytest.param("Gender (0=M, 1=F)", "gender", "says 0 = M, but gender is read as", id="turned_round"),
         pytest.param("HPV status (0=+, 1=-)", "hpv", r"says 0 = \+", id="hpv_turned_round"),
-        pytest.param("RFS (months)", "rfs", "is read in days", id="months"),
+        *[
+            pytest.param(f"Gender ({remark})", "gender", f"says {code}, but", id=remark)
+            for remark, code in {
+                "M=0; F=1": "0 = M",
+                "M: 0 F: 1": "0 = M",
+                "0 male, 1 female": "0 = male",
+                "male 0, female 1": "0 = male",
+                "F/M = 1/0": "1 = F",
+                "1=M, 2=F": "2 = F",
+                "male 1, female 2": "2 = female",
+            }.items()
+        ],
+        pytest.param("HPV (-=1, +=0)", "hpv", "says 1 = -, but", id="signs_before_numbers"),
+        pytest.param("HPV (negative 1, positive 2)", "hpv", "says 1 = negative, but", id="from_1"),
+        pytest.param("Relapse (1 no 0 yes)", "relapse", "says 1 = no, but", id="relapse_turned_round"),
+        *[
+            pytest.param(f"RFS ({unit})", "rfs", "is read in days", id=unit)
+            for unit in ("months", "mo", "in yrs", "wk")
+        ],
+        *[
+            pytest.param(f"Age [{unit}]", "age", "is read in years", id=f"age_{unit}")
+            for unit in ("months", "days", "d")
+        ],
     ],
 )
 def test_remark_that_contradicts_is_an_error(title, feature, message):

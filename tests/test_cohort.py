@@ -700,6 +700,52 @@ def test_inference_on_a_part_of_a_cohort_does_not_list_the_rest(tmp_path, where)
     assert (cases[0][keys.PROBLEM], cases[0][keys.CLINICAL]["age"]) == ("", 55.0)
 
 
+@pytest.mark.parametrize(
+    ("folder", "rows", "message"),
+    [
+        pytest.param(
+            "001", "1,61", "PatientID in the table: 1; of the scans: 001; zeros in front are lost", id="zeros"
+        ),
+        pytest.param("1", "1.0,61", "in the table: 1.0; of the scans: 1; zeros", id="spreadsheet_number"),
+        pytest.param(
+            "CHUM-001", "CHUS-001,61", "in the table: CHUS-001; of the scans: CHUM-001; correct the", id="others"
+        ),
+        pytest.param("CHUM-001", "", "PatientID in the table: none; of the scans: CHUM-001", id="no_row"),
+    ],
+)
+def test_a_named_table_without_any_of_the_patients_is_refused(tmp_path, folder, rows, message):
+    add_scans(tmp_path / "data" / folder, folder, "ct pet mask")
+    (tmp_path / "clinical.csv").write_text(f"PatientID,Age\n{rows}\n")
+    for read in (cohort.inference_cases, cohort.load_cohort):
+        with pytest.raises(CohortError, match=f"no row belongs to a patient of .*{re.escape(message)}"):
+            read(tmp_path / "data", tmp_path / "clinical.csv")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        pytest.param(
+            'PatientID,Age\n"CHUM-001,61\nCHUM-002,55\n', "row 2: a PatientID of several lines", id="quotation_mark"
+        ),
+        pytest.param(
+            "PatientID,patient_id,Age\nCHUM-001,CHUM-002,61\n",
+            "row 2: the columns called 'PatientID' name",
+            id="two_ids",
+        ),
+        pytest.param(
+            "PatientID,Gender\nCHUM-001,1\nCHUM-002,2\n",
+            r"column 'Gender': coded by 1 and 2; accepted: 0 \(f",
+            id="1_2",
+        ),
+    ],
+)
+def test_a_table_that_may_mean_another_patient_or_value_is_refused(tmp_path, table, message):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001", "ct pet")
+    (tmp_path / "clinical.csv").write_text(table)
+    with pytest.raises(CohortError, match=message):
+        cohort.inference_cases(tmp_path)
+
+
 def test_inference_without_a_table(tmp_path):
     add_scans(tmp_path, "CHUM-001", "ct pet")
     add_scans(tmp_path, "atlas", "mask")
@@ -716,6 +762,7 @@ def test_inference_without_a_table(tmp_path):
         pytest.param("CHUM-001", "CHUM\u2013001", "CHUM-001", id="dash_of_a_word_processor"),
         pytest.param("CHUM-001", "CHUM\u00a0001", "CHUM-001", id="space_that_does_not_break"),
         pytest.param("CHUM-001", "\u200bCHUM-001\u00ad", "CHUM-001", id="without_width"),
+        pytest.param("CHUM-001", "CHUM\uff0d\uff10\uff10\uff11", "CHUM-001", id="wide_digits"),
         pytest.param("=1+1", "=1+1", "'=1+1", id="formula"),
         pytest.param("=1+1", "'=1+1", "'=1+1", id="formula_as_shown"),
         pytest.param("a\x1b[31m\nb", "a\x1b[31m\nb", "a\\x1b[31m\\nb", id="control_characters"),

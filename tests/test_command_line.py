@@ -89,6 +89,7 @@ def test_what_is_typed_is_what_the_tool_gets(typed, expected):
         pytest.param(["x", "--explain", "maybe"], "what is 'maybe'?", id="switch_with_another_word"),
         pytest.param(["x", "--explain=maybe"], "--explain: 'maybe' is neither True nor False", id="no_switch"),
         pytest.param([], "give --run", id="nothing"),
+        pytest.param([""], "RUN is empty", id="a_variable_of_the_shell_that_is_not_set"),
         pytest.param(["x", "--folds", "1.5"], "--folds: '1.5' is no whole number", id="no_whole_number"),
         pytest.param(["x", "--folds", "0,b"], "--folds: 'b' is no whole number", id="not_in_a_list"),
         pytest.param(["x", "--folds", "1_0"], "--folds: '1_0' is no whole number", id="underscore"),

@@ -96,8 +96,11 @@ def test_a_folder_for_results_can_be_written_to_or_says_why(tmp_path, monkeypatc
     require_writable(tmp_path / "new" / "folder")
     assert not list((tmp_path / "new" / "folder").iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=r"cannot write to .*/file: file exists$"):
+    with pytest.raises(WriteError, match=r"cannot write to .*/file: it is a file, not a folder$"):
         require_writable(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(WriteError, match=r"cannot write to .*/link: it is a link to what is not there$"):
+        require_writable(tmp_path / "link")
 
     def refused(**more: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))

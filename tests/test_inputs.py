@@ -203,6 +203,13 @@ def test_faults_of_a_list_stay_with_their_patient(images):
     assert cases["c/d"][keys.PROBLEM] == ""
 
 
+def test_a_table_besides_a_list_has_to_name_somebody_of_it(images):
+    (images / "cases.csv").write_text("patient_id,ct,pet\n001,images/a_ct.mha,images/a_pet.mha\n")
+    (images / "clinical.csv").write_text("PatientID,Age\n1,61\n")
+    with pytest.raises(CohortError, match=r"no row belongs to a patient of .*zeros in front are lost"):
+        find_cases(images / "cases.csv", FEATURES, images / "clinical.csv")
+
+
 def test_ids_stay_as_they_are_written(images):
     names = ["a/b", "a b", "c"]
     rows = [{"patient_id": name, "ct": "images/a_ct.mha", "pet": "images/a_pet.mha"} for name in names]

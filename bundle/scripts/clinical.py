@@ -30,6 +30,7 @@ _MISSING = frozenset(
     ("", "nan", "na", "n/a", "#n/a", "n.a.", "none", "null", "unknown", "unk", "missing", "notavailable", "?", ".")
 )
 _NEAR = 0.75  # of difflib's ratio: a name that is meant by another
+_TIME_UNIT = r"(?<![a-z])(?:d|days?|w|wks?|weeks?|m|mos?|mths?|months?|y|yrs?|years?)(?![a-z])"
 _NO = ("no", "false", "n")
 _YES = ("yes", "true", "y")
 
@@ -313,6 +314,17 @@ def match_columns(header: Sequence[str], feature: str) -> list[int]:
     return matches
 
 
+def counts_from_one(feature: str, cells: Iterable[str]) -> bool:
+    """Whether a column codes a category of two levels by 1 and 2, so that its 1 is not the 1 that is read here.
+
+    Example:
+        >>> counts_from_one("gender", ["1", "2", ""]), counts_from_one("gender", ["0", "1", "2"])
+        (True, False)
+    """
+    codes = {_plain_number(cell) for cell in cells}
+    return set(feature_named(feature).levels) == {0, 1} and {1.0, 2.0} <= codes and 0.0 not in codes
+
+
 def unknown_names(names: Iterable[str]) -> dict[str, str]:
     """Names that no clinical value and no label has, each with the known name that is nearest, "" where none is near.
 
@@ -493,11 +505,25 @@ def _stage_level(letter: str, text: str) -> float | None:
 def _check_remark(feature: Feature, title: str) -> None:
     """Refuse a column whose remark in brackets says another coding or unit than the feature's."""
     remark = title[re.search(r"[(\[]", title).start() :]  # type: ignore[union-attr]
-    if feature.unit == "days" and re.search(r"month|week|year", remark, re.IGNORECASE):
-        raise ClinicalValueError(f"column '{title}': {feature.name} is read in days; convert the values")
-    for number, word in re.findall(r"(\d+)\s*[=:]\s*([^\s,;)\]]+)", remark):
+    units = {unit[0].lower() for unit in re.findall(_TIME_UNIT, remark, re.IGNORECASE)}
+    if feature.unit and units - {feature.unit[0]}:
+        raise ClinicalValueError(f"column '{title}': {feature.name} is read in {feature.unit}; convert the values")
+    for number, word in _codes(feature, remark):
         meant = _level_named(feature, _plain(word)) if feature.levels else None
         if meant is not None and meant != float(number):
             raise ClinicalValueError(
                 f"column '{title}' says {number} = {word}, but {feature.name} is read as {feature.accepted}; recode it"
             )
+
+
+def _codes(feature: Feature, remark: str) -> list[tuple[str, str]]:
+    """Numbers that a remark explains, each with its word: ``0=F, 1=M``, ``M: 1``, ``0 female 1 male``, ``F/M=0/1``."""
+    number, word = r"(?<![\w.])(\d+)(?![\w.])", r"([^\s\d,;=:()\[\]][^\s,;=:()\[\]]*)"
+    codes = re.findall(rf"{number}\s*[=:]\s*{word}", remark)
+    codes += [(code, name) for name, code in re.findall(rf"{word}\s*[=:]\s*{number}", remark)]
+    if codes and "/" not in remark:
+        return codes
+    signs = re.findall(r"[^\s,;=:/()\[\]]+", remark)
+    numbers = [sign for sign in signs if re.fullmatch(r"[0-9]+", sign)]
+    words = [sign for sign in signs if sign not in numbers and _level_named(feature, _plain(sign)) is not None]
+    return list(zip(numbers, words, strict=True)) if len(numbers) == len(words) else codes

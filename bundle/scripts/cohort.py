@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "load_cohort",
     "make_case",
     "patient_problems",
+    "require_rows",
 ]
 
 logger = logging.getLogger(__name__)
@@ -254,6 +256,8 @@ def load_cohort(
     if tables.faults:
         title = f"{', '.join(map(str, tables.files))}: cannot be used as it is"
         raise CohortError(list_faults(title, [fault.message for fault in tables.faults]))
+    if ehr_csv is not None and require_images:
+        require_rows(tables, scans, dataset_dir)
     cases, exclusions = [], []
     for key in sorted({*scans, *tables.records}):
         reason = _reason_to_exclude(scans.get(key), tables.records.get(key), require_images)
@@ -296,6 +300,33 @@ def _gather(
         named = [ehr_csv] if isinstance(ehr_csv, str | Path) else list(ehr_csv)
         paths = [_locate_table(Path(path).expanduser(), root) for path in named]
     return scans, read_tables(paths, features), notes
+
+
+def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | None) -> None:
+    """See that a table that was asked for says something of the patients there are.
+
+    Args:
+        tables: the table or tables named.
+        patients: keys of the patients that have scans.
+        place: where these are, for the message.
+
+    Raises:
+        CohortError: it has a row for none of them.
+    """
+    known, there = set(tables.records), set(patients)
+    if not tables.files or not there or known & there or tables.faults:
+        return
+    bare = {_without_zeros(key) for key in there}
+    hint = "; zeros in front are lost, as spreadsheets do" if any(_without_zeros(key) in bare for key in known) else ""
+    raise CohortError(
+        f"{', '.join(map(str, tables.files))}: no row belongs to a patient of {place}; PatientID in the table: "
+        f"{some(sorted(known)) if known else 'none'}; of the scans: {some(sorted(there))}{hint}; correct the ids, or "
+        "leave the table out"
+    )
+
+
+def _without_zeros(key: str) -> str:
+    return re.sub(r"(?<![0-9.])0+(?=[0-9])|\.0+$", "", key)
 
 
 def _locate_table(path: Path, dataset_dir: Path) -> Path:
@@ -366,8 +397,21 @@ def inference_cases(
         Cases as in :func:`load_cohort`, sorted by patient id, CT or PET None where missing.
 
     Raises:
-        CohortError: the folder holds no scan, or a table cannot be read at all.
+        CohortError: the folder holds no scan, or a table cannot be read at all, or one that is named has a row for no
+            patient.
     """
+    cases, tables = folder_cases(dataset_dir, ehr_csv, clinical_features)
+    if ehr_csv is not None:
+        require_rows(tables, [patient_key(case[keys.PATIENT_ID]) for case in cases], dataset_dir)
+    return cases
+
+
+def folder_cases(
+    dataset_dir: str | Path,
+    ehr_csv: str | Path | Sequence[str | Path] | None,
+    clinical_features: Sequence[str],
+) -> tuple[list[Case], Tables]:
+    """The cases of :func:`inference_cases` whatever the tables say of them, and the tables."""
     scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
     for note in notes:
         logger.warning("%s", note)
@@ -384,7 +428,7 @@ def inference_cases(
         logger.warning("masks without scans are left alone: %s", some(sorted(left_alone)))
     patients = sorted({*scans, *rows_only} - left_alone)
     without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
-    return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir))
+    return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir)), tables
 
 
 def cases_to_predict(

@@ -64,17 +64,19 @@ class Remarks:
 
 
 def patient_key(patient_id: str) -> str:
-    """One key for all spellings of a patient's id: upper case, composed Unicode, every dash and space a hyphen.
+    """One key for all spellings of a patient's id: upper case, every dash and space a hyphen.
+
+    Unicode comes into its form NFKC, which has one character for a letter with its accent and for a digit of any width.
 
     Example:
         >>> {patient_key(spelling) for spelling in ("CHUM-001", "CHUM_001", " chum-001 ", "CHUM\u2013001")}
         {'CHUM-001'}
-        >>> patient_key("Mu\u0308ller") == patient_key("M\u00fcller")
-        True
+        >>> patient_key("Mu\u0308ller") == patient_key("M\u00fcller"), patient_key("CHUM-\uff10\uff11")
+        (True, 'CHUM-01')
     """
     text = _visible(patient_id)
     text = text.removeprefix("'") if _FORMULA.match(text.removeprefix("'")) else text
-    return unicodedata.normalize("NFC", re.sub(_SPACES, "-", text).upper())
+    return unicodedata.normalize("NFKC", re.sub(_SPACES, "-", unicodedata.normalize("NFKC", text)).upper())
 
 
 def shared_patients(patients: Iterable[str], others: Iterable[str]) -> list[str]:

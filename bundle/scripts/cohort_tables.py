@@ -373,11 +373,12 @@ def read_tables(
 
 @dataclass(frozen=True)
 class _Header:
-    """Columns of one table: names, position of id and centre, positions of each value; which are labels only."""
+    """Columns of one table: names, positions of the id (and of all columns of its name), centre, values; labels."""
 
     file: str
     titles: list[str]
     patient_id: int
+    same_id: list[int]
     centre: int
     columns: dict[str, list[int]]
     labels: frozenset[str]
@@ -393,6 +394,11 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
     if not _has_known_column(titles, besides):
         raise CohortError(f"{path}: {_nothing_known(titles)}")
     tables.unknown |= unknown_titles(titles)
+    for name, index in ((name, index) for name, indices in header.columns.items() for index in indices):
+        if clinical.counts_from_one(name, [cells[index] for _, cells in records[1:] if index < len(cells)]):
+            accepted = clinical.feature_named(name).accepted
+            message = f"{path.name}, column '{titles[index]}': coded by 1 and 2; accepted: {accepted}; recode it"
+            tables.faults.append(Fault(message, label=name in header.labels))
     rows: dict[str, int] = {}
     for row, cells in records[1:]:
         place = f"{path.name}, row {row}"
@@ -401,6 +407,12 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
         key = patient_key(patient_id)
         if not patient_id:
             tables.faults.append(Fault(f"{place}: no PatientID"))
+        elif len(patient_id.splitlines()) > 1 and set(",;\t") & set(patient_id):
+            message = f"{place}: a PatientID of several lines: is there a quotation mark without its second?"
+            tables.faults.append(Fault(message))
+        elif len({patient_key(cells[index]) for index in header.same_id}) > 1:
+            message = f"{place}: the columns called {header.titles[header.patient_id]!r} name different patients"
+            tables.faults.append(Fault(message))
         elif any(cells[len(header.titles) :]):
             message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
             tables.faults.append(Fault(message, key))
@@ -437,7 +449,8 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
         else:
             tables.columns.setdefault(name, []).extend(titles[index] for index in columns[name])
     tables.files.append(path)
-    return _Header(path.name, titles, patient_id, first_column(titles, _CENTRE_COLUMNS), columns, labels)
+    same_id = [index for index, title in enumerate(titles) if _squeeze(title) == _squeeze(titles[patient_id])]
+    return _Header(path.name, titles, patient_id, same_id, first_column(titles, _CENTRE_COLUMNS), columns, labels)
 
 
 def _read_row(

@@ -56,8 +56,12 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
     Raises:
         WriteError: they cannot.
     """
+    folder = Path(folder)
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        what = "it is a file, not a folder" if folder.exists() else "it is a link to what is not there"
+        raise WriteError(f"cannot write to {folder}: {what}")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:

@@ -59,6 +59,9 @@ def find_cases(
     twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
     if twice:
         raise CohortError(f"{source}: several patients are called {', '.join(twice)}; rename them")
+    if clinical and not any(case[keys.CLINICAL_FOUND] for case in cases):
+        tables = cohort_tables.read_tables([clinical], features)
+        cohort.require_rows(tables, [patient_key(case[keys.PATIENT_ID]) for case in cases], source)
     return cases
 
 
@@ -70,7 +73,7 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
             raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
         raise CohortError(f"{source} is not there")
     if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
-        cases = cohort.inference_cases(source, clinical, features)
+        cases, _ = cohort.folder_cases(source, clinical, features)
         return _with_dicom_beside(cases, features, clinical, source)
     try:
         return _dicom_cases(find_examinations(source), features, clinical, source)
@@ -112,6 +115,8 @@ def listed_cases(
         if cells[column]:
             files = {kind: path.parent / cells[at] if cells[at] else None for kind, at in place.items()}
             scans.setdefault(patient_key(cells[column]), Scans(cells[column], path, files[keys.CT], files[keys.PET]))
+    if clinical:
+        cohort.require_rows(cohort_tables.read_tables([clinical], features), scans, path)
     cases = cohort.cases_to_predict(scans, scans, tables, features, str(path))
     for case in cases:
         if case[keys.CT] and case[keys.PET] and Path(case[keys.CT]).is_dir() and Path(case[keys.PET]).is_dir():
