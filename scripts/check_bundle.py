@@ -3,7 +3,8 @@
 ``python scripts/check_bundle.py DIR`` prints one line a check: ``ok``, ``FAILED`` and why, or ``skipped`` and why, and
 ends with 1 if one failed. What is checked follows the zoo's ``ci/verify_bundle.py``, its CONTRIBUTING.md (ids of the
 configs, sizes, licences) and its packing (nothing that is not part of the bundle). MONAI's own functions do the work
-where there is one. The bundle's code is run: check only bundles that you trust.
+where there is one. Nothing in the bundle is run or imported; the checks that need its code to run are skipped unless
+``--run_code`` says so, which is for bundles that you trust.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import run_tool
+from command_line import UsageError, run_tool
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -409,20 +410,28 @@ CHECKS: dict[str, Callable[[Bundle], None]] = {
     "TorchScript export": torchscript,
     "scripts import elsewhere": imports_elsewhere,
 }
+RUN_CODE = ("network in and out", "TorchScript export", "scripts import elsewhere")
+"""Checks that run the bundle's code or evaluate its configs."""
+NOT_RUN = "it would run the bundle's code: --run_code makes this check"
 
 
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def check_bundle(directory: str, schema: str = "", model_info: str = "", dataset_dir: str = "") -> None:
+def check_bundle(
+    directory: str, schema: str = "", model_info: str = "", dataset_dir: str = "", run_code: bool = False
+) -> None:
     """Check a bundle's directory and print one line a check.
 
     Args:
         directory: the bundle.
         schema: file of the metadata's schema; it is looked for in ``../shared/data/schema`` otherwise.
         model_info: the zoo's ``models/model_info.json``, to see that the version is new.
-        dataset_dir: a data set; then the workflows' properties are not only looked up but built.
+        dataset_dir: a data set; then the workflows' properties are not only looked up but built, with run_code.
+        run_code: make the checks that run the bundle's own code too: only for a bundle that you trust.
     """
+    if dataset_dir and not run_code:
+        raise UsageError("--dataset_dir builds the bundle's workflows, which runs its code: give --run_code too")
     if not Path(directory).is_dir():
         raise NotADirectoryError(f"no directory at {directory}")
     bundle = Bundle(
@@ -431,19 +440,28 @@ def check_bundle(directory: str, schema: str = "", model_info: str = "", dataset
         Path(model_info).resolve() if model_info else None,
         str(Path(dataset_dir).resolve()) if dataset_dir else None,
     )
-    print("the bundle's own code is run: check only bundles that you trust", file=sys.stderr)
-    failed = [name for name, outcome in run_checks(bundle) if outcome.startswith("FAILED")]
-    print(f"{len(failed)} of {len(CHECKS)} checks failed" if failed else "no check failed")
+    failed = [name for name, outcome in run_checks(bundle, code=run_code) if outcome.startswith("FAILED")]
+    print(f"{len(failed)} of {len(CHECKS)} checks failed" if failed else "no check failed", end="")
+    print("" if run_code else f"; {len(RUN_CODE)} that run the bundle's code were not made (--run_code)")
     if failed:
         raise SystemExit(1)
 
 
-def run_checks(bundle: Bundle, names: tuple[str, ...] = tuple(CHECKS)) -> list[tuple[str, str]]:
-    """Make the checks, print a line for each, and give back ``(name, "ok" | "FAILED: why" | "skipped: why")``."""
+def run_checks(bundle: Bundle, names: tuple[str, ...] = tuple(CHECKS), code: bool = True) -> list[tuple[str, str]]:
+    """Make the checks, print a line for each, and give back ``(name, "ok" | "FAILED: why" | "skipped: why")``.
+
+    Args:
+        bundle: what to check.
+        names: of the checks.
+        code: make those of :data:`RUN_CODE` too.
+    """
     outcomes = []
     for name in names:
-        with on_path(bundle.root):
-            outcome = outcome_of(CHECKS[name], bundle)
+        if name in RUN_CODE and not code:
+            outcome = f"skipped: {NOT_RUN}"
+        else:
+            with on_path(bundle.root) if code else in_folder(bundle.root):
+                outcome = outcome_of(CHECKS[name], bundle)
         print(f"{outcome.split(':')[0]:<8} {name}{outcome[len(outcome.split(':')[0]) :]}", flush=True)
         outcomes.append((name, outcome))
     return outcomes
@@ -463,23 +481,32 @@ def outcome_of(check: Callable[[Bundle], None], bundle: Bundle) -> str:
 
 
 @contextmanager
-def on_path(root: Path) -> Iterator[None]:
-    """Import ``scripts`` from this bundle and from no other, leaving no caches in it, and put all back afterwards.
+def in_folder(root: Path) -> Iterator[None]:
+    """Work in the bundle's folder without a word of MONAI's about its arguments; nothing is imported from there.
 
-    The bundle is the working folder meanwhile: ``bundle_root`` is ".", since MONAI's parser changes a ``#`` in a path.
+    ``bundle_root`` is "." meanwhile, since MONAI's parser changes a ``#`` in a path.
     """
-    path, write = list(sys.path), sys.dont_write_bytecode
     level = logging.root.manager.disable
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == CODE}
-    sys.path.insert(0, str(root))
-    sys.dont_write_bytecode = True
-    logging.disable(logging.WARNING)  # MONAI's account of its arguments
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), chdir(root):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def on_path(root: Path) -> Iterator[None]:
+    """:func:`in_folder`, and import ``scripts`` from this bundle and from no other; it is left without caches."""
+    path, write = list(sys.path), sys.dont_write_bytecode
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == CODE}
+    sys.path.insert(0, str(root))
+    sys.dont_write_bytecode = True
+    try:
+        with in_folder(root):
+            yield
+    finally:
         sys.path[:], sys.dont_write_bytecode = path, write
         for name in [name for name in sys.modules if name.split(".")[0] == CODE]:
             del sys.modules[name]

@@ -13,6 +13,7 @@ import check_bundle
 import pytest
 import torch
 from check_bundle import CHECKS, LARGE_BYTES, Bundle, on_path, outcome_of
+from command_line import UsageError
 
 from conftest import SHARED_DATA
 
@@ -110,13 +111,57 @@ def outcome(name: str, bundle: Bundle) -> str:
 def test_a_whole_bundle_passes_and_is_left_as_it_was(doubling: Bundle, capsys: pytest.CaptureFixture) -> None:
     before = sorted(doubling.root.rglob("*"))
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
-    check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema))
+    check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema), run_code=True)
     lines = capsys.readouterr().out.splitlines()
     skipped = {"version not released before", *([] if find_spec("black") and find_spec("isort") else ["code style"])}
     assert [line[9:] for line in lines[:-1] if line.startswith("ok ")] == [n for n in CHECKS if n not in skipped]
     assert lines[-1] == "no check failed"
     assert sorted(doubling.root.rglob("*")) == before
     assert {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"} == modules
+
+
+MARK = "__import__('pathlib').Path({!r}).touch()"
+
+
+@pytest.mark.parametrize("run_code", [False, True], ids=["as_it_is", "with_run_code"])
+def test_nothing_of_a_bundle_is_run_unless_that_is_asked_for(doubling: Bundle, tmp_path, capsys, run_code) -> None:
+    ran = tmp_path / "ran"
+    code = MARK.format(str(ran))
+    for name in (
+        "scripts/__init__.py",
+        "scripts/other.py",
+        "jsonschema.py",
+        "sitecustomize.py",
+        "isort.py",
+        "black.py",
+    ):
+        write(doubling.root / name, f"{code}\n")
+    change(doubling.root / "configs/inference.json", network_def=f"${code}", imports=["$import scripts"])
+    change(doubling.root / "configs/train.json", dataset_dir=f"${code}", imports=["$import scripts"])
+    write(doubling.root / "configs/extra.yaml", f"a: !!python/object/apply:eval ['{code}']".replace("'", '"', 2))
+    torch.save({"weight": Runs(str(ran))}, doubling.root / "models" / "model.pt")
+    with pytest.raises(SystemExit):
+        check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema), run_code=run_code)
+    said = capsys.readouterr().out.splitlines()
+    assert ran.exists() == run_code
+    skipped = [line[9:].split(":")[0] for line in said if line.endswith("--run_code makes this check")]
+    assert skipped == ([] if run_code else list(check_bundle.RUN_CODE))
+    assert said[-1].endswith("failed" if run_code else "3 that run the bundle's code were not made (--run_code)")
+
+
+class Runs:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_data_set_needs_the_bundles_code(doubling: Bundle) -> None:
+    with pytest.raises(UsageError, match="give --run_code too"):
+        check_bundle.check_bundle(str(doubling.root), dataset_dir="data")
 
 
 Spoil = Callable[[Path], Any]
@@ -332,7 +377,7 @@ def test_the_command_ends_with_one_where_a_check_fails(doubling: Bundle, capsys:
     for file in (doubling.root / "scripts").iterdir():
         file.unlink()
     with pytest.raises(SystemExit) as stop:
-        check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema))
+        check_bundle.check_bundle(str(doubling.root), schema=str(doubling.schema), run_code=True)
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert "FAILED   no stray files: .cache (hidden)" in lines
