@@ -153,11 +153,16 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
 
     Raises:
         FileNotFoundError: there are no weights.
+        scripts.ensemble.CheckpointError: the file is none.
+        scripts.configuration.ConfigurationError: there is no such device.
     """
     from monai.bundle import ConfigParser
 
+    from scripts.configuration import check_device
     from scripts.ensemble import read_state
 
+    if device is not None:
+        check_device(device)
     read_state(Path(ckpt_dir) / "model.pt")  # the config itself would go on with default settings for a while
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))

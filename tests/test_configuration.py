@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import predict
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -18,7 +19,6 @@ from scripts.configuration import (
     ConfigurationError,
     check_device,
     check_ids,
-    literal,
     paths_as_typed,
     run_differences,
 )
@@ -135,12 +135,6 @@ def test_only_the_command_line_of_monai_is_read() -> None:
     assert typed_options(["/x/predict.py", *command]) == {}
 
 
-@pytest.mark.parametrize("text", ["runs/a#1", "a@b", "it's", '"', "a\\b", "é", "$x", "%x", "@tasks", "2025_11"])
-def test_text_that_a_parser_leaves_alone(text: str) -> None:
-    parser = ConfigParser({"tasks": 1, "output_dir": literal(text), "below": "$@output_dir + '/x'"})
-    assert (parser.get_parsed_content("output_dir"), parser.get_parsed_content("below")) == (text, f"{text}/x")
-
-
 # --- devices --------------------------------------------------------------------------------------------------------
 def test_the_cpu_is_there() -> None:
     check_device("cpu")
@@ -162,6 +156,11 @@ def test_devices_that_are_not_there(device: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"device '.*' cannot be used here .*: give cpu, or cuda:N") as error:
         check_device(device)
     assert "\n" not in str(error.value)
+
+
+def test_predict_looks_for_the_device_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="device 'gpu' cannot be used here"):
+        predict.load_bundle(str(tmp_path), str(tmp_path / "no_weights"), device="gpu")
 
 
 # --- what makes a run another one -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
 from scripts import keys
 from scripts.keys import Case
 
-__all__ = ["ConfigurationError", "check_ids", "check_run", "describe_run", "literal", "run_differences"]
+__all__ = ["ConfigurationError", "check_ids", "check_run", "describe_run", "run_differences"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PATHS = (
@@ -135,16 +135,6 @@ def paths_as_typed(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[
                 "'::'; choose a name without either"
             )
     return {name: text for name, text in restored.items() if text != config.get(name)}
-
-
-def literal(text: str) -> str:
-    r"""A config expression whose value is ``text``, whatever that holds.
-
-    Example:
-        >>> literal("runs/a#1")
-        "$'runs/a\\x231'"
-    """
-    return "$" + repr(text).replace("#", r"\x23").replace("@", r"\x40")
 
 
 def _typed(argv: Sequence[str]) -> dict[str, str]:
