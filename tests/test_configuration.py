@@ -108,6 +108,7 @@ def test_ids_that_would_do_nothing(files: tuple[str, ...], name: str, value: Any
         pytest.param({"ehr_csv": 2025}, {"ehr_csv": "2025"}, {"ehr_csv": "2025"}, id="one_table"),
         pytest.param({"cache_dir": "$None"}, {"cache_dir": "$None"}, {}, id="expression"),
         pytest.param({"cache_dir": None}, {}, {}, id="none"),
+        pytest.param({"ehr_csv": None}, {"ehr_csv": "None"}, {}, id="none_typed"),
         pytest.param({"a": "@b::c", "b": "$@c::d", "c": "%d::e"}, {}, {}, id="references"),
         pytest.param({"epochs": 2}, {"epochs": "2"}, {}, id="no_path"),
     ],

@@ -36,6 +36,7 @@ TABLES = "ehr_csv"  # which may be a list
 ENTRIES = ("_meta_", "imports", "initialize", "run", "finalize", "tracking")  # what MONAI itself looks for
 TRACKING = {name for settings in cast(Any, DEFAULT_EXP_MGMT_SETTINGS).values() for name in settings["configs"]}
 TRACKERS = ("MLFlowHandler",)
+IGNORED = "None"  # which MONAI leaves out of its options
 PARSED = ("$", "@", "%")  # how text starts that MONAI takes for an expression, a reference, a macro
 FREE = (
     *("_meta_", "imports", "bundle_root", "dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir"),
@@ -120,11 +121,8 @@ def paths_as_typed(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[
     restored: dict[str, str] = {}
     for name in PATHS:
         value, text = config.get(name), typed.get(name)
-        if (
-            text is not None
-            and not text.startswith(PARSED)
-            and not (name == TABLES and isinstance(value, list | tuple))
-        ):
+        several = name == TABLES and isinstance(value, list | tuple)
+        if text is not None and text != IGNORED and not text.startswith(PARSED) and not several:
             restored[name] = _unquoted(text)
         elif isinstance(value, bool | int | float):
             raise ConfigurationError(f"{name} is the number {value!r}, not a path: write it as text, in quotes")
