@@ -171,6 +171,9 @@ def two_pets(folder, first, second):
     "other, reason",
     [
         pytest.param({"Radiopharmaceutical": "FMISO"}, "the tracer is FMISO", id="fmiso"),
+        pytest.param({"Radiopharmaceutical": "Fluorocolina (18F)"}, "the tracer is choline", id="choline_in_spanish"),
+        pytest.param({"Radiopharmaceutical": "Fluorure-18"}, "the tracer is sodium fluoride", id="fluoride_in_french"),
+        pytest.param({"Radiopharmaceutical": "Metionina"}, "the tracer is methionine", id="methionine_in_italian"),
         pytest.param(coded("C118961", "NCIt", "PSMA-11 Ga^68^"), "the tracer is PSMA", id="psma"),
         pytest.param({"Radiopharmaceutical": None}, "less surely of FDG", id="not_stated"),
         pytest.param({"Radiopharmaceutical": None, "SeriesDescription": "FMISO"}, "less surely", id="hint"),
@@ -420,6 +423,12 @@ def test_absent_tags_that_are_not_needed_are_no_doubt(changes):
             id="an_hour_apart_by_the_time_zone",
         ),
         pytest.param(pet_header(**{DATE_TIME: "20200102090700+0000"}), "disagree in any time zone", id="no_time_zone"),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102094500+0000"}), "disagree in any time zone", id="no_zone_of_quarter_hours"
+        ),
+        pytest.param(
+            pet_header(**{DATE_TIME: "20200102083000+0000"}), "disagree in any time zone", id="no_zone_of_half_hours"
+        ),
         pytest.param(
             pet_header(**{DATE_TIME: "20200102090000+0000", CLOCK: None}),
             r"\(0008,0201\) or .*clock is not known",

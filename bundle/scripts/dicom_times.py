@@ -21,7 +21,9 @@ SAME_MOMENT = timedelta(minutes=1)  # 0.6 % of SUV
 NEAR_MOMENT = timedelta(minutes=10)  # 6 % of SUV; two sources further apart do not tell which is right
 LATE_BED = timedelta(minutes=30)  # the first bed position starts with the series
 AROUND_MIDNIGHT = timedelta(hours=2)  # a series that starts before midnight, its acquisitions after it
-ZONE_STEP = timedelta(minutes=15)  # time zones differ by multiples of it
+# Minutes by which clocks are ahead of UTC, besides whole hours: Marquesas, Newfoundland in winter and summer, Iran,
+# Kabul, India, Nepal, Myanmar, Eucla, Adelaide and Lord Howe in winter, Adelaide in summer, Chatham Islands.
+ODD_ZONES = (-570, -210, -150, 210, 270, 330, 345, 390, 525, 570, 630, 765, 825)
 START_DATE_TIME, START_TIME = "RadiopharmaceuticalStartDateTime", "RadiopharmaceuticalStartTime"
 GE_PET = (0x0009, "GEMS_PETD_01")  # group and private creator
 
@@ -132,13 +134,22 @@ def _injected(item: Dataset, header: Dataset) -> tuple[datetime | None, time | N
             f"SUV: {tag_name(START_DATE_TIME)} has an offset from UTC, and without "
             f"{tag_name('TimezoneOffsetFromUTC')} or {tag_name(START_TIME)} the scanner's clock is not known"
         )
-    beside = _apart(value.astimezone(timezone.utc).time(), clock) % ZONE_STEP
-    if min(beside, ZONE_STEP - beside) > SAME_MOMENT:
+    if not _is_zone(value.astimezone(timezone.utc).time(), clock):
         raise DicomError(
             f"SUV: {tag_name(START_DATE_TIME)} and {tag_name(START_TIME)} disagree in any time zone; correct the one "
             "that is wrong"
         )
     return None, clock
+
+
+def _is_zone(utc: time, clock: time) -> bool:
+    """Whether there is a time zone in which a clock shows one time of day at the other of UTC."""
+    day = datetime.min.date()
+    ahead = datetime.combine(day, clock) - datetime.combine(day, utc)
+    hour = timedelta(hours=1)
+    known = [ahead - ahead // hour * hour, ahead - ahead // hour * hour - hour]
+    known += [(ahead - timedelta(minutes=zone) + DAY / 2) % DAY - DAY / 2 for zone in ODD_ZONES]
+    return min(map(abs, known)) <= SAME_MOMENT
 
 
 def _since(moment: datetime | time, scan: datetime) -> timedelta:
