@@ -160,6 +160,11 @@ def _shifted(amount):
     return lambda k, position: position + np.array([0, amount * k, 0])
 
 
+def _bodies(*heights):
+    """Slices (N, 6, 5) of smooth bodies, in turn, each with its own values."""
+    return np.stack([np.full((6, 5), 100 * k // len(heights) * len(heights) + h) for k in range(6) for h in heights])
+
+
 @pytest.mark.parametrize(
     "series, message",
     [
@@ -191,6 +196,25 @@ def _shifted(amount):
         pytest.param({"depths": [0]}, "one slice is not a volume", id="one_slice"),
         pytest.param(
             {"modality": "PT", "tags": {"NumberOfSlices": 14}}, r"\(0054,0081\) says 14, 12 found", id="end_missing"
+        ),
+        pytest.param({"stored": _bodies(0, 900).astype(np.int16)}, "of two scans or patients in turn", id="in_turn"),
+        pytest.param(
+            {"stored": _bodies(0, 900).astype(np.int16), "modality": "PT"}, "two scans or patients", id="pets_in_turn"
+        ),
+        pytest.param(
+            {"each": lambda k: {"RescaleIntercept": None if k == 4 else -1024}},
+            r"Rescale Intercept \(0028,1052\) is missing or empty in some slices",
+            id="an_intercept_missing",
+        ),
+        pytest.param(
+            {"each": lambda k: {"RescaleSlope": "" if k == 4 else 1}},
+            r"Rescale Slope \(0028,1053\) is missing or empty in some slices",
+            id="a_slope_missing",
+        ),
+        pytest.param(
+            {"each": lambda k: {"RescaleIntercept": 0 if k == 4 else -1024}},
+            r"slices of one Rescale Slope \(0028,1053\) differ in Rescale Intercept",
+            id="another_intercept",
         ),
         pytest.param({"tags": {"PixelSpacing": None}}, r"\(0028,0030\)", id="no_spacing"),
         pytest.param({"tags": {"PixelSpacing": [980, 980]}}, "no scan of a body.*in mm", id="spacing_in_micrometres"),

@@ -166,6 +166,55 @@ def test_two_people_under_the_same_ids_are_refused(tmp_path, apart, other, told)
     assert not [secret for secret in (*SECRETS, "Roe", "1971") if secret in problem]
 
 
+def test_two_people_under_the_same_ids_on_different_grids_are_refused(tmp_path):
+    for modality, uid in (("CT", "1.2.3.4.30"), ("PT", "1.2.3.4.40")):
+        for columns in (5, 4):
+            write_series(tmp_path / modality / str(columns), modality, uid=uid, tags=SAME, shape=(6, columns))
+    [problem] = rows(tmp_path).values()
+    assert "differ in the place that one Instance Number (0020,0013) has" in problem
+
+
+# --- days --------------------------------------------------------------------------------------------------------
+def day(text):
+    return {**SAME, "AcquisitionDate": text, "SeriesDate": text}
+
+
+def scans(folder, **series):
+    """Series by name, whose first two letters are the modality and whose value is its day."""
+    for number, (name, of) in enumerate(series.items(), start=1):
+        modality = name[:2].upper()
+        tags = {**day(of), "SeriesNumber": number}
+        write_series(folder / name, modality, uid=f"1.2.3.4.5{number}", tags=tags, seed=number)
+
+
+@pytest.mark.parametrize("frame", ["1.2.3.4.5", "1.2.3.4.9"], ids=["one_frame", "two_frames"])
+def test_two_days_of_one_study_are_two_examinations(tmp_path, frame):
+    scans(tmp_path / "1", pt="20200402", ct="20200402")
+    for name, uid in (("ct", "1.2.3.4.60"), ("pt", "1.2.3.4.61")):
+        tags = {**day("20200102"), "FrameOfReferenceUID": frame, "SeriesNumber": 9}
+        write_series(tmp_path / "2" / name, name.upper(), uid=uid, tags=tags)
+    first, second = find_examinations(tmp_path)
+    assert (first.name, second.name) == ("ID-4711", "ID-4711_2")
+    assert {first.choice.ct.number, first.choice.pet.number} == {9}, "the earlier day is the first"
+    assert (second.choice.ct.number, second.choice.pet.number) == (2, 1)
+
+
+def test_scans_of_one_day_go_together(tmp_path):
+    scans(tmp_path, pt_late="20200402", ct="20200102", pt="20200103", ct_early="20191001")
+    [found] = find_examinations(tmp_path)
+    assert (found.choice.ct.number, found.choice.pet.number, found.choice.doubts) == (2, 3, ())
+    reasons = {series.number: reason for series, reason in found.choice.rejected}
+    assert reasons == {1: "of another day than the CTs", 4: "of another day than the PET"}
+
+
+@pytest.mark.parametrize(("ct", "apart"), [("20200102", 0), ("20200101", 0), ("20191223", 10), ("", 0), ("2020", 0)])
+def test_ct_and_pet_of_different_days_are_a_doubt(tmp_path, ct, apart):
+    scans(tmp_path, pt="20200102", ct=ct)
+    [case] = find_cases(tmp_path, FEATURES)
+    told = [doubt for doubt in case[keys.PET].doubts if "days apart" in doubt]
+    assert told == ([f"CT and PET are {apart} days apart by their dates: of one examination?"] if apart else [])
+
+
 @pytest.mark.parametrize(
     ("one", "other", "differ"),
     [
@@ -407,6 +456,31 @@ def test_every_file_is_accounted_for(tmp_path, caplog):
         "4 not DICOM (no ending 2, .txt 1, .db 1)"
     ]
     assert "ID-4711: rejected: series 5 (RTSTRUCT), 1 slices of 2 x 2, 2.00 x 2.50 mm: modality RTSTRUCT" in caplog.text
+
+
+def test_archives_are_told_and_cost_nobody(tmp_path, caplog):
+    write_study(tmp_path / "one")
+    for name in ("one.zip", "two/three.TAR", "two/CT.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PK")
+    with caplog.at_level(logging.WARNING):
+        found = find_series(tmp_path)
+    assert [record.message for record in caplog.records] == [
+        "one.zip, three.TAR: archives are not read; unpack what holds scans"
+    ]
+    assert len(found) == 2 and not found.lost
+
+
+def test_empty_files_of_a_cd_are_no_patient(tmp_path):
+    write_study(tmp_path / "DICOM")
+    for name in ("LOCKFILE", "VERSION"):
+        (tmp_path / name).touch()
+    assert rows(tmp_path) == {"ID-4711": ""}
+
+
+def test_a_patient_id_with_a_backslash_is_shown_as_the_file_has_it(tmp_path):
+    write_study(tmp_path, patient=["A", "1"])
+    assert rows(tmp_path) == {"A\\1": ""}
 
 
 def test_nothing_but_rubbish_is_no_patient(tmp_path):

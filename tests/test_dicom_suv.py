@@ -484,6 +484,21 @@ def test_a_pet_without_rescale_slope_is_refused(tmp_path, slices, value):
         read_series(find_series(tmp_path)[0])
 
 
+@pytest.mark.parametrize("modality", ["CT", "PT"])
+@pytest.mark.parametrize("slope", [0, -0.5])
+def test_a_slope_that_is_not_above_zero_is_refused(tmp_path, modality, slope):
+    write_series(tmp_path, modality, each=lambda k: {"RescaleSlope": slope} if k == 7 else {})
+    with pytest.raises(DicomError, match=r"IM\d+: Rescale Slope \(0028,1053\) is .* not above 0"):
+        read_series(find_series(tmp_path)[0])
+
+
+def test_an_image_of_zeros_may_have_a_slope_of_zero(tmp_path):
+    stored = np.ones((12, 6, 5), dtype=np.int16)
+    stored[7] = 0
+    write_series(tmp_path, "PT", each=lambda k: {"RescaleSlope": int(k != 7)}, stored=stored)
+    np.testing.assert_array_equal(read_series(find_series(tmp_path)[0])[0].transpose(2, 1, 0), stored)
+
+
 def test_doubts_become_warnings_of_the_case(tmp_path):
     write_series(tmp_path / "ct", depths=np.arange(20) * 3.0)
     tags = {"SeriesNumber": 2, **pet_tags(RadiopharmaceuticalStartTime="112100")}

@@ -37,9 +37,11 @@ class DicomScan:
 
     Args:
         series: a CT or a PET, from :func:`scripts.dicom_series.find_series`.
+        beside: what is doubtful besides its own headers, for people.
     """
 
     series: Series
+    beside: tuple[str, ...] = ()
 
     @cached_property
     def suv(self) -> Suv:
@@ -52,8 +54,8 @@ class DicomScan:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What is doubtful in the headers, for people."""
-        return self.suv.doubts if self.series.modality == "PT" else ()
+        """What is doubtful in the headers and besides, for people."""
+        return (*self.beside, *(self.suv.doubts if self.series.modality == "PT" else ()))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom_series.read_series` gives it.

@@ -25,6 +25,7 @@ PICTURE_TYPES = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE", "REPROJECTION"
 
 MIN_SLICES = 8  # fewer are a scout, a test shot or a biopsy check
 AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
+ONE_DAY = 1  # CT and PET of one examination differ by it at most: it may pass midnight
 OVERLAP_STEP_MM = 50.0  # differences in common length below this do not decide between two CTs
 
 
@@ -41,6 +42,14 @@ class Choice:
     ct: Series
     pet: Series
     rejected: list[tuple[Series, str]]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful about the pair, for people."""
+        apart = days_apart(self.ct, self.pet)
+        if apart <= ONE_DAY:
+            return ()
+        return (f"CT and PET are {apart} days apart by their dates: of one examination?",)
 
     def describe(self) -> str:
         """The choice and what was left out, one series a line, with nothing that identifies a patient."""
@@ -107,10 +116,10 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
     may belong to.
 
     Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more surely of FDG
-    (:class:`scripts.dicom_tracer.Tracer`), original rather than derived, more slices, finer pixels, lower series
-    number. Of the CTs in its frame of reference that overlap it: longer overlap along the body (in steps of 50 mm),
-    soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer pixels, lower series
-    number.
+    (:class:`scripts.dicom_tracer.Tracer`), of the day of a CT, original rather than derived, more slices, finer pixels,
+    lower series number. Of the CTs in its frame of reference that overlap it: of its day, longer overlap along the body
+    (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer
+    pixels, lower series number.
 
     Args:
         series: series of one examination, from :func:`find_series`.
@@ -132,14 +141,14 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
     for modality, name in (("CT", "CT"), ("PT", "attenuation-corrected PET")):
         if not fit[modality]:
             raise DicomError("\n".join([f"no usable {name} among {len(series)} series", *_reasons(rejected)]))
-    pets = sorted(fit["PT"], key=lambda s: (_values(_pet_rank(s)), s.uid, s.part))
+    pets = sorted(fit["PT"], key=lambda s: (_values(_pet_rank(s, fit["CT"])), s.uid, s.part))
     pet = next((p for p in pets if any(not _mismatch(c, p, require_same_frame) for c in fit["CT"])), None)
     if pet is None:
         rejected += [(c, _mismatch(c, pets[0], require_same_frame)) for c in fit["CT"]]
         raise DicomError("\n".join(["no CT belongs to the PET", f"PET: {pets[0].label}", *_reasons(rejected)]))
     partners = [c for c in fit["CT"] if not _mismatch(c, pet, require_same_frame)]
     ct = min(partners, key=lambda s: (_values(_ct_rank(s, pet)), s.uid, s.part))
-    rejected += [(p, _why_not(p, pet, ct, require_same_frame)) for p in pets if p is not pet]
+    rejected += [(p, _why_not(p, pet, fit["CT"], ct, require_same_frame)) for p in pets if p is not pet]
     for other in (c for c in fit["CT"] if c is not ct):
         mismatch = _mismatch(other, pet, require_same_frame)
         rejected.append((other, mismatch or _lost(_ct_rank(other, pet), _ct_rank(ct, pet))))
@@ -147,7 +156,7 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
 
 
 def studies_of(series: Sequence[Series]) -> list[Study]:
-    """Groups of series of one patient that share a study or a frame of reference."""
+    """Groups of series of one patient that share a study or a frame of reference, and a day where several have both."""
     groups: list[tuple[set[tuple[str, str]], list[Series]]] = []
     for each in series:
         links = {(each.patient_id, uid) for uid in (each.study_uid, each.frame_of_reference) if uid}
@@ -156,8 +165,32 @@ def studies_of(series: Sequence[Series]) -> list[Study]:
             groups.remove(group)
             links, members = links | group[0], group[1] + members
         groups.append((links, members))
-    studies = [Study(m[0].patient_id, m[0].study_uid, m) for _, m in groups]
+    studies = [Study(m[0].patient_id, m[0].study_uid, m) for _, members in groups for m in _by_day(members)]
     return sorted(studies, key=lambda s: (s.patient_id, s.study_uid))
+
+
+def _by_day(series: Sequence[Series]) -> list[list[Series]]:
+    """The series of one study, cut where there is a CT and a PET of one day, and a CT and a PET of another.
+
+    What is of neither day goes with the first.
+    """
+    scans = [s for s in series if s.day is not None and s.sop_class in (CT_STORAGE, PET_STORAGE)]
+    days: list[list[int]] = []
+    for day in sorted({s.day for s in scans if s.day is not None and len(s) >= MIN_SLICES}):
+        if days and day - days[-1][-1] <= ONE_DAY:
+            days[-1].append(day)
+        else:
+            days.append([day])
+    pairs = [group for group in days if {"CT", "PT"} <= {s.modality for s in scans if s.day in group}]
+    if len(pairs) < 2:
+        return [list(series)]
+    later = [[s for s in scans if s.day in group] for group in pairs[1:]]
+    return [[s for s in series if not any(s is other for group in later for other in group)], *later]
+
+
+def days_apart(one: Series, other: Series) -> int:
+    """Days between two series; 0 where one does not state its day."""
+    return 0 if one.day is None or other.day is None else abs(one.day - other.day)
 
 
 def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple[Series, str]]]:
@@ -225,11 +258,12 @@ def _unfit_pet(series: Series) -> str:
     return series.tracer.problem
 
 
-def _pet_rank(pet: Series) -> list[tuple[str, float]]:
+def _pet_rank(pet: Series, cts: Sequence[Series]) -> list[tuple[str, float]]:
     """Criteria, first to last: what is said of a PET that loses by it, and a value that is lower for the better."""
     return [
         ("attenuation correction not stated", not pet.attenuation_corrected),
         ("less surely of FDG by its header", pet.tracer.order),
+        ("of another day than the CTs", min(days_apart(ct, pet) for ct in cts) > ONE_DAY),
         ("derived; an original was preferred", not pet.original),
         *_common_rank(pet),
     ]
@@ -237,6 +271,7 @@ def _pet_rank(pet: Series) -> list[tuple[str, float]]:
 
 def _ct_rank(ct: Series, pet: Series) -> list[tuple[str, float]]:
     return [
+        ("of another day than the PET", days_apart(ct, pet) > ONE_DAY),
         ("less of the PET's length covered", -round(_overlap_mm(ct, pet)[2] / OVERLAP_STEP_MM)),
         ("lung or bone kernel; soft tissue was preferred", is_sharp_kernel(ct.kernel)),
         ("derived; an original was preferred", not ct.original),
@@ -287,11 +322,11 @@ def _mismatch(ct: Series, pet: Series, require_same_frame: bool) -> str:
     return "" if _overlap_mm(ct, pet).min() > 0 else "shows another part of the body than the PET"
 
 
-def _why_not(pet: Series, chosen: Series, ct: Series, require_same_frame: bool) -> str:
-    if _values(_pet_rank(pet)) < _values(_pet_rank(chosen)):
+def _why_not(pet: Series, chosen: Series, cts: Sequence[Series], ct: Series, require_same_frame: bool) -> str:
+    if _values(_pet_rank(pet, cts)) < _values(_pet_rank(chosen, cts)):
         mismatch = _mismatch(ct, pet, require_same_frame)
         return "no CT in its frame of reference" if "frame" in mismatch else "no CT of the same part of the body"
-    return _lost(_pet_rank(pet), _pet_rank(chosen))
+    return _lost(_pet_rank(pet, cts), _pet_rank(chosen, cts))
 
 
 def _values(rank: Sequence[tuple[str, float]]) -> tuple[float, ...]:

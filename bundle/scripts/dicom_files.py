@@ -29,6 +29,8 @@ _OTHER_ENDING = re.compile(
     re.IGNORECASE,
 )
 DICOM_ENDING = re.compile(r"\.(dcm|dicom|dic|ima)", re.IGNORECASE)
+_ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz"}
+_OF_CDS = {"LOCKFILE", "VERSION"}  # of no ending, and often empty, beside the DICOMDIR
 _NO_ENDING = re.compile(r"|\.\d+")  # of names that are numbers or UIDs, too
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.ASCII)
 _FEWEST_NAMES = 3  # from which a pattern is read
@@ -161,8 +163,13 @@ def _note_file(path: Path, found: Found) -> None:
 
 
 def is_other(path: Path) -> bool:
-    """Whether a name says that a file is no DICOM: by its ending, or hidden as those of the system are."""
-    return path.name.startswith(".") or _OTHER_ENDING.fullmatch(path.suffix) is not None
+    """Whether a name says that a file is no DICOM: by its ending, hidden as those of the system are, or of a CD."""
+    return path.name.startswith(".") or path.name.upper() in _OF_CDS or _OTHER_ENDING.fullmatch(path.suffix) is not None
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file may hold others, by its name; those of images (.nii.gz) are none."""
+    return path.suffix.lower() in _ARCHIVES and path.suffixes[-2:-1] != [".nii"]
 
 
 def ought_to_be_dicom(path: Path) -> str:

@@ -11,7 +11,7 @@ import logging
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -179,9 +179,10 @@ def value_of(header: Dataset, keyword: str) -> Any:
 
 
 def text_of(header: Dataset, keyword: str) -> str:
-    """The value of a tag as text, "" when it is absent, empty or damaged."""
+    """The value of a tag as text, "" when it is absent, empty or damaged; of several, with the file's backslashes."""
     value = value_of(header, keyword)
-    return "" if value is None else str(value).strip()
+    values = [value] if isinstance(value, str) or not isinstance(value, MutableSequence) else value
+    return "" if value is None else "\\".join(str(each) for each in values).strip()
 
 
 def words_of(header: Dataset, keyword: str) -> tuple[str, ...]:

@@ -270,7 +270,8 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
     if examination.choice is None:
         case[keys.PROBLEM] = "; ".join(filter(None, [examination.problem, case[keys.PROBLEM]]))
         return
-    case[keys.CT], case[keys.PET] = DicomScan(examination.choice.ct), DicomScan(examination.choice.pet)
+    choice = examination.choice
+    case[keys.CT], case[keys.PET] = DicomScan(choice.ct), DicomScan(choice.pet, choice.doubts)
     case[keys.DICOM] = examination.choice
     case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
     for line in examination.choice.describe().splitlines():
