@@ -19,10 +19,12 @@ from scripts.configuration import (
     ConfigurationError,
     check_device,
     check_ids,
+    check_numbers,
     paths_as_typed,
     run_differences,
 )
 from scripts.configuration import _typed as typed_options
+from scripts.engine import innermost
 
 TRAIN, EVALUATE, INFERENCE = ("train.json",), ("train.json", "evaluate.json"), ("inference.json",)
 CONFIGS = [path.name for path in sorted((BUNDLE / "configs").glob("*.json")) if path.name != "metadata.json"]
@@ -46,6 +48,36 @@ def test_the_bundles_own_configs_pass(overlay: str) -> None:
 
 def test_the_bundles_own_configs_of_inference_pass() -> None:
     check_ids(merged("inference.json", "inference_trt.json").get())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"epochs": "ten"}, "epochs is 'ten', not a whole number from 1 on", id="word"),
+        pytest.param({"epochs": 0}, "epochs is 0, not a whole number from 1 on", id="none"),
+        pytest.param({"epochs": -1}, "epochs is -1, not", id="negative"),
+        pytest.param({"epochs": 1.5}, "epochs is 1.5, not", id="part"),
+        pytest.param({"epochs": True}, "epochs is True, not", id="switch_for_a_number"),
+        pytest.param({"batch_size": [4]}, r"batch_size is \[4\], not", id="list"),
+        pytest.param({"num_workers": -2}, "num_workers is -2, not a whole number from 0 on", id="workers"),
+        pytest.param({"learning_rate": "1e-4x"}, "learning_rate is '1e-4x', not a number$", id="rate"),
+        pytest.param({"num_folds": 1}, "num_folds is 1, not a whole number from 2 on", id="one_fold"),
+    ],
+)
+def test_what_is_no_number_is_refused_where_there_is_to_be_one(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        check_numbers(merged(*TRAIN, **changes).get())
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"epochs": "$2 * 3"}, {"learning_rate": 1}, {"fold": "@seed"}])
+def test_numbers_pass(changes: dict[str, Any]) -> None:
+    check_numbers(merged(*TRAIN, **changes).get())
+
+
+def test_a_switch_is_true_or_false() -> None:
+    check_numbers(merged(*INFERENCE, force=True).get())
+    with pytest.raises(ConfigurationError, match="force is 'maybe', not True or False"):
+        check_numbers(merged(*INFERENCE, force="maybe").get())
 
 
 FLIP = [{"_target_": "RandFlipd", "keys": ["image", "seg"]}]
@@ -136,6 +168,17 @@ def test_only_the_command_line_of_monai_is_read() -> None:
     assert typed_options(["/x/predict.py", *command]) == {}
 
 
+@pytest.mark.parametrize(("files", "name"), [(TRAIN, "output_dir"), (TRAIN, "cache_dir"), (INFERENCE, "output_dir")])
+def test_a_run_sees_first_that_it_can_write(files: tuple[str, ...], name: str, tiny_cohort: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("somebody's")
+    folders = {"output_dir": str(tmp_path / "out"), name: str(tmp_path / "file")}
+    parser = merged(*files, dataset_dir=str(tiny_cohort), device="cpu", **folders)
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("initialize")
+    assert "file: it is a file, not a folder" in str(innermost(error.value))
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
 # --- devices --------------------------------------------------------------------------------------------------------
 def test_the_cpu_is_there() -> None:
     check_device("cpu")
@@ -150,6 +193,7 @@ def test_the_cpu_is_there() -> None:
         "",
         None,
         1.5,
+        "meta",
         pytest.param("cuda:0", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     ],
 )

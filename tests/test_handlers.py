@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,7 +229,15 @@ def strange(path: Path) -> None:
     torch.save({"epoch": 7}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, strange, Path.unlink])
+def with_code(path: Path) -> None:
+    torch.save({"epoch": Path}, path)
+
+
+def bare_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"epoch": Path}))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, strange, with_code, bare_pickle, Path.unlink])
 def test_a_damaged_state_falls_back_to_the_epoch_before(tmp_path, caplog, damage) -> None:
     trained_state(tmp_path, 3)
     last = tmp_path / "resume" / "last.pt"
@@ -240,7 +249,7 @@ def test_a_damaged_state_falls_back_to_the_epoch_before(tmp_path, caplog, damage
     assert "weights_only" not in caplog.text, "torch's advice to load without its safety check is not passed on"
 
 
-@pytest.mark.parametrize("damage", [cut, empty, strange])
+@pytest.mark.parametrize("damage", [cut, empty, strange, with_code, bare_pickle])
 def test_a_state_damaged_beyond_use_says_what_to_do(tmp_path, damage) -> None:
     trained_state(tmp_path, 1)  # the first epoch has none before it
     damage(tmp_path / "resume" / "last.pt")

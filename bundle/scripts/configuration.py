@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, Refere
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
 
 from scripts import keys
+from scripts.files import require_writable
 from scripts.keys import Case
 
 __all__ = ["ConfigurationError", "check_ids", "check_run", "describe_run", "run_differences"]
@@ -32,6 +34,7 @@ PATHS = (
     *("evaluation_dir", "trt_dir"),
 )
 """Ids that name files and folders, and are text whatever they look like."""
+WRITTEN = ("output_dir", "cache_dir")
 TABLES = "ehr_csv"  # which may be a list
 ENTRIES = ("_meta_", "imports", "initialize", "run", "finalize", "tracking")  # what MONAI itself looks for
 TRACKING = {name for settings in cast(Any, DEFAULT_EXP_MGMT_SETTINGS).values() for name in settings["configs"]}
@@ -45,6 +48,7 @@ FREE = (
 """Ids that may differ when a run is continued: where the files are (the cases themselves are compared), what computes
 and how fast, and the number of epochs, which may be raised. All others are compared."""
 CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
+LEAST = {"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0}
 LEAST_LIKENESS = 0.6
 LONGEST = 200  # characters of a value, and of a list of patients, in a message
 
@@ -62,13 +66,21 @@ def check_run(device: Any) -> None:
         device: what shall compute.
 
     Raises:
-        ConfigurationError: an id that nothing knows, a path that is no text any more, a device that is not there.
+        ConfigurationError: an id that nothing knows, a path that is no text any more, a value that is no number, a
+            device that is not there.
+        scripts.files.WriteError: nothing can be written where the results shall be.
     """
     resolver = _resolver()
     config = _written(resolver)
-    resolver.resolved_content.update(paths_as_typed(config, _typed(sys.argv)))
+    restored = paths_as_typed(config, _typed(sys.argv))
+    resolver.resolved_content.update(restored)
     check_ids(config)
+    check_numbers(config)
     check_device(device)
+    for name in WRITTEN:
+        folder = restored.get(name, config.get(name))
+        if isinstance(folder, str) and not folder.startswith(PARSED):
+            require_writable(folder)
 
 
 def _resolver() -> ReferenceResolver:
@@ -94,7 +106,7 @@ def check_device(device: Any) -> None:
         ConfigurationError: it cannot.
     """
     try:
-        torch.empty(0, device=torch.device(device))
+        torch.zeros(1, device=torch.device(device)).item()  # of the device meta, nothing can be read back
     except Exception as error:  # each back end raises its own
         why = (str(error).splitlines() or [""])[0]
         raise ConfigurationError(
@@ -196,6 +208,29 @@ def check_ids(config: Mapping[str, Any]) -> None:
         near = _nearest(name, known)
         hint = f"is '{_shown_id(near)}' meant?" if near else "see the ids in configs/"
         raise ConfigurationError(f"no config has the id '{_shown_id(name)}', so that it would do nothing: {hint}")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse values that are no numbers or switches where the bundle's configs have one, and counts that are too small.
+
+    Args:
+        config: the merged configuration; expressions and references in it are not evaluated here.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    for name, own in _own_ids(config).items():
+        value = config.get(name, own)
+        if not isinstance(own, bool | int | float) or (isinstance(value, str) and value.startswith(PARSED)):
+            continue
+        whole = isinstance(own, int) and name in LEAST
+        kinds = (bool,) if isinstance(own, bool) else (int,) if whole else (int, float)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
+        if value is None or (fits and value >= LEAST.get(name, -math.inf)):
+            continue
+        what = "True or False" if isinstance(own, bool) else "a whole number" if whole else "a number"
+        least = f" from {LEAST[name]} on" if name in LEAST else ""
+        raise ConfigurationError(f"{name} is {_short(value)}, not {what}{least}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

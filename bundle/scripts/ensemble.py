@@ -344,7 +344,7 @@ def _version(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int, int]]:
 
 @lru_cache(maxsize=1)
 def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
-    state = _load(path)
+    state = load_checkpoint(path)
     for key in NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -362,7 +362,7 @@ def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
     return state
 
 
-def _load(path: str) -> Any:
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """What is in a file that ``torch.save`` wrote: tensors and plain Python, never other objects.
 
     Raises:

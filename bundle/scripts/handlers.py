@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts import keys
 from scripts.configuration import run_differences
-from scripts.ensemble import FoldEnsemble, save_weights
+from scripts.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
 from scripts.files import write_text, written_whole
 from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
 from scripts.networks import MultitaskNet
@@ -362,13 +362,12 @@ class TrainingState:
             if not path.is_file():
                 continue
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = load_checkpoint(path)
                 missing = [name for name in self._state(0) if name not in state]
                 if missing:
-                    raise ValueError(f"{', '.join(missing)} missing")
-            except Exception as error:  # torch raises many kinds for a damaged file
-                # The first line: torch goes on with advice to load without its safety check.
-                faults.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                    raise CheckpointError(f"{path} is no state of a training: {', '.join(missing)} missing")
+            except (CheckpointError, OSError) as error:
+                faults.append(str(error))
                 continue
             for fault in faults:
                 logger.warning("cannot be read, the epoch before is taken instead: %s", fault)
