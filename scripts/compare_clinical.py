@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 from scripts import clinical, keys
 from scripts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohort_tables import centre_name
+from scripts.files import write_text
 
 CODINGS = ("indicators", "paper")
 FILLS = ("training_median", "cohort_median", "zero")
@@ -336,6 +337,8 @@ def print_report(report: dict[str, Any], results: Sequence[Result]) -> None:
     )
     for reason, count in report["left_out"].items():
         print(f"left out: {count} patients, {reason}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     rows = [(r.coding, r.fill, _interval(r.train), _interval(r.test)) for r in results]
     print("\nC-index [95 % bootstrap interval over patients, model fixed]; the first line is the chosen coding")
     print(pd.DataFrame(rows, columns=["coding", "missing number", "train", "test"]).to_string(index=False))
@@ -418,12 +421,13 @@ def compare_clinical(
         "patients": len(known),
         "missing": missing,
         "left_out": _left_out(loaded, centres),
+        "notes": loaded.notes,
         "coefficients_of": "model of the training centres" if centres[0] else "model of all patients",
         "results": [asdict(result) for result in results],
     }
     print_report(report, results)
     if output:
-        Path(output).write_text(json.dumps(_json_ready(report), indent=2) + "\n")
+        write_text(output, json.dumps(_json_ready(report), indent=2) + "\n")
         print(f"\nwritten: {output}")
 
 
