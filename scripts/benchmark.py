@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT / "bundle"), str(ROOT / "scripts")]
 import benchmark_profile  # noqa: E402
 import benchmark_stages as at  # noqa: E402
 
-from scripts.files import write_text  # noqa: E402
+from scripts.cohorts.files import write_text  # noqa: E402
 
 PLAIN, PRODUCT = "plain", "bundle"
 MIB = 2**20

@@ -30,16 +30,16 @@ from make_cohort import make_cohort  # noqa: E402
 
 import phantom  # noqa: E402
 from scripts import keys as K  # noqa: E402
-from scripts.clinical import DEFAULT_FEATURES  # noqa: E402
-from scripts.ensemble import FoldEnsemble, load_weights, read_state, save_weights  # noqa: E402
-from scripts.files import in_config, written_whole  # noqa: E402
-from scripts.geometry import Grid, resample  # noqa: E402
-from scripts.images import read_image  # noqa: E402
-from scripts.layers import SafeConv3d  # noqa: E402
-from scripts.losses import MultitaskLoss  # noqa: E402
-from scripts.networks import MultitaskNet  # noqa: E402
-from scripts.thresholds import above  # noqa: E402
-from scripts.transforms import RestoreMaskd, ScaleIntensityPETCTd  # noqa: E402
+from scripts.cohorts.clinical import DEFAULT_FEATURES  # noqa: E402
+from scripts.cohorts.files import in_config, written_whole  # noqa: E402
+from scripts.cohorts.thresholds import above  # noqa: E402
+from scripts.imaging.geometry import Grid, resample  # noqa: E402
+from scripts.imaging.images import read_image  # noqa: E402
+from scripts.imaging.transforms import RestoreMaskd, ScaleIntensityPETCTd  # noqa: E402
+from scripts.model.ensemble import FoldEnsemble, load_weights, read_state, save_weights  # noqa: E402
+from scripts.model.layers import SafeConv3d  # noqa: E402
+from scripts.model.losses import MultitaskLoss  # noqa: E402
+from scripts.model.networks import MultitaskNet  # noqa: E402
 
 PATIENT = "PHANTOM-1"
 SPACING_MM = 2.0
@@ -327,7 +327,7 @@ def tumour_probability(setup: Setup) -> tuple[dict[Any, Any], Grid]:
 
 def restore(setup: Setup) -> Run:
     """The bundle: only the box is resampled, quick compression."""
-    from scripts.images import write_mask
+    from scripts.imaging.images import write_mask
 
     item, grid = tumour_probability(setup)
     transform, path = RestoreMaskd(), setup.folder / "mask_product.nii.gz"
@@ -492,7 +492,7 @@ def training(**options: Any) -> Callable[[Setup], Run]:
     def make(setup: Setup) -> Run:
         from monai.bundle import ConfigParser
 
-        from scripts import engine
+        from scripts.training import engine
 
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / "train.json"))

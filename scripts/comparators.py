@@ -20,12 +20,12 @@ from evidence import Run, on_one_scale  # noqa: E402
 from experiment import TRAINING  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.bootstrap import paired_bootstrap  # noqa: E402
-from scripts.case_metrics import MEASURES, PAPER_MEASURES, summarise  # noqa: E402
-from scripts.cohort import Case, CohortError, load_cohort  # noqa: E402
-from scripts.cohort_scans import patient_key  # noqa: E402
-from scripts.survival import CalibrationError, FoldScale  # noqa: E402
-from scripts.thresholds import HALF  # noqa: E402
+from scripts.cohorts.cohort import Case, CohortError, load_cohort  # noqa: E402
+from scripts.cohorts.scans import patient_key  # noqa: E402
+from scripts.cohorts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.bootstrap import paired_bootstrap  # noqa: E402
+from scripts.evaluation.case_metrics import MEASURES, PAPER_MEASURES, summarise  # noqa: E402
+from scripts.evaluation.survival import CalibrationError, FoldScale  # noqa: E402
 
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 COMPARED = (*PAPER_MEASURES, "hpv_auc")

@@ -26,10 +26,11 @@ from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
-from scripts import clinical, keys
-from scripts.cohort import Case, Cohort, CohortError, load_cohort
-from scripts.cohort_tables import centre_name
-from scripts.files import write_text
+from scripts import keys
+from scripts.cohorts import clinical
+from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
+from scripts.cohorts.files import write_text
+from scripts.cohorts.tables import centre_name
 
 CODINGS = ("indicators", "paper")
 FILLS = ("training_median", "cohort_median", "zero")

@@ -36,9 +36,13 @@ from experiment import (  # noqa: E402
     read_fold,
 )
 
-from scripts.case_metrics import balanced_accuracy  # noqa: E402
-from scripts.clinical import feature_named  # noqa: E402
-from scripts.ensemble import (  # noqa: E402
+from scripts.cohorts.clinical import feature_named  # noqa: E402
+from scripts.cohorts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.case_metrics import balanced_accuracy  # noqa: E402
+from scripts.evaluation.case_table import read_features  # noqa: E402
+from scripts.evaluation.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
+from scripts.imaging.quality_features import fit_feature_statistics  # noqa: E402
+from scripts.model.ensemble import (  # noqa: E402
     EXTRA_STATE,
     KEEP_EPOCH,
     SETTINGS,
@@ -52,12 +56,8 @@ from scripts.ensemble import (  # noqa: E402
     read_state,
     save_weights,
 )
-from scripts.evaluation import read_features  # noqa: E402
-from scripts.handlers import BEST  # noqa: E402
-from scripts.quality_features import fit_feature_statistics  # noqa: E402
-from scripts.spec import ModelSpec  # noqa: E402
-from scripts.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
-from scripts.thresholds import HALF  # noqa: E402
+from scripts.model.spec import ModelSpec  # noqa: E402
+from scripts.training.handlers import BEST  # noqa: E402
 
 MISSING_IS_ZERO = "a missing value is 0"
 
@@ -105,7 +105,7 @@ def finished_folds(runs: str | Path, record: Mapping[str, Any], allow_missing: b
 
 
 def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
-    """An ensemble of one fold that has learnt nothing, for these settings (:meth:`scripts.spec.ModelSpec.to_dict`)."""
+    """An ensemble of one fold that has learnt nothing, for these settings (:meth:`.to_dict`)."""
     spec = ModelSpec.read(settings, "the folds")
     return FoldEnsemble(spec.network(), spec)
 
@@ -198,7 +198,7 @@ def calibrate(runs: str | Path, folds: Sequence[int], cases: pd.DataFrame) -> di
     A patient whom several folds validate (protocol ``full``) counts once, with the mean.
 
     Returns:
-        :meth:`scripts.survival.Calibration.to_dict`, or ``{"reason": why there is none}``.
+        :meth:`scripts.evaluation.survival.Calibration.to_dict`, or ``{"reason": why there is none}``.
     """
     if "log_hazard" not in cases:
         return {"reason": "survival is not a task of this model"}
@@ -217,7 +217,7 @@ def calibrate(runs: str | Path, folds: Sequence[int], cases: pd.DataFrame) -> di
 
 
 def describe_features(runs: str | Path, fold: int) -> dict[str, Any]:
-    """The deep features of a fold's training cases, by :func:`scripts.quality_features.fit_feature_statistics`.
+    """The deep features of a fold's training cases, by :func:`scripts.imaging.quality_features.fit_feature_statistics`.
 
     Inference compares a patient's features with them. Too few training cases give no statistics but the ``reason``.
 

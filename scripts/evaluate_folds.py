@@ -42,13 +42,12 @@ from evidence import (  # noqa: E402
 from experiment import ExperimentError, fold_folder  # noqa: E402
 from external_cohort import judge_external, predict_external  # noqa: E402
 
-from scripts.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
-from scripts.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary  # noqa: E402
-from scripts.cohort import CohortError  # noqa: E402
-from scripts.ensemble import CheckpointError, SettingsMismatch  # noqa: E402
-from scripts.evaluation import case_figures, roc_data  # noqa: E402
-from scripts.files import write_text  # noqa: E402
-from scripts.plots import (  # noqa: E402
+from scripts.cohorts.cohort import CohortError  # noqa: E402
+from scripts.cohorts.files import write_text  # noqa: E402
+from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
+from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary  # noqa: E402
+from scripts.evaluation.case_table import case_figures, roc_data  # noqa: E402
+from scripts.evaluation.plots import (  # noqa: E402
     Drawn,
     forest_figure,
     roc_figure,
@@ -56,8 +55,9 @@ from scripts.plots import (  # noqa: E402
     survival_figures,
     training_figure,
 )
-from scripts.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups  # noqa: E402
-from scripts.survival_metrics import FigureUnavailableError  # noqa: E402
+from scripts.evaluation.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups  # noqa: E402
+from scripts.evaluation.survival_metrics import FigureUnavailableError  # noqa: E402
+from scripts.model.ensemble import CheckpointError, SettingsMismatch  # noqa: E402
 
 EVALUATION_FOLDER, FIGURES_FOLDER = "evaluation", "figures"
 EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"
@@ -107,7 +107,7 @@ def histories(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def roc_curves(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`scripts.plots.roc_figure` takes: all cases, then each fold that has both classes."""
+    """What :func:`scripts.evaluation.plots.roc_figure` takes: all cases, then each fold that has both classes."""
     parts = {"pooled": (run.cases, report["pooled"])}
     parts |= {name: (run.cases[run.cases["fold"] == block["fold"]], block) for name, block in report["folds"].items()}
     aucs = {name: (rows, block["metrics"]["hpv_auc"]) for name, (rows, block) in parts.items()}

@@ -33,9 +33,10 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
-from scripts.case_metrics import PAPER_MEASURES, summarise, too_few  # noqa: E402
-from scripts.evaluation import describe_selection  # noqa: E402
-from scripts.survival import (  # noqa: E402
+from scripts.cohorts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.case_metrics import PAPER_MEASURES, summarise, too_few  # noqa: E402
+from scripts.evaluation.case_table import describe_selection  # noqa: E402
+from scripts.evaluation.survival import (  # noqa: E402
     Calibration,
     CalibrationError,
     FoldScale,
@@ -44,8 +45,7 @@ from scripts.survival import (  # noqa: E402
     fit_calibration,
     normalise_out_of_fold,
 )
-from scripts.survival_metrics import FigureUnavailableError, survival_metrics  # noqa: E402
-from scripts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.survival_metrics import FigureUnavailableError, survival_metrics  # noqa: E402
 
 METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
@@ -124,7 +124,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def selection_of(record: Mapping[str, Any], judged: str | None = None) -> dict[str, Any]:
-    """What was fitted to the cases that are judged (see :func:`scripts.evaluation.describe_selection`).
+    """What was fitted to the cases that are judged (see :func:`scripts.evaluation.case_table.describe_selection`).
 
     Args:
         record: ``experiment.json``.
@@ -270,11 +270,11 @@ def judge(
         train: cases whose follow-up weights the survival figures.
         seed: of the bootstrap.
         samples: its draws.
-        least: counts below which no figure is given, such as :data:`scripts.case_metrics.SMALL_GROUP`.
+        least: counts below which no figure is given, such as :data:`scripts.evaluation.case_metrics.SMALL_GROUP`.
 
     Returns:
-        ``metrics`` by :func:`scripts.case_metrics.summarise`, ``survival`` by
-        :func:`scripts.survival_metrics.survival_metrics` or ``{"reason": why not}``.
+        ``metrics`` by :func:`scripts.evaluation.case_metrics.summarise`, ``survival`` by
+        :func:`scripts.evaluation.survival_metrics.survival_metrics` or ``{"reason": why not}``.
     """
     metrics = summarise(on_one_scale(cases), seed, least=least, samples=samples)
     report: dict[str, Any] = {"cases": len(cases), "metrics": metrics}

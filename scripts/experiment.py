@@ -34,11 +34,11 @@ BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
 from scripts import keys  # noqa: E402
-from scripts.cohort import Cohort, Split, load_cohort  # noqa: E402
-from scripts.ensemble import settings_differences  # noqa: E402
-from scripts.files import write_text  # noqa: E402
-from scripts.images import ImageReadError, read_grid  # noqa: E402
-from scripts.quality import fit_voxel_limits  # noqa: E402
+from scripts.cohorts.cohort import Cohort, Split, load_cohort  # noqa: E402
+from scripts.cohorts.files import write_text  # noqa: E402
+from scripts.imaging.images import ImageReadError, read_grid  # noqa: E402
+from scripts.imaging.quality import fit_voxel_limits  # noqa: E402
+from scripts.model.ensemble import settings_differences  # noqa: E402
 
 EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
 TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
@@ -373,7 +373,7 @@ def clinical_statistics(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def voxel_limits(cohort: Cohort) -> dict[str, dict[str, float]]:
-    """Range of the scans' voxel sizes for :mod:`scripts.quality`, from the headers alone; empty where none is read."""
+    """Range of the scans' voxel sizes for :mod:`scripts.imaging.quality`, by headers alone; empty without any."""
     grids = []
     for case in cohort.cases:
         try:

@@ -41,8 +41,9 @@ sys.path.insert(0, str(BUNDLE))
 from make_cohort import make_cohort  # noqa: E402
 
 from scripts import keys as K  # noqa: E402
-from scripts.engine import EnsembleInferer  # noqa: E402
-from scripts.ensemble import (  # noqa: E402
+from scripts.cohorts.files import in_config, written_whole  # noqa: E402
+from scripts.cohorts.thresholds import above  # noqa: E402
+from scripts.model.ensemble import (  # noqa: E402
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
@@ -50,8 +51,7 @@ from scripts.ensemble import (  # noqa: E402
     load_weights,
     name_of_release,
 )
-from scripts.files import in_config, written_whole  # noqa: E402
-from scripts.thresholds import above  # noqa: E402
+from scripts.training.engine import EnsembleInferer  # noqa: E402
 
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
@@ -71,7 +71,7 @@ class ExportError(RuntimeError):
 
 
 class AllHeads(nn.Module):
-    """All heads of a :class:`scripts.ensemble.FoldEnsemble` from tensors alone, as exporters want it.
+    """All heads of a :class:`scripts.model.ensemble.FoldEnsemble` from tensors alone, as exporters want it.
 
     Args:
         ensemble: the folds.

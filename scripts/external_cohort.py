@@ -22,13 +22,13 @@ from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, sel
 from experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.case_metrics import SMALL_GROUP, centre_groups, summarise  # noqa: E402
-from scripts.cohort import load_cohort  # noqa: E402
-from scripts.cohort_scans import shared_patients  # noqa: E402
-from scripts.evaluation import case_figures  # noqa: E402
-from scripts.plots import save_plots, survival_figures  # noqa: E402
-from scripts.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
-from scripts.thresholds import HALF  # noqa: E402
+from scripts.cohorts.cohort import load_cohort  # noqa: E402
+from scripts.cohorts.scans import shared_patients  # noqa: E402
+from scripts.cohorts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, summarise  # noqa: E402
+from scripts.evaluation.case_table import case_figures  # noqa: E402
+from scripts.evaluation.plots import save_plots, survival_figures  # noqa: E402
+from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:

@@ -18,13 +18,13 @@ from command_line import run_tool
 from predict import BUNDLE, UsageError, configure_log, load_bundle, run_cases
 
 from scripts import keys
-from scripts.cohort import Case, CohortError
-from scripts.cohort_tables import check_names, read_json
-from scripts.engine import plain_errors
-from scripts.files import require_writable, write_text, written_whole
-from scripts.inputs import add_clinical_values, pair_case
-from scripts.outputs import FAILED
-from scripts.thresholds import HALF, above
+from scripts.cohorts.cohort import Case, CohortError
+from scripts.cohorts.files import require_writable, write_text, written_whole
+from scripts.cohorts.tables import check_names, read_json
+from scripts.cohorts.thresholds import HALF, above
+from scripts.prediction.inputs import add_clinical_values, pair_case
+from scripts.prediction.outputs import FAILED
+from scripts.training.engine import plain_errors
 
 logger = logging.getLogger("predict")
 
@@ -75,7 +75,7 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
     Raises:
         CohortError: there is not exactly one CT and one PET, or ``ehr.json`` is no object in valid JSON, or names no
             clinical value that is known.
-        scripts.clinical.ClinicalValueError: a clinical value cannot be read.
+        scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     case = pair_case(only_image(folder / "images" / "ct"), only_image(folder / "images" / "pet"), features, "patient")
     if not (folder / EHR).is_file():

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 from phantom import SCALES, Patient, draw_patient, scan_patient
-from scripts.files import written_whole
+from scripts.cohorts.files import written_whole
 
 PHANTOM_VERSION = 1  # raise it when the same seed no longer gives the same bytes
 NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."

@@ -32,11 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 import phantom
 from phantom import Ellipsoid, Part, Patient, Pose, Tube
-from scripts.coarse import ALWAYS, COARSE_SPACING_MM, CoarsePass
-from scripts.files import write_text, written_whole
-from scripts.geometry import Grid, box_grid, share_inside
-from scripts.keys import GTVP
-from scripts.localise import (
+from scripts.cohorts.files import write_text, written_whole
+from scripts.imaging.geometry import Grid, box_grid, share_inside
+from scripts.imaging.localise import (
     METHOD_CENTRE,
     METHOD_PET_BRAIN,
     Anchor,
@@ -46,6 +44,8 @@ from scripts.localise import (
     pet_faults,
     place_box,
 )
+from scripts.keys import GTVP
+from scripts.prediction.coarse import ALWAYS, COARSE_SPACING_MM, CoarsePass
 
 NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."
 CT_MM, PET_MM = 4.0, 5.0

@@ -55,8 +55,8 @@ from check_bundle import (  # noqa: E402
     styled_json,
 )
 
-from scripts.ensemble import CheckpointError, name_of_release, saved_provenance  # noqa: E402
-from scripts.files import write_text, written_whole  # noqa: E402
+from scripts.cohorts.files import write_text, written_whole  # noqa: E402
+from scripts.model.ensemble import CheckpointError, name_of_release, saved_provenance  # noqa: E402
 
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
 SOURCE = ROOT / "bundle"

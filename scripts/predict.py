@@ -21,17 +21,17 @@ BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
 from scripts import keys  # noqa: E402
-from scripts.clinical import FEATURES  # noqa: E402
-from scripts.cohort import Case  # noqa: E402
-from scripts.engine import plain_errors  # noqa: E402
-from scripts.files import in_config, require_writable  # noqa: E402
-from scripts.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
-from scripts.outputs import FAILED, OK, is_link  # noqa: E402
+from scripts.cohorts.clinical import FEATURES  # noqa: E402
+from scripts.cohorts.cohort import Case  # noqa: E402
+from scripts.cohorts.files import in_config, require_writable  # noqa: E402
+from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
+from scripts.prediction.outputs import FAILED, OK, is_link  # noqa: E402
+from scripts.training.engine import plain_errors  # noqa: E402
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
-    from scripts.outputs import PredictionWriter
+    from scripts.prediction.outputs import PredictionWriter
 
 logger = logging.getLogger("predict")
 
@@ -153,13 +153,13 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
 
     Raises:
         FileNotFoundError: there are no weights.
-        scripts.ensemble.CheckpointError: the file is none.
-        scripts.configuration.ConfigurationError: there is no such device.
+        scripts.model.ensemble.CheckpointError: the file is none.
+        scripts.training.configuration.ConfigurationError: there is no such device.
     """
     from monai.bundle import ConfigParser
 
-    from scripts.configuration import check_device
-    from scripts.ensemble import read_state
+    from scripts.model.ensemble import read_state
+    from scripts.training.configuration import check_device
 
     if device is not None:
         check_device(device)
@@ -229,7 +229,7 @@ def run_cases(
         explain: with what moved each risk.
         resume: leave out what is done.
     """
-    from scripts.dicom_results import write_dicom_results
+    from scripts.prediction.dicom_results import write_dicom_results
 
     parser["cases"] = CaseList(cases)
     writer = parser.get_parsed_content("writer")
@@ -283,7 +283,7 @@ def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Cas
         cases: of this run.
         wanted: names of files, besides those that each prediction names, that there have to be.
     """
-    from scripts.prediction import Model
+    from scripts.prediction.description import Model
 
     sha256 = Model.of(parser.get_parsed_content("checkpoint")).sha256
     force = parser.get_parsed_content("force")
@@ -321,12 +321,12 @@ def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bo
 
 def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> None:
     """Let the writer make a report of each patient, and a page of them all at the end."""
-    from scripts.report import ReportWriter
-    from scripts.summary import INDEX
+    from scripts.prediction.report import ReportWriter
+    from scripts.prediction.summary import INDEX
 
     explainer = None
     if explain:
-        from scripts.explain import RiskExplainer
+        from scripts.prediction.explain import RiskExplainer
 
         explainer = RiskExplainer(parser.get_parsed_content("network"))
     reports = ReportWriter(str(writer.output_dir), explainer)

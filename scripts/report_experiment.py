@@ -39,14 +39,14 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
-from scripts.case_metrics import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
-from scripts.clinical import feature_named  # noqa: E402
-from scripts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.figures import save_case_figure  # noqa: E402
-from scripts.outputs import folder_name  # noqa: E402
-from scripts.pages import Page, Words  # noqa: E402
-from scripts.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402
-from scripts.survival import DAYS_PER_YEAR  # noqa: E402
+from scripts.cohorts.clinical import feature_named  # noqa: E402
+from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
+from scripts.evaluation.case_metrics import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
+from scripts.evaluation.survival import DAYS_PER_YEAR  # noqa: E402
+from scripts.prediction.figures import save_case_figure  # noqa: E402
+from scripts.prediction.outputs import folder_name  # noqa: E402
+from scripts.prediction.pages import Page, Words  # noqa: E402
+from scripts.training.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402
 
 EXAMPLES_FOLDER = "examples"
 TASK_NAMES = {keys.TASK_SEG: "segmentation", keys.TASK_HPV: "HPV", keys.TASK_SURV: "survival"}
@@ -465,7 +465,7 @@ def write_survival(page: Page, main: Experiment) -> None:
 
 
 def survival_rows(survival: Mapping[str, Any]) -> list[list[object]]:
-    """Rows of the figures of :func:`scripts.survival_metrics.survival_metrics`."""
+    """Rows of the figures of :func:`scripts.evaluation.survival_metrics.survival_metrics`."""
     tau = f"tau = {survival['about']['tau_days'] / DAYS_PER_YEAR:.1f} years"
     titles = {"c_index": "C-index (Harrell)", "uno_c_index": f"C-index (Uno, up to {tau})"}
     years = {name: name[4:-1] for name in survival if name.startswith("auc_")}

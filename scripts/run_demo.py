@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
 sys.path.insert(0, str(BUNDLE))
 
-from scripts.bootstrap import bootstrap_interval  # noqa: E402
-from scripts.case_metrics import c_index, format_summary  # noqa: E402
-from scripts.figures import save_case_figure  # noqa: E402
+from scripts.evaluation.bootstrap import bootstrap_interval  # noqa: E402
+from scripts.evaluation.case_metrics import c_index, format_summary  # noqa: E402
+from scripts.prediction.figures import save_case_figure  # noqa: E402
 
 TRAIN = "['configs/train.json','configs/demo.json']"
 EVALUATE = "['configs/train.json','configs/demo.json','configs/evaluate.json']"

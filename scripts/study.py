@@ -36,7 +36,7 @@ from experiment import (  # noqa: E402
     typed,
 )
 
-from scripts.ensemble import complete  # noqa: E402
+from scripts.model.ensemble import complete  # noqa: E402
 
 OTHERS = "others"  # the part that the cases of another cohort are, in the names of folders
 TRAIN_TOOL = ROOT / "scripts" / "train_folds.py"
@@ -231,7 +231,7 @@ def check_variants(names: Sequence[str]) -> tuple[str, ...]:
 def check_run(study: Study, variant: str, seed: int) -> None:
     """See that a run on disk is what its name says.
 
-    A run may lack an id that came later: it was run with what was done then (:func:`scripts.ensemble.complete`), else
+    A run may lack an id that came later: it was run with what was done then (:func:`.complete`), else
     with the default of ``configs/train.json``.
     Ids of another kind than plain numbers, texts and lists (objects, expressions) follow from the others.
 

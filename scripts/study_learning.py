@@ -39,10 +39,10 @@ from experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, re
 from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
-from scripts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.cohort_scans import shared_patients  # noqa: E402
-from scripts.files import write_text  # noqa: E402
+from scripts.cohorts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
+from scripts.cohorts.files import write_text  # noqa: E402
+from scripts.cohorts.scans import shared_patients  # noqa: E402
+from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
 
 BUNDLE = ROOT / "bundle"
 STUDY_FILE, TABLE_FILE, LOG_FOLDER = "study.json", "study.md", "logs"

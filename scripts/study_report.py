@@ -23,11 +23,11 @@ from evidence import read_cases, read_run  # noqa: E402
 from experiment import EXPERIMENT_FILE, ExperimentError, read_experiment  # noqa: E402
 
 from scripts import keys  # noqa: E402
-from scripts.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
-from scripts.case_metrics import MEASURES  # noqa: E402
-from scripts.cohort import load_cohort  # noqa: E402
-from scripts.files import write_text  # noqa: E402
-from scripts.thresholds import HALF  # noqa: E402
+from scripts.cohorts.cohort import load_cohort  # noqa: E402
+from scripts.cohorts.files import write_text  # noqa: E402
+from scripts.cohorts.thresholds import HALF  # noqa: E402
+from scripts.evaluation.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
+from scripts.evaluation.case_metrics import MEASURES  # noqa: E402
 
 RUN_FILE = "run.json"
 BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"

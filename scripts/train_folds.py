@@ -52,7 +52,7 @@ from experiment import (  # noqa: E402
 )
 
 from scripts import keys  # noqa: E402
-from scripts.cohort import CohortError  # noqa: E402
+from scripts.cohorts.cohort import CohortError  # noqa: E402
 
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 60.0

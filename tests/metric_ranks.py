@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from scripts.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
+from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
 
 SHARINGS = ("both_know", "rank_with_nothing_known", "rank_without_cases")
 CASES = 31

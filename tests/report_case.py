@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.geometry import Grid
+from scripts.imaging.geometry import Grid
 from scripts.keys import RESEARCH_USE_ONLY
 
 DAYS = [0.0, 200.0, 400.0, 800.0, 1200.0]

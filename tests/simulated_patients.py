@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from sksurv.util import Surv
 
-from scripts.survival import (
+from scripts.evaluation.survival import (
     DAYS_PER_YEAR,
     HORIZON_YEARS,
     Calibration,

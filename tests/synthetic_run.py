@@ -23,7 +23,7 @@ from experiment import (
 
 from conftest import COLUMNS, write_image
 from scripts import keys
-from scripts.case_metrics import summarise
+from scripts.evaluation.case_metrics import summarise
 
 CENTRES = {1: "CHUM", 2: "CHUP", 5: "MDA"}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scripts import keys as K
-from scripts.geometry import Grid, box_grid
+from scripts.imaging.geometry import Grid, box_grid
 
 
 @pytest.fixture(scope="module")

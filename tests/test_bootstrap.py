@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from simulated_patients import cases, simulate
 
-from scripts.bootstrap import bootstrap_interval, paired_bootstrap
-from scripts.case_metrics import c_index
+from scripts.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
+from scripts.evaluation.case_metrics import c_index
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

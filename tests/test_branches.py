@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from scripts.branches import ClinicalTerm, tumour_burden
+from scripts.model.branches import ClinicalTerm, tumour_burden
 
 # --- burden of the tumour ----------------------------------------------------------------------------------
 

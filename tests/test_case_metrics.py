@@ -12,7 +12,7 @@ from sklearn import metrics as oracle
 from sklearn.metrics import balanced_accuracy_score
 
 from scripts import keys
-from scripts.case_metrics import (
+from scripts.evaluation.case_metrics import (
     SMALL_GROUP,
     aggregated_dice,
     average_precision,

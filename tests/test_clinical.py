@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from conftest import SHARED_DATA
-from scripts import clinical
-from scripts.clinical import ClinicalValueError
+from scripts.cohorts import clinical
+from scripts.cohorts.clinical import ClinicalValueError
 
 NAN = float("nan")
 

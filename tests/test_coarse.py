@@ -11,12 +11,12 @@ import torch
 from monai.bundle import ConfigParser
 
 from conftest import BUNDLE
-from scripts import coarse
-from scripts.coarse import CoarsePass, find_candidates, look_grid, see_tumour
-from scripts.ensemble import FoldEnsemble, save_weights
-from scripts.geometry import Grid, box_grid
-from scripts.localise import METHOD_PET_BRAIN, Anchor, NoCoarsePass
-from scripts.networks import MultitaskNet
+from scripts.imaging.geometry import Grid, box_grid
+from scripts.imaging.localise import METHOD_PET_BRAIN, Anchor, NoCoarsePass
+from scripts.model.ensemble import FoldEnsemble, save_weights
+from scripts.model.networks import MultitaskNet
+from scripts.prediction import coarse
+from scripts.prediction.coarse import CoarsePass, find_candidates, look_grid, see_tumour
 
 SPACING = 8.0
 FIXED = {"tasks": ["seg"], "clinical_features": ["age", "gender", "m_stage"]} | {

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts import cohort, cohort_tables, keys
-from scripts.clinical import DEFAULT_FEATURES
-from scripts.cohort import CohortError, Exclusion
+from scripts import keys
+from scripts.cohorts import cohort
+from scripts.cohorts import tables as cohort_tables
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.cohorts.cohort import CohortError, Exclusion
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEADER = (

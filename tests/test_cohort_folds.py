@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from scripts import cohort, keys
-from scripts.cohort import CohortError
+from scripts import keys
+from scripts.cohorts import cohort
+from scripts.cohorts.cohort import CohortError
 
 
 def ids(cases) -> list[str]:

@@ -14,7 +14,7 @@ from command_line import UsageError, read_arguments, run_tool
 from experiment import read_override, typed
 
 from conftest import ROOT
-from scripts.clinical import FEATURES
+from scripts.cohorts.clinical import FEATURES
 
 SCRIPTS = ROOT / "scripts"
 TOOLS = sorted(path.stem for path in SCRIPTS.glob("*.py") if f"run_tool({path.stem}" in path.read_text())

@@ -17,9 +17,9 @@ from scipy.optimize import minimize
 from synthetic_run import make_run
 
 from scripts import keys
-from scripts.case_metrics import c_index
-from scripts.clinical import code_indicators
-from scripts.cohort import load_cohort
+from scripts.cohorts.clinical import code_indicators
+from scripts.cohorts.cohort import load_cohort
+from scripts.evaluation.case_metrics import c_index
 
 SAMPLES = 40
 

@@ -22,9 +22,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
 from scripts import keys
-from scripts.cohort import load_cohort
-from scripts.images import read_image
-from scripts.transforms import LoadScansd
+from scripts.cohorts.cohort import load_cohort
+from scripts.imaging.images import read_image
+from scripts.imaging.transforms import LoadScansd
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]

@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from conftest import BUNDLE, make_tiny_cohort
-from scripts.configuration import (
+from scripts.training.configuration import (
     ConfigurationError,
     check_device,
     check_ids,
@@ -23,8 +23,8 @@ from scripts.configuration import (
     paths_as_typed,
     run_differences,
 )
-from scripts.configuration import _typed as typed_options
-from scripts.engine import innermost
+from scripts.training.configuration import _typed as typed_options
+from scripts.training.engine import innermost
 
 TRAIN, EVALUATE, INFERENCE = ("train.json",), ("train.json", "evaluate.json"), ("inference.json",)
 CONFIGS = [path.name for path in sorted((BUNDLE / "configs").glob("*.json")) if path.name != "metadata.json"]

@@ -27,12 +27,12 @@ from ensemble_folds import empty_ensemble
 import phantom
 from conftest import BUNDLE, ROOT, SHARED_DATA, write_image
 from scripts import keys
-from scripts.clinical import ClinicalValueError
-from scripts.cohort import CohortError
-from scripts.dicom_cases import DicomScan
-from scripts.dicom_series import read_headers
-from scripts.ensemble import save_weights
-from scripts.inputs import find_cases
+from scripts.cohorts.clinical import ClinicalValueError
+from scripts.cohorts.cohort import CohortError
+from scripts.dicom.examinations import DicomScan
+from scripts.dicom.series import read_headers
+from scripts.model.ensemble import save_weights
+from scripts.prediction.inputs import find_cases
 
 APP = ROOT / "scripts" / "deploy_app"
 REAL = SHARED_DATA / "dicom" / "STS-002"
@@ -342,12 +342,12 @@ def test_folders_that_hold_no_single_study_are_refused(sdk, study, tmp_path):
 
 @needs_sdk
 def test_a_report_that_fails_is_an_error(sdk, predictor, study, tmp_path, monkeypatch):
-    import scripts.report
+    import scripts.prediction.report
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scripts.report, "write_report", full_disk)
+    monkeypatch.setattr(scripts.prediction.report, "write_report", full_disk)
     with pytest.raises(ValueError, match=r"PHANTOM-1: predicted, but no report: .*No space left"):
         run_operators(sdk, predictor, study, tmp_path)
 

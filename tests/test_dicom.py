@@ -18,12 +18,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from dicom_study import AXIAL, SECRETS, pet_header, write_series
 
-from scripts.dicom_choice import choose_pet_ct, find_studies
-from scripts.dicom_seg import Model, write_seg
-from scripts.dicom_series import find_series, read_headers, read_series
-from scripts.dicom_sr import PRIVATE_CODES, Findings, write_sr
-from scripts.dicom_suv import suv_factor
-from scripts.dicom_tags import DicomError
+from scripts.dicom.choice import choose_pet_ct, find_studies
+from scripts.dicom.seg import Model, write_seg
+from scripts.dicom.series import find_series, read_headers, read_series
+from scripts.dicom.sr import PRIVATE_CODES, Findings, write_sr
+from scripts.dicom.suv import suv_factor
+from scripts.dicom.tags import DicomError
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
@@ -983,7 +983,7 @@ def test_real_patients_equal_their_nifti(patient, tmp_path):
 def test_without_pydicom_the_error_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['pydicom'] = None; sys.modules['highdicom'] = None\n"
-        "from scripts.dicom_series import find_series\nfrom scripts.dicom_tags import needed_module\n"
+        "from scripts.dicom.series import find_series\nfrom scripts.dicom.tags import needed_module\n"
         "for call in (lambda: find_series('.'), lambda: needed_module('highdicom')):\n"
         "    try: call()\n"
         "    except ImportError as error: print(error)\n"

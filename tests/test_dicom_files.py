@@ -15,11 +15,11 @@ import pytest
 from dicom_study import SECRETS, slice_dataset, write_series
 
 from scripts import keys
-from scripts.dicom_cases import find_examinations, pair_examination
-from scripts.dicom_choice import choose_pet_ct
-from scripts.dicom_series import find_series, people_differ, read_headers, read_series
-from scripts.dicom_tags import DicomError, lenient
-from scripts.inputs import find_cases
+from scripts.dicom.choice import choose_pet_ct
+from scripts.dicom.examinations import find_examinations, pair_examination
+from scripts.dicom.series import find_series, people_differ, read_headers, read_series
+from scripts.dicom.tags import DicomError, lenient
+from scripts.prediction.inputs import find_cases
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: E402

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from dicom_study import write_series
 
-from scripts.dicom_cases import find_examinations
-from scripts.dicom_choice import choose_pet_ct
-from scripts.dicom_seg import Model, write_seg
-from scripts.dicom_series import find_series
-from scripts.dicom_sr import Findings, write_sr
-from scripts.dicom_tags import DicomError
+from scripts.dicom.choice import choose_pet_ct
+from scripts.dicom.examinations import find_examinations
+from scripts.dicom.seg import Model, write_seg
+from scripts.dicom.series import find_series
+from scripts.dicom.sr import Findings, write_sr
+from scripts.dicom.tags import DicomError
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")

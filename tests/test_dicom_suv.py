@@ -9,14 +9,14 @@ import pytest
 from dicom_study import pet_header, pet_tags, write_series
 
 from scripts import keys as K
-from scripts.dicom_cases import DicomScan, find_examinations
-from scripts.dicom_choice import choose_pet_ct
-from scripts.dicom_series import find_series, read_series
-from scripts.dicom_suv import suv_of
-from scripts.dicom_tags import DicomError
-from scripts.dicom_tracer import FDG, tracer_of
-from scripts.quality import CheckQualityd, checks_from_json
-from scripts.transforms import LoadScansd, LocaliseBoxd
+from scripts.dicom.choice import choose_pet_ct
+from scripts.dicom.examinations import DicomScan, find_examinations
+from scripts.dicom.series import find_series, read_series
+from scripts.dicom.suv import suv_of
+from scripts.dicom.tags import DicomError
+from scripts.dicom.tracer import FDG, tracer_of
+from scripts.imaging.quality import CheckQualityd, checks_from_json
+from scripts.imaging.transforms import LoadScansd, LocaliseBoxd
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
 from pydicom.dataset import Dataset  # noqa: E402

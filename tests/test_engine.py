@@ -15,7 +15,9 @@ from monai.data import MetaTensor
 
 from conftest import BUNDLE
 from scripts import keys
-from scripts.engine import (
+from scripts.model.ensemble import FoldEnsemble
+from scripts.model.networks import MultitaskNet
+from scripts.training.engine import (
     EnsembleInferer,
     FlattenPrediction,
     NetworkInferer,
@@ -23,8 +25,6 @@ from scripts.engine import (
     prepare_batch,
     speed_up,
 )
-from scripts.ensemble import FoldEnsemble
-from scripts.networks import MultitaskNet
 
 
 def test_schedule_steps_once_an_epoch() -> None:
@@ -184,7 +184,7 @@ def test_flatten_prediction_leaves_its_input_alone() -> None:
     ],
 )
 def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -> None:
-    code = f"from scripts import engine; engine.plain_errors(); {statement}"
+    code = f"from scripts.training import engine; engine.plain_errors(); {statement}"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(BUNDLE)}, capture_output=True, text=True
     )

@@ -9,7 +9,17 @@ import pytest
 import torch
 from ignite.handlers import Checkpoint
 
-from scripts.ensemble import (
+from scripts.keys import (
+    FEATURES,
+    HPV_PROB,
+    HPV_PROB_FOLDS,
+    HPV_PROB_STD,
+    LOG_HAZARD,
+    LOG_HAZARD_FOLDS,
+    LOG_HAZARD_STD,
+    SEG_PROB,
+)
+from scripts.model.ensemble import (
     EXTRA_STATE,
     CheckpointError,
     FoldEnsemble,
@@ -23,17 +33,7 @@ from scripts.ensemble import (
     save_weights,
     saved_settings,
 )
-from scripts.keys import (
-    FEATURES,
-    HPV_PROB,
-    HPV_PROB_FOLDS,
-    HPV_PROB_STD,
-    LOG_HAZARD,
-    LOG_HAZARD_FOLDS,
-    LOG_HAZARD_STD,
-    SEG_PROB,
-)
-from scripts.networks import MultitaskNet
+from scripts.model.networks import MultitaskNet
 
 OLD = {  # as versions 0.1 and 0.2 wrote them
     "tasks": ["seg", "hpv", "surv"],
@@ -417,6 +417,6 @@ def test_loading_says_what_the_model_is(path, caplog):
     source = ensemble(3)
     source.provenance = {"trained_on": "300 digital phantoms, not for clinical use"}
     save_weights(source, path)
-    with caplog.at_level("INFO", logger="scripts.ensemble"):
+    with caplog.at_level("INFO", logger="scripts.model.ensemble"):
         load_weights(ensemble(1), path)
     assert caplog.messages == ["model: 3 folds, trained on 300 digital phantoms, not for clinical use"]

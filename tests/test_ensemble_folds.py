@@ -13,11 +13,11 @@ import torch
 from ensemble_folds import calibrate, choose_hpv_threshold, out_of_fold
 from experiment import ExperimentError
 
-from scripts.ensemble import FoldEnsemble, SettingsMismatch, load_weights, read_state, save_weights
-from scripts.evaluation import write_features
-from scripts.networks import MultitaskNet
-from scripts.quality import check_features
-from scripts.survival import Calibration
+from scripts.evaluation.case_table import write_features
+from scripts.evaluation.survival import Calibration
+from scripts.imaging.quality import check_features
+from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, read_state, save_weights
+from scripts.model.networks import MultitaskNet
 
 FEATURES = ["age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage"]
 SETTINGS = {

@@ -15,8 +15,8 @@ from experiment import evaluation_folder
 from synthetic_run import make_run
 
 from scripts import keys
-from scripts.case_metrics import c_index
-from scripts.cohort import load_cohort
+from scripts.cohorts.cohort import load_cohort
+from scripts.evaluation.case_metrics import c_index
 
 SAMPLES = 40
 

@@ -15,11 +15,11 @@ from case_table import table
 from scipy import ndimage
 
 from scripts import keys
-from scripts.case_metrics import (
+from scripts.evaluation.case_metrics import (
     balanced_accuracy,
     format_summary,
 )
-from scripts.evaluation import (
+from scripts.evaluation.case_table import (
     CaseTable,
     case_rows,
     count_lesions,
@@ -27,7 +27,7 @@ from scripts.evaluation import (
     read_features,
     surface_distance_mm,
 )
-from scripts.survival import fit_calibration
+from scripts.evaluation.survival import fit_calibration
 
 
 def block(*ranges: tuple[int, int], size: int = 16) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_metrics_say_what_was_fitted_to_the_cases(tmp_path: Path, caplog, keep_e
     handler = CaseTable(str(tmp_path), "cohort", "model.pt", part=part)
     handler.rows = table(20).to_dict("records")
     provenance = {} if keep_epoch is None else {"keep_epoch": keep_epoch}
-    with caplog.at_level("INFO", "scripts.evaluation"):
+    with caplog.at_level("INFO", "scripts.evaluation.case_table"):
         handler.write(SimpleNamespace(network=SimpleNamespace(provenance=provenance)))
     said = json.loads((tmp_path / "metrics.json").read_text())["selection"]
     assert (said["keep_epoch"], said["judged"], said["fitted_to_these_cases"]) == (keep_epoch, part, fitted)

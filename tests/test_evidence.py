@@ -13,7 +13,7 @@ from ensemble_folds import choose_hpv_threshold
 from experiment import ExperimentError, evaluation_folder
 from synthetic_run import make_run
 
-from scripts.survival import Calibration, fit_calibration
+from scripts.evaluation.survival import Calibration, fit_calibration
 
 SAMPLES = 40
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import scripts.explain
+import scripts.prediction.explain
 from scripts import keys
-from scripts.clinical import clinical_scales
-from scripts.ensemble import FoldEnsemble
-from scripts.explain import ExplainError, Explanation, RiskExplainer, explain_risk
-from scripts.geometry import Grid
-from scripts.networks import MultitaskNet
+from scripts.cohorts.clinical import clinical_scales
+from scripts.imaging.geometry import Grid
+from scripts.model.ensemble import FoldEnsemble
+from scripts.model.networks import MultitaskNet
+from scripts.prediction.explain import ExplainError, Explanation, RiskExplainer, explain_risk
 
 EDGE = 16
 GRID = Grid((EDGE,) * 3, np.diag([2.0, 2.0, 2.0, 1.0]))
@@ -59,8 +59,8 @@ def test_clinical_values_that_reach_the_risk_by_hpv_status_add_up() -> None:
     torch.nn.init.constant_(fold.burden.burden.weight, -0.8)
     network = FoldEnsemble(fold, {"clinical_features": FEATURES}).eval()
     image, clinical = patient()[0], torch.tensor([[71.0, 2.0, 2.0]])
-    found = explain_risk(network, image, clinical, tumour(), GRID, scripts.explain.STEPS)
-    assert found.relative_error < scripts.explain.ACCEPTED_ERROR
+    found = explain_risk(network, image, clinical, tumour(), GRID, scripts.prediction.explain.STEPS)
+    assert found.relative_error < scripts.prediction.explain.ACCEPTED_ERROR
     alone = {name: abs(contribution) for name, _, contribution in found.clinical}
     assert min(alone["age"], alone["tobacco"]) > 0.02, "nothing but HPV status carries them: there is no other weight"
 
@@ -193,16 +193,16 @@ def test_the_explainer_reads_an_item() -> None:
 
 
 def test_the_explainer_takes_more_points_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.explain, "ACCEPTED_ERROR", -1.0)
+    monkeypatch.setattr(scripts.prediction.explain, "ACCEPTED_ERROR", -1.0)
     assert RiskExplainer(ensemble(folds=1), 2)(item()).steps == 4
 
 
 @pytest.mark.parametrize(("at_once", "steps"), [(EDGE**3, 3), (EDGE**3 - 1, 2)], ids=["small box", "large box"])
 def test_large_boxes_take_fewer_points_on_a_cpu(at_once: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.explain, "VOXELS_AT_ONCE", at_once)
-    monkeypatch.setattr(scripts.explain, "ACCEPTED_ERROR", 1.0)
-    monkeypatch.setattr(scripts.explain, "STEPS", 3)
-    monkeypatch.setattr(scripts.explain, "STEPS_SLOW", 2)
+    monkeypatch.setattr(scripts.prediction.explain, "VOXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(scripts.prediction.explain, "ACCEPTED_ERROR", 1.0)
+    monkeypatch.setattr(scripts.prediction.explain, "STEPS", 3)
+    monkeypatch.setattr(scripts.prediction.explain, "STEPS_SLOW", 2)
     assert RiskExplainer(ensemble(folds=1))(item()).steps == steps
 
 

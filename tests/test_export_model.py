@@ -16,9 +16,9 @@ from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
 
 from conftest import BUNDLE, make_tiny_cohort
-from scripts import trt
-from scripts.engine import EnsembleInferer
-from scripts.ensemble import FoldEnsemble, save_weights
+from scripts.model.ensemble import FoldEnsemble, save_weights
+from scripts.runtimes import trt
+from scripts.training.engine import EnsembleInferer
 
 BOX = (16, 16, 16)
 
@@ -160,7 +160,7 @@ def test_the_overlay_compiles_after_the_weights_are_loaded() -> None:
     steps = parser["initialize"]
     assert "compile_folds(@network, @trt_dir, @trt_precision, @checkpoint)" in steps[-1]
     assert any("load_weights(@network, @checkpoint)" in step for step in steps[:-1])
-    assert "$import scripts.trt as trt" in parser["imports"]
+    assert "$import scripts.runtimes.trt as trt" in parser["imports"]
     assert "$import torch" in parser["imports"]
 
 

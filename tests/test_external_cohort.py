@@ -17,9 +17,9 @@ from external_cohort import judge_external, predict_external
 from synthetic_run import external_table, make_cohort, make_run
 
 from conftest import make_tiny_cohort
-from scripts.case_metrics import c_index
-from scripts.cohort import load_cohort
-from scripts.evaluation import write_features
+from scripts.cohorts.cohort import load_cohort
+from scripts.evaluation.case_metrics import c_index
+from scripts.evaluation.case_table import write_features
 
 SAMPLES = 40
 

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.contour import QuadContourSet
 
 from conftest import write_image
-from scripts.figures import case_figure, project, save_case_figure
-from scripts.geometry import Grid
+from scripts.imaging.geometry import Grid
+from scripts.prediction.figures import case_figure, project, save_case_figure
 
 
 def scene() -> tuple[np.ndarray, Grid, np.ndarray]:

@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from scipy import ndimage
 
-from scripts.geometry import (
+from scripts.imaging.geometry import (
     Grid,
     bounding_window,
     box_grid,

@@ -17,7 +17,7 @@ from predict import UsageError
 from tiny_model import write_model
 
 from conftest import ROOT, make_tiny_cohort
-from scripts.cohort import CohortError
+from scripts.cohorts.cohort import CohortError
 
 MASK = "images/tumor-lymph-node-segmentation/output.mha"
 EHR = {"Age": 61, "Gender": 1.0, "Tobacco Consumption": None, "M-stage": "M0", "CenterID": 3}

@@ -16,9 +16,11 @@ from monai.metrics import compute_dice
 
 from conftest import TINY
 from scripts import keys
-from scripts.engine import learning_rate_schedule
-from scripts.ensemble import FoldEnsemble
-from scripts.handlers import (
+from scripts.model.ensemble import FoldEnsemble
+from scripts.model.losses import MultitaskLoss
+from scripts.model.networks import MultitaskNet
+from scripts.training.engine import learning_rate_schedule
+from scripts.training.handlers import (
     BalancedAccuracyHandler,
     Comparison,
     ConcordanceIndexHandler,
@@ -29,9 +31,7 @@ from scripts.handlers import (
     choose_key_metric,
     validation_metrics,
 )
-from scripts.losses import MultitaskLoss
-from scripts.networks import MultitaskNet
-from scripts.sampling import EventBatchSampler
+from scripts.training.sampling import EventBatchSampler
 
 
 def output(n: int = 6, seed: int = 0, known: bool | None = None) -> dict:

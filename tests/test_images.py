@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from scripts import images
-from scripts.images import ImageReadError, image_suffix, read_grid, read_image, read_scan, write_mask
+from scripts.imaging import images
+from scripts.imaging.images import ImageReadError, image_suffix, read_grid, read_image, read_scan, write_mask
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 CASES = BUNDLE.parents[1] / "shared" / "cases"
@@ -424,7 +424,7 @@ def test_the_sform_goes_first(tmp_path):
 
 
 def test_bytes_after_the_gzip_are_told_in_the_log(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "scripts.images"):
+    with caplog.at_level(logging.WARNING, "scripts.imaging.images"):
         read_image(damaged(tmp_path, "a.nii.gz", gzip.compress(nifti()) + b"garbage"))
     assert "7 bytes behind the end" in caplog.text
 
@@ -444,7 +444,7 @@ def test_voxels_in_a_file_beside_the_header(tmp_path, compressed):
 REFUSE = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from scripts.images import ImageReadError, read_image
+from scripts.imaging.images import ImageReadError, read_image
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 2**26, pages + 2**26))
 for path in sys.argv[2:]:

@@ -14,10 +14,10 @@ from dicom_study import SECRETS, write_pet_ct, write_series
 
 from conftest import SHARED_DATA
 from scripts import keys
-from scripts.clinical import ClinicalValueError
-from scripts.cohort import CohortError
-from scripts.dicom_tags import DicomError
-from scripts.inputs import add_clinical_values, clinical_object, find_cases, listed_cases, pair_case
+from scripts.cohorts.clinical import ClinicalValueError
+from scripts.cohorts.cohort import CohortError
+from scripts.dicom.tags import DicomError
+from scripts.prediction.inputs import add_clinical_values, clinical_object, find_cases, listed_cases, pair_case
 
 FEATURES = ("age", "gender", "m_stage")
 

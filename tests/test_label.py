@@ -30,14 +30,14 @@ from monai.data import MetaTensor
 
 from conftest import BUNDLE, ROOT, SHARED_DATA
 from scripts import keys as K
-from scripts import label, label_guard, label_web
-from scripts.clinical import ClinicalValueError
-from scripts.cohort import CohortError
-from scripts.engine import EnsembleInferer
-from scripts.ensemble import FoldEnsemble, SettingsMismatch, load_weights, save_weights
-from scripts.label_guard import RequestError
-from scripts.networks import MultitaskNet
-from scripts.transforms import ToNetworkItemd
+from scripts.cohorts.clinical import ClinicalValueError
+from scripts.cohorts.cohort import CohortError
+from scripts.imaging.transforms import ToNetworkItemd
+from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, save_weights
+from scripts.model.networks import MultitaskNet
+from scripts.runtimes import label, label_guard, label_web
+from scripts.runtimes.label_guard import RequestError
+from scripts.training.engine import EnsembleInferer
 
 NAME = "head_neck_pet_ct_multitask"
 FEATURES = ("age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage")
@@ -458,7 +458,10 @@ def test_no_setting_of_the_bundle_is_open_to_requests() -> None:
     """MONAI Label writes what a request says into these, and evaluates it."""
     for config in (BUNDLE / "configs").glob("*.json"):
         assert "displayable_configs" not in json.loads(config.read_text()), config.name
-    assert "$import scripts.label_guard" in json.loads((BUNDLE / "configs" / "inference.json").read_text())["imports"]
+    assert (
+        "$import scripts.runtimes.label_guard"
+        in json.loads((BUNDLE / "configs" / "inference.json").read_text())["imports"]
+    )
 
 
 # --- item and network ---------------------------------------------------------------------------------------------

@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.geometry import Grid, box_grid, share_inside
-from scripts.images import read_image
-from scripts.localise import Candidate, NoCoarsePass, credible_bounds, find_anchor, locate_head_neck, locate_mask
+from scripts.imaging.geometry import Grid, box_grid, share_inside
+from scripts.imaging.images import read_image
+from scripts.imaging.localise import (
+    Candidate,
+    NoCoarsePass,
+    credible_bounds,
+    find_anchor,
+    locate_head_neck,
+    locate_mask,
+)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "images"
 

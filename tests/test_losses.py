@@ -24,8 +24,8 @@ from scripts.keys import (
     SURV_KNOWN,
     TIME,
 )
-from scripts.losses import CoxLoss, HPVLoss, MultitaskLoss, SegmentationLoss
-from scripts.networks import MultitaskNet
+from scripts.model.losses import CoxLoss, HPVLoss, MultitaskLoss, SegmentationLoss
+from scripts.model.networks import MultitaskNet
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text(encoding="utf-8"))
 TIES = ("breslow", "efron")

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import phantom
-from scripts.geometry import Grid
-from scripts.localise import Anchor, Candidate
+from scripts.imaging.geometry import Grid
+from scripts.imaging.localise import Anchor, Candidate
 
 
 @pytest.fixture(autouse=True)

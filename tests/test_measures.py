@@ -10,8 +10,8 @@ import torch
 from monai.data import MetaTensor
 
 from scripts import keys as K
-from scripts.geometry import Grid
-from scripts.measures import SMALLEST_LESION_ML, MeasureTumourd, measure_tumour
+from scripts.imaging.geometry import Grid
+from scripts.prediction.measures import SMALLEST_LESION_ML, MeasureTumourd, measure_tumour
 
 # CT of 2 mm and PET of 4 mm, edges together: 8 CT voxels (0.008 ml each) to one PET voxel (0.064 ml)
 CT = Grid((40, 40, 40), np.diag([2.0, 2.0, 2.0, 1.0]))

@@ -16,8 +16,8 @@ from monai.metrics import DiceMetric
 from torch import multiprocessing
 from torchsurv.metrics.cindex import ConcordanceIndex
 
-from scripts import metrics
-from scripts.metrics import (
+from scripts.training import metrics
+from scripts.training.metrics import (
     BalancedAccuracyMetric,
     ConcordanceIndexMetric,
     MaskedDiceMetric,

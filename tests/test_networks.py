@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from scripts.branches import tumour_burden
 from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
-from scripts.losses import MultitaskLoss
-from scripts.networks import MultitaskNet
-from scripts.unet import set_checkpointing
+from scripts.model.branches import tumour_burden
+from scripts.model.losses import MultitaskLoss
+from scripts.model.networks import MultitaskNet
+from scripts.model.unet import set_checkpointing
 
 SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
 SUBSETS = [

@@ -20,10 +20,10 @@ import torch
 from monai.data import MetaTensor
 
 from scripts import keys as K
-from scripts.files import write_text
-from scripts.images import read_image
-from scripts.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
-from scripts.summary import write_summary
+from scripts.cohorts.files import write_text
+from scripts.imaging.images import read_image
+from scripts.prediction.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
+from scripts.prediction.summary import write_summary
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]])
 

@@ -25,7 +25,7 @@ from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, 
 from packaging.version import Version
 
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
-from scripts.ensemble import save_weights
+from scripts.model.ensemble import save_weights
 
 SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
 

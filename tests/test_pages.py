@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.pages import Link, Page, Ranked, Words
+from scripts.prediction.pages import Link, Page, Ranked, Words
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('&')</script>"

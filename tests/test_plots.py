@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from scripts.plots import (
+from scripts.evaluation.plots import (
     GROUP_COLOURS,
     calibration_figure,
     dice_figure,
@@ -21,8 +21,8 @@ from scripts.plots import (
     save_plot,
     training_figure,
 )
-from scripts.survival import Outcomes
-from scripts.survival_metrics import survival_metrics
+from scripts.evaluation.survival import Outcomes
+from scripts.evaluation.survival_metrics import survival_metrics
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ from tiny_model import TRAINED_ON, write_model
 
 from conftest import ROOT, SHARED_DATA, make_tiny_cohort
 from scripts import keys
-from scripts.clinical import FEATURES
-from scripts.cohort import CohortError
-from scripts.files import WriteError
-from scripts.images import read_image
-from scripts.inputs import NoScanError, find_cases
+from scripts.cohorts.clinical import FEATURES
+from scripts.cohorts.cohort import CohortError
+from scripts.cohorts.files import WriteError
+from scripts.imaging.images import read_image
+from scripts.prediction.inputs import NoScanError, find_cases
 
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
 SPACING = 8.0
@@ -520,7 +520,7 @@ def test_a_failed_report_keeps_the_prediction_and_is_told(patients, options, tmp
     def broken(*arguments, **more):
         raise OSError("no ink")
 
-    monkeypatch.setattr("scripts.report.write_report", broken)
+    monkeypatch.setattr("scripts.prediction.report.write_report", broken)
     run(patients, tmp_path / "out", code=1, **{**options, "report": True})
     assert prediction_of(tmp_path / "out")["files"]["mask"]
     rows = rows_of(tmp_path / "out")
@@ -533,7 +533,7 @@ def test_a_failed_structured_report_keeps_the_rest(patients, options, tmp_path, 
     def broken(*arguments, **more):
         raise OSError("no ink")
 
-    monkeypatch.setattr("scripts.dicom_results.write_sr", broken)
+    monkeypatch.setattr("scripts.prediction.dicom_results.write_sr", broken)
     run(dicom_of(patients, tmp_path / "in"), tmp_path / "out", code=1, **options)
     assert set(prediction_of(tmp_path / "out")["files"]) == {"mask", "dicom_seg"}
     assert "CHUM-001: incomplete: no DICOM objects: no ink" in capsys.readouterr().out

@@ -19,18 +19,18 @@ from monai.transforms import Compose
 
 from conftest import BUNDLE
 from scripts import keys as K
-from scripts.clinical import DEFAULT_FEATURES
-from scripts.engine import FlattenPrediction
-from scripts.ensemble import FoldEnsemble, save_weights
-from scripts.geometry import Grid, box_grid
-from scripts.measures import MeasureTumourd
-from scripts.networks import MultitaskNet
-from scripts.plots import draw_patient_curve
-from scripts.prediction import CURVE_POINTS, DescribePredictiond, Model, survival_curve, weights_sha256
-from scripts.quality import Check, QualityError, checks_to_json
-from scripts.quality_features import fit_feature_statistics
-from scripts.survival import DAYS_PER_YEAR, Calibration, FoldScale, fit_calibration
-from scripts.transforms import CodeClinicald, RestoreMaskd
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.evaluation.plots import draw_patient_curve
+from scripts.evaluation.survival import DAYS_PER_YEAR, Calibration, FoldScale, fit_calibration
+from scripts.imaging.geometry import Grid, box_grid
+from scripts.imaging.quality import Check, QualityError, checks_to_json
+from scripts.imaging.quality_features import fit_feature_statistics
+from scripts.imaging.transforms import CodeClinicald, RestoreMaskd
+from scripts.model.ensemble import FoldEnsemble, save_weights
+from scripts.model.networks import MultitaskNet
+from scripts.prediction.description import CURVE_POINTS, DescribePredictiond, Model, survival_curve, weights_sha256
+from scripts.prediction.measures import MeasureTumourd
+from scripts.training.engine import FlattenPrediction
 
 SCHEMA = json.loads((BUNDLE / "docs" / "prediction.schema.json").read_text())
 FOLDS = 3

@@ -17,10 +17,9 @@ from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
 
 from scripts import keys as K
-from scripts import sampling
-from scripts.geometry import Grid
-from scripts.localise import METHOD_CENTRE, METHOD_CT_TOP, METHOD_MASK, METHOD_PET_BRAIN, Location
-from scripts.quality import (
+from scripts.imaging.geometry import Grid
+from scripts.imaging.localise import METHOD_CENTRE, METHOD_CT_TOP, METHOD_MASK, METHOD_PET_BRAIN, Location
+from scripts.imaging.quality import (
     DEFAULT_LIMITS,
     Check,
     CheckQualityd,
@@ -34,8 +33,9 @@ from scripts.quality import (
     reject_action,
     verdict,
 )
-from scripts.quality_features import feature_distance, fit_feature_statistics
-from scripts.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
+from scripts.imaging.quality_features import feature_distance, fit_feature_statistics
+from scripts.imaging.transforms import LoadScansd, LocaliseBoxd, ResampleToBoxd
+from scripts.training import sampling
 
 MASK_RULES = {"mask_values", "mask_in_ct", "mask_volume", "mask_uptake"}
 SCAN_RULES = set(DEFAULT_LIMITS) - {"airway", "feature_distance"} - MASK_RULES

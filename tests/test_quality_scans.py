@@ -13,10 +13,10 @@ from scipy import ndimage
 
 import phantom
 from conftest import SHARED_DATA
-from scripts.geometry import Grid, box_grid, resample, smooth_resample
-from scripts.images import read_image
-from scripts.localise import locate_head_neck
-from scripts.quality import Check, check_case
+from scripts.imaging.geometry import Grid, box_grid, resample, smooth_resample
+from scripts.imaging.images import read_image
+from scripts.imaging.localise import locate_head_neck
+from scripts.imaging.quality import Check, check_case
 
 Scans = tuple[np.ndarray, Grid, np.ndarray, Grid]  # CT in HU, its grid, PET in SUV, its grid
 ROI, SPACING = 128, 2.0

@@ -15,13 +15,13 @@ from pypdf import PdfReader
 from report_case import prediction, scans, uncalibrated, without_tasks
 
 from scripts import keys
-from scripts.explain import Explanation
-from scripts.findings import FORCED, Section, sections_of, warnings_of
-from scripts.geometry import Grid
-from scripts.outputs import folder_name
-from scripts.report import ReportWriter, write_report
-from scripts.sheet import Sheet, wrapped
-from scripts.summary import SummaryError, write_summary
+from scripts.imaging.geometry import Grid
+from scripts.prediction.explain import Explanation
+from scripts.prediction.findings import FORCED, Section, sections_of, warnings_of
+from scripts.prediction.outputs import folder_name
+from scripts.prediction.report import ReportWriter, write_report
+from scripts.prediction.sheet import Sheet, wrapped
+from scripts.prediction.summary import SummaryError, write_summary
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 

@@ -17,7 +17,7 @@ from monai.data import DataLoader, MetaTensor, ThreadDataLoader, decollate_batch
 from monai.transforms import Compose, Lambdad, RandShiftIntensityd, Transform
 
 from scripts import keys
-from scripts.sampling import (
+from scripts.training.sampling import (
     ERROR,
     CaseDataset,
     CaseLoader,
@@ -193,8 +193,8 @@ def test_no_more_loading_processes_than_shared_memory_holds(
     dataset = CaseDataset(cases(4, 8), augmented(), cache_dir=str(tmp_path))
     assert dataset.prepare(0)[keys.IMAGE].nbytes == 8 * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr("scripts.sampling.SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr("scripts.sampling.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("scripts.training.sampling.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("scripts.training.sampling.shutil.disk_usage", lambda path: usage)
     for options in ({"batch_size": 4}, {"batch_sampler": EventBatchSampler(dataset.data, 4)}):
         caplog.clear()
         loader = CaseLoader(dataset, num_workers=2, **options)

@@ -15,8 +15,7 @@ import torch
 from export_model import ExportError, load_model
 from tiny_model import SETTINGS, write_model
 
-from scripts.coarse import CoarsePass
-from scripts.ensemble import (
+from scripts.model.ensemble import (
     EXTRA_STATE,
     CheckpointError,
     FoldEnsemble,
@@ -25,8 +24,9 @@ from scripts.ensemble import (
     saved_provenance,
     saved_settings,
 )
-from scripts.prediction import Model
-from scripts.spec import ModelSpec, SpecError
+from scripts.model.spec import ModelSpec, SpecError
+from scripts.prediction.coarse import CoarsePass
+from scripts.prediction.description import Model
 
 GIVEN: dict[str, Any] = {**SETTINGS, "survival_inputs": ["burden"], "roi_size": 64}
 

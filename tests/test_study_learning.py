@@ -22,8 +22,8 @@ from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
 from scripts import keys
-from scripts.cohort import Cohort, load_cohort
-from scripts.ensemble import complete
+from scripts.cohorts.cohort import Cohort, load_cohort
+from scripts.model.ensemble import complete
 
 DEMO = ("configs/demo.json",)
 SAMPLES = 30

@@ -14,8 +14,7 @@ from lifelines import CoxPHFitter, KaplanMeierFitter
 from simulated_patients import HORIZON_DAYS, RATE, fitted, simulate
 from sksurv.linear_model.coxph import BreslowEstimator
 
-from scripts.ensemble import plain_copy
-from scripts.survival import (
+from scripts.evaluation.survival import (
     BASELINE_POINTS,
     Calibration,
     CalibrationError,
@@ -27,6 +26,7 @@ from scripts.survival import (
     normalise_out_of_fold,
     risk_groups,
 )
+from scripts.model.ensemble import plain_copy
 
 
 def test_survival_of_simulated_patients_is_the_truth() -> None:

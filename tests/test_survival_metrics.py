@@ -15,16 +15,16 @@ from simulated_patients import fitted, simulate, structured
 from sksurv.metrics import concordance_index_ipcw, cumulative_dynamic_auc, integrated_brier_score
 from sksurv.util import Surv
 
-from scripts.bootstrap import bootstrap_interval
-from scripts.case_metrics import c_index
-from scripts.survival import (
+from scripts.evaluation.bootstrap import bootstrap_interval
+from scripts.evaluation.case_metrics import c_index
+from scripts.evaluation.survival import (
     DAYS_PER_YEAR,
     HORIZON_YEARS,
     Outcomes,
     cross_fitted_survival,
     cut_points,
 )
-from scripts.survival_metrics import survival_metrics
+from scripts.evaluation.survival_metrics import survival_metrics
 
 COHORTS = [
     pytest.param({"whole_days": False}, id="no_ties"),

@@ -9,14 +9,14 @@ import torch
 from ensemble_folds import choose_hpv_threshold
 
 from scripts import keys as K
-from scripts.case_metrics import confusion, hpv_calls
-from scripts.coarse import find_candidates
-from scripts.evaluation import case_rows
-from scripts.geometry import box_grid
-from scripts.handlers import mask_pairs
-from scripts.metrics import balanced_accuracy
-from scripts.thresholds import above
-from scripts.transforms import RestoreMaskd
+from scripts.cohorts.thresholds import above
+from scripts.evaluation.case_metrics import confusion, hpv_calls
+from scripts.evaluation.case_table import case_rows
+from scripts.imaging.geometry import box_grid
+from scripts.imaging.transforms import RestoreMaskd
+from scripts.prediction.coarse import find_candidates
+from scripts.training.handlers import mask_pairs
+from scripts.training.metrics import balanced_accuracy
 
 BOX = box_grid((0.0, 0.0, 0.0), 4, 2.0)
 AT, OVER = 0.5, float(np.nextafter(np.float32(0.5), np.float32(1)))

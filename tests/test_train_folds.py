@@ -26,7 +26,7 @@ from experiment import ExperimentError, read_experiment, read_fold, read_overrid
 from monai.bundle import ConfigParser
 
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
-from scripts.cohort import CohortError
+from scripts.cohorts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))
 SMALL = {"num_folds": 2, "epochs": 1, "val_interval": 1, "batch_size": 2, "survival_inputs": "deep"}

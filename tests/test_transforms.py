@@ -18,11 +18,11 @@ from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
 
 from scripts import keys as K
-from scripts.clinical import DEFAULT_FEATURES
-from scripts.geometry import Grid, box_grid, resample
-from scripts.images import ImageReadError, read_image
-from scripts.quality import CheckQualityd
-from scripts.transforms import (
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.imaging.geometry import Grid, box_grid, resample
+from scripts.imaging.images import ImageReadError, read_image
+from scripts.imaging.quality import CheckQualityd
+from scripts.imaging.transforms import (
     INFERENCE_KEYS,
     TRAINING_KEYS,
     CodeClinicald,
@@ -37,13 +37,18 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "
 ROI, SPACING = 16, 4.0
 
 CHAIN = [
-    {"_target_": "scripts.transforms.LoadScansd"},
-    {"_target_": "scripts.transforms.LocaliseBoxd", "roi_size": "@roi", "spacing_mm": "@spacing", "use_mask": True},
-    {"_target_": "scripts.quality.CheckQualityd", "roi_size": "@roi", "on_reject": "flag"},
-    {"_target_": "scripts.transforms.ResampleToBoxd", "roi_size": "@roi"},
-    {"_target_": "scripts.transforms.ScaleIntensityPETCTd", "ct_window": [-1000, 1000]},
-    {"_target_": "scripts.transforms.CodeClinicald", "features": list(DEFAULT_FEATURES)},
-    {"_target_": "scripts.transforms.ToNetworkItemd"},
+    {"_target_": "scripts.imaging.transforms.LoadScansd"},
+    {
+        "_target_": "scripts.imaging.transforms.LocaliseBoxd",
+        "roi_size": "@roi",
+        "spacing_mm": "@spacing",
+        "use_mask": True,
+    },
+    {"_target_": "scripts.imaging.quality.CheckQualityd", "roi_size": "@roi", "on_reject": "flag"},
+    {"_target_": "scripts.imaging.transforms.ResampleToBoxd", "roi_size": "@roi"},
+    {"_target_": "scripts.imaging.transforms.ScaleIntensityPETCTd", "ct_window": [-1000, 1000]},
+    {"_target_": "scripts.imaging.transforms.CodeClinicald", "features": list(DEFAULT_FEATURES)},
+    {"_target_": "scripts.imaging.transforms.ToNetworkItemd"},
 ]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from ensemble_folds import empty_ensemble
 
-from scripts.ensemble import save_weights
-from scripts.survival import FoldScale, fit_calibration
+from scripts.evaluation.survival import FoldScale, fit_calibration
+from scripts.model.ensemble import save_weights
 
 SETTINGS: dict[str, Any] = {
     "tasks": ["seg", "hpv", "surv"],

@@ -1,6 +1,6 @@
 """Names shared by every module: dictionary keys of a case, label values, task names.
 
-A *case* is one patient's dictionary on its way from :mod:`scripts.cohort` to the network. The keys below
+A *case* is one patient's dictionary on its way from :mod:`scripts.cohorts.cohort` to the network. The keys below
 are spelled here and nowhere else.
 """
 
@@ -15,7 +15,7 @@ PATIENT_ID = "patient_id"  # str
 CENTRE = "centre"  # str, e.g. "CHUM"
 FINGERPRINT = "fingerprint"  # str, size and time of the case's files: tells a cache when they changed
 PROBLEM = "problem"  # str, "" or why the case cannot be predicted; only in lists made for inference
-DICOM = "dicom"  # scripts.dicom_choice.Choice, the series of a case given as DICOM; only in lists made for inference
+DICOM = "dicom"  # dicom.choice.Choice, the series of a case given as DICOM; only in lists made for inference
 
 # --- scans as found (paths), then as loaded (MetaTensor, channel first) ----------------------------------
 CT = "ct"  # HU
@@ -45,12 +45,12 @@ CT_AFFINE = "ct_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the CT as
 BOX_AFFINE = "box_affine"  # (4, 4) float64, voxel -> world mm (RAS+) of the network's grid
 CROP_METHOD = "crop_method"  # str, how the box was placed
 CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
-QUALITY = "quality"  # str, the checks of the scans as JSON (see scripts.quality)
-CLINICAL_VALUES = "clinical_values"  # str, the clinical values as given and as coded, as JSON (see scripts.transforms)
+QUALITY = "quality"  # str, the checks of the scans as JSON (imaging/quality.py)
+CLINICAL_VALUES = "clinical_values"  # str, the clinical values as given and as coded, as JSON (imaging/transforms.py)
 DOUBTS = "doubts"  # list of str, what the headers leave doubtful about the values of the scans; absent where nothing
 STARTED = "started"  # float64, the monotonic clock in seconds when reading the case began
 REQUEST = (
-    "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (see scripts.label)
+    "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (runtimes/label.py)
 )
 
 # --- network output ----------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ FOLD_COLUMN = "log_hazard_fold_"  # of a table of cases, then the number of the 
 FEATURES = "features"  # (B, F) of one network, (B, K, F) of an ensemble: the deep features z1 and z2
 PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid
 VOLUME_ML = "volume_ml"  # float, volume of that mask
-MEASURES = "measures"  # dict of plain numbers, what was measured on mask and PET (see scripts.measures)
-PREDICTION = "prediction"  # dict, all that is said of a patient, as prediction.json has it (see scripts.prediction)
+MEASURES = "measures"  # dict of plain numbers, what was measured on mask and PET (prediction/measures.py)
+PREDICTION = "prediction"  # dict, all that is said of a patient, as prediction.json has it (prediction/description.py)
 
 # --- tasks -------------------------------------------------------------------------------------------------
 TASK_SEG, TASK_HPV, TASK_SURV = "seg", "hpv", "surv"

@@ -21,14 +21,14 @@ from monai.deploy.operators.monai_bundle_inference_operator import (
 )
 
 from scripts import keys
-from scripts.cohort import CohortError
-from scripts.dicom_results import write_dicom_results
-from scripts.engine import prepare_batch
-from scripts.files import in_config
-from scripts.inputs import add_clinical_values, clinical_object, find_cases
-from scripts.outputs import PredictionWriter
-from scripts.report import ReportWriter
-from scripts.sampling import innermost
+from scripts.cohorts.cohort import CohortError
+from scripts.cohorts.files import in_config
+from scripts.prediction.dicom_results import write_dicom_results
+from scripts.prediction.inputs import add_clinical_values, clinical_object, find_cases
+from scripts.prediction.outputs import PredictionWriter
+from scripts.prediction.report import ReportWriter
+from scripts.training.engine import prepare_batch
+from scripts.training.sampling import innermost
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ CLINICAL_FILE = "ehr.json"
 class StudyOperator(Operator):
     """Find the CT and the attenuation-corrected PET of the one study in a folder, and its clinical values.
 
-    Port ``case``: the case as :func:`scripts.inputs.find_cases` gives it; its scans are read when they are needed.
+    Port ``case``: the case as :func:`.find_cases` gives it; its scans are read when they are needed.
 
     Args:
         fragment: the application.
@@ -58,9 +58,9 @@ class StudyOperator(Operator):
         """Find the study and pass it on.
 
         Raises:
-            scripts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
-            scripts.dicom_tags.DicomError: when it holds no DICOM.
-            scripts.clinical.ClinicalValueError: when a clinical value cannot be read.
+            scripts.cohorts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
+            scripts.dicom.tags.DicomError: when it holds no DICOM.
+            scripts.cohorts.clinical.ClinicalValueError: when a clinical value cannot be read.
         """
         op_output.emit(read_study(self.folder, self.features), "case")
 
@@ -119,7 +119,7 @@ class BundleOperator(MonaiBundleInferenceOperator):
         """Predict the case.
 
         Raises:
-            scripts.quality.QualityError: when quality control rejects it and ``force`` is off.
+            scripts.imaging.quality.QualityError: when quality control rejects it and ``force`` is off.
             ValueError: when its scans cannot be used.
         """
         op_output.emit(self.predict_case(op_input.receive("case")), "result")
@@ -176,9 +176,9 @@ def read_study(folder: Path, features: Sequence[str]) -> dict[str, Any]:
     """The case of the one study in a folder, with the clinical values of ``ehr.json`` before those of the headers.
 
     Raises:
-        scripts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
-        scripts.dicom_tags.DicomError: when it holds no DICOM.
-        scripts.clinical.ClinicalValueError: when a clinical value cannot be read.
+        scripts.cohorts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
+        scripts.dicom.tags.DicomError: when it holds no DICOM.
+        scripts.cohorts.clinical.ClinicalValueError: when a clinical value cannot be read.
     """
     cases = find_cases(folder, features)
     if len(cases) != 1:

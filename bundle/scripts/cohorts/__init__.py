@@ -1,0 +1,1 @@
+"""Cohorts: folders and tables of patients, clinical values, folds, files that are written whole."""

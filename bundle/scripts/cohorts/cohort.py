@@ -1,0 +1,499 @@
+"""A HECKTOR folder and its CSV files -> a list of cases, with folds and with every exclusion accounted for.
+
+Reading goes in three steps: the files of each patient (:mod:`scripts.cohorts.scans`), the rows of the tables
+(:mod:`scripts.cohorts.tables`), and here the merge of both into cases. Nothing is dropped silently: what is
+not used stands in :attr:`Cohort.exclusions`, what is odd but usable in :attr:`Cohort.notes`, and what is wrong is
+raised as a :class:`CohortError` that lists all faults at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from scripts import keys
+from scripts.cohorts import clinical
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.cohorts.folds import PROTOCOLS, Split
+from scripts.cohorts.scans import CohortError, Scans, clean_id, find_scans, list_faults, patient_key, some
+from scripts.cohorts.tables import Record, Tables, centre_name, find_tables, read_tables
+from scripts.keys import Case
+
+__all__ = [
+    "Case",
+    "Cohort",
+    "CohortError",
+    "Exclusion",
+    "Split",
+    "cases_to_predict",
+    "default_dataset_dir",
+    "files_fingerprint",
+    "inference_cases",
+    "load_cohort",
+    "make_case",
+    "patient_problems",
+    "require_rows",
+]
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "cohort.json"
+"""What a made-up cohort says about itself, in its folder."""
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A patient that is left out.
+
+    Attributes:
+        patient_id: the patient.
+        reason: why, in words that are the same for all patients with this fault.
+        detail: what belongs to this patient alone, such as the path that was expected.
+    """
+
+    patient_id: str
+    reason: str
+    detail: str = ""
+
+
+def make_case(scans: Scans | None, record: Record | None, features: Sequence[str], has_tables: bool) -> Case:
+    """The dictionary of one patient, with every label's own flag; without any table, no row is missed."""
+    files = {kind: getattr(scans, kind) if scans else None for kind in ("ct", "pet", "mask")}
+    values = record.values if record else {}
+    patient_id = clean_id(scans.patient_id if scans else record.patient_id if record else "")
+    survival_known = "rfs" in values and "relapse" in values and values["rfs"] > 0
+    return {
+        keys.PATIENT_ID: patient_id,
+        keys.CENTRE: (record.centre if record else "") or centre_name("", patient_id),
+        keys.CT: _text(files["ct"]),
+        keys.PET: _text(files["pet"]),
+        keys.MASK: _text(files["mask"]),
+        keys.CLINICAL: {name: values.get(name) for name in features},
+        keys.CLINICAL_FOUND: record is not None or not has_tables,
+        keys.HPV: float(values.get("hpv", 0.0)),
+        keys.HPV_KNOWN: "hpv" in values,
+        keys.TIME: values["rfs"] if survival_known else 0.0,
+        keys.EVENT: bool(survival_known and values["relapse"] == 1.0),
+        keys.SURV_KNOWN: survival_known,
+        keys.SEG_KNOWN: files["mask"] is not None,
+        keys.FINGERPRINT: files_fingerprint(files.values()),
+    }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def files_fingerprint(paths: Iterable[Path | None]) -> str:
+    """Sizes and times of the files as a short text: a cache keyed by the case notices changed files."""
+    files = [path if path and path.is_file() else None for path in paths]
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) if path else None for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Cohort:
+    """Cases of a data set and what became of the rest.
+
+    Attributes:
+        dataset_dir: folder the cohort was read from.
+        cases: case dictionaries, see :mod:`scripts.keys`, sorted by patient id.
+        exclusions: patients left out, sorted by reason and patient id.
+        notes: what is odd but usable.
+        files: the tables read.
+        columns: feature or label name -> columns it was read from.
+    """
+
+    dataset_dir: str
+    cases: list[Case]
+    exclusions: list[Exclusion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """What the cohort holds, as a short table: counts a centre, missing values, exclusions with reasons."""
+        groups: dict[str, list[Case]] = {}
+        for case in self.cases:
+            groups.setdefault(case[keys.CENTRE], []).append(case)
+        rows = [(centre, *_counts(groups[centre])) for centre in sorted(groups)]
+        rows.append(("all", *_counts(self.cases)))
+        titles = ("centre", "cases", "mask", "HPV known", "HPV+", "survival", "events")
+        lines = [f"cohort {self.dataset_dir}", f"tables: {', '.join(self.files) or 'none'}", *_aligned(titles, rows)]
+        lines += self._describe_features()
+        lines.append(f"excluded: {len(self.exclusions)}")
+        lines += [f"  {text}" for text in _by_reason(self.exclusions)]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _describe_features(self) -> list[str]:
+        """One line with the share of cases in which each clinical value is known."""
+        names = list(self.cases[0][keys.CLINICAL]) if self.cases else []
+        known = {name: sum(case[keys.CLINICAL][name] is not None for case in self.cases) for name in names}
+        listed = ", ".join(f"{name} {100 * count / len(self.cases):.0f} %" for name, count in known.items())
+        return [f"clinical values known: {listed}"] if names else []
+
+    @property
+    def centres(self) -> list[str]:
+        """Names of the centres that have cases, sorted."""
+        return sorted({case[keys.CENTRE] for case in self.cases})
+
+    @property
+    def fingerprint(self) -> str:
+        """A short text that changes when a patient, a label or a clinical value does, wherever the files lie.
+
+        Folds are dealt anew then: what was trained on the old ones no longer fits.
+        """
+        places = (keys.CT, keys.PET, keys.MASK, keys.FINGERPRINT)
+        facts = [sorted((name, value) for name, value in case.items() if name not in places) for case in self.cases]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def statement(self, cases: Sequence[Case] | None = None) -> str:
+        """What a model trained on ``cases`` (all of the cohort by default) must say about them, in one line."""
+        cases = self.cases if cases is None else cases
+        root = Path(self.dataset_dir).expanduser().resolve()
+        records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
+        notices = [json.loads(path.read_text(encoding="utf-8")).get("notice", "") for path in records if path.is_file()]
+        if any("phantom" in notice.lower() for notice in notices):
+            return f"{len(cases)} digital phantoms, not for clinical use"
+        centres = sorted({case[keys.CENTRE] for case in cases})
+        listed = f"{len(centres)} {'centre' if len(centres) == 1 else 'centres'} ({', '.join(centres)})"
+        return f"{len(cases)} cases of {listed}; research use only, not for clinical use"
+
+    def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
+        """Training and validation cases of one fold, and test cases where the protocol has them.
+
+        - ``partial`` deals all cases over the folds.
+        - ``full`` deals the cases with mask and HPV status and adds all others to the validation set of every fold.
+        - ``ablation`` is one split into 60 % training, 30 % validation and 10 % test: there is fold 0 only, and
+          ``num_folds`` counts for nothing.
+        - ``leave_one_centre_out`` validates on one centre and trains on the others: fold k is the k-th of
+          :attr:`centres`, and nothing is random.
+
+        Dealing goes round robin over cases sorted by event (unknown is a group of its own) and centre and shuffled
+        within: folds differ by at most one case in size and in events, and the parts of the ablation split by at most
+        one from their share.
+
+        Args:
+            protocol: a key of :data:`PROTOCOLS`.
+            num_folds: number of folds, at least 2; the number of centres for ``leave_one_centre_out``.
+            fold: which fold is validated, from 0.
+            seed: seed of the shuffle.
+
+        Returns:
+            Lists of cases, each sorted by patient id.
+
+        Raises:
+            CohortError: there is no such protocol or fold, or there are too few cases or centres for it.
+        """
+        if protocol not in PROTOCOLS:
+            raise CohortError(f"unknown protocol '{protocol}'; known are {', '.join(PROTOCOLS)}")
+        return PROTOCOLS[protocol](self.cases, num_folds, fold, seed)
+
+
+def _counts(cases: Sequence[Case]) -> tuple[int, ...]:
+    hpv = [case[keys.HPV] for case in cases if case[keys.HPV_KNOWN]]
+    masks = sum(case[keys.SEG_KNOWN] for case in cases)
+    survival = sum(case[keys.SURV_KNOWN] for case in cases)
+    return len(cases), masks, len(hpv), int(sum(hpv)), survival, sum(case[keys.EVENT] for case in cases)
+
+
+def _aligned(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table: first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (titles, *rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(titles))]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+
+
+def _by_reason(exclusions: Sequence[Exclusion], shown: int = 5) -> list[str]:
+    """One line a reason with the number of patients and the first of them."""
+    reasons: dict[str, list[Exclusion]] = {}
+    for exclusion in exclusions:
+        reasons.setdefault(exclusion.reason, []).append(exclusion)
+    lines = []
+    for reason, group in reasons.items():
+        names = [item.patient_id + (f" ({item.detail})" if item.detail else "") for item in group[:shown]]
+        more = f", and {len(group) - shown} more" if len(group) > shown else ""
+        lines.append(f"{len(group)} x {reason}: {', '.join(names)}{more}")
+    return lines
+
+
+def load_cohort(
+    dataset_dir: str | Path | None,
+    ehr_csv: str | Path | Sequence[str | Path] | None = None,
+    clinical_features: Sequence[str] = DEFAULT_FEATURES,
+    require_images: bool = True,
+) -> Cohort:
+    """Read a cohort for training or evaluation.
+
+    Left out and reported: patients without CT or PET, with RFS <= 0, without a row and without a mask, or with no
+    label at all. A patient with a mask and no row stays, all clinical values and other labels unknown.
+
+    Args:
+        dataset_dir: folder with the scans, see :func:`find_scans`; None: tables only, named by ``ehr_csv``.
+        ehr_csv: table or tables; None: found beside the scans, see :func:`find_tables`. A relative path is taken
+            from the working folder or else from ``dataset_dir``.
+        clinical_features: names of the clinical values to read, in the network's order.
+        require_images: False keeps patients without scans (for models of clinical values alone).
+
+    Returns:
+        The cohort; its cases are sorted by patient id.
+
+    Raises:
+        CohortError: faults in files or tables (all of them are listed), or no usable case.
+    """
+    scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images)
+    if tables.faults:
+        title = f"{', '.join(map(str, tables.files))}: cannot be used as it is"
+        raise CohortError(list_faults(title, [fault.message for fault in tables.faults]))
+    if ehr_csv is not None and require_images:
+        require_rows(tables, scans, dataset_dir)
+    cases, exclusions = [], []
+    for key in sorted({*scans, *tables.records}):
+        reason = _reason_to_exclude(scans.get(key), tables.records.get(key), require_images)
+        case = make_case(scans.get(key), tables.records.get(key), clinical_features, bool(tables.files))
+        if reason is None:
+            cases.append(case)
+        else:
+            exclusions.append(Exclusion(case[keys.PATIENT_ID], *reason))
+    exclusions.sort(key=lambda item: (item.reason, patient_key(item.patient_id)))
+    source = str(dataset_dir or ", ".join(map(str, tables.files)))
+    if not cases:
+        raise CohortError("\n  ".join([f"{source}: no case can be used", *_by_reason(exclusions)]))
+    notes += _notes_on_tables(tables, cases, clinical_features)
+    cohort = Cohort(source, cases, exclusions, notes, list(map(str, tables.files)), tables.columns)
+    logger.info("%s", cohort.describe())
+    return cohort
+
+
+def _gather(
+    dataset_dir: str | Path | None,
+    ehr_csv: str | Path | Sequence[str | Path] | None,
+    features: Sequence[str],
+    require_images: bool,
+) -> tuple[dict[str, Scans], Tables, list[str]]:
+    """Scans and tables of a cohort, before they are joined."""
+    for name in features:
+        clinical.feature_named(name)
+    if dataset_dir is None and (ehr_csv is None or require_images):
+        raise CohortError("without a dataset_dir, a table must be named (ehr_csv) and require_images be False")
+    root = Path(dataset_dir or ".").expanduser()
+    scans, notes = find_scans(root) if dataset_dir is not None else ({}, [])
+    if require_images and not any(found.ct or found.pet for found in scans.values()):
+        raise CohortError(
+            f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
+            ".nrrd) there, or in images/, Task N/ or imagesTr/ below it"
+        )
+    if ehr_csv is None:
+        paths = find_tables(root, scans)
+    else:
+        named = [ehr_csv] if isinstance(ehr_csv, str | Path) else list(ehr_csv)
+        paths = [_locate_table(Path(path).expanduser(), root) for path in named]
+    return scans, read_tables(paths, features), notes
+
+
+def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | None) -> None:
+    """See that a table that was asked for says something of the patients there are.
+
+    Args:
+        tables: the table or tables named.
+        patients: keys of the patients that have scans.
+        place: where these are, for the message.
+
+    Raises:
+        CohortError: it has a row for none of them.
+    """
+    known, there = set(tables.records), set(patients)
+    if not tables.files or not there or known & there or tables.faults:
+        return
+    bare = {_without_zeros(key) for key in there}
+    hint = "; zeros in front are lost, as spreadsheets do" if any(_without_zeros(key) in bare for key in known) else ""
+    raise CohortError(
+        f"{', '.join(map(str, tables.files))}: no row belongs to a patient of {place}; PatientID in the table: "
+        f"{some(sorted(known)) if known else 'none'}; of the scans: {some(sorted(there))}{hint}; correct the ids, or "
+        "leave the table out"
+    )
+
+
+def _without_zeros(key: str) -> str:
+    return re.sub(r"(?<![0-9.])0+(?=[0-9])|\.0+$", "", key)
+
+
+def _locate_table(path: Path, dataset_dir: Path) -> Path:
+    inside = dataset_dir / path
+    return inside if not path.is_file() and inside.is_file() else path
+
+
+def _reason_to_exclude(scans: Scans | None, record: Record | None, require_images: bool) -> tuple[str, str] | None:
+    """Why a patient is left out of training and evaluation: (reason, detail), or None."""
+    rows = "; ".join(record.rows) if record else ""
+    if require_images and scans is not None and scans.problem:
+        return "scans that cannot be read", scans.problem
+    if require_images and (scans is None or not (scans.ct or scans.pet)):
+        return ("row in the table but no scans" if record else "no scans", rows)
+    if require_images and scans is not None and not (scans.ct and scans.pet):
+        missing, suffix = ("PET", "PT") if scans.ct else ("CT", "CT")
+        return f"no {missing}", f"expected {scans.folder / scans.patient_id}__{suffix}.nii.gz"
+    if record and record.values.get("rfs", 1.0) <= 0:
+        return "RFS <= 0", record.places["rfs"]
+    has_mask = scans is not None and scans.mask is not None
+    if record is None and not has_mask:
+        return "scans without a row in a table and without a mask: nothing to learn from", ""
+    values = record.values if record else {}
+    if not has_mask and "hpv" not in values and not {"rfs", "relapse"} <= set(values):
+        return "no mask, HPV status or survival: nothing to learn from", rows
+    return None
+
+
+def _notes_on_tables(tables: Tables, cases: Sequence[Case], features: Sequence[str]) -> list[str]:
+    """What a reader should know about the tables although it is no fault."""
+    if not tables.files:
+        return ["no table found: clinical values, HPV status and survival are unknown for every case"]
+    notes = tables.notes((*features, "rfs", "relapse", "hpv"))
+    no_row = [case[keys.PATIENT_ID] for case in cases if not case[keys.CLINICAL_FOUND]]
+    if no_row:
+        notes.append(f"{len(no_row)} with a mask but no row in a table are kept, all else unknown: {some(no_row)}")
+    half = [
+        record.patient_id
+        for record in tables.records.values()
+        if ("rfs" in record.values) != ("relapse" in record.values)
+    ]
+    if half:
+        notes.append(f"{len(half)} have only one of RFS and Relapse, so survival is unknown: {some(half)}")
+    times = [case[keys.TIME] for case in cases if case[keys.SURV_KNOWN]]
+    if len(times) >= 20 and max(times) < 200:
+        notes.append(f"the longest RFS is {max(times):g}, read as days: is it in months or years?")
+    return notes
+
+
+def inference_cases(
+    dataset_dir: str | Path,
+    ehr_csv: str | Path | Sequence[str | Path] | None = None,
+    clinical_features: Sequence[str] = DEFAULT_FEATURES,
+) -> list[Case]:
+    """Every patient to predict, also those that cannot be predicted, so that each gets a row in the output.
+
+    Labels are optional and faults in them count for nothing. What keeps a patient from being predicted (CT or PET
+    missing, a clinical value that cannot be read, two rows) stands in ``case[keys.PROBLEM]``, which is empty otherwise.
+    Patients that only a table knows are listed if the table lies in ``dataset_dir`` and are only logged if it lies
+    elsewhere: predicting one folder with the table of a whole cohort is no fault.
+
+    Args:
+        dataset_dir: folder with the scans, see :func:`find_scans`.
+        ehr_csv: table or tables, as in :func:`load_cohort`.
+        clinical_features: names of the clinical values to read, in the network's order.
+
+    Returns:
+        Cases as in :func:`load_cohort`, sorted by patient id, CT or PET None where missing.
+
+    Raises:
+        CohortError: the folder holds no scan, or a table cannot be read at all, or one that is named has a row for no
+            patient.
+    """
+    cases, tables = folder_cases(dataset_dir, ehr_csv, clinical_features)
+    if ehr_csv is not None:
+        require_rows(tables, [patient_key(case[keys.PATIENT_ID]) for case in cases], dataset_dir)
+    return cases
+
+
+def folder_cases(
+    dataset_dir: str | Path,
+    ehr_csv: str | Path | Sequence[str | Path] | None,
+    clinical_features: Sequence[str],
+) -> tuple[list[Case], Tables]:
+    """The cases of :func:`inference_cases` whatever the tables say of them, and the tables."""
+    scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
+    for note in notes:
+        logger.warning("%s", note)
+    masks_only = {key for key, found in scans.items() if found.mask and not (found.ct or found.pet)}
+    rows_only = set(tables.records) - set(scans)
+    root = Path(dataset_dir).expanduser().resolve()
+    if not all(root in path.resolve().parents for path in tables.files):
+        if rows_only:
+            listed = some(sorted(rows_only))
+            logger.info("%d patients of the tables have no scans in %s: %s", len(rows_only), dataset_dir, listed)
+        rows_only = set()
+    left_alone = masks_only - set(tables.records)
+    if left_alone:
+        logger.warning("masks without scans are left alone: %s", some(sorted(left_alone)))
+    patients = sorted({*scans, *rows_only} - left_alone)
+    without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
+    return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir)), tables
+
+
+def cases_to_predict(
+    patients: Iterable[str], scans: Mapping[str, Scans], tables: Tables, features: Sequence[str], place: str
+) -> list[Case]:
+    """Cases of the patients named, each with what keeps it from being predicted in ``case[keys.PROBLEM]``.
+
+    Args:
+        patients: keys of the patients, see :func:`patient_key`.
+        scans: files by patient key.
+        tables: what is known about the patients.
+        features: names of the clinical values, in the network's order.
+        place: where scans were looked for, for patients that have none.
+
+    Raises:
+        CohortError: a table has a fault that concerns no single patient.
+    """
+    problems = patient_problems(tables, features)
+    cases = []
+    for key in patients:
+        case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
+        missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
+        found = scans.get(key)
+        lost = found.problem if found else ""
+        lacking = [lost or f"no {' and no '.join(missing)} found in {found.folder if found else place}"]
+        case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
+        cases.append(case)
+    return cases
+
+
+def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[str]]:
+    """What keeps each patient from being predicted; a fault that concerns no single patient is raised.
+
+    What else there is to know of the tables goes to the log.
+    """
+    problems: dict[str, list[str]] = {}
+    for note in tables.notes(features):
+        logger.warning("%s", note)
+    for fault in tables.faults:
+        if fault.label:
+            logger.warning("label ignored: %s", fault.message)
+        else:
+            problems.setdefault(fault.patient, []).append(fault.message)
+    if "" in problems:
+        raise CohortError(list_faults(f"{', '.join(map(str, tables.files))}: cannot be used as it is", problems[""]))
+    return problems
+
+
+def default_dataset_dir(bundle_root: str | Path) -> str:
+    """Folder of the demonstration cohort.
+
+    Args:
+        bundle_root: folder that holds ``configs`` and ``scripts`` of the bundle.
+
+    Returns:
+        ``<bundle_root>/data/demonstration``.
+
+    Raises:
+        FileNotFoundError: it has not been made yet; the message says in one line how to.
+    """
+    path = Path(bundle_root).resolve() / "data" / "demonstration"
+    if not path.is_dir() or not find_scans(path)[0]:
+        raise FileNotFoundError(
+            f"no dataset_dir given and no demonstration cohort at {path}: make it with "
+            f"`python scripts/make_cohort.py --out {path}` in the repository's root, or give --dataset_dir"
+        )
+    return str(path)

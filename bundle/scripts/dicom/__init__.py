@@ -1,0 +1,1 @@
+"""DICOM: finding series, choosing CT and PET, SUV and tracer, segmentation and structured report objects."""

@@ -1,0 +1,343 @@
+"""Which CT and PET of an examination to predict from, by rule, and why not the others.
+
+choice = choose_pet_ct(find_series(folder))
+print(choice.describe())
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import numpy as np
+
+from scripts.dicom.files import describe
+from scripts.dicom.series import CT_STORAGE, PET_STORAGE, Series, find_series, people_differ
+from scripts.dicom.suv import READABLE_UNITS
+from scripts.dicom.tags import DicomError
+
+MULTIFRAME_STORAGE = (f"{CT_STORAGE}.1", f"{CT_STORAGE}.2", f"{PET_STORAGE}.1", "1.2.840.10008.5.1.4.1.1.130")
+# ImageType values of pictures that are not slices of the body.
+PICTURE_TYPES = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE", "REPROJECTION", "SCREEN SAVE", "SCREENSHOT", "VRT"}
+
+MIN_SLICES = 8  # fewer are a scout, a test shot or a biopsy check
+AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
+ONE_DAY = 1  # CT and PET of one examination differ by it at most: it may pass midnight
+OVERLAP_STEP_MM = 50.0  # differences in common length below this do not decide between two CTs
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The CT and the PET that belong together.
+
+    Args:
+        ct: the CT.
+        pet: the PET.
+        rejected: every other series, with the reason why it is not used.
+    """
+
+    ct: Series
+    pet: Series
+    rejected: list[tuple[Series, str]]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful about the pair, for people."""
+        apart = days_apart(self.ct, self.pet)
+        if apart <= ONE_DAY:
+            return ()
+        return (f"CT and PET are {apart} days apart by their dates: of one examination?",)
+
+    def describe(self) -> str:
+        """The choice and what was left out, one series a line, with nothing that identifies a patient."""
+        return "\n".join([f"CT:  {self.ct.label}", f"PET: {self.pet.label}", *_reasons(self.rejected)])
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The series of one patient that belong to one examination.
+
+    Args:
+        patient_id: the patient's id as the files have it (kept out of ``repr``).
+        study_uid: StudyInstanceUID of its first series (kept out of ``repr``).
+        series: all series of the examination.
+    """
+
+    patient_id: str = field(repr=False)
+    study_uid: str = field(repr=False)
+    series: list[Series]
+
+    @property
+    def is_pet_ct(self) -> bool:
+        """Whether there is at least one CT and one PET series."""
+        return {"CT", "PT"} <= {s.modality for s in self.series}
+
+    @property
+    def date(self) -> str:
+        """Earliest StudyDate, YYYYMMDD; "" where none is stated."""
+        return min((s.study_date for s in self.series if s.study_date), default="")
+
+    def choose(self, require_same_frame: bool = True) -> Choice:
+        """:func:`choose_pet_ct` among this study's series."""
+        return choose_pet_ct(self.series, require_same_frame)
+
+
+def find_studies(folder: str | PathLike[str]) -> list[Study]:
+    """The examinations in a folder that may hold several patients.
+
+    Series of one PatientID belong together when they share the StudyInstanceUID or the frame of reference (some sites
+    file the CT and the PET of one examination as two studies).
+
+    Args:
+        folder: where to look, all levels below included.
+
+    Returns:
+        The studies in the order of patient id and study UID.
+
+    Raises:
+        DicomError: as :func:`find_series`, and when there is no DICOM series at all.
+    """
+    series = find_series(folder)
+    if not series:
+        raise DicomError(f"{folder}: no DICOM series in it ({'; '.join([series.account, *describe(series.damaged)])})")
+    return studies_of(series)
+
+
+def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> Choice:
+    """Pick the CT and the PET to predict from.
+
+    Not considered: modalities other than CT and PT, multi-frame and secondary-capture objects, localizers, projections
+    and screen captures, dynamic or gated PET, PET in other units than BQML, CNTS or GML, PET that says it is not
+    attenuation corrected or of another tracer than FDG, fewer than 8 slices, slices that are not axial (within 30
+    degrees), and stacks that :func:`read_series` would refuse (missing slices, tilted gantry) or that a damaged file
+    may belong to.
+
+    Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more surely of FDG
+    (:class:`scripts.dicom.tracer.Tracer`), of the day of a CT, original rather than derived, more slices, finer pixels,
+    lower series number. Of the CTs in its frame of reference that overlap it: of its day, longer overlap along the body
+    (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer
+    pixels, lower series number.
+
+    Args:
+        series: series of one examination, from :func:`find_series`.
+        require_same_frame: whether CT and PET must share the FrameOfReferenceUID, which says that they are registered.
+            Only give False when it is known that they are and that the UID was lost.
+
+    Raises:
+        DicomError: when there is no such pair, with the reason for each series; or when there are scans of several
+            patients or several PET/CT examinations.
+    """
+    candidates, rejected = _one_examination(series)
+    fit: dict[str, list[Series]] = {"CT": [], "PT": []}
+    for each in candidates:
+        reason = _unfit(each)
+        if reason:
+            rejected.append((each, reason))
+        else:
+            fit[each.modality].append(each)
+    for modality, name in (("CT", "CT"), ("PT", "attenuation-corrected PET")):
+        if not fit[modality]:
+            raise DicomError("\n".join([f"no usable {name} among {len(series)} series", *_reasons(rejected)]))
+    pets = sorted(fit["PT"], key=lambda s: (_values(_pet_rank(s, fit["CT"])), s.uid, s.part))
+    pet = next((p for p in pets if any(not _mismatch(c, p, require_same_frame) for c in fit["CT"])), None)
+    if pet is None:
+        rejected += [(c, _mismatch(c, pets[0], require_same_frame)) for c in fit["CT"]]
+        raise DicomError("\n".join(["no CT belongs to the PET", f"PET: {pets[0].label}", *_reasons(rejected)]))
+    partners = [c for c in fit["CT"] if not _mismatch(c, pet, require_same_frame)]
+    ct = min(partners, key=lambda s: (_values(_ct_rank(s, pet)), s.uid, s.part))
+    rejected += [(p, _why_not(p, pet, fit["CT"], ct, require_same_frame)) for p in pets if p is not pet]
+    for other in (c for c in fit["CT"] if c is not ct):
+        mismatch = _mismatch(other, pet, require_same_frame)
+        rejected.append((other, mismatch or _lost(_ct_rank(other, pet), _ct_rank(ct, pet))))
+    return Choice(ct, pet, sorted(rejected, key=lambda r: (r[0].number, r[0].uid, r[0].part)))
+
+
+def studies_of(series: Sequence[Series]) -> list[Study]:
+    """Groups of series of one patient that share a study or a frame of reference, and a day where several have both."""
+    groups: list[tuple[set[tuple[str, str]], list[Series]]] = []
+    for each in series:
+        links = {(each.patient_id, uid) for uid in (each.study_uid, each.frame_of_reference) if uid}
+        members = [each]
+        for group in [g for g in groups if g[0] & links]:
+            groups.remove(group)
+            links, members = links | group[0], group[1] + members
+        groups.append((links, members))
+    studies = [Study(m[0].patient_id, m[0].study_uid, m) for _, members in groups for m in _by_day(members)]
+    return sorted(studies, key=lambda s: (s.patient_id, s.study_uid))
+
+
+def _by_day(series: Sequence[Series]) -> list[list[Series]]:
+    """The series of one study, cut where there is a CT and a PET of one day, and a CT and a PET of another.
+
+    What is of neither day goes with the first.
+    """
+    scans = [s for s in series if s.day is not None and s.sop_class in (CT_STORAGE, PET_STORAGE)]
+    days: list[list[int]] = []
+    for day in sorted({s.day for s in scans if s.day is not None and len(s) >= MIN_SLICES}):
+        if days and day - days[-1][-1] <= ONE_DAY:
+            days[-1].append(day)
+        else:
+            days.append([day])
+    pairs = [group for group in days if {"CT", "PT"} <= {s.modality for s in scans if s.day in group}]
+    if len(pairs) < 2:
+        return [list(series)]
+    later = [[s for s in scans if s.day in group] for group in pairs[1:]]
+    return [[s for s in series if not any(s is other for group in later for other in group)], *later]
+
+
+def days_apart(one: Series, other: Series) -> int:
+    """Days between two series; 0 where one does not state its day."""
+    return 0 if one.day is None or other.day is None else abs(one.day - other.day)
+
+
+def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple[Series, str]]]:
+    """The series to choose from, and those of examinations that are no PET/CT."""
+    patients = {s.patient_id for s in series if s.modality in ("CT", "PT")}
+    if len(patients) > 1:
+        raise DicomError(f"scans of {len(patients)} patients: give one patient at a time, or use find_studies")
+    pairs = [study for study in studies_of(series) if study.is_pet_ct]
+    if len(pairs) > 1:
+        raise DicomError(f"{len(pairs)} PET/CT examinations of one patient: give one of them, or use find_studies")
+    for members in [study.series for study in pairs] or [list(series)]:
+        apart = people_differ(person for each in members if each.modality in ("CT", "PT") for person in each.people)
+        if apart:
+            raise DicomError(f"CT and PET differ in {apart}: of two patients with one Patient ID? Give each an id")
+    if not pairs:  # the checks of each series and of each pair say what is amiss
+        return list(series), []
+    chosen = {id(s) for s in pairs[0].series}
+    others = [(s, "of another examination than the PET/CT") for s in series if id(s) not in chosen]
+    return pairs[0].series, others
+
+
+def _unfit(series: Series) -> str:
+    """Why a series can be neither the CT nor the PET, "" when it can."""
+    if series.modality not in ("CT", "PT"):
+        return f"modality {series.modality or 'unknown'}"
+    if series.sop_class in MULTIFRAME_STORAGE:
+        return "multi-frame images; convert them to one file a slice"
+    if series.sop_class != (CT_STORAGE if series.modality == "CT" else PET_STORAGE):
+        return "not stored as CT or PET images (a screen capture or a derived object)"
+    picture = PICTURE_TYPES & {*series.image_type, *series.series_type}
+    if picture:
+        return f"a picture, not slices ({sorted(picture)[0].lower()})"
+    if series.modality == "PT" and _unfit_pet(series):
+        return _unfit_pet(series)
+    if series.differing:
+        return (
+            f"its images differ in {series.differing}: of several scans or patients under one Series Instance UID "
+            "(0020,000E); sort them into folders, or export them again"
+        )
+    if series.damaged:
+        return f"a damaged file may be a slice of it: {series.damaged}"
+    if len(series) < MIN_SLICES:
+        return f"only {len(series)} slices"
+    if series.normal is None or series.positions is None or series.pixel_spacing is None:
+        return "no position in space in its headers"
+    if not series.rows or not series.columns:
+        return "no size in its headers (Rows, Columns)"
+    if abs(series.normal[2]) < AXIAL_COSINE:
+        return "slices are not axial"
+    try:
+        _ = series.grid
+    except DicomError as error:
+        return str(error).removeprefix(f"{series.label}: ")
+    return ""
+
+
+def _unfit_pet(series: Series) -> str:
+    moving = {"DYNAMIC", "GATED"} & set(series.series_type[:1])
+    if moving:
+        return f"{moving.pop().lower()} PET: several images at each position"
+    if series.attenuation_corrected is False:
+        return "not attenuation corrected"
+    if series.units not in READABLE_UNITS:
+        return f"in units {series.units or 'not stated'}, from which no SUV can be had"
+    return series.tracer.problem
+
+
+def _pet_rank(pet: Series, cts: Sequence[Series]) -> list[tuple[str, float]]:
+    """Criteria, first to last: what is said of a PET that loses by it, and a value that is lower for the better."""
+    return [
+        ("attenuation correction not stated", not pet.attenuation_corrected),
+        ("less surely of FDG by its header", pet.tracer.order),
+        ("of another day than the CTs", min(days_apart(ct, pet) for ct in cts) > ONE_DAY),
+        ("derived; an original was preferred", not pet.original),
+        *_common_rank(pet),
+    ]
+
+
+def _ct_rank(ct: Series, pet: Series) -> list[tuple[str, float]]:
+    return [
+        ("of another day than the PET", days_apart(ct, pet) > ONE_DAY),
+        ("less of the PET's length covered", -round(_overlap_mm(ct, pet)[2] / OVERLAP_STEP_MM)),
+        ("lung or bone kernel; soft tissue was preferred", is_sharp_kernel(ct.kernel)),
+        ("derived; an original was preferred", not ct.original),
+        *_common_rank(ct),
+    ]
+
+
+def _common_rank(series: Series) -> list[tuple[str, float]]:
+    pixel = float(series.pixel_spacing.max()) if series.pixel_spacing is not None else math.inf
+    return [
+        ("fewer slices", -len(series)),
+        ("coarser pixels", round(pixel, 2)),
+        ("as good; the lower series number was preferred", series.number),
+    ]
+
+
+def is_sharp_kernel(kernel: str) -> bool:
+    """Whether a CT reconstruction kernel is made for lung or bone rather than for soft tissue.
+
+    Knows GE's and Philips' words, Siemens' numbers (50 and above) and Canon's (FC30 and above).
+
+    Example:
+        >>> [is_sharp_kernel(k) for k in ("STANDARD", "B31f", "Br38d 3", "FC18", "")]
+        [False, False, False, False, False]
+        >>> [is_sharp_kernel(k) for k in ("LUNG", "B70f", "Bl57d 2", "FC51", "BONEPLUS", "YC")]
+        [True, True, True, True, True, True]
+    """
+    name = kernel.strip().upper()
+    if re.match(r"(LUNG|BONE|EDGE|ULTRA|SHARP)", name) or name in ("L", "C", "D", "E", "YC", "YD", "YE"):
+        return True
+    canon, siemens = re.match(r"FC(\d+)", name), re.match(r"[A-Z]{1,2}(\d\d)", name)
+    if canon:
+        return int(canon[1]) >= 30
+    return siemens is not None and int(siemens[1]) >= 50
+
+
+def _overlap_mm(one: Series, other: Series) -> np.ndarray:
+    """(3,) common length in mm along x, y, z of the boxes around two fields of view; negative where they are apart."""
+    a, b = one.grid.bounds, other.grid.bounds
+    return np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
+
+
+def _mismatch(ct: Series, pet: Series, require_same_frame: bool) -> str:
+    """Why a CT cannot go with a PET, "" when it can."""
+    same = bool(ct.frame_of_reference) and ct.frame_of_reference == pet.frame_of_reference
+    if require_same_frame and not same:
+        return "another frame of reference than the PET's, or none stated"
+    return "" if _overlap_mm(ct, pet).min() > 0 else "shows another part of the body than the PET"
+
+
+def _why_not(pet: Series, chosen: Series, cts: Sequence[Series], ct: Series, require_same_frame: bool) -> str:
+    if _values(_pet_rank(pet, cts)) < _values(_pet_rank(chosen, cts)):
+        mismatch = _mismatch(ct, pet, require_same_frame)
+        return "no CT in its frame of reference" if "frame" in mismatch else "no CT of the same part of the body"
+    return _lost(_pet_rank(pet, cts), _pet_rank(chosen, cts))
+
+
+def _values(rank: Sequence[tuple[str, float]]) -> tuple[float, ...]:
+    return tuple(value for _, value in rank)
+
+
+def _lost(loser: Sequence[tuple[str, float]], winner: Sequence[tuple[str, float]]) -> str:
+    """The first criterion that tells two series apart."""
+    decisive = (text for (text, value), (_, best) in zip(loser, winner, strict=True) if value != best)
+    return next(decisive, "equal in every respect; the first was taken")
+
+
+def _reasons(rejected: Sequence[tuple[Series, str]]) -> list[str]:
+    return [f"rejected: {series.label}: {reason}" for series, reason in rejected]

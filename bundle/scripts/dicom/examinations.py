@@ -1,0 +1,230 @@
+"""DICOM as cases to predict: which series, read when their turn comes, with the age and sex that the headers hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scripts.cohorts.clinical import ClinicalValueError, parse_value
+from scripts.cohorts.scans import UNNAMED, clean_id
+from scripts.dicom.choice import Choice, Study, choose_pet_ct, studies_of
+from scripts.dicom.files import DICOM_ENDING, Damaged, describe
+from scripts.dicom.series import Series, SeriesList, find_series, people_differ, read_headers, read_series
+from scripts.dicom.suv import Suv, suv_of
+from scripts.dicom.tags import DicomError, lenient, read_header, text_of
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+logger = logging.getLogger(__name__)
+
+HEADER = "DICOM header"
+DAYS_A_YEAR = 365.25
+AGE_UNITS = {"D": DAYS_A_YEAR, "W": DAYS_A_YEAR / 7, "M": 12.0, "Y": 1.0}
+
+
+@dataclass(frozen=True)
+class DicomScan:
+    """A series that is read when it is needed, so that a cohort of them takes no memory.
+
+    Args:
+        series: a CT or a PET, from :func:`scripts.dicom.series.find_series`.
+        beside: what is doubtful besides its own headers, for people.
+    """
+
+    series: Series
+    beside: tuple[str, ...] = ()
+
+    @cached_property
+    def suv(self) -> Suv:
+        """What a PET's headers say of SUV.
+
+        Raises:
+            scripts.dicom.tags.DicomError: when they do not give it.
+        """
+        return suv_of(read_headers(self.series))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful in the headers and besides, for people."""
+        return (*self.beside, *(self.suv.doubts if self.series.modality == "PT" else ()))
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom.series.read_series` gives it.
+
+        Raises:
+            scripts.dicom.tags.DicomError: when the slices form no volume, or a PET's headers do not give SUV.
+        """
+        factor = self.suv.factor if self.series.modality == "PT" else 1.0
+        array, affine = read_series(self.series)
+        return (array if factor == 1.0 else array * np.float32(factor)), affine
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One patient's PET/CT, or the reason why there is none.
+
+    Args:
+        patient_id: as the files have it, "" where they have none (kept out of ``repr``).
+        choice: the series to predict from.
+        problem: why there is none, "" otherwise.
+        name: the patient's id, ``unnamed`` without one; with ``_2``, ``_3`` ... for a further examination, in the order
+            of their dates (kept out of ``repr``).
+        passed_over: series of the patient's studies that are no PET/CT.
+        sharing: the tag by which the examinations under this PatientID are of several people, "" where they may be of
+            one.
+    """
+
+    patient_id: str = field(repr=False)
+    choice: Choice | None
+    problem: str = ""
+    name: str = field(default="", repr=False)
+    passed_over: tuple[Series, ...] = ()
+    sharing: str = ""
+
+
+def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()) -> list[Examination]:
+    """The PET/CT examinations below a folder with any mixture of patients, studies and series.
+
+    Studies without a PET and a CT are passed over where their patient has one with both. What cannot be read and may be
+    a part of a CT or PET of nobody else here stands for a patient of its own, called by the PatientID if its header
+    tells one, or else by the folder that holds nothing but such files. What became of every file is logged.
+
+    Args:
+        folder: where to look.
+        without: folders below it that are left alone.
+
+    Raises:
+        scripts.dicom.tags.DicomError: no DICOM in it.
+    """
+    series = find_series(folder, without=without)
+    if not series and not any(each.told for each in series.damaged):
+        problems = "; ".join([series.account, *describe(series.damaged)])
+        raise DicomError(f"{folder}: no DICOM series in it ({problems})")
+    logger.info("%s: %s", Path(folder).resolve().name, series.account)
+    patients: dict[str, list[Examination]] = {}
+    for study in studies_of(series):
+        patients.setdefault(study.patient_id, [])
+    for patient in patients:
+        patients[patient] += _of_patient(patient, [s for s in studies_of(series) if s.patient_id == patient])
+    for patient, problem in _lost(series, Path(folder)):
+        patients.setdefault(patient, []).append(Examination(patient, None, problem))
+    return _named(patients)
+
+
+def _of_patient(patient: str, studies: Sequence[Study]) -> list[Examination]:
+    """The examinations of one patient, by their dates."""
+    complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=lambda study: (study.date, study.study_uid))
+    if not complete:
+        names = sorted({series.modality or "unknown" for study in studies for series in study.series})
+        missing = [name for name, code in (("CT", "CT"), ("PET", "PT")) if code not in names]
+        lacking = f"no {' and no '.join(missing)}" if missing else "CT and PET are of different examinations"
+        faults = [series.damaged for study in studies for series in study.series if series.damaged]
+        listed = "; ".join([f"{lacking} among its DICOM series ({', '.join(names)})", *dict.fromkeys(faults)])
+        return [Examination(patient, None, listed)]
+    found = [_chosen(patient, study.series) for study in complete]
+    others = tuple(series for study in studies if study not in complete for series in study.series)
+    people = [person for study in complete for series in study.series for person in series.people]
+    found[0] = replace(found[0], passed_over=others)
+    return [replace(each, sharing=people_differ(people) if len(found) > 1 else "") for each in found]
+
+
+def _lost(series: SeriesList, folder: Path) -> list[tuple[str, str]]:
+    """Patient and problem of what cannot be read and may be a part of a scan of nobody else."""
+    holding = {parent for one in series for path in one.paths for parent in path.parents}
+    groups: dict[str, list[Damaged]] = {}
+    for each in series.lost:
+        is_file = not each.path.is_symlink() or DICOM_ENDING.fullmatch(each.path.suffix)
+        place = each.path.parent if is_file and not each.path.is_dir() else each.path
+        while place not in (folder, *folder.parents) and place.parent not in (folder, *holding):
+            place = place.parent
+        name = str(place.relative_to(folder)) if place != folder else folder.resolve().name
+        groups.setdefault(clean_id(each.told.get("PatientID", "") or name), []).append(each)
+    return [(patient, "; ".join(describe(each))) for patient, each in groups.items()]
+
+
+def _named(patients: Mapping[str, Sequence[Examination]]) -> list[Examination]:
+    """The examinations in the order of patients, no two with one name."""
+    taken = {patient or UNNAMED for patient in patients}
+    named = []
+    for patient, found in sorted(patients.items()):
+        names = (name for number in count(2) if (name := f"{patient or UNNAMED}_{number}") not in taken)
+        for number, each in enumerate(found):
+            name = next(names) if number else patient or UNNAMED
+            named.append(replace(each, name=name))
+    return named
+
+
+def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Examination:
+    """The PET/CT whose CT lies in one folder and whose PET lies in another (or in the same one).
+
+    Raises:
+        scripts.dicom.tags.DicomError: the folders hold no DICOM.
+    """
+    series = find_series(ct, pet)
+    logger.info("%s, %s: %s", Path(ct).name, Path(pet).name, series.account)
+    problems = "; ".join(describe(series.lost))
+    if not series:
+        raise DicomError(f"{ct} and {pet}: no DICOM series in them" + (f" ({problems})" if problems else ""))
+    patients = [each.patient_id for each in series if each.modality in ("CT", "PT")]
+    found = _chosen(patients[0] if patients else "", series)
+    found = replace(found, name=found.patient_id or UNNAMED)
+    return (
+        replace(found, choice=None, problem="; ".join(filter(None, [found.problem, problems]))) if problems else found
+    )
+
+
+def clinical_values(choice: Choice, features: Iterable[str]) -> dict[str, float]:
+    """Age (years) and gender as the CT's header states them, those that it does and that are wanted.
+
+    The age is Patient's Age, or else the time from Patient's Birth Date to the study. An age of 0, which
+    de-identification leaves behind, and a sex other than M and F count as not stated.
+
+    Raises:
+        scripts.dicom.tags.DicomError: the header cannot be read any more.
+    """
+    with lenient():
+        header = read_header(choice.ct.paths[0], ("PatientAge", "PatientBirthDate", "StudyDate", "PatientSex"))
+    if header is None:
+        raise DicomError(f"{choice.ct.paths[0].name}: no longer DICOM")
+    values: dict[str, float | None] = {"age": _age(header), "gender": _gender(header)}
+    return {name: value for name in features if (value := values.get(name)) is not None}
+
+
+def _chosen(patient: str, series: Sequence[Series]) -> Examination:
+    try:
+        return Examination(patient, choose_pet_ct(series))
+    except DicomError as error:
+        return Examination(patient, None, "; ".join(str(error).splitlines()))
+
+
+def _age(header: Dataset) -> float | None:
+    text = text_of(header, "PatientAge").upper()
+    if text[:-1].isdigit() and text[-1:] in AGE_UNITS:
+        years = float(int(text[:-1]) / AGE_UNITS[text[-1]])
+    else:
+        years = _years_between(text_of(header, "PatientBirthDate"), text_of(header, "StudyDate"))
+    try:
+        return parse_value("age", float(int(years))) or None
+    except ClinicalValueError:
+        return None
+
+
+def _years_between(start: str, end: str) -> float:
+    """Whole years between two DICOM dates, 0 where either is not stated."""
+    days = [day.replace(".", "") for day in (start, end)]
+    if not all(len(day) == 8 and day.isdigit() for day in days):
+        return 0.0
+    return float((int(days[1]) - int(days[0])) // 10000)  # as numbers YYYYMMDD: a year is 10000
+
+
+def _gender(header: Dataset) -> float | None:
+    return {"M": 1.0, "F": 0.0}.get(text_of(header, "PatientSex").upper())

@@ -1,0 +1,268 @@
+"""Standardised uptake values: what the values of a PET are multiplied by, from its headers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from scripts.dicom.tags import (
+    AbsentTagError,
+    DicomError,
+    items_of,
+    lenient,
+    number_of,
+    private_text,
+    tag_name,
+    text_of,
+    words_of,
+)
+from scripts.dicom.times import START_DATE_TIME, START_TIME, required, scan_start, uptake_time
+from scripts.dicom.tracer import F18, HALF_LIFE_S, tracer_of
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+T = TypeVar("T")
+
+READABLE_UNITS = ("BQML", "CNTS", "GML")
+WEIGHT_KG = (2.0, 500.0)
+DOSE_BQ = (1e6, 1e11)  # a dose written in MBq, against the standard, falls below
+HALF_LIFE_RANGE_S = (60.0, 1e7)
+PHILIPS = (0x7053, "Philips PET Private Group")  # group and private creator
+SUV_OFFSET, ACTIVITY_OFFSET = 0x00, 0x09
+OWN_FACTOR_TOLERANCE = 0.05  # Philips' own factor against that of the public tags; real headers differ by 0.1 %
+
+
+@dataclass(frozen=True)
+class Suv:
+    """What the values of a PET, rescaled as its headers say, mean.
+
+    Args:
+        factor: what they are multiplied by to become SUV by body weight (g/ml).
+        doubts: what in the headers makes that doubtful, each in words; nothing in them identifies a patient.
+    """
+
+    factor: float
+    doubts: tuple[str, ...] = ()
+
+
+def suv_factor(headers: Dataset | Sequence[Dataset]) -> float:
+    """The factor of :func:`suv_of`."""
+    return suv_of(headers).factor
+
+
+def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
+    """What PET values, rescaled as the headers say, are multiplied by to become SUV by body weight (g/ml).
+
+    Follows the QIBA vendor-neutral pseudo-code (QIBA Profile FDG-PET/CT, appendix G). With BQML
+
+        factor = weight [g] / (dose [Bq] * 2 ** (-uptake time / half-life))
+
+    where, for decay correction START, the uptake time runs from the injection (:func:`scripts.dicom.times.uptake_time`)
+    to the start of the scan (:func:`scripts.dicom.times.scan_start`); for ADMIN the values are corrected to the
+    injection, so that it is 0. A dose given in parts is the sum of the parts, each decayed to the start of the scan.
+    CNTS takes Philips' own factor (7053,1000), or else its (7053,1009), which leads to Bq/ml. GML values are SUV
+    already and are taken as they are. The tracer must not be known to be another than FDG.
+
+    Doubtful are: a tracer that is not known, an uptake time outside 30 to 240 min, two sources of one moment that
+    differ by minutes, a dose given in parts, and a factor of Philips that is not that of the public tags. Times that
+    the factor does not depend on are looked at where they are there.
+
+    Args:
+        headers: the headers of all slices of one PET series (:func:`scripts.dicom.series.read_headers`).
+
+    Raises:
+        DicomError: naming the tag that is missing, zero, implausible or differs between slices; for other units
+            (PROPCNTS), SUV by another measure than body weight, images without attenuation or decay correction,
+            another tracer than FDG, and times that do not belong together.
+    """
+    slices: list[Dataset] = list(headers) if isinstance(headers, Sequence) else [headers]
+    if not slices:
+        raise DicomError("SUV: no PET slices")
+    doubts: list[str] = []
+    with lenient():
+        units = _agreed(slices, "Units")
+        if units not in READABLE_UNITS:
+            known = ", ".join(READABLE_UNITS)
+            raise DicomError(f"SUV: {tag_name('Units')} is {units}; SUV can be had from {known} only")
+        _check_tracer(slices, doubts)
+        if units == "GML":
+            _check_suv_type(slices)
+            _if_stated(lambda: _uptake_times(slices, doubts), doubts)
+            return Suv(1.0, tuple(doubts))
+        decay = _check_corrections(slices)
+        if units == "CNTS":
+            return Suv(_counts_factor(slices, decay, doubts), tuple(doubts))
+        factor = _activity_factor(slices, decay, doubts)
+        _if_stated(lambda: _compare_with_philips(slices, factor, doubts), doubts)
+        return Suv(factor, tuple(doubts))
+
+
+def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> float:
+    """From Bq/ml to SUV."""
+    weight = _positive(slices, "PatientWeight", WEIGHT_KG, "kg")
+    parts = _injections(slices)
+    doses = [_positive(items, "RadionuclideTotalDose", DOSE_BQ, "Bq") for items in parts]
+    if decay == "ADMIN":
+        if len(parts) > 1:
+            raise DicomError(
+                f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(parts)} items, and "
+                f"{tag_name('DecayCorrection')} is ADMIN: the values are corrected to one of several injections, and "
+                "which is not said"
+            )
+        _if_stated(lambda: _uptake_times(slices, doubts), doubts)
+        return weight * 1000.0 / doses[0]
+    half_lives = [_positive(items, "RadionuclideHalfLife", HALF_LIFE_RANGE_S, "s") for items in parts]
+    uptakes = _uptake_times(slices, doubts)
+    told = list(zip(doses, uptakes, strict=True))
+    if len(set(told)) < len(told):
+        raise DicomError(
+            f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(told)} items with the same dose and "
+            "time: one dose told twice, or two doses? Keep one item for each injection"
+        )
+    if len(told) > 1:
+        doubts.append(f"the dose was given in {len(told)} parts, which are decayed to the start of the scan and added")
+    left = [
+        dose * 2.0 ** (-uptake.total_seconds() / half_life)
+        for (dose, uptake), half_life in zip(told, half_lives, strict=True)
+    ]
+    return weight * 1000.0 / sum(left)
+
+
+def _injections(slices: Sequence[Dataset]) -> list[list[Dataset]]:
+    """For each injection, its item of every slice."""
+    keyword = "RadiopharmaceuticalInformationSequence"
+    items = [items_of(s, keyword) for s in slices]
+    counts = {len(each) for each in items}
+    if len(counts) > 1:
+        raise DicomError(f"SUV: the slices differ in the number of items of {tag_name(keyword)}")
+    if counts == {0}:
+        raise AbsentTagError(f"SUV: {tag_name(keyword)} is missing or empty")
+    return [list(part) for part in zip(*items, strict=True)]
+
+
+def _uptake_times(slices: Sequence[Dataset], doubts: list[str]) -> list[timedelta]:
+    """From each injection to the start of the scan."""
+    parts = _injections(slices)
+    for keyword in (START_DATE_TIME, START_TIME):
+        for items in parts:
+            _agreed(items, keyword, optional=True)
+    half_life = number_of(parts[0][0], "RadionuclideHalfLife", 0.0) or HALF_LIFE_S[F18]
+    start = scan_start(slices, half_life, doubts)
+    return [uptake_time(items[0], slices[0], start, doubts) for items in parts]
+
+
+def _counts_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> float:
+    """From Philips' counts to SUV."""
+    own = _philips_factor(slices, SUV_OFFSET)
+    to_activity = _philips_factor(slices, ACTIVITY_OFFSET)
+    if own > 0:
+        activity = _if_stated(lambda: _activity_factor(slices, decay, doubts), doubts)
+        if activity is not None and to_activity > 0:
+            _say_if_apart(own, to_activity * activity, doubts)
+        return own
+    if to_activity > 0:
+        return to_activity * _activity_factor(slices, decay, doubts)
+    raise DicomError(f"SUV: units are CNTS, and both (7053,1000) and (7053,1009) of {PHILIPS[1]} are missing or zero")
+
+
+def _compare_with_philips(slices: Sequence[Dataset], factor: float, doubts: list[str]) -> None:
+    own, to_activity = _philips_factor(slices, SUV_OFFSET), _philips_factor(slices, ACTIVITY_OFFSET)
+    if own > 0 and to_activity > 0:
+        _say_if_apart(own / to_activity, factor, doubts)
+
+
+def _say_if_apart(own: float, computed: float, doubts: list[str]) -> None:
+    if abs(own / computed - 1) > OWN_FACTOR_TOLERANCE:
+        doubts.append(
+            f"Philips' own SUV factor (7053,1000) is {own / computed:.2f} times that of weight, dose and times"
+        )
+
+
+def _philips_factor(slices: Sequence[Dataset], offset: int) -> float:
+    """A private factor, 0 where there is none (Philips writes 0 as well)."""
+    found = {private_text(s, *PHILIPS, offset) for s in slices}
+    if len(found) > 1:
+        raise DicomError(f"SUV: the slices differ in (7053,10{offset:02X})")
+    return _as_number(found.pop(), f"SUV: (7053,10{offset:02X}), {PHILIPS[1]},")
+
+
+def _if_stated(look: Callable[[], T], doubts: list[str]) -> T | None:
+    """The result of a look at what the factor does not depend on: absent tags are no fault, other faults a doubt."""
+    try:
+        return look()
+    except AbsentTagError:
+        return None
+    except DicomError as error:
+        doubts.append(str(error).removeprefix("SUV: "))
+        return None
+
+
+def _as_number(text: str, where: str) -> float:
+    """A tag's number, 0 when it is empty."""
+    try:
+        number = float(text or 0)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DicomError(f"{where} is not a finite number")
+    return number
+
+
+def _check_tracer(slices: Sequence[Dataset], doubts: list[str]) -> None:
+    found = {tracer_of(s) for s in slices}
+    problem = next((tracer.problem for tracer in found if tracer.problem), "")
+    if problem or len(found) > 1:
+        raise DicomError(f"SUV: {problem or 'the slices differ in their tracer'}")
+    doubts += [tracer.doubt for tracer in found if tracer.doubt]
+
+
+def _check_suv_type(slices: Sequence[Dataset]) -> None:
+    kind = _agreed(slices, "SUVType", optional=True)
+    if kind not in ("", "BW"):
+        raise DicomError(f"SUV: {tag_name('SUVType')} is {kind}; values by body weight (BW) are needed")
+
+
+def _check_corrections(slices: Sequence[Dataset]) -> str:
+    """The moment to which decay is corrected, START or ADMIN."""
+    done = set(words_of(slices[0], "CorrectedImage"))
+    if not done:
+        raise DicomError(f"SUV: {tag_name('CorrectedImage')} is missing")
+    if "ATTN" not in done:
+        raise DicomError(f"SUV: {tag_name('CorrectedImage')} has no ATTN: the PET is not attenuation corrected")
+    decay = _agreed(slices, "DecayCorrection")
+    if decay not in ("START", "ADMIN"):
+        reason = "the values are not corrected to one moment" if decay == "NONE" else "START or ADMIN was expected"
+        raise DicomError(f"SUV: {tag_name('DecayCorrection')} is {decay}: {reason}")
+    if not done & {"DECY", "DECAY"}:
+        raise DicomError(
+            f"SUV: {tag_name('CorrectedImage')} has no DECY, though {tag_name('DecayCorrection')} is {decay}: "
+            "the values may not be decay corrected"
+        )
+    return decay
+
+
+def _positive(headers: Sequence[Dataset], keyword: str, limits: tuple[float, float], unit: str) -> float:
+    """A number that all headers agree on and that lies within its limits."""
+    found = {_as_number(required(h, keyword), f"SUV: {tag_name(keyword)}") for h in headers}
+    if len(found) > 1:
+        raise DicomError(f"SUV: the slices differ in {tag_name(keyword)}")
+    number = found.pop()
+    if number == 0:
+        raise AbsentTagError(f"SUV: {tag_name(keyword)} is zero")
+    if not limits[0] <= number <= limits[1]:
+        raise DicomError(
+            f"SUV: {tag_name(keyword)} is {number:g} {unit}, outside {limits[0]:g} to {limits[1]:g} {unit}; "
+            "check its unit"
+        )
+    return number
+
+
+def _agreed(headers: Sequence[Dataset], keyword: str, optional: bool = False) -> str:
+    found = {(text_of(h, keyword) if optional else required(h, keyword)).upper() for h in headers}
+    if len(found) > 1:
+        raise DicomError(f"SUV: the slices differ in {tag_name(keyword)}: {', '.join(sorted(found))}")
+    return found.pop()

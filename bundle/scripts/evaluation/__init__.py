@@ -1,0 +1,1 @@
+"""Evaluation: metrics of a table of cases with intervals, survival, plots."""

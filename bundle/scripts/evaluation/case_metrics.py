@@ -1,0 +1,336 @@
+"""Figures of a table of cases: the paper's metrics and others, with bootstrap intervals, counts, or why there is none.
+
+A table has a row a patient, as :class:`.CaseTable` writes it; NaN where a label is unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from scripts import keys
+from scripts.cohorts.thresholds import HALF, above
+from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES, bootstrap_interval
+from scripts.training.metrics import concordance_index
+
+SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
+"""Below so many, an interval of one centre would say no more than that there is none."""
+
+LESIONS = {"lesion": "lesions", "primary": "primaries", "node": "nodes"}
+"""What is looked for in the true masks, one of it and several: anything, GTVp, GTVn."""
+
+Statistic = Callable[[pd.DataFrame], float]
+
+
+def c_index(cases: pd.DataFrame) -> float:
+    """C-index (7) of a table with columns ``time``, ``event`` and ``log_hazard``."""
+    return concordance_index(cases["time"].to_numpy(), cases["event"].to_numpy(), cases["log_hazard"].to_numpy())
+
+
+def hpv_calls(cases: pd.DataFrame, threshold: float = HALF) -> np.ndarray:
+    """(N,) bool, whether HPV is called positive: ``hpv_prob`` is above the row's ``hpv_threshold``, else above that."""
+    limit = cases["hpv_threshold"].to_numpy() if "hpv_threshold" in cases else threshold
+    return above(cases["hpv_prob"].to_numpy(), limit)
+
+
+def balanced_accuracy(cases: pd.DataFrame, threshold: float = HALF) -> float:
+    """Balanced accuracy (9), mean of sensitivity and specificity, of columns ``hpv`` and ``hpv_prob``.
+
+    Args:
+        cases: may have a column ``hpv_threshold``, which is then used instead (out-of-fold cases of several networks).
+        threshold: above which HPV is called positive.
+    """
+    positive = cases["hpv"].to_numpy() > 0.5
+    called = hpv_calls(cases, threshold)
+    if positive.all() or not positive.any():
+        return math.nan
+    return float((called[positive].mean() + (~called[~positive]).mean()) / 2)
+
+
+def confusion(cases: pd.DataFrame, threshold: float = HALF) -> dict[str, int]:
+    """Numbers of patients by true HPV status and call (columns as :func:`balanced_accuracy`)."""
+    positive, called = cases["hpv"].to_numpy() > 0.5, hpv_calls(cases, threshold)
+    return {
+        "true_positive": int((positive & called).sum()),
+        "false_negative": int((positive & ~called).sum()),
+        "true_negative": int((~positive & ~called).sum()),
+        "false_positive": int((~positive & called).sum()),
+    }
+
+
+def roc_auc(cases: pd.DataFrame) -> float:
+    """Area under the ROC curve of columns ``hpv`` and ``hpv_prob``: how often a positive case has the higher one."""
+    positive = cases["hpv"].to_numpy() > 0.5
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    ranks = rankdata(cases["hpv_prob"].to_numpy())
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
+    """Points of the ROC curve of columns ``hpv`` and ``hpv_prob``, from the strictest threshold to the loosest.
+
+    Returns:
+        Columns ``threshold`` (the lowest probability that is called positive), ``false_positive_rate``,
+        ``true_positive_rate``.
+
+    Raises:
+        ValueError: where only one class is there.
+    """
+    positive = cases["hpv"].to_numpy() > 0.5
+    if positive.all() or not positive.any():
+        raise ValueError("one class only: there is no ROC curve")
+    values, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
+    return pd.DataFrame(
+        {
+            "threshold": np.concatenate([[math.inf], values]),
+            "false_positive_rate": np.concatenate([[0.0], false / (~positive).sum()]),
+            "true_positive_rate": np.concatenate([[0.0], true / positive.sum()]),
+        }
+    )
+
+
+def average_precision(cases: pd.DataFrame) -> float:
+    r"""Average precision of columns ``hpv`` and ``hpv_prob``.
+
+    .. math:: AP = \sum_n (R_n - R_{n-1}) P_n
+
+    over the distinct probabilities from the highest, with recall R and precision P. Chance is the share of positives.
+    """
+    positive = cases["hpv"].to_numpy() > 0.5
+    if positive.all() or not positive.any():
+        return math.nan
+    _, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
+    return float(np.sum(np.diff(true, prepend=0) * true / (true + false)) / positive.sum())
+
+
+def _counts_from(prob: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct probabilities from the highest, and the positive and negative cases at or above each."""
+    order = np.argsort(-prob, kind="stable")
+    last = np.flatnonzero(np.diff(prob[order], append=-math.inf))
+    true = np.cumsum(positive[order])[last]
+    return prob[order][last], true, last + 1 - true
+
+
+def aggregated_dice(cases: pd.DataFrame) -> float:
+    r"""HECKTOR's aggregated Dice of columns ``dice``, ``volume_ml`` and ``true_volume_ml``.
+
+    .. math:: DSC_{agg} = \frac{2 \sum_i |P_i \cap G_i|}{\sum_i (|P_i| + |G_i|)}
+
+    Large tumours weigh more; an empty mask cannot bring a case to 0 or 1 at one voxel.
+
+    Reference:
+        Andrearczyk V. et al. Overview of the HECKTOR challenge at MICCAI 2022. LNCS 13626, 2023.
+    """
+    volumes = (cases["volume_ml"] + cases["true_volume_ml"]).to_numpy()
+    return float((cases["dice"].to_numpy() * volumes).sum() / volumes.sum()) if volumes.sum() else math.nan
+
+
+def without_surfaces(cases: pd.DataFrame) -> pd.Series:
+    """(N,) bool, the cases whose true and predicted mask are both empty: right, and without a surface to measure."""
+    return (cases["volume_ml"] == 0) & (cases["true_volume_ml"] == 0)
+
+
+def surface_distance(cases: pd.DataFrame) -> float:
+    """Median of ``surface_distance_mm`` over the cases in which there are two surfaces."""
+    values = cases["surface_distance_mm"].to_numpy()
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def volume_error(cases: pd.DataFrame) -> float:
+    """Mean absolute difference between ``volume_ml`` and ``true_volume_ml``."""
+    return float(np.abs(cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
+
+
+def volume_bias(cases: pd.DataFrame) -> float:
+    """Mean of ``volume_ml`` less ``true_volume_ml``; above 0 the prediction is too large."""
+    return float((cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
+
+
+def relative_volume_error(cases: pd.DataFrame) -> float:
+    """Median absolute difference of the volumes as a share of the true one, over the cases that have a tumour."""
+    volume, true = cases["volume_ml"].to_numpy(), cases["true_volume_ml"].to_numpy()
+    return float(np.median(np.abs(volume - true)[true > 0] / true[true > 0])) if (true > 0).any() else math.nan
+
+
+def sensitivity(cases: pd.DataFrame, of: str) -> float:
+    """Share of all true lesions that were found: of columns ``true_<of>`` and ``found_<of>``."""
+    true = cases[f"true_{of}"].sum()
+    return float(cases[f"found_{of}"].sum() / true) if true else math.nan
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a table of cases.
+
+    Attributes:
+        title: its name for readers, with its unit.
+        columns: what it reads; a case counts where none of them is NaN. A table without the first one is of a model
+            that lacks the task.
+        statistic: function of a table of the cases that count; NaN where it does not exist.
+        why_not: the reason then; ``{events}`` and other counts are filled in.
+        digits: decimals to show.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    statistic: Statistic
+    why_not: str
+    digits: int = 3
+
+
+_HPV, _VOLUMES = ("hpv_prob", "hpv"), ("volume_ml", "true_volume_ml")
+_ONE_CLASS, _NO_MASKS, _NO_TUMOUR = "one class only", "no masks", "no tumour in any mask"
+MEASURES = {
+    "c_index": Measure("C-index", ("log_hazard", "time", "event"), c_index, "no comparable pair ({events} events)"),
+    "dice": Measure("Dice", ("dice",), lambda c: float(c["dice"].mean()), _NO_MASKS),
+    "balanced_accuracy": Measure("HPV balanced accuracy", _HPV, balanced_accuracy, _ONE_CLASS),
+    "hpv_auc": Measure("HPV ROC AUC", _HPV, roc_auc, _ONE_CLASS),
+    "hpv_average_precision": Measure("HPV average precision", _HPV, average_precision, _ONE_CLASS),
+    "dice_aggregated": Measure("Dice, aggregated", ("dice", *_VOLUMES), aggregated_dice, "all masks are empty"),
+    "surface_distance_mm": Measure(
+        "surface distance, mm", ("surface_distance_mm",), surface_distance, "{missed} of {patients} are missed", 1
+    ),
+    "volume_error_ml": Measure("volume error, ml", _VOLUMES, volume_error, _NO_MASKS, 1),
+    "volume_bias_ml": Measure("volume bias, ml", _VOLUMES, volume_bias, _NO_MASKS, 1),
+    "volume_error_relative": Measure("volume error, relative", _VOLUMES, relative_volume_error, _NO_TUMOUR),
+    **{
+        f"{name}_sensitivity": Measure(
+            f"{name} sensitivity", (f"found_{of}", f"true_{of}"), partial(sensitivity, of=of), f"no {name} in any mask"
+        )
+        for name, of in LESIONS.items()
+    },
+    "false_lesions_per_case": Measure(
+        "false lesions a case", ("false_lesions",), lambda c: float(c["false_lesions"].mean()), _NO_MASKS, 2
+    ),
+}
+"""What :func:`summarise` gives; the paper's three metrics first."""
+PAPER_MEASURES = ("c_index", "dice", "balanced_accuracy")
+
+
+def summarise(
+    cases: pd.DataFrame,
+    seed: int = 0,
+    measures: Sequence[str] = tuple(MEASURES),
+    least: Mapping[str, int] | None = None,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> dict[str, dict[str, Any]]:
+    """Figures of a table of cases, each with interval, counts, or why there is none.
+
+    Args:
+        cases: columns of :class:`CaseTable`; NaN where a label is unknown. A column ``hpv_threshold`` is used where
+            there is one, else 0.5.
+        seed: of the bootstrap.
+        measures: keys of :data:`MEASURES`.
+        least: counts (``patients``, ``events``, ...) below which no figure is given, such as :data:`SMALL_GROUP`.
+        samples: draws of the bootstrap.
+
+    Returns:
+        metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``. The figure
+        ``balanced_accuracy`` also has ``confusion`` and ``thresholds``, the distinct ones that were used.
+    """
+    return {name: _figure(cases, MEASURES[name], name, seed, least, samples) for name in measures}
+
+
+def centre_groups(cases: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Name and cases of each centre, sorted by name; none where the table does not tell."""
+    groups = cases.groupby(keys.CENTRE, sort=True) if keys.CENTRE in cases else ()
+    return [(str(centre), group) for centre, group in groups]
+
+
+def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
+    """Why a group is too small for a figure, or nothing.
+
+    Args:
+        counts: ``patients``, ``events``, ...; one that is not there is not asked for.
+        least: such as :data:`SMALL_GROUP`.
+
+    Example:
+        >>> too_few({"patients": 12, "events": 3}, SMALL_GROUP), too_few({"patients": 12}, SMALL_GROUP)
+        ('too few: 3 events of at least 5', '')
+    """
+    few = [f"{counts[what]} {what} of at least {n}" for what, n in (least or {}).items() if counts.get(what, n) < n]
+    return f"too few: {', '.join(few)}" if few else ""
+
+
+def _figure(
+    cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int] | None, samples: int
+) -> dict[str, Any]:
+    if name == "surface_distance_mm" and {"surface_distance_mm", *_VOLUMES} <= set(cases):
+        # 0 mm in tables of earlier versions
+        cases = cases.assign(surface_distance_mm=cases["surface_distance_mm"].mask(without_surfaces(cases)))
+    present = [column for column in (*measure.columns, "hpv_threshold") if column in cases]
+    known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
+    if any(column not in cases for column in measure.columns[1:]):  # nobody has the label
+        known = known.iloc[:0]
+    head = {"patients": len(known), **_class_counts(name, known), **_empty_masks(name, cases)}
+    if measure.columns[0] not in cases:
+        counted_later = measure.columns[0].startswith("found_") and "dice" in cases
+        reason = "not counted by the version that judged these cases" if counted_later else "not a task of this model"
+        return {"value": None, "reason": reason, **head}
+    if not len(known):
+        reason = _NO_TUMOUR if name == "surface_distance_mm" and head.get("both_empty") else "no labelled case"
+        return {"value": None, "reason": reason, **head}
+    value = measure.statistic(known)
+    if math.isnan(value):
+        return {"value": None, "reason": measure.why_not.format(**head), **head}
+    if few := too_few(head, least):
+        return {"value": None, "reason": few, **head}
+    low, high = bootstrap_interval(measure.statistic, known, samples, seed)
+    figure: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
+    if name == "balanced_accuracy":
+        thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HALF])
+        figure |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}
+    return figure
+
+
+def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
+    """What besides patients is counted beside a figure."""
+    if name == "c_index":
+        return {"events": int(known["event"].sum()) if "event" in known else 0}
+    if "hpv" in known:
+        positive = int(known["hpv"].sum())
+        return {"positive": positive, "negative": len(known) - positive}
+    if name.endswith("_sensitivity"):
+        of = LESIONS[name.removesuffix("_sensitivity")]
+        return {of: int(known[f"true_{of}"].sum()) if f"true_{of}" in known else 0}
+    if name == "surface_distance_mm":
+        return {"missed": int(np.isinf(known["surface_distance_mm"]).sum()) if "surface_distance_mm" in known else 0}
+    return {}
+
+
+def _empty_masks(name: str, cases: pd.DataFrame) -> dict[str, int]:
+    """Cases without any tumour, true or predicted, beside figures that such cases have no or the best value of."""
+    if name not in ("dice", "surface_distance_mm") or not set(_VOLUMES) <= set(cases):
+        return {}
+    count = int(without_surfaces(cases).sum())
+    return {"both_empty": count} if count else {}
+
+
+def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Table of :func:`summarise` to read."""
+    lines = []
+    for name, row in summary.items():
+        title, digits = MEASURES[name].title, MEASURES[name].digits
+        names = ("patients", "events", "positive", *LESIONS.values(), "missed", "both_empty")
+        counts = ", ".join(f"{row[k]} {k.replace('_', ' ')}" for k in names if k in row)
+        if len(row.get("thresholds", ())) == 1:
+            counts += f"; called above {row['thresholds'][0]:.3f}"
+        if row["value"] is None:
+            lines.append(f"  {title:<22} -      ({row['reason']}; {counts})")
+        else:
+            value, low, high = (f"{row[k]:.{digits}f}" for k in ("value", "low", "high"))
+            lines.append(f"  {title:<22} {value}  [{low}, {high}]  ({counts})")
+    return "\n".join(lines)

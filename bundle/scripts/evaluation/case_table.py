@@ -1,0 +1,372 @@
+"""Evaluation of a split: one row a case, the paper's metrics and others with bootstrap intervals, written as files.
+
+Every figure comes with the number of patients behind it, and a figure that cannot be had says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cc3d
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Events
+from monai.engines import Workflow
+from monai.metrics import compute_dice, compute_hausdorff_distance
+
+from scripts import keys
+from scripts.cohorts.files import write_text, written_whole
+from scripts.cohorts.thresholds import above
+from scripts.evaluation.case_metrics import (
+    SMALL_GROUP,
+    centre_groups,
+    confusion,
+    format_summary,
+    roc_curve,
+    summarise,
+    too_few,
+)
+from scripts.evaluation.survival import Outcomes
+from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics
+from scripts.model.ensemble import KEEP_EPOCH, FoldEnsemble
+from scripts.training.handlers import BEST, LAST
+
+if TYPE_CHECKING:
+    from scripts.evaluation.plots import Drawn
+
+logger = logging.getLogger(__name__)
+
+FEATURES_FILE = "features.npz"
+
+SURFACE_PERCENTILE = 95
+LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
+NO_CUT_POINTS = (
+    "the risk is not cut: a single network carries no cut points (evaluate_folds.py cuts by the other folds)"
+)
+
+
+class CaseTable:
+    """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
+
+    Figures are of all cases and of each centre, of small ones (:data:`SMALL_GROUP`) with the reason only.
+
+    Where the network tells its deep features they go to ``features.npz`` (see :func:`read_features`), from which
+    an ensemble learns what its training cases look like.
+
+    Args:
+        output_dir: folder for the files; the plots go to ``figures/`` in it.
+        dataset_dir: stated in ``metrics.json``: no figure without its data.
+        checkpoint: stated in ``metrics.json``.
+        seed: of the bootstrap.
+        training_cases: cases (:mod:`scripts.cohorts.cohort`) whose follow-up weights the survival figures of
+            :func:`.survival_metrics`: those that the network was trained on, or those judged
+            where it was trained elsewhere; None leaves these figures out.
+        ensemble: the network, where the cohort is one that it has not learnt from: HPV is then called at the threshold
+            that it carries, and its calibration gives absolute risk, which is judged too.
+        part: of the split that is judged, as ``evaluate_on`` names it; stated with what was fitted to its cases.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        dataset_dir: str,
+        checkpoint: str,
+        seed: int = 0,
+        training_cases: Sequence[Mapping[str, Any]] | None = None,
+        ensemble: FoldEnsemble | None = None,
+        part: str = "",
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint)}
+        self.seed = seed
+        self.training_cases = training_cases
+        self.ensemble = ensemble
+        self.part = part
+        self.rows: list[dict[str, Any]] = []
+        self.features: list[np.ndarray] = []
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with the evaluator ``engine`` (which must not decollate)."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.STARTED, lambda _: self.features.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def collect(self, engine: Workflow) -> None:
+        """Append the cases of one batch."""
+        batch: Mapping[str, Any] = engine.state.batch
+        self.rows.extend(case_rows(batch, engine.state.output["pred"]))
+        if keys.FEATURES in engine.state.output["pred"]:
+            self.features.append(engine.state.output["pred"][keys.FEATURES].float().cpu().numpy())
+
+    def write(self, engine: Workflow) -> None:
+        """Write all files and log the table of metrics."""
+        cases = pd.DataFrame(self.rows)
+        threshold = self._carried("hpv_threshold").get("value")
+        if threshold is not None and "hpv_prob" in cases:
+            cases["hpv_threshold"] = threshold
+        write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
+        if self.features:
+            write_features(self.output_dir, cases["PatientID"], np.concatenate(self.features))
+        kept = getattr(getattr(engine, "network", None), "provenance", {}).get(KEEP_EPOCH)
+        report = {**self.about, "selection": describe_selection(kept, self.part), **self._judge(cases)}
+        report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
+        if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
+            report["tumour_inside_box"] = {
+                "mean": float(cases[keys.SEG_INSIDE].mean()),
+                "minimum": float(cases[keys.SEG_INSIDE].min()),
+            }
+        report["figures"] = self._draw(cases, report)
+        write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
+        logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
+        logger.info("%s", report["selection"]["statement"])
+        logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
+
+    def _judge(self, cases: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Every figure of some of the cases; none where there are fewer than ``least``."""
+        report: dict[str, Any] = {"cases": len(cases), "metrics": summarise(cases, self.seed, least=least)}
+        if self.training_cases is not None and "log_hazard" in cases:
+            report["survival"] = self._survival(cases.dropna(subset=["time"]), least)
+        return report
+
+    def _survival(self, cases: pd.DataFrame, least: Mapping[str, int] | None) -> dict[str, Any]:
+        if few := too_few({"patients": len(cases), "events": int(cases["event"].sum())}, least):
+            return {"reason": few}
+        known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
+        train = Outcomes(
+            np.array([case[keys.TIME] for case in known], dtype=float),
+            np.array([case[keys.EVENT] for case in known], dtype=float),
+        )
+        test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
+        stored = self._carried("calibration") or None
+        return survival_metrics(train, test, **ensemble_survival(cases, stored), seed=self.seed)
+
+    def _draw(self, cases: pd.DataFrame, report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Write what can be drawn, and tell the file of each picture or why there is none."""
+        from scripts.evaluation.plots import save_plots, survival_figures  # matplotlib is slow to import
+
+        no_groups = self._carried("calibration").get("reason", NO_CUT_POINTS)
+        drawn = case_figures(cases, report["metrics"])
+        drawn |= survival_figures(report.get("survival", {"reason": "survival is not judged here"}), no_groups)
+        return save_plots(self.output_dir / "figures", drawn, self.about["dataset_dir"])
+
+    def _carried(self, name: str) -> Mapping[str, Any]:
+        """What the ensemble carries under this name, or nothing."""
+        return {} if self.ensemble is None else self.ensemble.provenance.get(name) or {}
+
+
+def describe_selection(keep_epoch: str | None, part: str) -> dict[str, Any]:
+    """What of a network was fitted to the cases that judge it, for ``metrics.json``.
+
+    Args:
+        keep_epoch: which epoch's weights were kept, ``best`` on the validation cases or ``last``; None: not recorded.
+        part: the cases: ``training``, ``validation``, ``test`` or ``all`` of another cohort.
+
+    Returns:
+        ``keep_epoch``, ``judged`` (the part), ``fitted_to_these_cases`` (of ``weights`` and ``epoch``; None where it is
+        not known) and ``statement``, in words.
+
+    Example:
+        >>> describe_selection("best", "validation")["fitted_to_these_cases"]
+        ['epoch']
+    """
+    fitted: list[str] | None = []
+    statement = "nothing was fitted to these cases"
+    if part == "training":
+        fitted, statement = ["weights"], "the network was trained on these cases: the figures say how well it fits them"
+    elif part == "all":
+        statement = "nothing was fitted to these cases, unless the network was made on some of them"
+    elif part != "test" and keep_epoch == BEST:
+        fitted = ["epoch"]
+        statement = "the epoch is the one that was best on these cases: the figures are too good (keep_epoch: best)"
+    elif part != "test" and keep_epoch != LAST:
+        fitted = None
+        statement = "whether the epoch was chosen on these cases is not recorded; if so, the figures are too good"
+    return {"keep_epoch": keep_epoch, "judged": part, "fitted_to_these_cases": fitted, "statement": statement}
+
+
+def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) -> None:
+    """Write the deep features (N, K, F) of N patients by the K networks of an ensemble to ``features.npz``."""
+    with written_whole(folder / FEATURES_FILE) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, patients=np.asarray(patients, dtype=str), features=features)
+
+
+def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
+    """Patients (N) and their deep features (N, K, F) that an evaluation left in ``folder``.
+
+    Raises:
+        FileNotFoundError: where there are none; the message says how to get them.
+    """
+    path = Path(folder) / FEATURES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run the evaluation again, which writes it for networks with survival")
+    with np.load(path) as stored:
+        return stored["patients"].tolist(), stored["features"]
+
+
+def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Drawn]:
+    """ROC curve of HPV status and Dice of each case, as :func:`scripts.evaluation.plots.save_plots` takes them.
+
+    Args:
+        cases: as :func:`summarise` takes it.
+        summary: what it gave.
+    """
+    from scripts.evaluation.plots import dice_figure, roc_figure  # matplotlib is slow to import
+
+    drawn: dict[str, Drawn] = {
+        name: (None, summary[of].get("reason")) for name, of in (("roc", "hpv_auc"), ("dice", "dice"))
+    }
+    if summary["hpv_auc"]["value"] is not None:
+        curve = {"HPV": roc_data(cases, summary["hpv_auc"])}
+        drawn["roc"] = (roc_figure(curve, "HPV status"), curve)
+    if summary["dice"]["value"] is not None:
+        groups = dice_groups(cases)
+        drawn["dice"] = (dice_figure(groups, "overlap with the true mask"), groups)
+    return drawn
+
+
+def roc_data(cases: pd.DataFrame, auc: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`.roc_figure` takes: the curve, its area and the point at the threshold in use.
+
+    Args:
+        cases: columns as :func:`balanced_accuracy`; rows without a known status are left out.
+        auc: figure of the area.
+    """
+    known = cases.dropna(subset=["hpv", "hpv_prob"])
+    curve, counts = roc_curve(known), confusion(known)
+    negative = counts["false_positive"] + counts["true_negative"]
+    positive = counts["true_positive"] + counts["false_negative"]
+    return {
+        "false_positive_rate": curve["false_positive_rate"].tolist(),
+        "true_positive_rate": curve["true_positive_rate"].tolist(),
+        "point": [counts["false_positive"] / negative, counts["true_positive"] / positive],
+        "auc": dict(auc),
+    }
+
+
+def dice_groups(cases: pd.DataFrame) -> dict[str, list[float]]:
+    """Dice of all cases that have one, and of each centre where there are several."""
+    known = cases.dropna(subset=["dice"])
+    groups = {"all": known["dice"].tolist()}
+    by_centre = dict(list(known.groupby(keys.CENTRE, sort=True))) if keys.CENTRE in known else {}
+    if len(by_centre) > 1:
+        groups |= {str(centre): rows["dice"].tolist() for centre, rows in by_centre.items()}
+    return groups
+
+
+def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """One row a case of a collated ``batch`` and its prediction; NaN where a label is unknown.
+
+    Dice (8), surface distance and lesions are taken on the network's grid; the share of the true mask outside the
+    box (``1 - seg_inside``) is beside them, since they cannot see that part.
+    """
+    columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
+    if keys.LOG_HAZARD in pred:
+        columns["log_hazard"] = _numbers(pred[keys.LOG_HAZARD])
+        folds = pred[keys.LOG_HAZARD_FOLDS].float().cpu().numpy() if keys.LOG_HAZARD_FOLDS in pred else np.empty((0, 0))
+        if folds.shape[1] > 1:
+            columns |= {f"{keys.FOLD_COLUMN}{k}": folds[:, k] for k in range(folds.shape[1])}
+    columns["time"] = _numbers(batch[keys.TIME], batch[keys.SURV_KNOWN])
+    columns["event"] = _numbers(batch[keys.EVENT], batch[keys.SURV_KNOWN])
+    if keys.HPV_PROB in pred:
+        columns["hpv_prob"] = _numbers(pred[keys.HPV_PROB])
+    columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
+    if keys.SEG_PROB in pred:
+        columns |= _mask_columns(batch, above(pred[keys.SEG_PROB]).float().cpu())
+    columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
+    columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]
+    return pd.DataFrame(columns).to_dict("records")
+
+
+def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str, Any]:
+    """Columns that compare predicted masks (B, 1, *roi_size) in {0, 1} with the true ones."""
+    truth, known = torch.as_tensor(batch[keys.SEG]).float().cpu(), batch[keys.SEG_KNOWN]
+    affines = np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3]
+    voxel_ml = np.abs(np.linalg.det(affines)) / 1000
+    spacing_mm = np.linalg.norm(affines, axis=1)
+    columns = {
+        "dice": _numbers(compute_dice(predicted, truth, ignore_empty=False)[:, 0], known),
+        "volume_ml": _numbers(predicted.flatten(1).sum(1)) * voxel_ml,
+        "true_volume_ml": _numbers(truth.flatten(1).sum(1), known) * voxel_ml,
+        keys.SEG_INSIDE: _numbers(batch[keys.SEG_INSIDE]),
+    }
+    pairs = list(zip(predicted[:, 0], truth[:, 0], strict=True))
+    distances = [surface_distance_mm(*pair, of) for pair, of in zip(pairs, spacing_mm, strict=True)]
+    columns["surface_distance_mm"] = _numbers(distances, known)
+    labels = torch.as_tensor(batch[keys.SEG_LABELS]).cpu()[:, 0]
+    lesions = pd.DataFrame(
+        [count_lesions(mask.numpy() > 0, true.numpy()) for mask, true in zip(predicted[:, 0], labels, strict=True)]
+    )
+    columns["predicted_lesions"] = lesions.pop("predicted_lesions").to_numpy()
+    return columns | {name: _numbers(values.to_numpy(), known) for name, values in lesions.items()}
+
+
+def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence[float]) -> float:
+    """95 % Hausdorff distance of two masks: the greater of the two directions' 95 % quantiles.
+
+    Args:
+        predicted: (X, Y, Z) in {0, 1}.
+        truth: (X, Y, Z) in {0, 1}.
+        spacing_mm: edge lengths of a voxel.
+
+    Returns:
+        mm; NaN where both masks are empty and there is nothing to measure, infinite where one is.
+    """
+    filled = bool(predicted.any()), bool(truth.any())
+    if not all(filled):
+        return math.inf if any(filled) else math.nan
+    with warnings.catch_warnings():
+        # MONAI 1.6 calls a function of its own with an argument that it deprecates.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        distance = compute_hausdorff_distance(
+            predicted[None, None],
+            truth[None, None],
+            include_background=True,
+            percentile=SURFACE_PERCENTILE,
+            spacing=[float(size) for size in spacing_mm],
+        )
+    return float(distance)
+
+
+def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
+    """Lesions, which are connected components (26 neighbours), of a predicted mask and a true one.
+
+    A true lesion is found where the prediction covers at least 30 % of it; a predicted one is false where it touches
+    no true one. Among all lesions a primary tumour and a node that touch are one; counted apart they are two. The
+    network does not say which of its lesions are nodes, so that nodes can be missed but not be false.
+
+    Args:
+        predicted: (X, Y, Z) bool.
+        truth: (X, Y, Z) in {0, 1 (GTVp), 2 (GTVn)}.
+
+    Returns:
+        ``true_lesions`` and ``found_lesions``, the same of ``primaries`` and ``nodes``, ``predicted_lesions``,
+        ``false_lesions``.
+    """
+    labels, count = cc3d.connected_components(predicted, connectivity=26, return_N=True)
+    touching = np.bincount(labels[truth > 0].ravel(), minlength=count + 1)[1:]
+    counted = {"predicted_lesions": int(count), "false_lesions": int((touching == 0).sum())}
+    for name, mask in {"lesions": truth > 0, "primaries": truth == keys.GTVP, "nodes": truth == keys.GTVN}.items():
+        true, found = found_of(predicted, mask)
+        counted |= {f"true_{name}": true, f"found_{name}": found}
+    return counted
+
+
+def found_of(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """How many connected components ``truth`` (X, Y, Z) bool has, and how many ``predicted`` covers by 30 %."""
+    labels, count = cc3d.connected_components(truth, connectivity=26, return_N=True)
+    size = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    covered = np.bincount(labels[predicted].ravel(), minlength=count + 1)[1:]
+    return int(count), int((covered >= LESION_OVERLAP * size).sum())
+
+
+def _numbers(values: Any, known: Any = None) -> np.ndarray:
+    array = torch.as_tensor(values).detach().cpu().double().numpy().reshape(-1)
+    return array if known is None else np.where(torch.as_tensor(known).cpu().numpy().astype(bool), array, np.nan)

@@ -1,0 +1,1 @@
+"""Scans: reading them, their geometry, the box around head and neck, quality control, transforms."""

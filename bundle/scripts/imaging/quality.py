@@ -1,0 +1,559 @@
+"""Checks of a case before the network sees it, and of the network's features after it has.
+
+The paper removed cases with negative SUV and with extravasation by hand; here rules do it, the same in training
+(reported exclusions) and in prediction. Every rule measures one quantity and compares it with the limits of one table,
+:data:`DEFAULT_LIMITS`; a case of clinical size takes some hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+
+from scripts import keys as K
+from scripts.imaging.geometry import Grid, box_grid
+from scripts.imaging.localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
+from scripts.imaging.quality_features import feature_distance
+from scripts.imaging.quality_measures import (
+    LATERAL_MM,
+    airway_mm,
+    grid_shape,
+    measure_ct,
+    measure_mask,
+    measure_pet,
+    overlap,
+    shared_by,
+    voxel_sizes,
+)
+from scripts.imaging.quality_outlines import best_shift, body_outlines, distortion
+from scripts.imaging.transforms import CT_FILL, PET_FILL, array_and_grid
+
+logger = logging.getLogger(__name__)
+
+OK, WARN, REJECT = "ok", "warn", "reject"
+VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
+RAISE, FLAG = "raise", "flag"  # what to do with a case that is rejected
+HEAD_IN_VIEW = "head_in_view"
+HEADERS = "headers"
+VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # a training set sets its own range of these
+
+Limits = Mapping[str, Mapping[str, float]]
+
+# A value beyond ``warn_*`` is worth a look, one beyond ``reject_*`` is not fit for the network.
+DEFAULT_LIMITS: dict[str, dict[str, float]] = {
+    # --- PET values -----------------------------------------------------------------------------------------
+    "pet_not_finite": {"reject_above": 0},  # the resampling spreads a single NaN over the whole box
+    # resampled or filtered images undershoot zero by some hundredths; HECKTOR's negative cases are the paper's two
+    "pet_lowest": {"warn_below": -0.05, "reject_below": -0.5},
+    # muscle is 0.6 to 0.9 SUV and blood 1.5 to 2: less contrast than 0.5 is none; tonsils or brain reach 2 anywhere
+    "pet_contrast": {"warn_below": 2.0, "reject_below": 0.5},
+    # by its definition SUV averages about 1 over a body; 0.35 to 1.3 in 21 real scans and in the phantoms; Bq/mL are
+    # 1000 to 5000 times as much, an 8-bit scale or raw counts 10 times and more, SUV with the weight in kg 1/1000.
+    # Twice the right scale stays within the limits in every other scan.
+    "pet_body": {"warn_below": 0.15, "reject_below": 0.02, "warn_above": 2.0, "reject_above": 10.0},
+    # tumours stay below 50, a full bladder below 100; beyond 1000 the whole dose would sit in a few millilitres
+    "pet_highest": {"warn_above": 100.0, "reject_above": 1000.0},
+    # 1 % of the dose left in an arm is about 5 % of the activity of a head and neck scan; an axillary node of 20 ml and
+    # SUV 10 is below 2 %
+    "pet_injection_site": {"warn_above": 3.0, "reject_above": 10.0},
+    # at most 0.02 % in 21 real scans and in the phantoms, with few counts too
+    "pet_speckle": {"warn_above": 0.05},
+    "pet_blank_slices": {"warn_above": 0},
+    # --- CT values ------------------------------------------------------------------------------------------
+    "ct_not_finite": {"reject_above": 0},
+    # air is -1000 HU and part of every scan; 0 with the 1024 left on, with raw values or with grey levels
+    "ct_lowest": {"warn_above": -700.0, "reject_above": -300.0},
+    # -995 to -885 HU (with foam) in 20 real scans, -1024 where it is cut there; a scale of 2 makes -2000 of it
+    "ct_air": {"warn_below": -1050.0, "reject_below": -1400.0, "warn_above": -850.0, "reject_above": -600.0},
+    # fat is -100, muscle 50 HU: medians of -26 to 50 in 20 real scans and in the phantoms
+    "ct_tissue": {"warn_below": -120.0, "reject_below": -250.0, "warn_above": 150.0, "reject_above": 400.0},
+    # a head fills 4 % of the widest field of view (700 mm)
+    "ct_body": {"warn_below": 2.5, "reject_below": 1.0},
+    # none in 20 real scans, at most 0.04 % in the phantoms
+    "ct_speckle": {"warn_above": 0.1},
+    "ct_blank_slices": {"warn_above": 0},
+    # --- what is in view ----------------------------------------------------------------------------------------
+    # extents that differ are common (HECKTOR), an overlap that is empty is known too
+    "overlap": {"warn_below": 60.0, "reject_below": 20.0},
+    # 95 % for the shortest scans of HECKTOR (290 mm) and a box of 256 mm
+    "box_in_view": {"warn_below": 60.0, "reject_below": 25.0},
+    # air within the body from nose to bronchi: 130 mm and more in every phantom, at most 64 mm (bowel) in 20 real
+    # scans of legs and hips
+    "airway": {"warn_below": 80.0, "reject_below": 40.0},
+    # --- voxel sizes: HECKTOR's CT from 0.49x0.49x2 to 2.73x2.73x3 mm, PET from 0.98x0.98x2.5 to 5.47x5.47x3.27 mm, 2 %
+    # of rounding allowed. Both come from one scanner, hence one range of slices (2 to 3.27 mm). A node of 15 mm is a
+    # single voxel where images are rejected. :func:`fit_voxel_limits` puts a training set's own range in their place.
+    "ct_in_plane": {"warn_below": 0.48, "warn_above": 2.78, "reject_above": 15.0},
+    "ct_slice": {"warn_below": 1.96, "warn_above": 3.34, "reject_above": 15.0},
+    "pet_in_plane": {"warn_below": 0.96, "warn_above": 5.58, "reject_above": 15.0},
+    "pet_slice": {"warn_below": 1.96, "warn_above": 4.08, "reject_above": 15.0},
+    # --- shape of the voxels: scanners have square pixels, and axes at right angles unless the gantry is tilted -------
+    "voxel_skew": {"warn_above": 0.5},
+    "pixel_aspect": {"warn_above": 1.05},
+    # --- CT against PET: measured in steps of 8 mm; a head that moved between the scans is off by 10 mm ----------
+    "misalignment": {"warn_above": 20.0, "reject_above": 40.0},
+    # equal outlines have 100 %, chance is about 0; 95 % and more in the phantoms, 78 % and more in legs with faint fat,
+    # 50 to 91 % where the PET is upside down
+    "outline_agreement": {"warn_below": 75.0, "reject_below": 50.0},
+    # at most 5 mm in head and neck phantoms, 9 mm in legs; one turned by 12 degrees has 10 mm
+    "outline_distortion": {"warn_above": 10.0},
+    # --- the tumour's mask, where there is one: in training and evaluation --------------------------------------------
+    "mask_values": {"reject_above": 0},
+    # a mask without its affine, or with another patient's, lies beside the CT in part or in whole
+    "mask_in_ct": {"warn_below": 99.5, "reject_below": 50.0},
+    # the largest of 262 phantoms has 106 ml, of 20 sarcomas 818 ml; one that is inside out has 10 litres and more
+    "mask_volume": {"warn_above": 500.0, "reject_above": 5000.0},
+    # 2.25 and more in the same; 1.6 (median) in the phantoms' masks with left and right exchanged, 0.55 with front and
+    # back: what is outlined on FDG-PET is not colder than the body
+    "mask_uptake": {"warn_below": 2.0, "reject_below": 0.75},
+    # --- the network's features, in units of the 99th percentile of training cases that were held out --------------
+    "feature_distance": {"warn_above": 1.0, "reject_above": 3.0},
+}
+
+# name -> unit, quantity, what a value beyond the limits means
+_RULES: dict[str, tuple[str, str, str]] = {
+    "pet_not_finite": (
+        "voxels",
+        "PET values that are not finite numbers",
+        "write the PET again without them; forced, they count as no uptake",
+    ),
+    "pet_lowest": ("SUV", "lowest PET value", "SUV cannot be negative: look at how it was computed"),
+    "pet_contrast": ("SUV", "highest less lowest PET value", "the PET shows (almost) no signal"),
+    "pet_body": (
+        "SUV",
+        "median PET value of the body",
+        "about 1 in SUV: is the PET in Bq/mL, counts or another scale?",
+    ),
+    "pet_highest": ("SUV", "highest PET value", "implausible for SUV: look for an injection site, or another unit"),
+    "pet_injection_site": (
+        "%",
+        f"activity in hot spots more than {LATERAL_MM:g} mm beside the midline",
+        "extravasation at an injection site? Then SUV is too low everywhere else",
+    ),
+    "pet_speckle": (
+        "%",
+        "share of PET pixels hotter than all around them",
+        "sharper than a scanner's blur: damaged values?",
+    ),
+    "pet_blank_slices": (
+        "slices",
+        "PET slices of a single value between others",
+        "were they lost? Export the PET again",
+    ),
+    "ct_not_finite": (
+        "voxels",
+        "CT values that are not finite numbers",
+        "write the CT again without them; forced, they count as air",
+    ),
+    "ct_lowest": ("HU", "lowest CT value", "no air: is the CT in HU (offset of 1024 left on, grey levels, windowed)?"),
+    "ct_air": ("HU", "most frequent CT value of air", "air is -1000 HU: is the CT's scale (slope, intercept) right?"),
+    "ct_tissue": ("HU", "median CT value of the body", "not that of soft tissue: is the CT in HU?"),
+    "ct_body": ("%", "share of the CT that is denser than lung", "no body: is the CT in HU, and is somebody in it?"),
+    "ct_speckle": ("%", "share of CT pixels far from all around them", "more than noise: damaged values?"),
+    "ct_blank_slices": ("slices", "CT slices of a single value between others", "were they lost? Export the CT again"),
+    "overlap": ("%", "share of the smaller scan inside the larger one", "CT and PET (almost) show different places"),
+    "box_in_view": ("%", "share of the network's box that both CT and PET show", "much of it would be empty"),
+    "airway": ("mm", "length of the airway in the box", "no neck: this seems to be another part of the body"),
+    "ct_in_plane": ("mm", "CT voxel size in the slice", "beyond the training range"),
+    "ct_slice": ("mm", "CT slice spacing", "beyond the training range"),
+    "pet_in_plane": ("mm", "PET voxel size in the slice", "beyond the training range"),
+    "pet_slice": ("mm", "PET slice spacing", "beyond the training range"),
+    "voxel_skew": (
+        "degrees",
+        "deviation of the voxels' axes from right angles",
+        "a tilted gantry, or a damaged position (affine)?",
+    ),
+    "pixel_aspect": (
+        "x",
+        "longer side of a pixel in the slice over the shorter one",
+        "scanners have square pixels: a damaged position (affine)?",
+    ),
+    "misalignment": ("mm", "shift between the body's outlines in CT and PET", "CT and PET do not lie on each other"),
+    "outline_agreement": (
+        "%",
+        "agreement of the body's outlines in CT and PET, after that shift",
+        "is one of them turned, flipped, or of somebody else?",
+    ),
+    "outline_distortion": (
+        "mm",
+        "what is left between the body's outlines by a turn or a stretch",
+        "is one of them turned, or are its voxel sizes wrong?",
+    ),
+    "mask_values": (
+        "voxels",
+        "mask values other than 0, 1 (GTVp) and 2 (GTVn)",
+        "write the mask again with these",
+    ),
+    "mask_in_ct": ("%", "share of the tumour's mask inside the CT", "is its position (affine) that of this CT?"),
+    "mask_volume": ("ml", "volume of the tumour's mask", "is it inside out, or not of a tumour?"),
+    "mask_uptake": (
+        "x",
+        "mean PET value in the tumour's mask against the body's median",
+        "the mask does not lie on uptake: is it flipped, shifted, or of somebody else?",
+    ),
+    "feature_distance": (
+        "x",
+        "distance of the network's features from the training cases, in their 99th percentiles",
+        "unlike the cases that the network has learnt from",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one rule says of one case.
+
+    Args:
+        name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view`` or ``headers``.
+        value: what was measured; text where the finding is one of several, None where it cannot be measured.
+        unit: of the value, ``""`` for text.
+        limit: what is accepted, and from where on it is rejected, for people.
+        verdict: ``ok``, ``warn`` or ``reject``.
+        message: the finding in words, with what to do about it.
+    """
+
+    name: str
+    value: float | str | None
+    unit: str
+    limit: str
+    verdict: str
+    message: str
+
+
+class QualityError(ValueError):
+    """A case that is not fit for the network: the patient, what was found, and what to do.
+
+    Args:
+        patient: the patient's id.
+        checks: all checks of the case.
+    """
+
+    def __init__(self, patient: str = "?", checks: Sequence[Check] = ()) -> None:
+        super().__init__(patient, checks)
+        self.patient, self.checks = patient, list(checks)
+
+    def __str__(self) -> str:
+        faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
+        return (
+            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, leave the case out, or "
+            "set 'force' to predict it in spite of this"
+        )
+
+
+class CheckQualityd(MapTransform):
+    """Check a case between :class:`.LocaliseBoxd` and :class:`.ResampleToBoxd`.
+
+    Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which collates as text does. A mask is
+    checked too, where there is one. Each of ``doubts``, what reading the scans found doubtful in their headers, becomes
+    a warning ``headers``.
+
+    Args:
+        roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
+        on_reject: ``"raise"`` stops a case that a rule rejects, so that it is listed as an exclusion; ``"flag"`` lets
+            it pass with its checks, and with air and no uptake where its values are not finite numbers.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+        advisory: names of checks that warn where they would reject, e.g. those on the field of view in training, whose
+            boxes lie on masks.
+        keys: CT and PET, as :class:`scripts.imaging.transforms.LoadScansd` leaves them, and so the mask.
+
+    Raises:
+        QualityError: when a rule rejects the case and ``on_reject`` is ``"raise"``.
+        ValueError: when ``on_reject`` or the name of a limit or of a check is not known.
+    """
+
+    def __init__(
+        self,
+        roi_size: int | Sequence[int],
+        on_reject: str = "raise",
+        limits: Limits | None = None,
+        advisory: Sequence[str] = (),
+        keys: KeysCollection = (K.CT, K.PET),
+    ) -> None:
+        super().__init__(keys)
+        if on_reject not in (RAISE, FLAG):
+            raise ValueError(f"on_reject is {RAISE!r} or {FLAG!r}, got {on_reject!r}")
+        unknown = sorted(set(advisory) - {*DEFAULT_LIMITS, HEAD_IN_VIEW})
+        if unknown:
+            raise ValueError(f"no quality check is called {', '.join(unknown)}")
+        self.roi_size, self.on_reject, self.advisory = roi_size, on_reject, tuple(advisory)
+        self.limits = merge_limits(limits)  # all of them: a cache that is keyed by a transform's values must know them
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the case."""
+        d = dict(data)
+        affine = np.asarray(torch.as_tensor(d[K.BOX_AFFINE]), dtype=float)
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        half = (np.broadcast_to(np.asarray(self.roi_size, dtype=float), 3) - 1) / 2
+        centre = affine[:3, :3] @ half + affine[:3, 3]
+        location = Location(centre, d[K.CROP_METHOD], d[K.CROP_FLAG])
+        (ct, ct_grid), (pet, pet_grid) = (array_and_grid(d[key]) for key in self.keys)
+        checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
+        if d.get(K.MASK) is not None:
+            body = next(float(check.value or 0) for check in checks if check.name == "pet_body")
+            checks += check_mask(*array_and_grid(d[K.MASK]), ct_grid, pet, pet_grid, body, self.limits)
+        checks += [Check(HEADERS, None, "", "", WARN, doubt) for doubt in d.pop(K.DOUBTS, [])]
+        checks = [self._advise(check, d) for check in checks]
+        if self.on_reject == "raise" and verdict(checks) == REJECT:
+            raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)
+        d[K.QUALITY] = checks_to_json(checks)
+        counts = {check.name: check.value for check in checks}
+        for key, name, fill in zip(self.keys, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
+            if counts[name]:  # a case that passes all the same
+                d[key] = torch.nan_to_num(d[key], nan=fill, posinf=fill, neginf=fill)
+        return d
+
+    def _advise(self, check: Check, case: Mapping[Hashable, Any]) -> Check:
+        """A check that may only warn, and a line in the log for what it would have rejected."""
+        if check.verdict != REJECT or check.name not in self.advisory:
+            return check
+        logger.warning("patient %s: kept in spite of %s: %s", case.get(K.PATIENT_ID, "?"), check.name, check.message)
+        return replace(check, verdict=WARN)
+
+
+def check_case(
+    ct: np.ndarray,
+    ct_grid: Grid,
+    pet: np.ndarray,
+    pet_grid: Grid,
+    location: Location,
+    roi_size: int | Sequence[int],
+    spacing_mm: float | Sequence[float],
+    limits: Limits | None = None,
+) -> list[Check]:
+    """Apply every rule to a case.
+
+    Args:
+        ct: (X, Y, Z) CT, supposedly in HU.
+        ct_grid: its grid.
+        pet: (X, Y, Z) PET, supposedly in SUV, on a grid of its own.
+        pet_grid: the PET's grid.
+        location: where :mod:`scripts.imaging.localise` puts the box.
+        roi_size: voxels of the box.
+        spacing_mm: voxel size of the box in mm.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+
+    Returns:
+        One check a rule, in the order of :data:`DEFAULT_LIMITS`.
+    """
+    table = merge_limits(limits)
+    box = box_grid(location.centre_mm, roi_size, spacing_mm)
+    ct_values, ct_thin = measure_ct(ct, ct_grid)
+    pet_values, pet_thin = measure_pet(pet, pet_grid, ct_thin)
+    outlines = body_outlines(ct_thin, pet_thin, pet_values["pet_body"], box)
+    shift, agreement = (None, None) if outlines is None else best_shift(*outlines)
+    distorted, turn = (None, 0.0) if outlines is None or shift is None else distortion(*outlines, shift)
+    values: dict[str, float | None] = {
+        **pet_values,
+        **ct_values,
+        "overlap": 100 * overlap(ct_grid, pet_grid),
+        "box_in_view": 100 * shared_by(box, ct_grid, pet_grid),
+        **voxel_sizes(ct_grid, pet_grid),
+        **grid_shape(ct_grid, pet_grid),
+        "misalignment": None if shift is None else float(np.linalg.norm(shift)),
+        "outline_agreement": None if agreement is None else 100 * agreement,
+        "outline_distortion": distorted,
+    }
+    checks = {name: _judge(name, value, table) for name, value in values.items()}
+    if shift is not None and shift.any():
+        words = ", ".join(f"{axis} {mm:+.0f}" for axis, mm in zip("xyz", shift, strict=True))
+        checks["misalignment"] = _tell(checks["misalignment"], f"PET by {words} mm against the CT")
+    if checks["outline_distortion"].verdict != OK and distorted is not None:
+        checks["outline_distortion"] = _tell(checks["outline_distortion"], f"turned by {turn:.0f} degrees")
+    head = _check_head(location, ct, ct_grid, box, table)
+    order = [*table]
+    return sorted([*checks.values(), head], key=lambda c: order.index("airway" if c is head else c.name))
+
+
+def check_mask(
+    mask: np.ndarray,
+    grid: Grid,
+    ct_grid: Grid,
+    pet: np.ndarray,
+    pet_grid: Grid,
+    body: float,
+    limits: Limits | None = None,
+) -> list[Check]:
+    """Apply the rules on a tumour's mask (see :func:`scripts.imaging.quality_measures.measure_mask`).
+
+    Args:
+        mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
+        grid: its grid.
+        ct_grid: the CT's.
+        pet: (X, Y, Z) PET.
+        pet_grid: its grid.
+        body: median PET value of the body, the rule ``pet_body``.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+    """
+    values, strange = measure_mask(mask, grid, ct_grid, pet, pet_grid, body)
+    checks = [_judge(name, value, merge_limits(limits)) for name, value in values.items()]
+    if strange:
+        checks[0] = _tell(checks[0], f"such as {', '.join(f'{value:g}' for value in strange)}")
+    return checks
+
+
+def reject_action(force: bool | str) -> str:
+    """What to do with a rejected case: ``"flag"`` where it is to be predicted all the same, else ``"raise"``.
+
+    Args:
+        force: True or False, also as text from a command line.
+
+    Raises:
+        ValueError: for anything else: a mistyped word must not switch the checks off.
+
+    Example:
+        >>> reject_action(False), reject_action("true")
+        ('raise', 'flag')
+    """
+    actions = {"true": FLAG, "false": RAISE}
+    if str(force).lower() not in actions:
+        raise ValueError(f"force is true or false, got {force!r}")
+    return actions[str(force).lower()]
+
+
+def verdict(checks: Iterable[Check]) -> str:
+    """The worst verdict of some checks.
+
+    Example:
+        >>> verdict([]), verdict([Check("ct_slice", 5.0, "mm", "", "warn", "")])
+        ('ok', 'warn')
+    """
+    return max((c.verdict for c in checks), key=VERDICTS.index, default=OK)
+
+
+def merge_limits(limits: Limits | None) -> dict[str, dict[str, float]]:
+    """:data:`DEFAULT_LIMITS` with the limits of some rules replaced.
+
+    Raises:
+        ValueError: when a rule or a kind of limit is not known.
+
+    Example:
+        >>> merge_limits({"misalignment": {"warn_above": 10.0}})["misalignment"]
+        {'warn_above': 10.0, 'reject_above': 40.0}
+    """
+    table = copy.deepcopy(DEFAULT_LIMITS)
+    kinds = ("warn_below", "reject_below", "warn_above", "reject_above")
+    for name, values in (limits or {}).items():
+        if name not in table:
+            raise ValueError(f"no quality rule is called {name!r}: choose from {', '.join(table)}")
+        for kind, number in values.items():
+            if kind not in kinds:
+                raise ValueError(f"limits of {name}: {kind!r} is not one of {', '.join(kinds)}")
+            table[name][kind] = float(number)
+    return table
+
+
+def fit_voxel_limits(grids: Iterable[tuple[Grid, Grid]]) -> dict[str, dict[str, float]]:
+    """Limits of the voxel sizes from a training set, for ``limits`` of :func:`check_case`.
+
+    Args:
+        grids: CT and PET grid of every training case.
+
+    Returns:
+        ``warn_below`` and ``warn_above`` of the four rules on voxel sizes, 2 % beyond the smallest and the largest.
+
+    Raises:
+        ValueError: when there is no case.
+    """
+    sizes = [voxel_sizes(ct_grid, pet_grid) for ct_grid, pet_grid in grids]
+    if not sizes:
+        raise ValueError("the range of voxel sizes needs at least one training case")
+    ranges = {name: [size[name] for size in sizes] for name in sizes[0]}
+    return {name: {"warn_below": 0.98 * min(r), "warn_above": 1.02 * max(r)} for name, r in ranges.items()}
+
+
+def checks_to_json(checks: Iterable[Check]) -> str:
+    """Checks as a JSON text: a list of objects with the fields of :class:`Check`."""
+    return json.dumps([asdict(c) for c in checks], allow_nan=False)
+
+
+def checks_from_json(text: str) -> list[Check]:
+    """The checks of :func:`checks_to_json`."""
+    return [Check(**fields) for fields in json.loads(text)]
+
+
+# --- the network's features ----------------------------------------------------------------------------------------
+
+
+def check_features(features: np.ndarray, statistics: Mapping[str, Any], limits: Limits | None = None) -> Check:
+    """Whether a case's features are like those of the training cases.
+
+    Args:
+        features: (F,) of one case, from the network whose statistics these are.
+        statistics: of :func:`.fit_feature_statistics`, or ``{"reason": why there are none}``.
+        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+
+    Returns:
+        The check ``feature_distance``: the distance in units of the held-out training cases' 99th percentile. Without
+        statistics it is ``ok`` without a value and its message says ``not available``: the model, not the case, is to
+        blame.
+    """
+    if "reason" in statistics:
+        unknown = _judge("feature_distance", None, merge_limits(limits))
+        return replace(unknown, verdict=OK, message=f"not available, and so not checked: {statistics['reason']}")
+    distance = float(feature_distance(np.asarray(features).reshape(1, -1), statistics)[0])
+    value = distance / statistics["reference"]
+    if not np.isfinite(value):
+        fault = _judge("feature_distance", None, merge_limits(limits))
+        return Check(fault.name, None, fault.unit, fault.limit, REJECT, "features that are not finite numbers")
+    return _judge("feature_distance", value, merge_limits(limits))
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def _judge(name: str, value: float | None, table: Limits) -> Check:
+    """Compare a value with its limits."""
+    limits, (unit, quantity, fault) = table[name], _RULES[name]
+    said = _range(limits, unit)
+    if value is None:
+        return Check(name, None, unit, said, WARN, f"{quantity} cannot be measured")
+    result = OK
+    for kind in (WARN, REJECT):
+        if value < limits.get(f"{kind}_below", -np.inf) or value > limits.get(f"{kind}_above", np.inf):
+            result = kind
+    number = float(f"{value:.4g}")
+    message = f"{quantity}: {number:g} {unit}" + ("" if result == OK else f" ({said}): {fault}")
+    return Check(name, number, unit, said, result, message)
+
+
+def _range(limits: Mapping[str, float], unit: str) -> str:
+    """Limits in words, e.g. ``at least 60 %, rejected below 20``."""
+
+    def bounds(kind: str, words: tuple[str, str]) -> str:
+        pairs = ((words[0], limits.get(f"{kind}_below")), (words[1], limits.get(f"{kind}_above")))
+        return " and ".join(f"{word} {number:g}" for word, number in pairs if number is not None)
+
+    accepted, refused = bounds(WARN, ("at least", "at most")), bounds(REJECT, ("below", "above"))
+    refused = f"rejected {refused}" if refused else ""
+    return f"{', '.join(filter(None, (accepted, refused)))} {unit}"
+
+
+def _tell(check: Check, more: str) -> Check:
+    """A check with more words to its message."""
+    return replace(check, message=f"{check.message} ({more})")
+
+
+def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, table: Limits) -> Check:
+    """Whether the head and neck are in view: by the tumour's mask, by the brain, else by the airway in the CT.
+
+    A neck has air inside it over most of its length, legs and arms have none.
+    """
+    limit = f"a tumour mask, a brain, or an airway of {_range(table['airway'], 'mm')}"
+    found = f"box placed by {location.method}" + (f" ({location.flag})" if location.flag else "")
+    if location.rule in (METHOD_MASK, METHOD_PET_BRAIN):
+        return Check(HEAD_IN_VIEW, location.method, "", limit, WARN if location.flag else OK, found)
+    airway = _judge("airway", airway_mm(ct, ct_grid, box), table)
+    result = REJECT if location.rule == METHOD_CENTRE else airway.verdict
+    if result == OK and location.flag:  # no brain, or the head cut off, and yet a neck
+        result = WARN
+    message = f"{'head or neck outside the field of view? ' if result == REJECT else ''}{found}; {airway.message}"
+    return Check(HEAD_IN_VIEW, location.method, "", limit, result, message)

@@ -1,0 +1,407 @@
+"""MONAI dictionary transforms from a case (see :mod:`scripts.keys`) to the network's input, and back to the CT's grid.
+
+The chain, as the configs write it: ``LoadScansd, LocaliseBoxd, CheckQualityd`` (:mod:`scripts.imaging.quality`),
+``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald`` and last ``ToNetworkItemd``. Random augmentation goes between
+with MONAI's own transforms. All of these are deterministic and hold plain parameters only, so that a cache can be keyed
+by them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from scripts import keys as K
+from scripts.cohorts.clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
+from scripts.cohorts.thresholds import HALF, above
+from scripts.imaging.geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
+from scripts.imaging.images import read_scan
+from scripts.imaging.localise import Proposer, locate_head_neck, locate_mask
+
+CT_FILL = -1024.0  # air, in HU
+PET_FILL = 0.0
+
+ITEM_KEYS = (
+    K.PATIENT_ID,
+    K.IMAGE,
+    K.CLINICAL,
+    K.CT_SHAPE,
+    K.CT_AFFINE,
+    K.BOX_AFFINE,
+    K.CROP_METHOD,
+    K.CROP_FLAG,
+)
+# what is measured and told of a patient besides: the native PET, the checks, the clinical values, the time it took
+INFERENCE_KEYS = (*ITEM_KEYS, K.PET, K.QUALITY, K.CLINICAL_VALUES, K.STARTED)
+LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
+TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, K.QUALITY)
+EVALUATION_KEYS = (*TRAINING_KEYS, K.SEG_LABELS)  # nodes are counted apart; training would not flip them along
+
+
+class LoadScansd(MapTransform):
+    """Read CT, PET and mask, or take them as they are when they are in memory already.
+
+    An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
+    method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
+    data type, with its affine to world mm (RAS+) and, under ``doubts`` of its ``meta``, what makes its place in space
+    doubtful. The scans are read side by side. Also sets ``started``, the clock, and ``doubts``, the texts of all
+    ``doubts`` about their values that the objects read have, where there are any.
+
+    Args:
+        keys: what to load. The mask may be absent or None, the others may not.
+        allow_missing_keys: whether the mask's key may be missing from the case.
+
+    Raises:
+        ValueError: when the CT or the PET is missing, or cannot be a scan of a body by its size, naming the patient.
+        scripts.imaging.images.ImageReadError: when a file cannot be used.
+    """
+
+    def __init__(self, keys: KeysCollection = (K.CT, K.PET, K.MASK), allow_missing_keys: bool = True) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Load the case's scans."""
+        d = dict(data)
+        d[K.STARTED] = torch.tensor(time.monotonic(), dtype=torch.float64)
+        for key in self.keys:
+            if d.get(key) is None and key != K.MASK:
+                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: no {str(key).upper()} image")
+        present = [key for key in self.key_iterator(d) if d[key] is not None]
+        with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
+            loaded = list(pool.map(_load, [d[key] for key in present]))
+        doubts = [doubt for key in present for doubt in getattr(d[key], "doubts", ())]
+        for key, scan in zip(present, loaded, strict=True):
+            if fault := field_of_view_fault(scan.shape[1:], np.asarray(scan.affine)):
+                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
+            d[key] = scan
+        return {**d, K.DOUBTS: doubts} if doubts else d
+
+
+class LocaliseBoxd(MapTransform):
+    """Decide where the network's box lies.
+
+    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and doubts as text, those about the
+    place of a scan included.
+
+    Args:
+        roi_size: voxels of the box along x, y, z.
+        spacing_mm: voxel size of the box in mm.
+        use_mask: centre on the tumour's mask where there is one that is not empty (training); otherwise, and for
+            all other cases, on the head and neck found without it.
+        proposer: what proposes tumours where there is no mask, as :class:`.CoarsePass`; None for the
+            rules alone.
+        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+    """
+
+    def __init__(
+        self,
+        roi_size: int | Sequence[int],
+        spacing_mm: float | Sequence[float],
+        use_mask: bool = False,
+        proposer: Proposer | None = None,
+        keys: KeysCollection = (K.CT, K.PET, K.MASK),
+    ) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.roi_size, self.spacing_mm, self.use_mask, self.proposer = roi_size, spacing_mm, use_mask, proposer
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Place the box."""
+        d = dict(data)
+        ct, ct_grid = array_and_grid(d[K.CT])
+        mask = d.get(K.MASK) if self.use_mask else None
+        if mask is not None and array_and_grid(mask)[0].any():
+            where = locate_mask(*array_and_grid(mask), self.roi_size, self.spacing_mm)
+        else:
+            pet, pet_grid = array_and_grid(d[K.PET])
+            where = locate_head_neck(ct, ct_grid, pet, pet_grid, self.roi_size, self.spacing_mm, self.proposer)
+        d[K.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
+        d[K.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
+        d[K.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
+        doubts = [f"{str(key).upper()}: {_doubts(d[key])}" for key in self.key_iterator(d) if _doubts(d[key])]
+        d[K.CROP_METHOD], d[K.CROP_FLAG] = where.method, "; ".join(filter(None, [where.flag, *doubts]))
+        return d
+
+
+class ResampleToBoxd(MapTransform):
+    """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native CT and mask.
+
+    Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
+    where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_labels`` (1, R, R, R) uint8, 2 where it is
+    GTVn, 1 where it is GTVp (or any other value); ``seg_known``; and ``seg_inside``, the share of the mask's voxels
+    that lie in the box.
+
+    Args:
+        roi_size: voxels of the box along x, y, z, as :class:`LocaliseBoxd` was given them.
+        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+    """
+
+    def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (K.CT, K.PET, K.MASK)) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.roi_size = roi_size
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample the case's scans onto the box."""
+        d = dict(data)
+        box = _box(d[K.BOX_AFFINE], self.roi_size)
+        ct, pet, mask = d.pop(K.CT), d[K.PET], d.pop(K.MASK, None)
+        image = np.stack(
+            [resample(*array_and_grid(ct), box, fill=CT_FILL), resample(*array_and_grid(pet), box, fill=PET_FILL)]
+        )
+        found, inside = np.zeros(box.shape, dtype=np.uint8), float("nan")
+        if mask is not None:
+            labels, grid = array_and_grid(mask)
+            nearest = resample(labels, grid, box, "nearest")
+            found = np.where(nearest == K.GTVN, K.GTVN, np.where(nearest != 0, K.GTVP, 0)).astype(np.uint8)
+            inside = share_inside(labels, grid, box)
+        d[K.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
+        seg = torch.from_numpy((found[None] != K.BACKGROUND).astype(np.float32))
+        d[K.SEG] = MetaTensor(seg, affine=torch.from_numpy(box.affine))
+        d[K.SEG_LABELS] = torch.from_numpy(found[None])
+        d[K.SEG_KNOWN], d[K.SEG_INSIDE] = mask is not None, inside
+        return d
+
+
+class ScaleIntensityPETCTd(MapTransform):
+    """Scale the two channels of the image to [0, 1].
+
+    CT: clipped to the window, then (value - min) / (max - min) over the box, as in the paper. PET: the same without
+    clipping, or, with ``pet_window``, the fixed SUV window mapped to [0, 1], which keeps SUV comparable between
+    patients. A channel without contrast becomes zeros.
+
+    Args:
+        ct_window: lowest and highest HU kept.
+        pet_window: lowest and highest SUV kept, None for the paper's min-max.
+        keys: the image (2, R, R, R).
+
+    Raises:
+        ValueError: when a channel holds NaN or infinity, naming the patient and the image.
+    """
+
+    def __init__(
+        self,
+        ct_window: Sequence[float] = (-1000.0, 1000.0),
+        pet_window: Sequence[float] | None = None,
+        keys: KeysCollection = K.IMAGE,
+    ) -> None:
+        super().__init__(keys)
+        for name, window in (("ct_window", ct_window), ("pet_window", pet_window)):
+            if window is not None and not (len(window) == 2 and window[0] < window[1]):
+                raise ValueError(f"{name} must be (lowest, highest), got {window}")
+        self.ct_window, self.pet_window = tuple(ct_window), None if pet_window is None else tuple(pet_window)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale the image."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
+            for channel, name in zip(image, ("CT", "PET"), strict=True):
+                if not bool(torch.isfinite(channel).all()):
+                    patient = d.get(K.PATIENT_ID, "?")
+                    raise ValueError(f"patient {patient}: the {name} holds values that are not finite numbers")
+            ct = _min_max(image[0].clamp(*self.ct_window))
+            pet = _min_max(image[1]) if self.pet_window is None else _to_window(image[1], *self.pet_window)
+            scaled = torch.stack([ct, pet])
+            d[key] = MetaTensor(scaled, meta=d[key].meta) if isinstance(d[key], MetaTensor) else scaled
+        return d
+
+
+class CodeClinicald(MapTransform):
+    """Code the clinical values as the network reads them, (F,) float32 (see :func:`.code_clinical`).
+
+    A dictionary of raw values is coded; None or an absent key means that all are missing; a vector that is coded
+    already passes. Sets ``clinical_values`` beside it: a JSON text, a list of ``name``, ``value`` (None where missing),
+    ``coded`` and ``missing``, which collates as text does.
+
+    Args:
+        features: names of the clinical values, in the network's order.
+        keys: the clinical values.
+
+    Raises:
+        ValueError: when a coded vector has another length than ``features``.
+    """
+
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.CLINICAL) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.features = tuple(features)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Code the values."""
+        d = dict(data)
+        for key in self.keys:
+            given = d.get(key)
+            raw = given is None or isinstance(given, Mapping)
+            coded = torch.as_tensor(code_clinical(given, self.features) if raw else given, dtype=torch.float32)
+            if coded.shape != (len(self.features),):
+                raise ValueError(
+                    f"patient {d.get(K.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
+                    f"expected ({len(self.features)},) for {', '.join(self.features)}"
+                )
+            d[key] = coded
+            d[K.CLINICAL_VALUES] = _clinical_text(
+                self.features, coded.tolist(), (given or {}) if raw else None, d.get(K.CLINICAL_SOURCE) or {}
+            )
+        return d
+
+
+class ToNetworkItemd(MapTransform):
+    """Keep only what network, loss and writer need, numbers as tensors: float32, or bool for flags.
+
+    Args:
+        keys: what to keep: :data:`TRAINING_KEYS`, :data:`EVALUATION_KEYS` or :data:`INFERENCE_KEYS`.
+        allow_missing_keys: whether a key may be absent.
+    """
+
+    def __init__(self, keys: KeysCollection = TRAINING_KEYS, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Pick the network's item."""
+        return {key: _as_tensor(data[key]) for key in self.key_iterator(dict(data))}
+
+
+class RestoreMaskd(MapTransform):
+    """Turn the tumour probability on the box into a mask on the CT's own grid, and measure it.
+
+    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. A
+    case without the probability (a model that does not segment) passes.
+
+    Args:
+        keys: the probability (1, R, R, R), beside the box's affine and the CT's shape and affine.
+        threshold: probability above which a voxel is tumour.
+        pred_key: where the mask goes.
+        volume_key: where the volume in ml goes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = K.SEG_PROB,
+        threshold: float = HALF,
+        pred_key: str = K.PRED,
+        volume_key: str = K.VOLUME_ML,
+    ) -> None:
+        super().__init__(keys)
+        if len(self.keys) != 1:
+            raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
+        self.threshold, self.pred_key, self.volume_key = threshold, pred_key, volume_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Restore the mask."""
+        d = dict(data)
+        if d.get(self.keys[0]) is None:
+            return d
+        prob = _plain(d[self.keys[0]])[0].float()
+        shape = [int(n) for n in d[K.CT_SHAPE]]
+        ct = Grid((shape[0], shape[1], shape[2]), _plain(d[K.CT_AFFINE]).numpy())
+        window, values = to_ct_window(prob.numpy(), _box(d[K.BOX_AFFINE], prob.shape), ct)
+        mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
+        mask[window] = above(values, self.threshold)
+        d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
+        d[self.volume_key] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
+        return d
+
+
+def array_and_grid(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
+    """The (X, Y, Z) array of a loaded volume (1, X, Y, Z), sharing its memory, and its grid."""
+    array = _plain(scan)[0].numpy()
+    return array, Grid(array.shape, np.asarray(scan.affine))
+
+
+def _load(item: Any) -> MetaTensor:
+    """One scan as a channel-first MetaTensor, from a path, a MetaTensor, a pair (array, affine) or what reads one."""
+    if isinstance(item, (str, Path)):
+        array, affine, doubts = read_scan(item)
+        return _meta_tensor(array, affine, filename_or_obj=str(item), doubts="; ".join(doubts))
+    if isinstance(item, MetaTensor):
+        return item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)
+    if callable(getattr(item, "read", None)):
+        item = item.read()
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        array, affine = item
+        return _meta_tensor(np.asarray(array), np.asarray(affine))
+    kinds = "a path, a MetaTensor, a pair (array, affine) or an object whose read() gives such a pair"
+    raise ValueError(f"a scan is {kinds}, got {type(item).__name__}")
+
+
+def _doubts(scan: MetaTensor | None) -> str:
+    return "" if scan is None else str(scan.meta.get("doubts", ""))
+
+
+def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
+    """Wrap an array without copying it."""
+    values = torch.from_numpy(_Shared.of(array if array.ndim == 4 else array[None]))
+    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64), meta=dict(meta))
+
+
+class _Shared:
+    """The memory of a read-only array, as an array of which torch does not warn; nothing here writes into it.
+
+    Decoded files are read-only. Python's filters of warnings cannot be changed meanwhile: they belong to all threads.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> np.ndarray:
+        """The array itself where it can be written to."""
+        return array if array.flags.writeable else np.asarray(cls(array))
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU without metadata."""
+    return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).detach().cpu()
+
+
+def _clinical_text(
+    features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None, sources: Mapping[str, str]
+) -> str:
+    """Clinical values as given and as coded, as JSON; ``given`` None where there is only the coding, which then tells.
+
+    A value that is named in ``sources`` says where it comes from.
+
+    Raises:
+        scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
+    """
+    rows = []
+    for name, code in zip(features, coded, strict=True):
+        if given is not None:
+            value = parse_value(name, given.get(name))
+        else:  # 0 is missing, levels are shifted by one (see code_clinical)
+            value = None if code == 0 else code - (1.0 if feature_named(name).levels else 0.0)
+        row = {"name": name, "value": value, "coded": code, "missing": value is None}
+        rows.append({**row, "source": sources[name]} if name in sources else row)
+    return json.dumps(rows, allow_nan=False)
+
+
+def _box(affine: torch.Tensor, roi_size: int | Sequence[int]) -> Grid:
+    x, y, z = np.broadcast_to(np.asarray(roi_size, dtype=int), 3).tolist()
+    return Grid((x, y, z), _plain(affine).numpy())
+
+
+def _min_max(values: torch.Tensor) -> torch.Tensor:
+    return _to_window(values, float(values.min()), float(values.max()))
+
+
+def _to_window(values: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        return torch.tensor(bool(value))
+    if isinstance(value, (int, float, np.number)):
+        return torch.tensor(float(value), dtype=torch.float32)
+    return value

@@ -1,0 +1,1 @@
+"""The network, its losses, and the checkpoint that travels with its specification."""

@@ -1,0 +1,391 @@
+"""Masked losses of the paper: segmentation (eq. 2-5), HPV status (eq. 4, 5), survival (eq. 6), and their sum (eq. 1).
+
+A label has a flag of its own. Every loss *selects* the cases whose label is known and never multiplies by a mask, so a
+case without the label gives nothing, in value and in gradient, whatever its outputs hold. A batch with nothing to
+learn from gives an exact, finite zero that still has a graph (the sum of an empty selection), so ``backward`` works.
+
+Half precision is computed in float32; float64 stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.losses import DiceLoss
+from monai.losses.focal_loss import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from scripts.keys import (
+    EVENT,
+    HPV,
+    HPV_KNOWN,
+    HPV_LOGIT,
+    LOG_HAZARD,
+    SEG,
+    SEG_KNOWN,
+    SEG_LOGITS,
+    SURV_KNOWN,
+    TASK_HPV,
+    TASK_SEG,
+    TASK_SURV,
+    TASKS,
+    TIME,
+)
+from scripts.model.networks import checked_tasks
+
+__all__ = ["CoxLoss", "HPVLoss", "MultitaskLoss", "SegmentationLoss"]
+
+ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive class
+GAMMA = 2.0
+L2 = "l2"
+TIES = ("breslow", "efron")
+UNCERTAINTY = "uncertainty"
+CLINICAL_TERM = "hpv_clinical"  # a network's name for it
+
+
+class SegmentationLoss(nn.Module):
+    r"""Dice with squared denominators plus focal loss, over the cases whose mask is known (eq. 2-5).
+
+    .. math::
+
+        L_{seg} = \frac{1}{|K|} \sum_{k \in K} \Big( 1 - \frac{2 \sum_v p_v g_v + s}{\sum_v p_v^2 + \sum_v g_v^2 + s}
+        + \frac{1}{V} \sum_v FL(p_v, g_v) \Big)
+
+    where K are the cases with ``known``, p the sigmoid of ``logits``, g the ``mask``, V the voxels of the box and s
+    MONAI's smoothing of 1e-5. The Dice is that of each case, then averaged, so that a small tumour counts as much as a
+    large one and an empty mask is a case like any other (the paper leaves smoothing and averaging open).
+
+    Args:
+        alpha: focal weight of tumour voxels; background has 1 - alpha.
+        gamma: focal exponent.
+
+    Example:
+        A case without a mask changes nothing, even where its logits are not numbers:
+
+        >>> logits, mask = torch.randn(2, 1, 4, 4, 4), torch.rand(2, 1, 4, 4, 4).round()
+        >>> alone = SegmentationLoss()(logits[:1], mask[:1])
+        >>> logits[1] = torch.nan
+        >>> bool(SegmentationLoss()(logits, mask, torch.tensor([True, False])) == alone)
+        True
+    """
+
+    def __init__(self, alpha: float = ALPHA, gamma: float = GAMMA) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+        self.dice = DiceLoss(sigmoid=True, squared_pred=True)
+
+    def forward(self, logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (B, 1, R, R, R) tumour logits.
+            mask: (B, 1, R, R, R) in {0, 1}; anything where unknown.
+            known: (B,) bool; None where every mask is known.
+
+        Raises:
+            ValueError: where the shapes do not belong together.
+        """
+        check_same_shape("tumour logits", logits, "mask", mask)
+        logits, mask = select(known, logits, mask)
+        if not len(logits):
+            return logits.sum()
+        mask = mask.to(logits.dtype)
+        return self.dice(logits, mask) + sigmoid_focal_loss(logits, mask, self.gamma, self.alpha).mean()
+
+
+class HPVLoss(nn.Module):
+    r"""Binary focal loss over the cases whose HPV status is known (eq. 4, 5).
+
+    .. math:: FL(p, g) = -\alpha g (1 - p)^\gamma \log p - (1 - \alpha) (1 - g) p^\gamma \log(1 - p)
+
+    Args:
+        alpha: weight of HPV-positive cases; negative ones have 1 - alpha.
+        gamma: exponent; 0 is the weighted cross entropy.
+
+    Example:
+        >>> logit, hpv = torch.randn(5), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+        >>> half_of_bce = 0.5 * nn.functional.binary_cross_entropy_with_logits(logit, hpv)
+        >>> torch.testing.assert_close(HPVLoss(alpha=0.5, gamma=0.0)(logit, hpv), half_of_bce)
+    """
+
+    def __init__(self, alpha: float = ALPHA, gamma: float = GAMMA) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def forward(self, logit: Tensor, hpv: Tensor, known: Tensor | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logit: (B,) HPV logits.
+            hpv: (B,) in {0, 1}; anything where unknown.
+            known: (B,) bool; None where every status is known.
+
+        Raises:
+            ValueError: where the shapes do not belong together.
+        """
+        check_same_shape("HPV logits", logit, "HPV labels", hpv)
+        logit, hpv = select(known, logit, hpv)
+        if not len(logit):
+            return logit.sum()
+        return sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, self.alpha).mean()
+
+
+class CoxLoss(nn.Module):
+    r"""Cox's negative log partial likelihood of the batch, averaged over its events (eq. 6).
+
+    With ``log_hazard`` h, ``time`` T, ``event`` d and risk sets R_i = {j: T_j >= T_i}:
+
+    .. math:: L = -\frac{1}{\sum_i d_i} \sum_{i: d_i = 1} \Big( h_i - \log \sum_{j \in R_i} e^{h_j} \Big)
+
+    which is Breslow's treatment of tied events. Efron's takes from each risk set, for the r-th (r = 0, 1, ...) of m
+    tied events, the share r / m of the tied events' hazards. Cases may come in any order; the sums are
+    log-sum-exps, so log hazards of +-100 are finite in value and gradient.
+
+    Args:
+        ties: "breslow" (the paper) or "efron".
+
+    Raises:
+        ValueError: for an unknown ``ties``.
+
+    References:
+        Cox, "Regression models and life-tables", 1972; Breslow, "Covariance analysis of censored survival data",
+        1974; Efron, "The efficiency of Cox's likelihood function for censored data", 1977.
+
+    Example:
+        Shifting all log hazards changes nothing:
+
+        >>> h, time, event = torch.randn(6), torch.tensor([3.0, 1.0, 3.0, 2.0, 5.0, 1.0]), torch.arange(6) % 2 == 0
+        >>> torch.testing.assert_close(CoxLoss()(h + 50, time, event), CoxLoss()(h, time, event))
+    """
+
+    def __init__(self, ties: str = "breslow") -> None:
+        super().__init__()
+        if ties not in TIES:
+            raise ValueError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}")
+        self.ties = ties
+
+    def forward(self, log_hazard: Tensor, time: Tensor, event: Tensor, known: Tensor | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            log_hazard: (B,) float, higher is worse.
+            time: (B,) days to the event or to the last visit; anything where unknown.
+            event: (B,) bool, True = relapse.
+            known: (B,) bool; None where every outcome is known.
+
+        Raises:
+            ValueError: where the shapes do not belong together.
+        """
+        check_same_shape("log hazards", log_hazard, "times", time)
+        check_same_shape("log hazards", log_hazard, "events", event)
+        log_hazard, time, event = select(known, log_hazard, time, event)
+        return negative_log_partial_likelihood(log_hazard, time, event.bool(), self.ties)
+
+
+class MultitaskLoss(nn.Module):
+    r"""The sum of the tasks' losses and the L2 term of the survival branch (eq. 1).
+
+    .. math:: L = w_{seg} L_{seg} + w_{hpv} L_{class} + w_{surv} L_{surv} + 0.1 \sum_W \lVert W \rVert_2^2
+
+    where W are the fully connected weights of the survival branch (sum of squares, as Keras' ``l2``; no biases).
+
+    **Learned weights.** With ``task_weights="uncertainty"`` each task has a log variance s that is learned with the
+    network, and gives
+
+    .. math:: e^{-s} L_{task} + \frac{s}{2}
+
+    which for a fixed loss is least at :math:`s = \log 2 L`: small losses are weighed up, and none can be weighed down
+    to nothing. Weights start at 1. A task that is exactly 0 in a batch (nothing known, no event) leaves its log
+    variance alone. In evaluation mode these weights count as 1, so that the validation losses of two epochs can be
+    compared. Each rank learns its own; the checkpoint keeps the first rank's. Weights that are given, and that of the
+    L2 term, are constants.
+
+    Args:
+        tasks: any of "seg", "hpv", "surv".
+        survival_weights: ``MultitaskNet.survival_weights()``; none leaves the L2 term out. They stay the network's:
+            they are not parameters of the loss.
+        l2_weight: weight of the L2 term.
+        task_weights: weight by task name, 1 where not named, that of a task which is not trained has no effect; or
+            "uncertainty".
+        ties: treatment of tied events, see :class:`CoxLoss`.
+        hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
+        hpv_gamma: of :class:`HPVLoss`.
+
+    Attributes:
+        parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached; with learned
+            weights these too ("weight_seg", ...).
+
+    Raises:
+        ValueError: for unknown tasks or weights.
+
+    References:
+        Kendall, Gal, Cipolla, "Multi-task learning using uncertainty to weigh losses for scene geometry and
+        semantics", 2018, eq. 10.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] = TASKS,
+        survival_weights: Sequence[nn.Parameter] = (),
+        l2_weight: float = 0.1,
+        task_weights: Mapping[str, float] | str | None = None,
+        ties: str = "breslow",
+        hpv_alpha: float = ALPHA,
+        hpv_gamma: float = GAMMA,
+    ) -> None:
+        super().__init__()
+        self.tasks = checked_tasks(tasks)
+        if isinstance(task_weights, str) and task_weights != UNCERTAINTY:
+            raise ValueError(f"task_weights is {task_weights!r}; it must be '{UNCERTAINTY}' or a weight by task")
+        learned = self.tasks if task_weights == UNCERTAINTY else ()
+        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
+        weights = {} if isinstance(task_weights, str) else dict(task_weights or {})
+        if not set(weights) <= set(TASKS):
+            raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(TASKS)}")
+        self.weights = {task: float(weights.get(task, 1.0)) for task in self.tasks} | {L2: float(l2_weight)}
+        self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
+        self.segmentation = SegmentationLoss()
+        self.hpv = HPVLoss(hpv_alpha, hpv_gamma)
+        self.cox = CoxLoss(ties)
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum, a scalar; the arguments are those of :meth:`components`."""
+        components = self.components(outputs, targets)
+        self.parts = {name: value.detach() for name, value in components.items()}
+        for task, log_variance in self.log_variances.items():
+            self.parts[f"weight_{task}"] = torch.exp(-log_variance.detach())
+        return torch.stack([self._weighted(name, value) for name, value in components.items()]).sum()
+
+    def _weighted(self, name: str, value: Tensor) -> Tensor:
+        """A term with its weight, and what a learned weight costs."""
+        if name not in self.log_variances or not self.training:
+            return self.weights[name] * value
+        log_variance = self.log_variances[name].to(value)
+        # Without this a task that is silent in many batches would gain weight by its silence.
+        cost = torch.where(value.detach() != 0, log_variance / 2, 0.0)
+        return torch.exp(-log_variance) * value + cost
+
+    def parameter_groups(
+        self, network: nn.Module, task_weights_rate: float, clinical_rate: float
+    ) -> list[dict[str, Any]]:
+        """What an optimiser has to learn: the network, and at rates of their own what its rate would move too slowly.
+
+        Args:
+            network: learned at the optimiser's rate, but for its clinical term.
+            task_weights_rate: of the log variances.
+            clinical_rate: of :class:`scripts.model.branches.ClinicalTerm`.
+
+        Returns:
+            One to three groups, as far as there are such parameters.
+        """
+        term = [p for name, p in network.named_parameters() if CLINICAL_TERM in name.split(".")]
+        others = [p for name, p in network.named_parameters() if CLINICAL_TERM not in name.split(".")]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if self.log_variances:
+            groups.append({"params": list(self.parameters()), "lr": task_weights_rate})
+        if term:
+            groups.append({"params": term, "lr": clinical_rate})
+        return groups
+
+    def components(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every unweighted term by name.
+
+        Args:
+            outputs: of :class:`scripts.model.networks.MultitaskNet`.
+            targets: by the keys of :mod:`scripts.keys`: each task's labels and their "known" flag.
+
+        Raises:
+            KeyError: for an output or a label that a task needs and that is missing.
+            ValueError: where shapes do not belong together.
+        """
+        terms: dict[str, Tensor] = {}
+        if TASK_SEG in self.tasks:
+            terms[TASK_SEG] = self.segmentation(outputs[SEG_LOGITS], targets[SEG], targets[SEG_KNOWN])
+        if TASK_HPV in self.tasks:
+            terms[TASK_HPV] = self.hpv(outputs[HPV_LOGIT], targets[HPV], targets[HPV_KNOWN])
+        if TASK_SURV in self.tasks:
+            terms[TASK_SURV] = self.cox(outputs[LOG_HAZARD], targets[TIME], targets[EVENT], targets[SURV_KNOWN])
+        if self.survival_weights:
+            terms[L2] = torch.stack([at_least_float32(w).square().sum() for w in self.survival_weights]).sum()
+        return terms
+
+
+def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties: str = "breslow") -> Tensor:
+    """The formula of :class:`CoxLoss` for cases that are all known.
+
+    Args:
+        log_hazard: (N,) float32 or float64.
+        time: (N,).
+        event: (N,) bool.
+        ties: "breslow" or "efron".
+
+    Returns:
+        A scalar; an exact zero with a graph where there is no event. Time and memory are O(events * N).
+
+    Example:
+        Two cases of equal hazard, one event: the event is one of two at risk.
+
+        >>> negative_log_partial_likelihood(torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([True, False])).exp()
+        tensor(2.)
+    """
+    if not event.any():
+        return log_hazard[:0].sum()
+    event_hazard, event_time = log_hazard[event], time[event]
+    at_risk = time.unsqueeze(0) >= event_time.unsqueeze(1)
+    log_total = masked_logsumexp(log_hazard, at_risk)
+    if ties == "efron":
+        log_total = log_total + _efron_correction(event_hazard, event_time, log_total)
+    return (log_total - event_hazard).mean()
+
+
+def _efron_correction(event_hazard: Tensor, event_time: Tensor, log_total: Tensor) -> Tensor:
+    """(E,) log of the share of each risk set that stays once r / m of the m tied events are taken from it."""
+    tied = event_time.unsqueeze(0) == event_time.unsqueeze(1)
+    rank = torch.tril(tied, diagonal=-1).sum(dim=1)  # 0, 1, ..., m - 1 among those tied
+    share = rank.to(log_total.dtype) / tied.sum(dim=1)
+    log_tied = masked_logsumexp(event_hazard, tied)
+    # The tied events are part of the risk set, so exp(...) <= 1 and share < 1: the logarithm is finite.
+    return torch.log1p(-share * torch.exp(log_tied - log_total))
+
+
+def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
+    """Row-wise log-sum-exp of ``values`` (N,) where ``mask`` (M, N) is True: (M,)."""
+    return torch.where(mask, values.unsqueeze(0), -torch.inf).logsumexp(dim=1)
+
+
+def select(known: Tensor | None, output: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+    """The known cases of an output (in float32 at least) and of its labels.
+
+    Raises:
+        ValueError: where ``known`` is not one flag a case.
+    """
+    output, *rest = (without_metadata(tensor) for tensor in (output, *labels))
+    output = at_least_float32(output)
+    if known is None:
+        return (output, *rest)
+    known = without_metadata(known).to(output.device).bool()
+    if known.shape != output.shape[:1]:
+        raise ValueError(f"known has shape {tuple(known.shape)}; one flag a case, {tuple(output.shape[:1])}, is needed")
+    return (output[known], *(label.to(output.device)[known] for label in rest))
+
+
+def without_metadata(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata, which would otherwise follow every operation."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError where two tensors that belong together differ in shape."""
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} have shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}")

@@ -1,0 +1,1 @@
+"""Prediction: cases in, results out, reports, explanations, DICOM results."""

@@ -1,0 +1,102 @@
+"""A patient's prediction as DICOM objects: the tumour as a segmentation of the CT, the rest as a structured report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scripts import keys
+from scripts.dicom.choice import Choice
+from scripts.dicom.seg import Model, write_seg
+from scripts.dicom.sr import Findings, write_sr
+from scripts.prediction.description import METADATA
+
+SEG_FILE, SR_FILE = "tumour_seg.dcm", "report_sr.dcm"
+FORCED_SEG = "Tumour, research use only; FORCED in spite of quality control"  # of at most 64 letters
+
+
+def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """Write SEG and SR of a case that was given as DICOM; a product of :class:`.PredictionWriter`.
+
+    Args:
+        case: its key ``dicom`` holds the series that were used; without it nothing is written.
+        result: ``prediction``, and ``pred`` where the model segments.
+        folder: receives ``tumour_seg.dcm`` and ``report_sr.dcm``.
+
+    Yields:
+        Name and file of each, for ``files`` of the prediction.
+
+    Raises:
+        scripts.dicom.tags.DicomError: where the source series can no longer be read.
+    """
+    choice: Choice | None = case.get(keys.DICOM)
+    if choice is None:
+        return
+    prediction = result[keys.PREDICTION]
+    model, seg = dicom_model(prediction), None
+    folder.mkdir(parents=True, exist_ok=True)
+    if result.get(keys.PRED) is not None:
+        mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
+        title: dict[str, Any] = {"description": FORCED_SEG} if prediction["quality"]["forced"] else {}
+        seg = write_seg(folder / SEG_FILE, mask, choice.ct, model=model, **title)
+        yield "dicom_seg", SEG_FILE
+    write_sr(
+        folder / SR_FILE,
+        findings(prediction),
+        ct=choice.ct,
+        pet=choice.pet,
+        model=model,
+        seg=seg,
+        notes=notes(prediction),
+    )
+    yield "dicom_sr", SR_FILE
+
+
+def dicom_model(prediction: Mapping[str, Any]) -> Model:
+    """What made the prediction, as DICOM names it."""
+    model = prediction["model"]
+    authors = json.loads(METADATA.read_text(encoding="utf-8"))["authors"]
+    return Model(model["name"], model["version"], authors, model["sha256"], model["trained_on"])
+
+
+def findings(prediction: Mapping[str, Any]) -> Findings:
+    """The numbers of ``prediction.json`` that the structured report has a place for."""
+    survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
+    return Findings(
+        **{name: tumour.get(name) for name in ("volume_ml", "suv_max", "suv_mean", "mtv_ml", "tlg_g", "lesions")},
+        log_hazard=survival.get("log_hazard"),
+        risk_percentile=survival.get("percentile"),
+        survival={round(row["days"]): row["survival"] for row in survival.get("recurrence_free_survival", [])},
+        hpv_probability=hpv.get("probability"),
+        hpv_positive=hpv.get("positive"),
+    )
+
+
+def notes(prediction: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers must know: quality, what was missing; nothing that identifies anyone."""
+    survival, hpv = (prediction[part] or {} for part in ("survival", "hpv"))
+    said = []
+    if prediction["quality"]["forced"]:
+        said.append("FORCED: quality control rejected these scans, and they were predicted in spite of it")
+    said += [
+        f"Quality {check['verdict']}: {check['name']}: {check['message']}"
+        for check in prediction["quality"]["checks"]
+        if check["verdict"] != "ok"
+    ]
+    if prediction["crop"]["flag"]:
+        said.append(f"Field of view of the network: {prediction['crop']['flag']}")
+    missing = [row["name"] for row in prediction["clinical"] if row["missing"]]
+    if missing:
+        said.append(f"Clinical values that were missing: {', '.join(missing)}")
+    said += [f"{title}: {part['doubt']}" for title, part in (("Survival", survival),) if part.get("doubt")]
+    said += [
+        f"{title} not available: {part['unavailable']}"
+        for title, part in (("Absolute risk", survival), ("HPV class", hpv))
+        if part.get("unavailable")
+    ]
+    return said

@@ -1,0 +1,315 @@
+"""What a prediction says of a patient, in words: the sections that HTML and PDF report show alike.
+
+Nothing is computed here. What the prediction leaves open (null) is said with its reason instead of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripts.cohorts.clinical import FEATURES
+
+NOT_AVAILABLE = "not available"
+NO_TASK = "not a task of this model"
+FORCED = "FORCED: a quality check rejected this case and the prediction was made in spite of it. Do not rely on it."
+CROPS = {
+    "mask": "centred on a given tumour mask",
+    "pet_brain": "below the brain as the PET shows it",
+    "ct_body_top": "below the top of the body as the CT shows it",
+    "scan_centre": "middle of the scan",
+}
+NETWORK = "+network"  # behind a rule's name: the network itself moved the box
+VERDICTS = {"ok": "all checks passed", "warn": "WARNINGS", "reject": "REJECTED"}
+NOT_CAUSES = (
+    "What moved the computed risk of this model: no statement about causes, nor about what a treatment would change."
+)
+
+
+@dataclass
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: of the section.
+        rows: names and what is said of them.
+        loud: sentences that must not be missed.
+        notes: sentences in small print.
+    """
+
+    title: str
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    loud: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def warnings_of(prediction: Mapping[str, Any]) -> list[str]:
+    """What stands above everything else: the notice, what the model was trained on, and a forced prediction."""
+    loud = [FORCED] if prediction["quality"].get("forced") else []
+    return [*loud, f"{prediction['notice']} {trained_on_of([prediction])}"]
+
+
+def trained_on_of(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on what the models of some predictions were trained on."""
+    named = sorted({prediction["model"].get("trained_on") or "not recorded" for prediction in predictions})
+    return f"The model was trained on: {'; '.join(named).rstrip('.')}."
+
+
+def sections_of(prediction: Mapping[str, Any]) -> list[Section]:
+    """All sections of a report.
+
+    Args:
+        prediction: of one patient, as ``prediction.json`` has it.
+    """
+    return [
+        survival_section(prediction.get("survival")),
+        hpv_section(prediction.get("hpv"), prediction.get("clinical") or []),
+        tumour_section(prediction.get("tumour")),
+        clinical_section(prediction.get("clinical") or []),
+        model_section(prediction),
+        quality_section(prediction["quality"]),  # last: it is the one that may be too long for a sheet of paper
+    ]
+
+
+def survival_section(survival: Mapping[str, Any] | None) -> Section:
+    """Risk group, percentile, survival at the years that can be given, and the years that cannot."""
+    section = Section("Recurrence-free survival")
+    if survival is None:
+        section.rows.append(("survival", NO_TASK))
+        return section
+    folds = len(survival.get("log_hazard_folds") or [])
+    reason = survival.get("unavailable") or ""
+    none = f"{NOT_AVAILABLE} (reason below)" if reason else NOT_AVAILABLE
+    percentile = survival.get("percentile")
+    section.rows += [
+        ("risk group", survival.get("risk_group") or none),
+        ("risk", none if percentile is None else f"higher than in {percentile:.0f} % of the training cases"),
+    ]
+    given = survival.get("recurrence_free_survival") or []
+    section.rows += [(years(row["years"]), _survival_at(row, folds)) for row in given]
+    if not given:
+        section.rows.append(("at 1, 2, 3 and 5 years", none))
+    section.rows += [
+        (years(beyond), "not given: beyond the follow-up of the training cases")
+        for beyond in survival.get("beyond_follow_up") or []
+    ]
+    section.rows.append(("log hazard", _with_spread(survival.get("log_hazard"), survival.get("log_hazard_std"), folds)))
+    if reason:
+        section.notes.append(f"Not available: {reason}.")
+    if survival.get("doubt"):
+        section.loud.append(f"In doubt: {survival['doubt']}")
+    if given and folds > 1:
+        section.notes.append(
+            f"Intervals and bands: spread over the {folds} folds of the model, not a confidence limit."
+        )
+    elif given:
+        section.notes.append("A single fold answers: its own uncertainty is not known.")
+    return section
+
+
+def hpv_section(hpv: Mapping[str, Any] | None, clinical: Sequence[Mapping[str, Any]] = ()) -> Section:
+    """Probability, threshold, class, and what they are read from."""
+    section = Section("HPV")
+    if hpv is None:
+        section.rows.append(("HPV status", NO_TASK))
+        return section
+    folds = len(hpv.get("probability_folds") or [])
+    reason = hpv.get("unavailable") or "no threshold is stored with the weights"
+    threshold, positive = hpv.get("threshold"), hpv.get("positive")
+    none = f"{NOT_AVAILABLE} (reason below)"
+    if threshold is None or positive is None:
+        section.notes.append(f"Not available: {reason}.")
+    section.rows += [
+        ("probability of HPV", _with_spread(hpv.get("probability"), hpv.get("probability_std"), folds)),
+        ("threshold", none if threshold is None else f"{threshold:.2f}"),
+        ("class", none if positive is None else ("positive" if positive else "negative")),
+    ]
+    if "clinical" in hpv.get("inputs", ()):
+        known = sum(not value["missing"] for value in clinical)
+        section.rows.append(("read from", f"PET/CT and clinical values ({known} of {len(clinical)} known)"))
+    elif "inputs" in hpv:
+        section.rows.append(("read from", "PET/CT alone"))
+    return section
+
+
+def tumour_section(tumour: Mapping[str, Any] | None) -> Section:
+    """Volume, lesions and uptake."""
+    section = Section("Tumour and lymph nodes")
+    if tumour is None:
+        section.rows.append(("segmentation", NO_TASK))
+        return section
+    if not tumour.get("volume_ml"):
+        section.rows.append(("segmentation", "no tumour found: nothing is measured"))
+        return section
+    units = (
+        ("volume", "volume_ml", "ml", 1),
+        ("SUVmax", "suv_max", "", 1),
+        ("SUVmean", "suv_mean", "", 1),
+        ("SUVpeak", "suv_peak", "", 1),  # not every version measures it
+        ("MTV", "mtv_ml", "ml", 1),
+        ("TLG", "tlg_g", "g", 0),
+    )
+    section.rows.append(("lesions", f"{tumour['lesions']}{_lesions(tumour.get('lesion_list') or [])}"))
+    unseen = f"{NOT_AVAILABLE}: the PET does not reach it"
+    section.rows += [
+        (name, unseen if tumour[key] is None else number(tumour[key], unit, digits))
+        for name, key, unit, digits in units
+        if key in tumour
+    ]
+    if tumour.get("mtv_rule"):
+        section.notes.append(f"MTV and TLG: {tumour['mtv_rule']}.")
+    return section
+
+
+def clinical_section(clinical: Sequence[Mapping[str, Any]]) -> Section:
+    """The values that were used and those that were missing."""
+    section = Section("Clinical values used")
+    if not clinical:
+        section.rows.append(("clinical values", "none: this model reads images alone"))
+        return section
+    used = [value for value in clinical if not value["missing"]]
+    missing = [clinical_name(value["name"]) for value in clinical if value["missing"]]
+    for value in used:
+        source = f" (from: {value['source']})" if value.get("source") else ""
+        section.rows.append((clinical_name(value["name"]), clinical_value(value["name"], value["value"]) + source))
+    section.rows.append(("missing", ", ".join(missing) if missing else "nothing"))
+    if missing:
+        section.notes.append("Missing values are coded as 0; the model was trained with such gaps.")
+    return section
+
+
+def quality_section(quality: Mapping[str, Any]) -> Section:
+    """The verdict and every check that is not passed, the worst first."""
+    section = Section("Quality of the scans")
+    checks = quality.get("checks") or []
+    if not checks:
+        section.rows.append(("verdict", f"{NOT_AVAILABLE}: the scans were not checked"))
+        return section
+    bad = sorted(
+        (check for check in checks if check["verdict"] != "ok"), key=lambda check: check["verdict"] != "reject"
+    )
+    verdict = VERDICTS[quality["verdict"]] + (", prediction FORCED" if quality.get("forced") else "")
+    section.rows.append(("verdict", f"{verdict} ({len(checks) - len(bad)} of {len(checks)} checks passed)"))
+    section.rows += [(f"{check['verdict']}: {_words(check['name'])}", check["message"]) for check in bad]
+    return section
+
+
+def model_section(prediction: Mapping[str, Any]) -> Section:
+    """What made the prediction: model, training, crop, versions."""
+    model, crop = prediction["model"], prediction.get("crop") or {}
+    section = Section("How it was made")
+    folds, method = model.get("folds"), crop.get("method") or ""
+    rule = method.removesuffix(NETWORK)
+    placed = CROPS.get(rule, _words(rule) or NOT_AVAILABLE)
+    placed += ", then centred on what a coarse look of the network took for tumour" if rule != method else ""
+    seconds = (prediction.get("seconds") or {}).get("total")
+    section.rows += [
+        (
+            "model",
+            f"{model.get('name') or 'unnamed'} {model.get('version') or ''}, {folds} fold{'' if folds == 1 else 's'}",
+        ),
+        ("trained on", model.get("trained_on") or "not recorded"),
+        ("SHA-256", model.get("sha256") or NOT_AVAILABLE),
+        ("network's box", _box(placed, crop)),
+        (
+            "made",
+            f"{prediction.get('created') or 'time not recorded'}{'' if seconds is None else f', in {seconds:.1f} s'}",
+        ),
+    ]
+    if crop.get("flag"):
+        section.loud.append(f"Place of the box in doubt: {crop['flag']}")
+    return section
+
+
+def explanation_section(explanation: Mapping[str, Any]) -> Section:
+    """What moved the log hazard (see :mod:`scripts.prediction.explain`)."""
+    image, features = explanation["image"], explanation["clinical"]["features"]
+    section = Section("What moved the risk", notes=[NOT_CAUSES, explanation["method"]])
+    section.rows.append(("images", f"{signed(image['sum'])} to the log hazard"))
+    section.rows += [(f"images: {name.upper()}", signed(value)) for name, value in image["channels"].items()]
+    if image["inside"] is None:
+        section.rows.append(("images: tumour", f"{NOT_AVAILABLE}: {image['inside_unavailable']}"))
+    else:
+        share = f"{100 * image['inside_share']:.0f} % of all that the images moved up or down"
+        section.rows.append(("images: tumour", f"{signed(image['inside'])}; {share}"))
+        section.rows.append(("images: elsewhere", signed(image["outside"])))
+    known = [feature for feature in features if feature["coded"] != 0]
+    missing = [clinical_name(feature["name"]) for feature in features if feature["coded"] == 0]
+    by_size = sorted(known, key=lambda feature: -abs(feature["contribution"]))
+    section.rows += [(clinical_name(feature["name"]), signed(feature["contribution"])) for feature in by_size]
+    section.rows += [("missing values", f"0 ({', '.join(missing)})")] if missing else []
+    total = f"{signed(explanation['sum'])} of {signed(explanation['expected'])} between this patient and an empty scan"
+    error = f"error {100 * explanation['relative_error']:.0f} % of what was moved"
+    section.rows.append(("sum", f"{total} without clinical values ({error})"))
+    if not explanation["complete"]:
+        section.loud.append("The contributions do not add up to the risk well: read them as rough.")
+    return section
+
+
+def years(count: float) -> str:
+    """``1 year``, ``2 years``."""
+    return f"{count:g} year{'' if count == 1 else 's'}"
+
+
+def number(value: float | None, unit: str = "", digits: int = 1) -> str:
+    """A rounded number with its unit, or that there is none."""
+    return NOT_AVAILABLE if value is None else f"{value:.{digits}f} {unit}".strip()
+
+
+def signed(value: float) -> str:
+    """A contribution to the log hazard, with its sign."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
+def clinical_name(name: str) -> str:
+    """A feature's name for people."""
+    return FEATURES[name].column if name in FEATURES else _words(name)
+
+
+def clinical_value(name: str, value: float | None) -> str:
+    """A clinical value in words where its level has one.
+
+    Example:
+        >>> clinical_value("gender", 1.0), clinical_value("age", 61.0), clinical_value("performance_status", 1.0)
+        ('male', '61 years', '1')
+    """
+    if value is None:
+        return "missing"
+    known = FEATURES.get(name)
+    words = known.levels.get(int(value), ()) if known else ()
+    if words:
+        return words[0]
+    return f"{value:g} {known.unit if known else ''}".strip()
+
+
+def _survival_at(row: Mapping[str, Any], folds: int) -> str:
+    value = f"{100 * row['survival']:.0f} %"
+    low, high = row.get("low"), row.get("high")
+    return value if folds < 2 or low is None or high is None else f"{value}  [{100 * low:.0f} to {100 * high:.0f}]"
+
+
+def _with_spread(value: float | None, spread: float | None, folds: int) -> str:
+    if value is None:
+        return NOT_AVAILABLE
+    return f"{value:.2f}" if spread is None or folds < 2 else f"{value:.2f} \u00b1 {spread:.2f} over {folds} folds"
+
+
+def _lesions(lesions: Sequence[Mapping[str, Any]]) -> str:
+    """The volumes of the first ones."""
+    if len(lesions) < 2:
+        return ""
+    shown = ", ".join(f"{lesion['volume_ml']:.1f}" for lesion in lesions[:5])
+    return f" ({shown}{', ...' if len(lesions) > 5 else ''} ml)"
+
+
+def _box(method: str, crop: Mapping[str, Any]) -> str:
+    size, centre = crop.get("size_mm"), crop.get("centre_mm")
+    parts = [method]
+    parts += [f"{' x '.join(f'{edge:.0f}' for edge in size)} mm"] if size else []
+    parts += [f"centre ({', '.join(f'{place:.0f}' for place in centre)}) mm"] if centre else []
+    return ", ".join(parts)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,288 @@
+"""What somebody points at, as cases to predict: a folder, a list of cases, a pair of scans, DICOM; and clinical values.
+
+Every function gives cases as :func:`.inference_cases` does: what keeps a patient from being predicted
+stands in the case, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import keys
+from scripts.cohorts import cohort
+from scripts.cohorts import tables as cohort_tables
+from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
+from scripts.cohorts.cohort import Case, CohortError
+from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, patient_key, some
+from scripts.dicom.examinations import (
+    HEADER,
+    DicomScan,
+    Examination,
+    clinical_values,
+    find_examinations,
+    pair_examination,
+)
+from scripts.dicom.tags import DicomError
+from scripts.imaging.images import image_suffix
+
+logger = logging.getLogger(__name__)
+
+LISTS = (".csv", ".json")
+_COLUMNS = {
+    keys.CT: frozenset(("ct", "ctpath", "ctfile", "ctimage")),
+    keys.PET: frozenset(("pet", "pt", "petpath", "ptpath", "petfile", "petimage")),
+}
+
+
+class NoScanError(CohortError):
+    """Nothing in a place is named as scans are; two files may be there all the same."""
+
+
+def find_cases(
+    source: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
+) -> list[Case]:
+    """The cases in a folder of images, in a folder of DICOM, or in a list.
+
+    Args:
+        source: a folder in one of the layouts of :func:`scripts.cohorts.scans.find_scans`; a folder with DICOM files in
+            any order; or a CSV or JSON list of cases, see :func:`listed_cases`.
+        features: names of the clinical values to read, in the network's order.
+        clinical: a table of clinical values (CSV or JSON); None: found beside the scans.
+
+    Raises:
+        CohortError: there is nothing to predict, or a table cannot be read at all.
+    """
+    cases = _find_cases(Path(source).expanduser(), features, clinical)
+    twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
+    if twice:
+        raise CohortError(f"{source}: several patients are called {', '.join(twice)}; rename them")
+    if clinical and not any(case[keys.CLINICAL_FOUND] for case in cases):
+        tables = cohort_tables.read_tables([clinical], features)
+        cohort.require_rows(tables, [patient_key(case[keys.PATIENT_ID]) for case in cases], source)
+    return cases
+
+
+def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | None) -> list[Case]:
+    if source.is_file() and source.suffix.lower() in LISTS:
+        return listed_cases(source, features, clinical)
+    if not source.is_dir():
+        if source.exists():
+            raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
+        raise CohortError(f"{source} is not there")
+    if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
+        cases, _ = cohort.folder_cases(source, clinical, features)
+        return _with_dicom_beside(cases, features, clinical, source)
+    try:
+        return _dicom_cases(find_examinations(source), features, clinical, source)
+    except DicomError as error:
+        raise NoScanError(
+            f"{source} holds no scan: neither <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
+            f".nrrd) nor DICOM files. {error}"
+        ) from error
+
+
+def listed_cases(
+    path: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
+) -> list[Case]:
+    """The cases of a list: one row (CSV) or object (JSON) a patient with ``patient_id``, ``ct`` and ``pet``.
+
+    Further columns may hold clinical values, by the same names as in any table. Relative paths start at the list's own
+    folder. A path may also be a folder that holds the DICOM series.
+
+    Args:
+        path: the list.
+        features: names of the clinical values to read, in the network's order.
+        clinical: another table with clinical values.
+
+    Raises:
+        CohortError: it is no such list, or a fault concerns no single patient.
+    """
+    path = Path(path)
+    records = cohort_tables.read_records(path)
+    titles = records[0][1] if records else []
+    place = {kind: cohort_tables.first_column(titles, names) for kind, names in _COLUMNS.items()}
+    if min(place.values()) < 0:
+        raise CohortError(f"{path}: a list of cases has the columns patient_id, ct and pet; it has {', '.join(titles)}")
+    read_here = frozenset[str]().union(*_COLUMNS.values())
+    tables = cohort_tables.read_tables([path, *([clinical] if clinical else [])], features, read_here)
+    column = cohort_tables.first_column(titles, cohort_tables.ID_COLUMNS)
+    scans: dict[str, Scans] = {}
+    for _, cells in records[1:]:
+        cells = cells + [""] * (len(titles) - len(cells))
+        if cells[column]:
+            files = {kind: path.parent / cells[at] if cells[at] else None for kind, at in place.items()}
+            scans.setdefault(patient_key(cells[column]), Scans(cells[column], path, files[keys.CT], files[keys.PET]))
+    if clinical:
+        cohort.require_rows(cohort_tables.read_tables([clinical], features), scans, path)
+    cases = cohort.cases_to_predict(scans, scans, tables, features, str(path))
+    for case in cases:
+        if case[keys.CT] and case[keys.PET] and Path(case[keys.CT]).is_dir() and Path(case[keys.PET]).is_dir():
+            try:
+                _take_dicom(case, pair_examination(case[keys.CT], case[keys.PET]), features)
+            except DicomError as error:
+                case[keys.PROBLEM] = "; ".join(filter(None, [str(error), case[keys.PROBLEM]]))
+    return cases
+
+
+def pair_case(
+    ct: str | Path, pet: str | Path, features: Sequence[str] = DEFAULT_FEATURES, patient_id: str | None = None
+) -> Case:
+    """The case of one CT and one PET, without clinical values but what DICOM tells.
+
+    Args:
+        ct: image file, or a folder with the DICOM series.
+        pet: likewise.
+        features: names of the clinical values, in the network's order.
+        patient_id: what to call the patient; None: as the CT's file name or the DICOM header says.
+
+    Raises:
+        CohortError: a path is not there, or one is a folder and the other a file.
+        scripts.dicom.tags.DicomError: a folder holds no DICOM.
+    """
+    paths = {"CT": Path(ct).expanduser(), "PET": Path(pet).expanduser()}
+    for name, path in paths.items():
+        if not path.exists():
+            raise CohortError(f"{name} {path} is not there")
+    if paths["CT"].is_dir() != paths["PET"].is_dir():
+        raise CohortError("of CT and PET, one is a folder (DICOM) and the other a file: give two of a kind")
+    if not paths["CT"].is_dir():
+        name = paths["CT"].name.removesuffix(image_suffix(paths["CT"]))
+        name = re.sub(r"__CT$", "", name, flags=re.IGNORECASE)
+        case = cohort.make_case(
+            Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"]), None, features, False
+        )
+        return {**case, keys.PROBLEM: ""}
+    examination = pair_examination(paths["CT"], paths["PET"])
+    case = cohort.make_case(Scans(patient_id or examination.name, paths["CT"]), None, features, False)
+    case[keys.PROBLEM] = ""
+    _take_dicom(case, examination, features)
+    return case
+
+
+def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source: str) -> None:
+    """Give the values to the only case there is; what a case knows already yields to them.
+
+    Args:
+        cases: changed in place.
+        values: raw values by feature name or column name; None and what the model does not read are left out.
+        source: where they come from, for messages and the output.
+
+    Raises:
+        CohortError: there are several patients.
+        scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return
+    if len(cases) != 1:
+        raise CohortError(f"{source}: clinical values of one patient, but there are {len(cases)}; give a table of them")
+    case = cases[0]
+    known = parse_clinical(given, list(case[keys.CLINICAL]), where=source)
+    for name, value in known.items():
+        if value is not None:
+            case[keys.CLINICAL][name] = value
+            case.setdefault(keys.CLINICAL_SOURCE, {})[name] = source
+    unused = [name for name, value in parse_clinical(given, list(FEATURES), where=source).items() if value is not None]
+    unused = [name for name in unused if name not in case[keys.CLINICAL]]
+    if unused:
+        logger.warning("%s: not read by this model: %s", source, ", ".join(unused))
+
+
+def clinical_object(path: str | Path) -> dict[str, Any] | None:
+    """The content of a JSON file that describes one patient and does not name it (``ehr.json``); None for a table.
+
+    Raises:
+        CohortError: the file cannot be read, is no valid JSON, or names no clinical value that is known.
+    """
+    if Path(path).suffix.lower() != ".json":
+        return None
+    content = cohort_tables.read_json(path)
+    if not isinstance(content, dict):
+        return None
+    plain = [name for name, value in content.items() if not isinstance(value, dict | list)]
+    if cohort_tables.first_column(plain, cohort_tables.ID_COLUMNS) >= 0:
+        return None
+    cohort_tables.check_names(content, str(path))
+    return content
+
+
+def _with_dicom_beside(
+    cases: Sequence[Case], features: Sequence[str], clinical: str | Path | None, folder: Path
+) -> list[Case]:
+    """Cases of image files and those of DICOM in the same folder; DICOM within a patient's folder is left alone."""
+    files = [Path(case[kind]) for case in cases for kind in (keys.CT, keys.PET) if case[kind]]
+    own = {file.parent for file in files} - {folder, *containers(folder)}
+    having = {patient_key(case[keys.PATIENT_ID]) for case in cases if case[keys.CT] or case[keys.PET]}
+    try:
+        found = find_examinations(folder, own)
+    except DicomError:  # there is none
+        return list(cases)
+    for each in (each for each in found if patient_key(each.patient_id) in having):
+        logger.warning("%s: has image files; the DICOM of this patient is not read", each.name)
+    found = [each for each in found if patient_key(each.patient_id) not in having]
+    beside = _dicom_cases(found, features, clinical, folder, table_alone=False)
+    names = {patient_key(case[keys.PATIENT_ID]) for case in beside if case[keys.CT]}
+    kept = [case for case in cases if patient_key(case[keys.PATIENT_ID]) not in names]
+    known = {patient_key(case[keys.PATIENT_ID]) for case in kept}
+    return kept + [case for case in beside if patient_key(case[keys.PATIENT_ID]) not in known]
+
+
+def _dicom_cases(
+    found: Sequence[Examination],
+    features: Sequence[str],
+    clinical: str | Path | None,
+    folder: Path,
+    table_alone: bool = True,
+) -> list[Case]:
+    """Cases of DICOM examinations; ``table_alone``: also of patients whom only a table in the folder has."""
+    ids = {patient_key(each.patient_id or UNNAMED) for each in found}
+    paths = [clinical] if clinical else cohort_tables.find_tables(folder, ids)
+    tables = cohort_tables.read_tables(paths, features)
+    problems = cohort.patient_problems(tables, features)
+    cases = []
+    for each in found:
+        key = patient_key(each.patient_id or UNNAMED)
+        case = cohort.make_case(Scans(each.name, folder), tables.records.get(key), features, bool(tables.files))
+        case[keys.PROBLEM] = "; ".join(problems.get(key, []))
+        if each.sharing and key in tables.records:
+            case[keys.PROBLEM] = (
+                f"its row of the table may be another's: several people have this PatientID, by {each.sharing}"
+            )
+        _take_dicom(case, each, features)
+        cases.append(case)
+    absent = sorted(set(tables.records) - ids)
+    if table_alone and absent and all(folder.resolve() in Path(path).resolve().parents for path in tables.files):
+        cases += cohort.cases_to_predict(absent, {}, tables, features, str(folder))
+    elif absent:
+        logger.info("%d patients of the tables have no DICOM in %s: %s", len(absent), folder, some(absent))
+    return cases
+
+
+def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -> None:
+    """Put the chosen series into a case, and the age and sex that nothing else has told; log what was chosen."""
+    case[keys.CT] = case[keys.PET] = None
+    patient = case[keys.PATIENT_ID]
+    for series in examination.passed_over:
+        logger.info("%s: passed over: %s: of a study without CT and PET", patient, series.label)
+    if examination.choice is None:
+        case[keys.PROBLEM] = "; ".join(filter(None, [examination.problem, case[keys.PROBLEM]]))
+        return
+    choice = examination.choice
+    case[keys.CT], case[keys.PET] = DicomScan(choice.ct), DicomScan(choice.pet, choice.doubts)
+    case[keys.DICOM] = examination.choice
+    case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
+    for line in examination.choice.describe().splitlines():
+        logger.info("%s: %s", patient, line)
+    if examination.name != examination.patient_id:  # the name alone does not tell whose it is
+        logger.info("%s: CT from %s", patient, examination.choice.ct.paths[0].parent)
+    if examination.sharing:
+        logger.warning("%s: several people have this PatientID, by %s", patient, examination.sharing)
+    for name, value in clinical_values(examination.choice, features).items():
+        if case[keys.CLINICAL][name] is None:
+            case[keys.CLINICAL][name] = value
+            case.setdefault(keys.CLINICAL_SOURCE, {})[name] = HEADER

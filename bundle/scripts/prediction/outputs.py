@@ -1,0 +1,320 @@
+"""What a prediction leaves on disk: mask and ``prediction.json`` of each patient, and ``predictions.csv``."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.engines import IterationEvents, Workflow
+
+from scripts import keys
+from scripts.cohorts.files import WriteError, require_writable, write_text
+from scripts.cohorts.scans import UNNAMED, without_formula
+from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
+from scripts.training.sampling import reason
+
+logger = logging.getLogger(__name__)
+
+TABLE = "predictions.csv"
+OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
+YEARS = (1, 2, 3, 5)
+COLUMNS = (
+    *("PatientID", "status", "reason"),
+    *("log_hazard", "log_hazard_std", "percentile", "risk_group", *(f"survival_{year}y" for year in YEARS)),
+    *("hpv_probability", "hpv_class"),
+    *("tumour_volume_ml", "lesions", "suv_max", "mtv_ml", "tlg_g"),
+    *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
+)
+NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
+
+_LONGEST_NAME = 200  # bytes, of the 255 that file systems allow: endings of files come behind
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|predictions\.csv(\.partial)?|index\.html", re.IGNORECASE)
+
+Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Iterable[tuple[str, str]]]
+
+
+class PredictionWriter:
+    """Handler that writes each patient's files and collects ``predictions.csv``, one row for *every* patient.
+
+    A row's status is ``ok``, ``incomplete`` (predicted, but a product could not be written, or a clinical table was
+    given and lacks the patient) or ``failed`` (no prediction); the reason says why. Rows go to
+    ``predictions.csv.partial`` while the run lasts and take their final name at its end. ``prediction.json`` is written
+    last of a patient's files: where it is, all that it names are. Of a patient that is done only the row is kept in
+    memory.
+
+    Args:
+        output_dir: receives ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and
+            ``<PatientID>__tumour.nii.gz`` (``.mha`` where the CT came in a format of ITK).
+        cases: the datalist, which fixes the order of the rows.
+        products: more to write of each patient, by what it is called: functions of the case, its result (all keys after
+            the post transforms, ``prediction`` among them) and its folder, which give (name, path relative to the
+            folder) of each file as soon as it is written, for ``files`` of the prediction. A product that fails is
+            named in the row and costs neither the prediction nor the other products.
+
+    Attributes:
+        rows: of ``predictions.csv``, by patient.
+        failures: patient to the products that could not be written, and why.
+        pages: more to write of the whole cohort at the end, by the name of the file.
+        problems: ``predictions.csv`` and pages that could not be written, and why.
+    """
+
+    def __init__(
+        self, output_dir: str, cases: Sequence[Mapping[str, Any]], products: Mapping[str, Product] | None = None
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.cases = {case[keys.PATIENT_ID]: case for case in cases}
+        self.folders = folder_names(self.cases)
+        self.products = dict(products or {})
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
+        self.pages: dict[str, Callable[[], None]] = {}
+        self.problems: dict[str, str] = {}
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with a :class:`scripts.training.engine.PatientEvaluator`."""
+        engine.add_event_handler(Events.STARTED, lambda: require_writable(self.output_dir))
+        # In the same event as the post transforms and after them: what fails here fails one patient.
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.write_result)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.note_failure)
+        engine.add_event_handler(Events.COMPLETED, self.write_table)
+
+    def write_result(self, engine: Workflow) -> None:
+        """Write the files of the one patient of the batch and fill its row."""
+        self.write_patient({**engine.state.batch[0], **engine.state.output[0]})
+
+    def folder(self, patient: str) -> Path:
+        """Folder of a patient's files, directly below the output folder whatever the patient is called."""
+        return self.output_dir / self.folders[patient]
+
+    def write_patient(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a patient's files, ``prediction.json`` last, and fill the row.
+
+        Args:
+            result: the item after the post transforms, without a batch axis.
+
+        Returns:
+            The prediction as written, its ``files`` filled.
+
+        Raises:
+            OSError: the patient's folder is a link, or cannot be written to.
+        """
+        prediction = dict(result[keys.PREDICTION])
+        patient = prediction["patient_id"]
+        case, folder = self.cases[patient], self.folder(patient)
+        if is_link(folder):
+            raise OSError(f"{folder} is a link: nothing is written through it; remove it or choose another OUTPUT")
+        prediction["files"] = dict(prediction["files"])
+        try:
+            self._write_files(result, prediction, case, folder)
+            prediction["fingerprint"] = case.get(keys.FINGERPRINT)
+            write_text(folder / "prediction.json", json.dumps(prediction, indent=1, allow_nan=False) + "\n")
+        except BaseException:
+            for file in prediction["files"].values():  # no prediction: nobody shall take them for one
+                with contextlib.suppress(OSError):
+                    (folder / file).unlink(missing_ok=True)
+            raise
+        self.rows[patient] = self._predicted(prediction)
+        return prediction
+
+    def _write_files(
+        self, result: Mapping[str, Any], prediction: dict[str, Any], case: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Write what ``prediction.json`` is to name, and name each in the ``files`` of the prediction."""
+        files, patient = prediction["files"], prediction["patient_id"]
+        if result.get(keys.PRED) is not None:
+            files["mask"] = f"{folder.name}__tumour{mask_suffix(case.get(keys.CT))}"
+            mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
+            affine = np.asarray(torch.as_tensor(result[keys.CT_AFFINE]), dtype=float)
+            write_mask(
+                folder / files["mask"], mask, affine, f"Research use; trained on {prediction['model']['trained_on']}"
+            )
+        failed = []
+        for name, product in self.products.items():
+            try:
+                for kind, file in product(case, {**result, keys.PREDICTION: prediction}, folder):
+                    files[kind] = file
+            except Exception as error:  # whatever it is, what there is stays
+                failed.append(f"no {name}: {reason(error)}")
+                logger.error("%s: predicted, but %s", patient, failed[-1])
+        if failed:
+            self.failures[patient] = "; ".join(failed)
+
+    def take_over(self, patient: str, sha256: str) -> bool:
+        """Take the row of a patient from the ``prediction.json`` that an earlier run has left.
+
+        Args:
+            patient: one of the cases.
+            sha256: of the model that predicts now.
+
+        Returns:
+            False where there is no such file, or it is damaged, or of another model: the patient is to be predicted.
+        """
+        try:
+            prediction = json.loads((self.folder(patient) / "prediction.json").read_text(encoding="utf-8"))
+            if prediction["model"]["sha256"] != sha256 or prediction["patient_id"] != patient:
+                return False
+            self.rows[patient] = self._predicted(prediction)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def fail(self, patient: str, why: str) -> None:
+        """Give a patient the row ``failed``."""
+        self.rows[patient] = self._row(patient, FAILED, why)
+
+    def note_failure(self, engine: Workflow) -> None:
+        """Give a failed patient its row, and keep the table so far."""
+        for patient, why in engine.state.failures.items():
+            self.fail(patient, why)
+        with contextlib.suppress(WriteError):  # said at the end, if it cannot be written then either
+            write_text(self._partial, self._table())
+
+    def write_table(self, engine: Workflow | None = None) -> None:
+        """Write ``predictions.csv`` and the pages of the cohort, as far as they can be written; ``problems`` tell."""
+        for name, write in {TABLE: self._write_table, **self.pages}.items():
+            try:
+                write()
+            except (OSError, ValueError) as error:  # a page of a table that is not there is a ValueError
+                self.problems[name] = str(error)
+                logger.error("no %s: %s", name, error)
+                with contextlib.suppress(OSError):  # nobody shall take an earlier one for it
+                    (self.output_dir / name).unlink(missing_ok=True)
+
+    def _write_table(self) -> None:
+        """Write ``predictions.csv`` and log what became of the cohort."""
+        write_text(self._partial, self._table())
+        self._partial.replace(self.output_dir / TABLE)
+        counts = {status: sum(r["status"] == status for r in self.rows.values()) for status in (OK, INCOMPLETE, FAILED)}
+        logger.info(
+            "%d patients: %s. Written: %s",
+            len(self.rows),
+            ", ".join(f"{n} {status}" for status, n in counts.items()),
+            self.output_dir / TABLE,
+        )
+
+    def exit_if_incomplete(self) -> None:
+        """End the program with exit code 1 if any patient's row is not ``ok``, or there is no table of them.
+
+        Raises:
+            SystemExit: so that a script sees it.
+        """
+        if TABLE in self.problems:
+            logger.error("the rows that could not be written:\n%s", self._table())
+        bad = [f"{p} ({r['status']}: {r['reason']})" for p, r in self.rows.items() if r["status"] != OK]
+        if bad:
+            logger.error("%d of %d patients are not ok: %s", len(bad), len(self.rows), "; ".join(bad))
+        if bad or self.problems:
+            raise SystemExit(1)
+
+    @property
+    def _partial(self) -> Path:
+        return self.output_dir / f"{TABLE}.partial"
+
+    def _predicted(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
+        """Row of a predicted patient."""
+        patient = prediction["patient_id"]
+        lacking = [self.failures[patient]] if patient in self.failures else []
+        lacking += [NO_CLINICAL_ROW] if self.cases[patient].get(keys.CLINICAL_FOUND) is False else []
+        row = self._row(patient, INCOMPLETE if lacking else OK, "; ".join(lacking))
+        row |= prediction_row(prediction)
+        mask = prediction["files"].get("mask")
+        return row | {"mask": f"{self.folders[patient]}/{mask}" if mask else ""}
+
+    def _row(self, patient: str, status: str, why: str) -> dict[str, Any]:
+        return {**dict.fromkeys(COLUMNS, ""), "PatientID": patient, "status": status, "reason": why}
+
+    def _table(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        rows = [self.rows[patient] for patient in self.cases if patient in self.rows]
+        cells = (
+            {k: without_formula(cell) if isinstance(cell, str) else cell for k, cell in row.items()} for row in rows
+        )
+        writer.writerows(cells)
+        return text.getvalue()
+
+
+def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``predictions.csv`` says of a prediction, as ``prediction.json`` holds it, but for the mask's path.
+
+    Where it says nothing, the cell is empty.
+    """
+    survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
+    at = {row["years"]: row["survival"] for row in survival.get("recurrence_free_survival", [])}
+    row = {
+        **{name: survival.get(name) for name in ("log_hazard", "log_hazard_std", "percentile", "risk_group")},
+        **{f"survival_{year}y": at.get(year) for year in YEARS},
+        "hpv_probability": hpv.get("probability"),
+        "hpv_class": {True: "positive", False: "negative"}.get(hpv.get("positive")),  # type: ignore[arg-type]
+        "tumour_volume_ml": tumour.get("volume_ml"),
+        **{name: tumour.get(name) for name in ("lesions", "suv_max", "mtv_ml", "tlg_g")},
+        "quality": prediction["quality"]["verdict"],
+        "forced": prediction["quality"]["forced"],
+        "crop_method": prediction["crop"]["method"],
+        "crop_flag": prediction["crop"]["flag"],
+        "trained_on": prediction["model"]["trained_on"],
+        "model_sha256": prediction["model"]["sha256"],
+    }
+    return {name: "" if value is None else value for name, value in row.items()}
+
+
+def folder_name(patient_id: str) -> str:
+    """The name that a patient's folder and files get: letters, digits and ``. + - _`` of the id, all else ``_``.
+
+    No name leads out of its folder, is hidden, reserved by Windows or by the files of a cohort, or too long.
+
+    Example:
+        >>> [folder_name(name) for name in ("CHUM-001", "../a/b", "x y.", "nul", "..")]
+        ['CHUM-001', 'a_b', 'x_y', 'patient_nul', 'unnamed']
+    """
+    name = re.sub(r"[^\w.+-]+", "_", unicodedata.normalize("NFC", patient_id)).lstrip("._-").rstrip("._") or UNNAMED
+    name = f"patient_{name}" if _RESERVED.fullmatch(name) else name
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{_digest(patient_id)}"
+
+
+def folder_names(patients: Iterable[str]) -> dict[str, str]:
+    """Name of each patient's folder, no two alike, whatever a file system makes of upper and lower case.
+
+    Of patients for whom :func:`folder_name` gives the same, the one who is called so keeps the name; to those of the
+    others a short hash of the id is added, and the log says so.
+    """
+    names = {patient: folder_name(patient) for patient in patients}
+    alike = Counter(name.casefold() for name in names.values())
+    kept = {name.casefold(): name for name in sorted(names, reverse=True) if names[name] == name}
+    for patient, name in names.items():
+        if alike[name.casefold()] > 1 and kept.get(name.casefold()) != patient:
+            names[patient] = f"{name}-{_digest(patient)}"
+            logger.warning("%s: another patient has the folder %s; this one's is %s", patient, name, names[patient])
+    return names
+
+
+def is_link(folder: Path) -> bool:
+    """Whether a folder is a link to another one, or a junction of Windows."""
+    return folder.is_symlink() or folder.resolve().parent != folder.parent.resolve()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def mask_suffix(ct: Any) -> str:
+    """Ending of the mask's file name: that of the CT's family of formats."""
+    is_file = isinstance(ct, str | os.PathLike)
+    return ".mha" if is_file and image_suffix(ct) in ITK_SUFFIXES else ".nii.gz"

@@ -1,0 +1,184 @@
+"""The page of a cohort: who was predicted, who was not and why, and the way to each patient's report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from scripts.evaluation.plots import GREY, GROUP_COLOURS
+from scripts.keys import RESEARCH_USE_ONLY
+from scripts.prediction.findings import FORCED, trained_on_of
+from scripts.prediction.outputs import folder_names
+from scripts.prediction.pages import Link, Page, Ranked
+from scripts.prediction.sheet import Sheet
+
+INDEX, TABLE, PREDICTION, REPORT = "index.html", "predictions.csv", "prediction.json", "report.html"
+FAILED = "failed"
+GROUPS = tuple(GROUP_COLOURS)
+TITLES = (
+    *("patient", "status", "risk percentile", "risk group", "HPV probability", "HPV", "tumour ml", "lesions"),
+    *("SUVmax", "quality"),
+)
+NOTHING = "\u2013"
+
+
+class SummaryError(ValueError):
+    """A folder that holds no predictions; the message says what to do."""
+
+
+def write_summary(output_dir: str | Path) -> Path:
+    """Write ``index.html`` over what a run left in its folder.
+
+    Args:
+        output_dir: holds ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and the report.
+
+    Returns:
+        The page.
+
+    Raises:
+        SummaryError: where there is no ``predictions.csv``.
+    """
+    folder = Path(output_dir)
+    if not (folder / TABLE).is_file():
+        raise SummaryError(f"{folder} holds no {TABLE}: predict some patients first")
+    with (folder / TABLE).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    folders = {patient: folder / name for patient, name in folder_names(row["PatientID"] for row in rows).items()}
+    predictions = {
+        patient: _prediction(folders[patient])
+        for patient, status in ((row["PatientID"], row["status"]) for row in rows)
+        if status != FAILED
+    }
+    found = [prediction for prediction in predictions.values() if prediction is not None]
+    page = Page(f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}")
+    page.paragraph(f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY, "warning")
+    forced = [prediction["patient_id"] for prediction in found if prediction["quality"]["forced"]]
+    if forced:
+        page.paragraph(f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}", "warning")
+    _counts(page, rows, found)
+    _risks(page, found)
+    page.heading("Patients")
+    cells = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in rows]
+    page.table(TITLES, cells, "A click on a title sorts.", sortable=True)
+    page.link("All numbers as a table: predictions.csv", TABLE)
+    _problems(
+        page,
+        "Not predicted, or not fully",
+        [(r["PatientID"], f"{r['status']}: {r['reason']}") for r in rows if r["reason"]],
+    )
+    _problems(page, "Quality of the scans", _findings(found))
+    path = folder / INDEX
+    page.write(path)
+    return path
+
+
+def _prediction(folder: Path) -> dict[str, Any] | None:
+    """The prediction of a patient; None where its file is gone."""
+    path = folder / PREDICTION
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _counts(page: Page, rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str, Any]]) -> None:
+    status = Counter(row["status"] for row in rows)
+    verdicts = Counter(prediction["quality"]["verdict"] for prediction in predictions)
+    said = [("patients", f"{len(rows)} ({', '.join(f'{count} {name}' for name, count in status.most_common())})")]
+    groups = Counter(_survival(prediction).get("risk_group") for prediction in predictions)
+    known = [f"{groups[name]} {name}" for name in GROUPS if groups[name]]
+    why = sorted({_survival(prediction).get("unavailable") or "survival is no task" for prediction in predictions})
+    said.append(("risk groups", ", ".join(known) if known else f"not available: {'; '.join(why) or 'no prediction'}"))
+    hpv = Counter((prediction.get("hpv") or {}).get("positive") for prediction in predictions)
+    classes = f"{hpv[True]} positive, {hpv[False]} negative"
+    said.append(("HPV", classes + (f", {hpv[None]} without a class" if hpv[None] else "")))
+    said.append(
+        ("quality", ", ".join(f"{count} {name}" for name, count in verdicts.most_common()) or "nothing checked")
+    )
+    page.pairs(said)
+
+
+def _survival(prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+    return prediction.get("survival") or {}
+
+
+def _risks(page: Page, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """A mark for each patient at its percentile among the training cases."""
+    placed = [
+        (p["percentile"], p.get("risk_group") or "")
+        for p in map(_survival, predictions)
+        if p.get("percentile") is not None
+    ]
+    if not placed:
+        return
+    sheet = Sheet("", 180, 46)
+    _draw_percentiles(sheet.axes(12, 4, 164, 28), placed)
+    caption = (
+        "Patients by their risk percentile among the training cases, in steps of 10. A cohort like the training cases "
+        "would be level."
+    )
+    page.figures([(sheet.png(), caption)], wide=True)
+
+
+def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
+    heights = [0] * 10
+    for percentile, group in sorted(placed):
+        step = min(9, int(percentile // 10))
+        panel.bar(10 * step + 5, 1, 9, bottom=heights[step], color=GROUP_COLOURS.get(group, GREY), edgecolor="white")
+        heights[step] += 1
+    for name in GROUPS:
+        panel.bar(0, 0, color=GROUP_COLOURS[name], label=f"{name} risk")
+    panel.set(xlim=(0, 100), ylim=(0, max(heights) * 1.25))
+    panel.set_xlabel("risk percentile", fontsize=8)
+    panel.set_ylabel("patients", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(ncols=3, frameon=False, fontsize=8, loc="upper right")
+
+
+def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | None) -> list[object]:
+    patient = row["PatientID"]
+    report = folder / REPORT
+    if prediction is None:  # whatever report an earlier run has left there
+        return [patient, row["status"], *[NOTHING] * (len(TITLES) - 2)]
+    name = Link(patient, f"{folder.name}/{REPORT}") if report.is_file() else patient
+    survival, hpv, tumour = (prediction.get(part) or {} for part in ("survival", "hpv", "tumour"))
+    group = survival.get("risk_group")
+    positive = hpv.get("positive")
+    return [
+        name,
+        row["status"],
+        _ranked(survival.get("percentile"), 0),
+        Ranked(group, GROUPS.index(group)) if group in GROUPS else Ranked(NOTHING, None),
+        _ranked(hpv.get("probability"), 2),
+        NOTHING if positive is None else ("positive" if positive else "negative"),
+        _ranked(tumour.get("volume_ml"), 1),
+        _ranked(tumour.get("lesions"), 0),
+        _ranked(tumour.get("suv_max"), 1),
+        f"{prediction['quality']['verdict']}{' (forced)' if prediction['quality']['forced'] else ''}",
+    ]
+
+
+def _ranked(value: float | None, digits: int) -> Ranked:
+    return Ranked(NOTHING if value is None else f"{value:.{digits}f}", value)
+
+
+def _findings(predictions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Every check that a patient did not pass."""
+    return [
+        (prediction["patient_id"], f"{check['verdict']}: {check['message']}")
+        for prediction in predictions
+        for check in prediction["quality"]["checks"]
+        if check["verdict"] != "ok"
+    ]
+
+
+def _problems(page: Page, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    if rows:
+        page.heading(title)
+        page.pairs(rows)

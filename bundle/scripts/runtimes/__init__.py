@@ -1,0 +1,1 @@
+"""The bundle inside other runtimes: MONAI Label, TensorRT."""

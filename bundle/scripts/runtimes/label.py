@@ -1,0 +1,411 @@
+"""The bundle inside MONAI Label: requests in, replies out, and training on masks that were edited there.
+
+MONAI Label calls the parts of ``inference.json`` one after another with a *request*: a dictionary with the CT's path
+under ``image`` and whatever else the client sent. In every other runtime the transforms and the inferer here do what
+their base classes do. ``train.json`` runs as it does elsewhere, except that its cases are pairs of CT and edited mask,
+its settings are those of ``models/model.pt``, and at the end its weights take that file's place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Compose, MapTransform
+
+from scripts import keys as K
+from scripts.cohorts import cohort
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.cohorts.cohort import Case, Cohort, CohortError
+from scripts.cohorts.files import dated_name, written_whole
+from scripts.cohorts.scans import Scans, patient_key
+from scripts.cohorts.tables import Tables, find_tables, read_tables
+from scripts.imaging.headers import read_header
+from scripts.imaging.images import image_suffix
+from scripts.imaging.transforms import ToNetworkItemd
+from scripts.model.ensemble import (
+    EXTRA_STATE,
+    PROVENANCE,
+    SETTINGS,
+    TRAINED_ON,
+    CheckpointError,
+    FoldEnsemble,
+    SettingsMismatch,
+    complete,
+    saved_settings,
+    settings_differences,
+)
+from scripts.prediction import inputs
+from scripts.runtimes.label_guard import TABLES, RequestError, confined, is_upload, read_prediction
+from scripts.training.engine import EnsembleInferer
+from scripts.training.sampling import CaseDataset
+
+logger = logging.getLogger(__name__)
+
+LATENCIES = "latencies"  # MONAI Label's own notes in the request
+FIRST_FOLD = "folds.0."
+
+
+def serving() -> bool:
+    """Whether this process is one of MONAI Label's, which passes it on in no other way."""
+    return "monailabel" in sys.modules
+
+
+# --- prediction --------------------------------------------------------------------------------------------------
+class TakeRequestd(MapTransform):
+    """Turn a request into a case; a case passes unchanged.
+
+    The PET is the one named in the request under ``pet``, or else the one that lies beside the CT under HECKTOR's names
+    (``<PatientID>__CT.nii.gz``, ``<PatientID>__PT.nii.gz``). Clinical values are taken from the request by any name
+    that a CSV column may have, and else from the CSV of the cohort, by patient id. The request itself stays under
+    ``request``.
+
+    Args:
+        features: names of the clinical values, in the network's order.
+        keys: what only a request has at this place of the chain: ``image``.
+
+    Raises:
+        scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
+        what to do.
+        scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
+    """
+
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.IMAGE) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.features = tuple(features)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Make the case."""
+        d = dict(data)
+        if not any(key in d for key in self.keys):
+            return d
+        request = {str(name): value for name, value in d.items()}
+        made: dict[Hashable, Any] = {K.REQUEST: request}
+        made.update(request_case(request, self.features))
+        return made
+
+
+class KeepRequestd(ToNetworkItemd):
+    """:class:`scripts.imaging.transforms.ToNetworkItemd` that gives a server back the rest of its request.
+
+    MONAI Label hands nothing but the image to the inferer, so that the clinical values travel in its metadata.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Pick the network's item, and what the server needs where there is one."""
+        item = super().__call__(data)
+        if K.REQUEST not in data:
+            return item
+        image = item[K.IMAGE]
+        item[K.IMAGE] = MetaTensor(image.as_tensor(), affine=image.affine, meta={K.CLINICAL: item[K.CLINICAL]})
+        return {**data[K.REQUEST], LATENCIES: data.get(LATENCIES, {}), **item}
+
+
+class ServedInferer(EnsembleInferer):
+    """:class:`.EnsembleInferer` for every runtime, so that all of them answer the same to the last digit.
+
+    It finds clinical values in the image's metadata when it gets none, and folds batch norms as
+    :func:`scripts.training.engine.speed_up` does.
+    """
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Any, clinical: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Predictions of the ensemble ``network``; shapes as in :class:`scripts.training.engine.NetworkInferer`."""
+        if isinstance(inputs, MetaTensor):
+            if clinical is None and K.CLINICAL in inputs.meta:
+                clinical = inputs.meta[K.CLINICAL].reshape(len(inputs), -1).to(inputs.device)
+            inputs = inputs.as_tensor()
+        if not network.training:  # servers do not run the config's own start, where this is done
+            network.fold_norms()
+        return super().__call__(inputs, network, clinical)
+
+
+def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_FEATURES) -> Case:
+    """The case that a request asks for, as :func:`scripts.cohorts.cohort.inference_cases` gives one.
+
+    Args:
+        request: ``image``, the path of the CT (or a folder with its DICOM series); optional ``pet`` (a path, or a name
+            beside the CT; needed for DICOM), ``patient_id``, ``ehr_csv`` (the table to look the patient up in) and
+            clinical values. Other names that MONAI Label knows have no meaning here.
+        features: names of the clinical values, in the network's order.
+
+    Raises:
+        scripts.runtimes.label_guard.RequestError: a parameter is not known, or is none of the values accepted.
+        scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
+        what to do,
+            and nothing of what stands in a table.
+        scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
+    """
+    request = read_prediction(request)
+    ct = named_file(request, K.IMAGE)
+    if ct is None:
+        raise CohortError("image: the server has no such CT; its list is at datastore/?output=all")
+    pet = named_file(request, "pet", ct)
+    if not all(path is None or path.is_dir() or image_suffix(path) for path in (ct, pet)):
+        raise RequestError("image and pet are scans: .nii.gz, .nii, .mha, .mhd, .nrrd, or a folder with DICOM")
+    if is_upload(ct) and read_header(ct, image_suffix(ct)).path != ct:  # what lies beside it is somebody else's
+        raise RequestError("an uploaded scan is one file; this one names another file for its voxels")
+    patient = request.get("patient_id")
+    if ct.is_dir():
+        if pet is None:
+            raise CohortError(f"{ct} holds DICOM: name the folder of the PET series in the request as 'pet'")
+        case = inputs.pair_case(ct, pet, features, patient)
+    else:
+        scans = _scans_with(ct, pet, patient)
+        named = named_file(request, "ehr_csv", ct)
+        if named is not None and named.suffix.lower() not in TABLES:
+            raise RequestError(f"ehr_csv is a table ({', '.join(TABLES)}), got {named.name!r}")
+        # of an uploaded file without a name nobody knows whose it is
+        found = _tables_of(scans) if named is None and (patient or named_ct(ct)) else []
+        tables = found if named is None else [named]
+        case = _named_case(scans, features, tables)
+    if case[K.PROBLEM]:
+        raise CohortError(f"patient {case[K.PATIENT_ID]}: {case[K.PROBLEM]}")
+    inputs.add_clinical_values([case], request, "request")
+    return case
+
+
+def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) -> Path | None:
+    """The file or folder that a request names; None where it names none.
+
+    Args:
+        request: the parameters.
+        name: of the parameter.
+        ct: the CT of the request, beside which the file may lie.
+
+    Raises:
+        scripts.runtimes.label_guard.RequestError: it is out of a request's reach.
+        CohortError: there is none.
+    """
+    given = request.get(name)
+    if not given:
+        return None
+    path = confined(name, (ct.parent if ct is not None else Path()) / given, ct)
+    if not path.exists():
+        what = "no such table" if name == "ehr_csv" else "the server has no such file or folder"
+        raise CohortError(f"{name} {given!r}: {what}")
+    return path
+
+
+def _scans_with(ct: Path, pet: Path | None = None, patient: str | None = None) -> Scans:
+    """The CT's patient and scans, without a mask.
+
+    Raises:
+        CohortError: no PET is named, and none lies beside the CT.
+    """
+    named = named_ct(ct)
+    name = patient or named or _stem(ct)
+    if pet is None and named:
+        pets = re.compile(rf"{re.escape(named)}__(PT|PET)", re.IGNORECASE)
+        # a .nii.gz goes before a .nii of the same name, as in scripts.cohorts.scans
+        pet = max((path for path in ct.parent.iterdir() if pets.fullmatch(_stem(path))), default=None)
+    if pet is None:
+        expected = f"{named}__PT.nii.gz" if named else "<PatientID>__PT.nii.gz beside <PatientID>__CT.nii.gz"
+        raise CohortError(
+            f"patient {name}: no PET beside {ct}: expected {expected}; or name it in the request as 'pet'"
+        )
+    return Scans(name, ct.parent, ct, pet)
+
+
+def named_ct(ct: Path) -> str | None:
+    """The patient's id in the name of a CT, None where it is not named as HECKTOR does.
+
+    Example:
+        >>> named_ct(Path("CHUM-001__CT.nii.gz")), named_ct(Path("scan.nii.gz"))
+        ('CHUM-001', None)
+    """
+    match = re.fullmatch("(.+)__CT", _stem(ct), re.IGNORECASE)
+    return match[1] if match else None
+
+
+def _stem(path: Path) -> str:
+    """A file's name without the ending of an image."""
+    return path.name[: len(path.name) - len(image_suffix(path))]
+
+
+def _named_case(scans: Scans, features: Sequence[str], tables: Sequence[str | Path]) -> Case:
+    """The case of these scans, with what the tables say of the patient."""
+    key = patient_key(scans.patient_id)
+    read = _read_tables(tables, features)
+    return cohort.cases_to_predict([key], {key: scans}, read, features, str(scans.folder))[0]
+
+
+def _read_tables(paths: Sequence[str | Path], features: Sequence[str]) -> Tables:
+    """The tables, whose faults say nothing of what stands in them: the client may not see them, but the messages.
+
+    Raises:
+        CohortError: one is no table of clinical values.
+    """
+    try:
+        tables = read_tables(paths, features)
+    except CohortError:
+        names = ", ".join(Path(path).name for path in paths)
+        raise CohortError(f"{names}: no table of clinical values (CSV or JSON) with a column PatientID") from None
+    tables.faults = [replace(fault, message=fault.told or fault.message) for fault in tables.faults]
+    return tables
+
+
+def _tables_of(scans: Scans) -> list[Path]:
+    """The tables of the cohort among whose folders the scans lie."""
+    return find_tables(scans.folder, [patient_key(scans.patient_id)])
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+class LabelCohort(Cohort):
+    """Stands for a cohort of which MONAI Label hands over single cases."""
+
+    def statement(self, cases: Sequence[Case] | None = None) -> str:
+        """As :meth:`scripts.cohorts.cohort.Cohort.statement`, from the folders of the cases."""
+        cases = self.cases if cases is None else cases
+        folders = [folder for case in cases for folder in Path(case[K.CT]).parents[:4]]
+        recorded = next((folder for folder in folders if (folder / cohort.RECORD_FILE).is_file()), self.dataset_dir)
+        return f"{Cohort(str(recorded), []).statement(cases)}; masks edited in MONAI Label"
+
+
+def dataset_dir(bundle_root: str) -> str:
+    """Default of the training's ``dataset_dir``: the demonstration cohort, or the studies of MONAI Label."""
+    return os.environ.get("MONAI_LABEL_STUDIES", ".") if serving() else cohort.default_dataset_dir(bundle_root)
+
+
+def output_dir(bundle_root: str) -> str:
+    """Default of the training's ``output_dir``; each training from MONAI Label has its own, named by the time."""
+    return f"{bundle_root}/output" + (f"/label_{datetime.now():%Y%m%d_%H%M%S}" if serving() else "")
+
+
+def training_settings(weights: str, default: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to train with: the default ones, but in MONAI Label those of the weights it starts from."""
+    return saved_settings(weights, default) if serving() else dict(default)
+
+
+def load_cohort(dataset_dir: str, ehr_csv: Any, clinical_features: Sequence[str]) -> Cohort:
+    """:func:`.load_cohort`; in MONAI Label, which has its own list of cases, a :class:`LabelCohort`."""
+    if serving():
+        return LabelCohort(str(dataset_dir), [])
+    return cohort.load_cohort(dataset_dir, ehr_csv, clinical_features)
+
+
+def case_dataset(
+    data: Sequence[Mapping[str, Any]],
+    transform: Compose,
+    cache_dir: str | None,
+    features: Sequence[str],
+    otherwise: CaseDataset | None = None,
+) -> CaseDataset:
+    """The dataset of some cases, which may be given as MONAI Label gives them.
+
+    Args:
+        data: cases of :mod:`scripts.cohorts.cohort`; or pairs ``{"image": CT, "label": mask}``, to which PET,
+        survival, HPV
+            status and clinical values are looked up by patient id.
+        transform: as for :class:`scripts.training.sampling.CaseDataset`.
+        cache_dir: likewise.
+        features: names of the clinical values, in the network's order.
+        otherwise: dataset of which the cases are taken where MONAI Label sets none apart.
+    """
+    cases = edited_cases(data, features) if any(K.PATIENT_ID not in item for item in data) else list(data)
+    if serving() and not cases and otherwise is not None:
+        logger.warning("no case is set apart for validation: the best epoch is chosen by the training cases")
+        cases = list(otherwise.data)
+    return CaseDataset(cases, transform, cache_dir)
+
+
+def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) -> list[Case]:
+    """Training cases from pairs of CT and edited mask; one that cannot be used is logged and left out.
+
+    Args:
+        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid; everything that is not 0
+            is tumour).
+        features: names of the clinical values, in the network's order.
+    """
+    cases = []
+    for pair in pairs:
+        try:
+            scans = _scans_with(Path(pair[K.IMAGE]))
+            case = _named_case(replace(scans, mask=Path(pair["label"])), features, _tables_of(scans))
+        except CohortError as error:
+            logger.warning("left out of the training: %s", error)
+            continue
+        if case[K.PROBLEM]:
+            logger.warning("left out of the training: patient %s: %s", case[K.PATIENT_ID], case[K.PROBLEM])
+        else:
+            cases.append(case)
+    return cases
+
+
+def accept_ensembles(ensemble: FoldEnsemble) -> None:
+    """Let the network in training, ``ensemble.folds[0]``, be loaded from weights of a whole ensemble.
+
+    MONAI Label loads ``models/model.pt`` into the network that is trained. Of several folds the first goes on; what was
+    fitted to their joint answers (calibration of the risk, threshold for HPV) holds no longer, and the provenance says
+    so. Weights of other settings are refused.
+
+    Args:
+        ensemble: holds one fold; its provenance gets what the new weights must say.
+    """
+
+    def take_first_fold(network: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if prefix or EXTRA_STATE not in state:
+            return
+        extra = state[EXTRA_STATE]
+        differences = settings_differences(complete(extra[SETTINGS]), complete(ensemble.settings))
+        if differences:
+            raise SettingsMismatch("the weights to start from are of another configuration: " + "; ".join(differences))
+        first = {key.removeprefix(FIRST_FOLD): value for key, value in state.items() if key.startswith(FIRST_FOLD)}
+        if set(first) != set(network.state_dict()):
+            raise CheckpointError("the weights to start from are of another network")
+        state.clear()
+        state.update(first)
+        _note_start(ensemble, extra.get(PROVENANCE, {}))
+
+    ensemble.folds[0].register_load_state_dict_pre_hook(take_first_fold)
+
+
+def _note_start(ensemble: FoldEnsemble, start: Mapping[str, Any]) -> None:
+    """Say in the provenance where the weights started from and what no longer holds."""
+    own = ensemble.provenance.get(TRAINED_ON, "cases that are not recorded")
+    origin = start.get(TRAINED_ON, "cases that are not recorded")
+    reason = "the weights were trained further since it was fitted"
+    ensemble.provenance |= {
+        TRAINED_ON: f"{own}; started from weights trained on {origin}",
+        "calibration": {"reason": reason},
+        "hpv_threshold": {"value": None, "reason": reason},
+        "voxel_limits": start.get("voxel_limits", {}),
+    }
+
+
+def install_weights(ckpt_dir: str, bundle_root: str, cache_dir: str) -> None:
+    """In MONAI Label, put the trained weights in the place of ``models/model.pt``, of which a dated copy is kept.
+
+    The copy, ``models/model_before_<time>.pt``, can be chosen by a request's ``model_filename``. The run's cache, which
+    no later run would use, is removed.
+    """
+    if not serving():
+        return
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    trained, target = Path(ckpt_dir) / "model.pt", Path(bundle_root) / "models" / "model.pt"
+    if not trained.is_file():
+        logger.warning("no epoch gave a usable validation: %s stays as it was", target)
+        return
+    if target.is_file():
+        backup = dated_name(target)
+        _copy(target, backup)
+        logger.info("the weights so far are kept as %s", backup)
+    _copy(trained, target)
+    logger.info("new weights: %s", target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with written_whole(target) as partial:
+        shutil.copyfile(source, partial)

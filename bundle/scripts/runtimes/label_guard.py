@@ -1,0 +1,455 @@
+"""What a MONAI Label server takes from a request for this bundle: listed parameters, and files of the studies.
+
+MONAI Label writes what a request says into configs, which are then evaluated. Here every value is read by its own rule
+first, what is not on the list is refused by name, and no value reaches a config but true or false and the name of a
+file that lies in ``models/``. ``inference.json`` imports this module, so that it is at work in every MONAI Label server
+that serves the bundle; elsewhere the import does nothing. Who may send requests at all is in
+:mod:`scripts.runtimes.label_web`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from scripts.cohorts.clinical import FEATURES, match_columns, parse_clinical
+
+WEIGHTS, FORCE = "weights", "force"  # ids of inference.json
+DEFAULT_WEIGHTS = "model.pt"
+TABLES = (".csv", ".tsv", ".json")
+SCANS = "scans"  # ``--conf scans DIR``: a folder beside the studies whose files a request may name
+NAME = r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*"  # of a scan, a mask or a tag: no path
+UPLOAD = r"tmp[a-z0-9_]{8}(\..*)?"  # how MONAI Label names the file of a request, by the module tempfile
+LOGGING = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+INTEGERS = ("uint8", "uint16", "int16", "int32")
+LONGEST = 1024  # letters of a text
+
+_MARK = "_guarded"
+_TURN = threading.RLock()  # requests share one config: one at a time
+
+
+class RequestError(ValueError):
+    """A request that is refused; the message names the parameter and says what is accepted."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a request.
+
+    Attributes:
+        accepted: what is accepted, in words.
+        read: gives the value as the server takes it; raises ValueError for any other.
+    """
+
+    accepted: str
+    read: Callable[[Any], Any]
+
+
+def _truth(value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or value.lower() not in words:
+        raise ValueError(value)
+    return words[value.lower()]
+
+
+def _whole(low: int, high: int) -> Parameter:
+    def read(value: Any) -> int:
+        number = _number(value)
+        if number != int(number) or not low <= number <= high:
+            raise ValueError(value)
+        return int(number)
+
+    return Parameter(f"a whole number from {low} to {high}", read)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _text(value: Any, pattern: str = r"[^\x00-\x1f\x7f]*") -> str:
+    if not isinstance(value, str) or len(value) > LONGEST or not re.fullmatch(pattern, value):
+        raise ValueError(value)
+    return str(value)
+
+
+def _like(accepted: str, pattern: str) -> Parameter:
+    return Parameter(accepted, lambda value: _text(value, pattern))
+
+
+def _one_of(*names: str) -> Parameter:
+    def read(value: Any) -> str:
+        return next(name for name in names if name.lower() == _text(value).lower())
+
+    return Parameter(" or ".join(repr(name) for name in names), read)
+
+
+def _patient(value: Any) -> str:
+    return _text(str(value) if isinstance(value, int) and not isinstance(value, bool) else value, r"[^\x00-\x1f/\\]*")
+
+
+def _device(value: Any) -> str:
+    """``cpu``, ``cuda``, ``cuda:N``, or the name of a GPU as MONAI Label lists it."""
+    name = _text(value)
+    generic = sys.modules.get("monailabel.utils.others.generic")
+    if name and name not in (generic.device_map() if generic else {}) and not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
+        raise ValueError(value)
+    return name
+
+
+def _validation_share(value: Any) -> float:
+    share = _number(value)
+    if not (share == -1 or 0 <= share <= 0.9):
+        raise ValueError(value)
+    return share
+
+
+def _must_be_true(value: Any) -> bool:
+    if not _truth(value):
+        raise ValueError(value)
+    return True
+
+
+def _no_address(value: Any) -> str:
+    settings = _settings()
+    if settings is None or value != settings.MONAI_LABEL_TRACKING_URI:
+        raise ValueError(value)
+    return str(value)
+
+
+def _anything(value: Any) -> None:
+    """For what the clients send without need: it is known by name and goes no further."""
+
+
+TRUE_OR_FALSE = Parameter("true or false", _truth)
+UNREAD = Parameter("anything", _anything)
+_DEVICE = Parameter("'cpu', 'cuda', 'cuda:0', ... or the name of a GPU", _device)
+_WEIGHTS = _like("the name of a file in the model's folder models/, such as 'model.pt'", r"\w[\w.-]*\.pt")
+_GPUS = _like("'all' or numbers such as '0,1'", r"all|\d\d?(,\d\d?)*")
+_WORDS = _like("a name of letters and digits", r"\w[\w .-]*")
+
+CHOICES = ("device", "model_filename", "tracking")  # MONAI Label shows these as lists; the first is the one chosen
+SHARED = {  # by predictions and trainings; the last rows are MONAI Label's own and its clients'
+    "device": _DEVICE,
+    "model_filename": _WEIGHTS,
+    "multi_gpu": TRUE_OR_FALSE,
+    "gpus": _GPUS,
+    **dict.fromkeys(("model", "bundle_path", "client_id", "description", "name"), UNREAD),
+}
+PREDICTION = {
+    **SHARED,
+    "image": Parameter("the id of a CT in the server's list", _text),
+    "pet": Parameter("a file beside the CT, or a path within the studies", _text),
+    "ehr_csv": Parameter("a table beside the CT, or a path within the studies", _text),
+    "patient_id": Parameter("a patient's id", _patient),
+    FORCE: TRUE_OR_FALSE,
+    "result_extension": _one_of(".nrrd", ".seg.nrrd", ".nii.gz", ".nii", ".mha"),
+    "result_dtype": _one_of(*INTEGERS, "float32"),
+    "result_compress": TRUE_OR_FALSE,
+    "result_write_to_file": TRUE_OR_FALSE,
+    "logging": _one_of(*LOGGING),
+    "save_label": TRUE_OR_FALSE,
+    "label_tag": _like("a plain name", NAME),
+    "timeout": _whole(1, 86400),
+    "images": _one_of("all", "labeled", "unlabeled"),
+    "max_workers": _whole(0, 64),
+    "max_batch_size": _whole(0, 10**6),
+    **dict.fromkeys(("label", "label_info", "label_prompt", "restore_label_idx", "session"), UNREAD),
+    **dict.fromkeys(("image_path", "latencies", "_id", "_image_id"), UNREAD),
+}
+TRAINING = {
+    **SHARED,
+    "max_epochs": _whole(1, 10000),
+    "val_split": Parameter("a number from 0 to 0.9, or -1", _validation_share),
+    "pretrained": Parameter("true (from scratch, train with `python -m monai.bundle run training`)", _must_be_true),
+    "force_multi_gpu": TRUE_OR_FALSE,
+    "run_id": _one_of("run"),
+    "tracking": _one_of("None", "mlflow"),
+    "tracking_uri": Parameter("empty, or the address that the server is set to", _no_address),
+    "tracking_experiment_name": _WORDS,
+    "tracking_run_name": _WORDS,
+    "local_rank": UNREAD,
+}
+
+
+def read_prediction(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a prediction, as they are used: typed, and without what nothing reads.
+
+    Args:
+        request: as the client sent it and MONAI Label filled it up. Clinical values go by any name that a table may
+            have for them.
+
+    Raises:
+        RequestError: a parameter is not known, or its value is none of those accepted.
+        scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
+
+    Example:
+        >>> read_prediction({"force": "true", "Age": 61, "client_id": "slicer"})
+        {'force': True, 'Age': 61}
+        >>> read_prediction({"agee": 61})
+        Traceback (most recent call last):
+        ...
+        scripts.runtimes.label_guard.RequestError: unknown parameter 'agee'; is 'age' meant?
+    """
+    clinical = {name: value for name, value in request.items() if _is_clinical(name)}
+    for name, value in clinical.items():
+        if not isinstance(value, int | float | str | None) or len(str(value)) > 100:
+            raise RequestError(f"{name} is a single number or word, got {_shown(value)}")
+    parse_clinical(clinical, list(FEATURES), where="request")
+    return _read(request, PREDICTION, clinical)
+
+
+def read_training(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a training, as :func:`read_prediction` gives those of a prediction."""
+    return _read(request, TRAINING)
+
+
+def _read(
+    request: Mapping[str, Any], known: Mapping[str, Parameter], clinical: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    taken: dict[str, Any] = {}
+    for name, value in request.items():
+        if clinical and name in clinical:
+            taken[name] = value
+            continue
+        if name not in known:
+            raise RequestError(f"unknown parameter {_shown(name)}; {_meant(str(name), known, clinical is not None)}")
+        if known[name] is UNREAD or value in (None, ""):
+            continue
+        single = value[0] if name in CHOICES and isinstance(value, list) and value else value
+        try:
+            taken[name] = known[name].read(single.value if isinstance(single, Enum) else single)
+        except (ValueError, StopIteration):
+            raise RequestError(f"{name} is {known[name].accepted}, got {_shown(value)}") from None
+    return taken
+
+
+def _is_clinical(name: str) -> bool:
+    return any(match_columns([str(name)], feature) for feature in FEATURES)
+
+
+def _meant(name: str, known: Mapping[str, Parameter], clinical: bool) -> str:
+    """The known name that is nearest, or all of them."""
+    names = [each for each in known if known[each] is not UNREAD]
+    columns = [each for feature in FEATURES.values() for each in (feature.name, feature.column)] if clinical else []
+    lower = {each.lower(): each for each in (*columns[::-1], *names)}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"is {lower[near[0]]!r} meant?" if near else f"known are {', '.join((*names, *columns[::2]))}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+def _settings() -> Any:
+    """MONAI Label's settings; None where it is not there."""
+    return getattr(sys.modules.get("monailabel.config"), "settings", None)
+
+
+def request_places() -> list[Path] | None:
+    """The folders whose files a request may name, links resolved; None where no server is at work.
+
+    They are the studies (of a DICOMweb server, its cache on this disk), the folder of ``--conf scans DIR``, and the
+    sessions of MONAI Label, which hold uploads.
+    """
+    settings = _settings()
+    if settings is None or not settings.MONAI_LABEL_STUDIES:
+        return None
+    cache = Path.home() / ".cache" / "monailabel"
+    places = [settings.MONAI_LABEL_SESSION_PATH.strip() or cache / "sessions"]
+    if settings.MONAI_LABEL_STUDIES.startswith(("http://", "https://")):
+        places += [settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or cache / "dicom"]
+        places += [settings.MONAI_LABEL_DATASTORE_CACHE_PATH]
+    else:
+        places += [settings.MONAI_LABEL_STUDIES]
+    places += [settings.MONAI_LABEL_APP_CONF.get(SCANS)]
+    return [Path(place).expanduser().resolve() for place in places if place]
+
+
+def is_upload(path: Path) -> bool:
+    """Whether this is the file that MONAI Label makes of an upload, whose name nobody can guess."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    return path.parent.resolve() == folder and not path.is_symlink() and bool(re.fullmatch(UPLOAD, path.name))
+
+
+def confined(name: str, path: Path, ct: Path | None = None) -> Path:
+    """The path that a request names, where it may name it.
+
+    Args:
+        name: of the parameter.
+        path: what it says.
+        ct: the CT of the request, whose folder counts too.
+
+    Raises:
+        RequestError: with links resolved, it lies neither in the studies nor in the upload. The message does not tell
+            whether there is such a file.
+    """
+    places = request_places()
+    if places is None:
+        return path
+    found = path.resolve()
+    if ct is not None and not is_upload(ct):
+        places.append(ct.parent.resolve())
+    if not (is_upload(path) or any(found.is_relative_to(place) for place in places) or _is_listed(found)):
+        raise RequestError(f"{name} is a file of the studies, got {_shown(str(path.name))}, which is none of them")
+    return path
+
+
+def _is_listed(found: Path) -> bool:
+    """Whether the server's list of scans has a link to this file."""
+    studies = Path(_settings().MONAI_LABEL_STUDIES)
+    links = [path for path in studies.iterdir() if path.is_symlink()] if studies.is_dir() else []
+    return any(link.resolve() == found for link in links)
+
+
+def for_client(text: str) -> str:
+    """A message without the folders of this machine: paths start within the studies, or are file names."""
+    bundle = Path(__file__).resolve().parents[2]
+    for place in [*(request_places() or []), bundle, Path(tempfile.gettempdir()), Path.home()]:
+        text = text.replace(f"{place}{os.sep}", "")
+    return re.sub(r"(?<![\w.~/-])(?:[A-Za-z]:)?[\\/](?:[^\s\\/'\":;,()]+[\\/])+", "", text)
+
+
+# --- MONAI Label ----------------------------------------------------------------------------------------------------
+def is_guarded(bundle_path: Any) -> bool:
+    """Whether the folder is a bundle with this module."""
+    return bool(bundle_path) and (Path(str(bundle_path)) / "scripts" / "runtimes" / Path(__file__).name).is_file()
+
+
+def serves(app: Any, model: Any) -> bool:
+    """Whether the model of this name in MONAI Label's app is a bundle with this module."""
+    file = app.model_file(model, validate=False) if isinstance(model, str) else None
+    return bool(file) and is_guarded(Path(str(file)).parents[1])
+
+
+def _choose_weights(taken: Mapping[str, Any], bundle_path: str) -> str:
+    """The name of the weights asked for, as it stands in the folder."""
+    wanted = taken.get("model_filename", DEFAULT_WEIGHTS)
+    names = sorted(path.name for path in (Path(bundle_path) / "models").glob("*.pt"))
+    if wanted not in names:
+        raise RequestError(f"model_filename is one of {', '.join(names)}, got {_shown(wanted)}")
+    return names[names.index(wanted)]
+
+
+def _guard_predictions(task_class: Any) -> None:
+    """Let the task of a bundle see a request only after :func:`read_prediction`."""
+    predict, show = task_class.__call__, task_class.config
+
+    @functools.wraps(predict)
+    def guarded(task: Any, request: Mapping[str, Any], *more: Any, **options: Any) -> Any:
+        if not is_guarded(task.bundle_path):
+            return predict(task, request, *more, **options)
+        taken = read_prediction(request)
+        taken["model_filename"] = _choose_weights(taken, task.bundle_path)
+        taken.setdefault("image", "")  # of an id that is not in the list
+        with _TURN:  # what is set here is evaluated again, so that weights trained since are seen too
+            task.bundle_config.set(taken["model_filename"], WEIGHTS)
+            task.bundle_config.set(taken.get(FORCE, False), FORCE)
+            return predict(task, taken, *more, **options)
+
+    @functools.wraps(show)
+    def config(task: Any) -> dict[str, Any]:
+        return {**show(task), FORCE: False} if is_guarded(task.bundle_path) else show(task)
+
+    task_class.__call__, task_class.config = guarded, config
+
+
+def _guard_trainings(task_class: Any) -> None:
+    """Likewise :func:`read_training`."""
+    train = task_class.__call__
+
+    @functools.wraps(train)
+    def guarded(task: Any, request: Mapping[str, Any], *more: Any, **options: Any) -> Any:
+        if is_guarded(task.bundle_path):
+            model = request.get("model")
+            request = read_training(request)
+            request = {**request, "model": model, "model_filename": _choose_weights(request, task.bundle_path)}
+        return train(task, request, *more, **options)
+
+    task_class.__call__ = guarded
+
+
+def _guard_jobs(job_class: Any) -> None:
+    """Refuse what a job in the background would refuse, before there is a job."""
+    run = job_class.run
+
+    @functools.wraps(run)
+    def guarded(method: str, request: Any = None, params: Any = None, *more: Any, **options: Any) -> Any:
+        from monailabel.interfaces.utils.app import app_instance
+
+        app = app_instance()
+        asked = {**(request or {}), **(params or {})}
+        model = asked.get("model")
+        if method in ("train", "batch_infer") and serves(app, model):
+            models = app.info()["models"]  # OHIF sends {model: its parameters}
+            asked = {name: value for name, value in asked.items() if not (name in models and isinstance(value, dict))}
+            request, params = (read_training if method == "train" else read_prediction)(asked), None
+            request = {**request, "model": model}
+        return run(method, request, params, *more, **options)
+
+    job_class.run = staticmethod(guarded)
+
+
+def _guard_app(app_class: Any) -> None:
+    """Look at the image before the list of scans does; no whole-slide images."""
+    infer, infer_wsi = app_class.infer, app_class.infer_wsi
+
+    @functools.wraps(infer)
+    def guarded(app: Any, request: Any, datastore: Any = None) -> Any:
+        image = request.get("image")
+        if serves(app, request.get("model")):
+            if not isinstance(image, str):
+                raise RequestError(f"image is {PREDICTION['image'].accepted}, got {_shown(image)}")
+            if image and (os.path.exists(image) or not re.fullmatch(NAME, image)):  # noqa: PTH110 - it raises nothing
+                confined("image", Path(image))
+        return infer(app, request, datastore)
+
+    @functools.wraps(infer_wsi)
+    def refused(app: Any, request: Any, datastore: Any = None) -> Any:
+        if serves(app, request.get("model")):
+            raise RequestError("this model takes no whole-slide images: POST to infer/MODEL")
+        return infer_wsi(app, request, datastore)
+
+    app_class.infer, app_class.infer_wsi = guarded, refused
+
+
+def install() -> None:
+    """Stand between MONAI Label and its requests; a second call changes nothing."""
+    from monailabel.interfaces.app import MONAILabelApp
+    from monailabel.tasks.infer.bundle import BundleInferTask
+    from monailabel.tasks.train.bundle import BundleTrainTask
+    from monailabel.utils.async_tasks.task import AsyncTask
+
+    if not hasattr(MONAILabelApp, _MARK):
+        setattr(MONAILabelApp, _MARK, True)
+        _guard_app(MONAILabelApp)
+        _guard_predictions(BundleInferTask)
+        _guard_trainings(BundleTrainTask)
+        _guard_jobs(AsyncTask)
+    if "monailabel.app" in sys.modules:
+        from scripts.runtimes import label_web
+
+        label_web.install(sys.modules["monailabel.app"].app)
+
+
+if "monailabel" in sys.modules:
+    install()

@@ -1,0 +1,1 @@
+"""Training: engine, handlers, metrics of an epoch, datasets and batches."""

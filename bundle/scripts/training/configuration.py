@@ -1,0 +1,369 @@
+"""The merged configuration of a run: whether it says what was meant, and what of it defines the result.
+
+MONAI merges config files and ``--id value`` options into one configuration, and takes in silence an id that nothing
+knows. Its command line reads values as Python, so that the folder ``2025_11`` becomes the number 202511, and its parser
+writes ``#`` as ``::``, in paths too. :func:`check_run` is the first thing that a run does.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
+
+from scripts import keys
+from scripts.cohorts.files import require_writable
+from scripts.keys import Case
+
+__all__ = ["ConfigurationError", "check_ids", "check_run", "describe_run", "run_differences"]
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PATHS = (
+    *("bundle_root", "dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "checkpoint"),
+    *("evaluation_dir", "trt_dir"),
+)
+"""Ids that name files and folders, and are text whatever they look like."""
+WRITTEN = ("output_dir", "cache_dir")
+TABLES = "ehr_csv"  # which may be a list
+ENTRIES = ("_meta_", "imports", "initialize", "run", "finalize", "tracking")  # what MONAI itself looks for
+TRACKING = {name for settings in cast(Any, DEFAULT_EXP_MGMT_SETTINGS).values() for name in settings["configs"]}
+TRACKERS = ("MLFlowHandler",)
+IGNORED = "None"  # which MONAI leaves out of its options
+PARSED = ("$", "@", "%")  # how text starts that MONAI takes for an expression, a reference, a macro
+FREE = (
+    *("_meta_", "imports", "bundle_root", "dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir"),
+    *("device", "amp", "compile", "checkpointing", "num_workers", "epochs"),
+)
+"""Ids that may differ when a run is continued: where the files are (the cases themselves are compared), what computes
+and how fast, and the number of epochs, which may be raised. All others are compared."""
+CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
+LEAST = {"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0}
+LEAST_LIKENESS = 0.6
+LONGEST = 200  # characters of a value, and of a list of patients, in a message
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be what was meant; the message says what to change."""
+
+
+def check_run(device: Any) -> None:
+    """See that the configuration in use says what was meant; to be called from a config, before anything is computed.
+
+    Paths that were typed on MONAI's command line become text again.
+
+    Args:
+        device: what shall compute.
+
+    Raises:
+        ConfigurationError: an id that nothing knows, a path that is no text any more, a value that is no number, a
+            device that is not there.
+        scripts.cohorts.files.WriteError: nothing can be written where the results shall be.
+    """
+    resolver = _resolver()
+    config = _written(resolver)
+    restored = paths_as_typed(config, _typed(sys.argv))
+    resolver.resolved_content.update(restored)
+    check_ids(config)
+    check_numbers(config)
+    check_device(device)
+    for name in WRITTEN:
+        folder = restored.get(name, config.get(name))
+        if isinstance(folder, str) and not folder.startswith(PARSED):
+            require_writable(folder)
+
+
+def _resolver() -> ReferenceResolver:
+    """What resolves the expression that is evaluated now. MONAI passes it to no expression, so its frame is found."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, ReferenceResolver):
+            return found
+        frame = frame.f_back
+    raise RuntimeError("only an expression of a config can ask for the configuration")
+
+
+def _written(resolver: ReferenceResolver) -> dict[str, Any]:
+    """The merged configuration as it is written, before expressions are evaluated."""
+    return resolver.items[""].get_config()
+
+
+def check_device(device: Any) -> None:
+    """See that PyTorch can use a device.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    try:
+        torch.zeros(1, device=torch.device(device)).item()  # of the device meta, nothing can be read back
+    except Exception as error:  # each back end raises its own
+        why = (str(error).splitlines() or [""])[0]
+        raise ConfigurationError(
+            f"device {str(device)!r} cannot be used here ({why}): give cpu, or cuda:N of a GPU that PyTorch finds "
+            f"({torch.cuda.device_count()} found), or leave --device out"
+        ) from error
+
+
+# --- text that stays text -----------------------------------------------------------------------------------------
+def paths_as_typed(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
+    """Paths of a configuration that are not what was typed, as they were.
+
+    Args:
+        config: the merged configuration.
+        typed: id -> text on MONAI's command line.
+
+    Raises:
+        ConfigurationError: a path that is no text and was not typed there, or any value in which ``#`` was replaced.
+
+    Example:
+        >>> paths_as_typed({"output_dir": 202511, "ckpt_dir": "a::b"}, {"output_dir": "2025_11", "ckpt_dir": "a#b"})
+        {'output_dir': '2025_11', 'ckpt_dir': 'a#b'}
+    """
+    restored: dict[str, str] = {}
+    for name in PATHS:
+        value, text = config.get(name), typed.get(name)
+        several = name == TABLES and isinstance(value, list | tuple)
+        if text is not None and text != IGNORED and not text.startswith(PARSED) and not several:
+            restored[name] = _unquoted(text)
+        elif isinstance(value, bool | int | float):
+            raise ConfigurationError(f"{name} is the number {value!r}, not a path: write it as text, in quotes")
+    for name, value in _leaves(config):
+        if isinstance(value, str) and ID_SEP_KEY in value and not value.startswith(PARSED) and name not in restored:
+            raise ConfigurationError(
+                f"{_shown_id(name)} is {value!r}: MONAI's configs cannot hold the character '#', which they write as "
+                "'::'; choose a name without either"
+            )
+    return {name: text for name, text in restored.items() if text != config.get(name)}
+
+
+def _typed(argv: Sequence[str]) -> dict[str, str]:
+    """Options on the command line of ``python -m monai.bundle``, as text; none of another program."""
+    if Path(argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
+        return {}
+    typed = {}
+    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            typed[name.replace("-", "_")] = value if equals else following
+    return typed
+
+
+def _unquoted(text: str) -> str:
+    """Text as it was meant: what is typed in quotes of Python's is without them."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return value if isinstance(value, str) else text
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value in nested dictionaries and lists, with its id; metadata are left out."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if key != ConfigParser.meta_key:
+            yield from _leaves(item, f"{name}{ID_SEP_KEY}{key}" if name else str(key))
+
+
+def _shown_id(name: str) -> str:
+    return name.replace(ID_SEP_KEY, "#")
+
+
+# --- ids that mean something --------------------------------------------------------------------------------------
+def check_ids(config: Mapping[str, Any]) -> None:
+    """Refuse ids that have no effect, because neither the bundle's configs have them nor anything refers to them.
+
+    An overlay of the user's own may define ids for others to refer to, and lists of expressions to run.
+
+    Args:
+        config: the merged configuration.
+
+    Raises:
+        ConfigurationError: there is one; the message names the one that may have been meant.
+    """
+    own, (whole, above) = _own_ids(config), _referenced(config)
+    known = {*own, *whole, *above}
+    free = {name for name in whole if not isinstance(own.get(name), dict)}  # their parts are for the user to name
+    copied = [json.dumps(value, default=str) for value in _containers(config)]
+    for name, value in _ids(config):
+        if name in known or name in {*ENTRIES, *TRACKING, *sys.argv[1:]} or _is_list_to_run(value):
+            continue
+        if any(name.startswith(parent + ID_SEP_KEY) for parent in free):
+            continue
+        if isinstance(value, dict | list) and value and copied.count(json.dumps(value, default=str)) > 1:  # a macro's
+            continue
+        near = _nearest(name, known)
+        hint = f"is '{_shown_id(near)}' meant?" if near else "see the ids in configs/"
+        raise ConfigurationError(f"no config has the id '{_shown_id(name)}', so that it would do nothing: {hint}")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse values that are no numbers or switches where the bundle's configs have one, and counts that are too small.
+
+    Args:
+        config: the merged configuration; expressions and references in it are not evaluated here.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    for name, own in _own_ids(config).items():
+        value = config.get(name, own)
+        if not isinstance(own, bool | int | float) or (isinstance(value, str) and value.startswith(PARSED)):
+            continue
+        whole = isinstance(own, int) and name in LEAST
+        kinds = (bool,) if isinstance(own, bool) else (int,) if whole else (int, float)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
+        if value is None or (fits and value >= LEAST.get(name, -math.inf)):
+            continue
+        what = "True or False" if isinstance(own, bool) else "a whole number" if whole else "a number"
+        least = f" from {LEAST[name]} on" if name in LEAST else ""
+        raise ConfigurationError(f"{name} is {_short(value)}, not {what}{least}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The id that is spelled most like one, first of all in its last part; empty where none is like it."""
+
+    def likeness(other: str) -> tuple[float, float]:
+        pairs = ((name.rsplit(ID_SEP_KEY, 1)[-1], other.rsplit(ID_SEP_KEY, 1)[-1]), (name, other))
+        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, whole
+
+    nearest = max(sorted(known), key=likeness, default="")
+    return nearest if likeness(nearest)[0] >= LEAST_LIKENESS else ""
+
+
+def _own_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids and values in the bundle's own configs that are part of a configuration: those of which it has every id."""
+    found: dict[str, Any] = {}
+    for path in sorted(CONFIGS.glob("*.json")):
+        content = {name.lstrip(MERGE_KEY): value for name, value in ConfigParser.load_config_file(path).items()}
+        if all(ReferenceResolver.split_id(name)[0] in config for name in content):
+            named = {ReferenceResolver.normalize_id(name): value for name, value in content.items()}
+            found |= {name: value for name, value in _ids(named) if not isinstance(found.get(name), dict)}
+    return found
+
+
+def _ids(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Ids on top and within plain dictionaries, with their values; what is in a component, MONAI itself checks."""
+    for name, value in config.items():
+        yield above + name, value
+        if isinstance(value, dict) and not ConfigComponent.is_instantiable(value) and name != ConfigParser.meta_key:
+            yield from _ids(value, f"{above}{name}{ID_SEP_KEY}")
+
+
+def _referenced(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Ids that anything in a configuration refers to, and those above them."""
+    found: set[str] = set()
+    for _, value in _leaves(dict(config)):
+        if isinstance(value, str):
+            found |= set(ReferenceResolver.match_refs_pattern(value))
+    above = {name.rsplit(ID_SEP_KEY, end)[0] for name in found for end in range(1, name.count(ID_SEP_KEY) + 1)}
+    return found, above
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Every dictionary and list within a configuration."""
+    for item in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(item, dict | list):
+            yield item
+            yield from _containers(item)
+
+
+def _is_list_to_run(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(ConfigExpression.is_expression, value))
+
+
+# --- what defines a run -------------------------------------------------------------------------------------------
+def describe_run(training: Sequence[Case], validation: Sequence[Case]) -> dict[str, Any]:
+    """What defines the result of a training run; to be used from a config.
+
+    Args:
+        training: cases that are trained on.
+        validation: cases that choose the epoch.
+
+    Returns:
+        ``configuration``, the merged one but for :data:`FREE`, as id -> value; ``training`` and ``validation``, each
+        patient id -> fingerprint of labels, clinical values and sizes of the files.
+    """
+    config = {name: value for name, value in _written(_resolver()).items() if name not in (*FREE, *TRACKING)}
+    return {
+        CONFIGURATION: {_shown_id(name): _plain(value) for name, value in _leaves(_untracked(config))},
+        TRAINING: {str(case[keys.PATIENT_ID]): _fingerprint(case) for case in training},
+        VALIDATION: {str(case[keys.PATIENT_ID]): _fingerprint(case) for case in validation},
+    }
+
+
+def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two runs, each as :func:`describe_run` gives it, for a message.
+
+    Example:
+        >>> one = {"configuration": {"fold": 0}, "training": {"A": "1", "B": "2"}, "validation": {}}
+        >>> run_differences(one, {"configuration": {"fold": 1}, "training": {"A": "3"}, "validation": {}})
+        ['fold: 0 there, 1 now', '2 training cases there, 1 now: B left', 'other labels, clinical values or files: A']
+    """
+    if set(there) != set(now):
+        return ["it was written by another version of this bundle"]
+    one, other = there.get(CONFIGURATION, {}), now.get(CONFIGURATION, {})
+    differences = [
+        f"{name}: {_short(one.get(name, '(absent)'))} there, {_short(other.get(name, '(absent)'))} now"
+        for name in sorted({*one, *other})
+        if one.get(name, "(absent)") != other.get(name, "(absent)")
+    ]
+    changed: set[str] = set()
+    for part in (TRAINING, VALIDATION):
+        before, after = there.get(part, {}), now.get(part, {})
+        moves = [f"{', '.join(sorted(after.keys() - before.keys()))} came in"] if after.keys() - before.keys() else []
+        moves += [f"{', '.join(sorted(before.keys() - after.keys()))} left"] if before.keys() - after.keys() else []
+        if moves:
+            listed = "; ".join(map(_cut, moves))
+            differences.append(f"{len(before)} {part} cases there, {len(after)} now: {listed}")
+        changed |= {patient for patient in before.keys() & after.keys() if before[patient] != after[patient]}
+    if changed:
+        differences.append(f"other labels, clinical values or files: {_cut(', '.join(sorted(changed)))}")
+    return differences
+
+
+def _untracked(value: Any) -> Any:
+    """A configuration without what only writes it down."""
+    if isinstance(value, dict):
+        return {name: _untracked(item) for name, item in value.items()}
+    if isinstance(value, list):
+        tracked = [isinstance(item, dict) and item.get("_target_") in TRACKERS for item in value]
+        return [_untracked(item) for item, drop in zip(value, tracked, strict=True) if not drop]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: what a caller has built in Python stands for its kind."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"a {type(value).__name__}"
+
+
+def _fingerprint(case: Case) -> str:
+    """Changes with labels, clinical values and sizes of the files, but not with their place or time."""
+    files = (keys.CT, keys.PET, keys.MASK)
+    sizes = [Path(case[name]).stat().st_size if case.get(name) else None for name in files]
+    facts = sorted((name, value) for name, value in case.items() if name not in (*files, keys.FINGERPRINT))
+    return hashlib.sha256(repr((sizes, facts)).encode()).hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

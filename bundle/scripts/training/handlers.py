@@ -1,0 +1,511 @@
+"""Ignite handlers: metrics under masks, the choice of the best checkpoint, resuming, gradient warm-up, progress.
+
+Metric handlers are thin: they select from the engine's output and leave the arithmetic to
+:mod:`scripts.training.metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines import Evaluator, Workflow
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import CumulativeIterationMetric
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from scripts import keys
+from scripts.cohorts.files import write_text, written_whole
+from scripts.cohorts.thresholds import above
+from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
+from scripts.model.networks import MultitaskNet
+from scripts.training.configuration import run_differences
+from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
+from scripts.training.sampling import EventBatchSampler, seed_epoch
+
+logger = logging.getLogger(__name__)
+
+C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy", "loss"
+BEST, LAST = "best", "last"
+LOWER_IS_BETTER = (LOSS,)
+LOST_DICE = 0.5  # share of the highest Dice below which an epoch's masks are of little use
+
+
+# --- metrics -------------------------------------------------------------------------------------------------
+def nan_where_unknown(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """``values`` (B, ...) as float with the rows of unlabelled cases NaN, as the metrics want them."""
+    mask = known.bool().reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(mask, values.float(), torch.full_like(values.float(), math.nan))
+
+
+def survival_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log hazard (B, 1) and [time, event] (B, 2) of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    truth = torch.stack([label[keys.TIME].double(), label[keys.EVENT].double()], dim=1)
+    known = label[keys.SURV_KNOWN].bool()[:, None]
+    return pred[keys.LOG_HAZARD].reshape(-1, 1), truth.masked_fill(~known, math.nan)
+
+
+def mask_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted tumour (B, 1, *roi_size) at probability 0.5 and the true one of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    return above(pred[keys.SEG_PROB]).float(), nan_where_unknown(label[keys.SEG], label[keys.SEG_KNOWN])
+
+
+def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """HPV probability (B, 1) and status (B, 1) of an engine's output."""
+    pred, label = output["pred"], output["label"]
+    return pred[keys.HPV_PROB].reshape(-1, 1), nan_where_unknown(label[keys.HPV].reshape(-1, 1), label[keys.HPV_KNOWN])
+
+
+class ConcordanceIndexHandler(IgniteMetricHandler):
+    """C-index (7) over the cases of an epoch whose survival is known."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=ConcordanceIndexMetric(), output_transform=survival_pairs, save_details=False)
+
+
+class DiceHandler(IgniteMetricHandler):
+    """Mean Dice (8) over the cases of an epoch that have a mask."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=MaskedDiceMetric(), output_transform=mask_pairs, save_details=False)
+
+
+class BalancedAccuracyHandler(IgniteMetricHandler):
+    """Balanced accuracy (9) over the cases of an epoch whose HPV status is known."""
+
+    def __init__(self) -> None:
+        super().__init__(metric_fn=BalancedAccuracyMetric(), output_transform=hpv_pairs, save_details=False)
+
+
+class _BatchLoss(CumulativeIterationMetric):
+    """Collects one loss a batch."""
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        return y_pred.reshape(-1, 1)
+
+    def aggregate(self) -> float:
+        """Mean over batches; NaN before the first."""
+        values = self.get_buffer()
+        return float(values.double().mean()) if isinstance(values, torch.Tensor) and values.numel() else math.nan
+
+
+class LossHandler(IgniteMetricHandler):
+    """Training loss of the predictions of an epoch, averaged over batches.
+
+    Args:
+        loss: a :class:`scripts.model.losses.MultitaskLoss`; predictions are brought back to logits for it.
+    """
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        def batch_loss(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            pred = dict(output["pred"])
+            for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
+                if prob in pred:
+                    pred[logit] = torch.logit(pred[prob], eps=1e-6)
+            was_training = loss.training
+            loss.eval()  # learned task weights count as 1
+            with torch.no_grad():
+                value = loss(pred, output["label"])
+            loss.train(was_training)
+            return value, value
+
+        super().__init__(metric_fn=_BatchLoss(), output_transform=batch_loss, save_details=False)
+
+
+def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
+    """Name of the metric that picks the best checkpoint, by what ``cases`` (the validation set) can tell.
+
+    The C-index where two cases can be ordered by survival, else Dice where a case has a mask, else the loss. The
+    choice is logged with its reason.
+    """
+    known = [c for c in cases if c[keys.SURV_KNOWN]]
+    events = sum(bool(c[keys.EVENT]) for c in known)
+    comparable = len(known) > 1 and not math.isnan(
+        concordance_index([c[keys.TIME] for c in known], [c[keys.EVENT] for c in known], [0.0] * len(known))
+    )
+    masks = sum(bool(c[keys.SEG_KNOWN]) for c in cases)
+    if keys.TASK_SURV in tasks and comparable:
+        logger.info("best checkpoint and early stopping by C-index: %d validation cases, %d events", len(known), events)
+        return C_INDEX
+    no_survival = keys.TASK_SURV not in tasks
+    why = "survival is not a task" if no_survival else f"validation has {events} events and no comparable pair"
+    if keys.TASK_SEG in tasks and masks:
+        logger.warning("best checkpoint and early stopping by Dice over %d masks, not by C-index: %s", masks, why)
+        return DICE
+    logger.warning("best checkpoint and early stopping by the loss, not by C-index: %s and no masks", why)
+    return LOSS
+
+
+def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Module) -> dict[str, IgniteMetricHandler]:
+    """Metric handlers of ``tasks`` by name, ``key_metric`` first as MONAI's evaluator wants it."""
+    metrics: dict[str, IgniteMetricHandler] = {LOSS: LossHandler(loss)}
+    if keys.TASK_SURV in tasks:
+        metrics[C_INDEX] = ConcordanceIndexHandler()
+    if keys.TASK_SEG in tasks:
+        metrics[DICE] = DiceHandler()
+    if keys.TASK_HPV in tasks:
+        metrics[BALANCED_ACCURACY] = BalancedAccuracyHandler()
+    return {key_metric: metrics.pop(key_metric), **metrics}
+
+
+def is_better(value: float, best: float | None, metric: str) -> bool:
+    """Whether ``value`` of ``metric`` beats ``best``; NaN never does, anything beats ``None``.
+
+    >>> is_better(0.7, 0.6, "c_index"), is_better(0.7, 0.6, "loss"), is_better(math.nan, None, "dice")
+    (True, False, False)
+    """
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+class Comparison:
+    """:func:`is_better` of one metric, as MONAI's engines call it.
+
+    Args:
+        metric: name of the key metric.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def __call__(self, value: float, best: float) -> bool:
+        """Whether ``value`` beats ``best``."""
+        return is_better(float(value), float(best), self.metric)
+
+
+# --- best checkpoint, early stopping, resuming ------------------------------------------------------------------
+class TrainingState:
+    """Keeps a run on disk: the weights to use, and after every epoch all that is needed to go on from there.
+
+    Attach *after* the validation handler. At the end of each epoch it compares the validation metric, writes
+    ``<ckpt_dir>/model.pt`` when it is the best so far (or always, see ``keep``), ``<ckpt_dir>/resume/last.pt``, and
+    ``<output_dir>/history.json``; each file appears under its name only when whole. At the start it continues from
+    ``last.pt``, or from ``previous.pt``, the epoch before, where ``last.pt`` cannot be read. Each epoch's random
+    numbers follow from ``(seed, epoch)``, so that a run that was killed ends with the metrics of an unbroken one.
+
+    (MONAI's ``CheckpointSaver`` does not write atomically, and forgets the best metric on resuming.)
+
+    Args:
+        ensemble: :class:`scripts.model.ensemble.FoldEnsemble` around the trained network; written as ``model.pt``.
+        optimizer: its optimiser.
+        scheduler: its learning-rate schedule, stepped here once an epoch.
+        loss: loss module, whose state (learned task weights) is part of the run.
+        sampler: batches of the training loader.
+        evaluator: validation engine, already run by a ``ValidationHandler`` every ``val_interval`` epochs.
+        val_interval: epochs between validations; the last epoch is always validated.
+        ckpt_dir: where ``model.pt`` goes.
+        output_dir: where ``history.json`` goes.
+        settings: what defines the run (:func:`.describe_run`); a ``last.pt`` of another one is
+            refused.
+        seed: of the run.
+        patience: validations without improvement after which training stops; 0 to never stop early.
+        keep: ``"best"``: ``model.pt`` is of the epoch with the best validation metric, as in the paper; ``"last"``: of
+            the last validated one. The C-index of some 20 events is so uncertain that the best of several epochs is
+            picked by chance; with a learning rate that runs out the last one is the best trained, and its validation
+            figures are not flattered by the choice.
+
+    Raises:
+        ValueError: for another ``keep``, or early stopping, which needs the best, with ``"last"``.
+    """
+
+    def __init__(
+        self,
+        ensemble: FoldEnsemble,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        loss: torch.nn.Module,
+        sampler: EventBatchSampler,
+        evaluator: Evaluator,
+        val_interval: int,
+        ckpt_dir: str,
+        output_dir: str,
+        settings: Mapping[str, Any],
+        seed: int = 0,
+        patience: int = 0,
+        keep: str = BEST,
+    ) -> None:
+        if keep not in (BEST, LAST):
+            raise ValueError(f"keep_epoch is '{BEST}' or '{LAST}'; got {keep!r}")
+        if keep == LAST and patience:
+            raise ValueError(f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {patience}")
+        self.keep = keep
+        self.ensemble = ensemble
+        self.parts: dict[str, Any] = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
+        self.sampler = sampler
+        self.evaluator = evaluator
+        self.val_interval = val_interval
+        self.best_path = Path(ckpt_dir) / "model.pt"
+        self.last_path = Path(ckpt_dir) / "resume" / "last.pt"
+        self.previous_path = self.last_path.with_name("previous.pt")
+        self.history_path = Path(output_dir) / "history.json"
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.seed = seed
+        self.patience = patience
+        self.best: float | None = None
+        self.best_epoch = 0
+        self.stale = 0
+        self.stopped_early = False
+        self.history: list[dict[str, float]] = []
+        self._losses: list[dict[str, float]] = []
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with the trainer ``engine``."""
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.begin_epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+
+    # -- events ------------------------------------------------------------------------------------------------
+    def resume(self, engine: Workflow) -> None:
+        """Go on from the last complete epoch if there is one.
+
+        Raises:
+            RuntimeError: the state on disk cannot be read, or is of another run.
+        """
+        state = self._read_state()
+        if state is None:
+            return
+        self._refuse_other_run(state["settings"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name in ("best", "best_epoch", "stale", "stopped_early", "history"):
+            setattr(self, name, state[name])
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        if is_first_rank():
+            self._write_history()  # a kill may have come between last.pt and history.json
+        if self.stopped_early or state["epoch"] >= engine.state.max_epochs:
+            why = "stopped early" if self.stopped_early else "is complete"
+            logger.info("the run of %s %s after epoch %d: nothing to do", self.last_path, why, state["epoch"])
+            engine.terminate()
+        else:
+            logger.info("going on after epoch %d of %s", state["epoch"], self.last_path)
+
+    def begin_epoch(self, engine: Workflow) -> None:
+        """Choose the epoch's batches and random numbers."""
+        self.sampler.set_epoch(engine.state.epoch)
+        seed_epoch(self.seed, engine.state.epoch)
+        self._losses = []
+
+    def record_loss(self, engine: Workflow) -> None:
+        """Remember the parts of the loss of one batch."""
+        loss = self.parts["loss"]
+        parts = {name: float(value) for name, value in getattr(loss, "parts", {}).items()}
+        self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})
+
+    def end_epoch(self, engine: Workflow) -> None:
+        """Judge and save the epoch; stop the run when it has not improved for long."""
+        epoch = engine.state.epoch
+        validated = epoch % self.val_interval == 0
+        if not validated and epoch == engine.state.max_epochs:
+            self.evaluator.run(epoch)
+            validated = True
+        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"], **self._mean_losses()}
+        self.parts["scheduler"].step()
+        improved = False
+        if validated:
+            metrics = {f"val_{k}": float(v) for k, v in self.evaluator.state.metrics.items()}
+            row.update(metrics)
+            improved = self._judge(epoch)
+        self.history.append(row)
+        if is_first_rank():
+            if improved:
+                save_weights(self.ensemble, self.best_path)
+            with written_whole(self.last_path) as partial:
+                torch.save(self._state(epoch), partial)
+                if self.last_path.is_file():
+                    self.last_path.replace(self.previous_path)
+            self._write_history()
+        if validated:
+            self._report(row)
+        if self.stopped_early:
+            logger.info("no better %s for %d validations: stopping", self._key, self.stale)
+            engine.terminate()
+        if self.stopped_early or epoch == engine.state.max_epochs:
+            self._warn_of_lost_tumours()
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+    @property
+    def _key(self) -> str:
+        return self.evaluator.state.key_metric_name
+
+    def _judge(self, epoch: int) -> bool:
+        value = float(self.evaluator.state.metrics[self._key])
+        improved = self.keep == LAST or is_better(value, self.best, self._key)
+        if improved:
+            self.best, self.best_epoch, self.stale = value, epoch, 0
+        else:
+            self.stale += 1
+        self.stopped_early = bool(self.patience) and self.stale >= self.patience
+        return improved
+
+    def _mean_losses(self) -> dict[str, float]:
+        names = self._losses[0] if self._losses else {}
+        return {name: sum(row[name] for row in self._losses) / len(self._losses) for name in names}
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The state of the last epoch whose file is whole; None where no epoch was completed."""
+        faults = []
+        for path in (self.last_path, self.previous_path):
+            if not path.is_file():
+                continue
+            try:
+                state = load_checkpoint(path)
+                missing = [name for name in self._state(0) if name not in state]
+                if missing:
+                    raise CheckpointError(f"{path} is no state of a training: {', '.join(missing)} missing")
+            except (CheckpointError, OSError) as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                logger.warning("cannot be read, the epoch before is taken instead: %s", fault)
+            return state
+        if not faults:
+            return None
+        raise RuntimeError(
+            f"the training cannot be resumed, its state is damaged ({'; '.join(faults)}): delete the folder "
+            f"{self.last_path.parent} to train from the first epoch, or restore it from a backup"
+        )
+
+    def _write_history(self) -> None:
+        write_text(self.history_path, json.dumps([_without_nan(row) for row in self.history], indent=1))
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        return {
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "settings": self.settings,
+            "epoch": epoch,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "stale": self.stale,
+            "stopped_early": self.stopped_early,
+            "history": self.history,
+        }
+
+    def _report(self, row: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in row.items() if k.startswith("val_"))
+        best = "none yet" if self.best is None else f"{self.best:.3f} at epoch {self.best_epoch}"
+        logger.info(
+            "epoch %d  train loss %.3f | %s | %s %s: %s", row["epoch"], row["loss"], shown, self.keep, self._key, best
+        )
+
+    def _warn_of_lost_tumours(self) -> None:
+        """Warn where the epoch kept, by the C-index say, finds far less of the tumours than another one."""
+        dice = {int(row["epoch"]): row["val_dice"] for row in self.history if row.get("val_dice") is not None}
+        best = max((epoch for epoch in dice if not math.isnan(dice[epoch])), key=lambda epoch: dice[epoch], default=0)
+        kept = dice.get(self.best_epoch, math.nan)
+        if best and kept < LOST_DICE * dice[best]:
+            logger.warning(
+                "the epoch kept (%d, by %s) has a validation Dice of %.3f, epoch %d had %.3f: its masks are of little "
+                "use; train longer, with --keep_epoch last, or with --mask_gradient stop",
+                *(self.best_epoch, self._key, kept, best, dice[best]),
+            )
+
+    def _refuse_other_run(self, found: Mapping[str, Any]) -> None:
+        differences = run_differences(found, self.settings)
+        if differences:
+            raise RuntimeError(
+                f"{self.last_path} is of another run, whose result going on would mix with this one's "
+                f"({'; '.join(differences)}): give another output_dir, or delete {self.last_path.parent} to start anew"
+            )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the only one, or the first of several: the one that writes files."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
+    """``row`` with null for what does not exist: NaN is not JSON."""
+    return {name: None if math.isnan(value) else value for name, value in row.items()}
+
+
+# --- gradient through the probability map -----------------------------------------------------------------------
+class MaskGradientWarmup:
+    """Stops the gradient through the tumour probability map until segmentation has warmed up.
+
+    Until the map means something, the HPV and survival losses that flow through it can keep segmentation from
+    learning. The first epochs have the gradient stopped, all later ones have it as asked. It follows from the epoch's
+    number alone, so that a run that is continued does the same.
+
+    Args:
+        network: whose :attr:`~scripts.model.networks.MultitaskNet.mask_gradient` is set at the start of each epoch.
+        mask_gradient: "flow" or "stop" (nothing to warm up for), after the first epochs.
+        epochs: how many of them; 0 for none.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    def __init__(self, network: MultitaskNet, mask_gradient: str, epochs: int = 0) -> None:
+        if epochs < 0:
+            raise ValueError(f"mask_gradient_after is {epochs}; it must be 0 or a number of epochs")
+        self.network = network
+        self.mask_gradient = mask_gradient
+        self.epochs = epochs
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with the trainer ``engine``."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.set_gradient)
+
+    def set_gradient(self, engine: Workflow) -> None:
+        """Stop the gradient, or let it be as asked, for the epoch that begins (the first is number 1)."""
+        epoch = engine.state.epoch
+        self.network.mask_gradient = "stop" if epoch <= self.epochs else self.mask_gradient
+        if self.epochs and epoch == self.epochs + 1 and self.mask_gradient != "stop":
+            logger.info("gradient through the tumour probability map: %s from epoch %d on", self.mask_gradient, epoch)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+class Progress:
+    """One bar over all iterations of a run with the time left.
+
+    Args:
+        desc: what is being done.
+        unit: what an iteration is.
+    """
+
+    def __init__(self, desc: str, unit: str = "batch") -> None:
+        self.desc = desc
+        self.unit = unit
+        self.bar: tqdm | None = None
+        self._stack = ExitStack()
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with ``engine``."""
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.TERMINATE, self._close)
+
+    def _open(self, engine: Workflow) -> None:
+        state = engine.state
+        self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
+        epochs_left = (state.max_epochs or 1) - state.epoch if self.unit == "batch" and state.max_epochs else 1
+        total = max(1, epochs_left) * (state.epoch_length or 0)
+        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not is_first_rank(), leave=True)
+
+    def _advance(self, engine: Workflow) -> None:
+        if self.bar is not None:
+            if self.unit == "batch" and (engine.state.max_epochs or 1) > 1:
+                self.bar.set_description(f"{self.desc}: epoch {engine.state.epoch}/{engine.state.max_epochs}", False)
+            self.bar.update()
+
+    def _close(self, engine: Workflow) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+            self._stack.close()

@@ -1,0 +1,263 @@
+"""C-index (eq. 7), Dice (eq. 8) and balanced accuracy (eq. 9): pure functions, and MONAI metrics over them.
+
+The metrics collect a row a case over an epoch, gather the rows of all ranks, and compute once. A case whose label is
+unknown (NaN) counts nowhere; where nothing is known the result is NaN, never an exception. Every rank must call
+``aggregate``, also one that saw no case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import CumulativeIterationMetric, compute_dice
+from monai.metrics.confusion_matrix import compute_confusion_matrix_metric, get_confusion_matrix
+from torch import Tensor
+
+from scripts.cohorts.thresholds import HALF, above
+from scripts.model.losses import without_metadata
+
+__all__ = [
+    "BalancedAccuracyMetric",
+    "ConcordanceIndexMetric",
+    "MaskedDiceMetric",
+    "balanced_accuracy",
+    "concordance_index",
+    "dice_scores",
+]
+
+PAIRS_AT_ONCE = 2**24  # bounds the memory of concordance_index
+
+
+def concordance_index(time: Any, event: Any, risk: Any) -> float:
+    r"""Harrell's concordance index: the share of comparable pairs that the risk orders rightly (eq. 7).
+
+    .. math:: C = \frac{\sum_{(i, j)} 1[r_i > r_j] + \frac{1}{2} 1[r_i = r_j]}{\sum_{(i, j)} 1}
+
+    over the pairs in which i had the event and j was still without one: ``time_i < time_j``, or
+    ``time_i = time_j`` and j is censored. Two events at one time are not comparable (lifelines' semantics).
+
+    Args:
+        time: (N,) array or tensor, time to the event or to the last visit.
+        event: (N,) bool or 0/1, True = event.
+        risk: (N,) any score, higher = earlier event.
+
+    Returns:
+        A number in [0, 1]; 0.5 is chance; NaN where no pair is comparable.
+
+    Raises:
+        ValueError: where the lengths differ or a value is NaN.
+
+    Example:
+        Turning the risk round turns the index round:
+
+        >>> time, event, risk = [5, 3, 8, 1], [1, 0, 0, 1], [0.2, 0.9, 0.1, 0.4]
+        >>> concordance_index(time, event, risk) + concordance_index(time, event, [-r for r in risk])
+        1.0
+    """
+    time, event, risk = (_as_vector(name, v) for name, v in (("time", time), ("event", event), ("risk", risk)))
+    if not len(time) == len(event) == len(risk):
+        raise ValueError(f"time, event and risk have {len(time)}, {len(event)} and {len(risk)} values")
+    event = event.astype(bool)
+    comparable = concordant = tied = 0
+    event_rows = np.flatnonzero(event)
+    step = max(1, PAIRS_AT_ONCE // max(1, len(time)))
+    for start in range(0, len(event_rows), step):
+        rows = event_rows[start : start + step, None]
+        pairs = (time > time[rows]) | ((time == time[rows]) & ~event)
+        comparable += int(pairs.sum())
+        concordant += int((pairs & (risk[rows] > risk)).sum())
+        tied += int((pairs & (risk[rows] == risk)).sum())
+    return (concordant + tied / 2) / comparable if comparable else float("nan")
+
+
+def dice_scores(prediction: Tensor, mask: Tensor) -> Tensor:
+    r"""Dice of each case (eq. 8).
+
+    .. math:: DSC = \frac{2 |P \cap G|}{|P| + |G|}
+
+    Args:
+        prediction: (B, 1, ...) in {0, 1}.
+        mask: (B, 1, ...) in {0, 1}.
+
+    Returns:
+        (B, 1); 1 where both are empty, 0 where only the mask is.
+
+    Raises:
+        ValueError: where the shapes differ or the prediction is not binary.
+
+    Example:
+        >>> empty, full = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+        >>> [dice_scores(p, g).item() for p, g in ((empty, empty), (full, empty), (full, full))]
+        [1.0, 0.0, 1.0]
+    """
+    if prediction.shape != mask.shape:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)} but mask {tuple(mask.shape)}")
+    if not ((prediction == 0) | (prediction == 1)).all():
+        raise ValueError("the prediction holds values other than 0 and 1; threshold the probability first")
+    return compute_dice(prediction.float(), mask.float(), include_background=True, ignore_empty=False)
+
+
+def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = HALF) -> float:
+    """Mean of sensitivity and specificity (eq. 9).
+
+    Args:
+        probability: (N,) of the positive class.
+        label: (N,) in {0, 1}.
+        threshold: above which it is called positive.
+
+    Returns:
+        A number in [0, 1]; NaN where one of the classes is absent.
+
+    Raises:
+        ValueError: where the shapes differ or a probability is NaN.
+
+    Example:
+        Calling everything positive is chance, however many are:
+
+        >>> balanced_accuracy(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+        0.5
+    """
+    if probability.shape != label.shape:
+        raise ValueError(f"probability has shape {tuple(probability.shape)} but label {tuple(label.shape)}")
+    if torch.isnan(probability).any():
+        raise ValueError(f"{int(torch.isnan(probability).sum())} of {len(probability)} probabilities are NaN")
+    if not len(label):
+        return float("nan")
+    positive = above(probability, threshold).float().reshape(-1, 1)
+    counts = get_confusion_matrix(positive, label.float().reshape(-1, 1)).sum(dim=(0, 1))
+    return float(compute_confusion_matrix_metric("balanced accuracy", counts))
+
+
+class _CaseMetric(CumulativeIterationMetric):
+    """A metric that keeps one row of numbers a case on every rank.
+
+    Args:
+        columns: numbers a case.
+    """
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def _rows(self) -> Tensor:
+        """(N, columns) rows of all ranks and of the whole epoch, unknown cases (NaN) left out."""
+        if self._buffers is None:
+            # The gathering is collective: a rank that saw no case joins it with an unknown one.
+            self.extend(torch.full((1, self.columns), torch.nan, dtype=torch.float64))
+        rows = self.get_buffer()
+        return rows[~torch.isnan(rows[:, -1])]
+
+
+class ConcordanceIndexMetric(_CaseMetric):
+    """:func:`concordance_index` of an epoch.
+
+    Called with ``y_pred`` (B, 1), the log hazard or another risk, and ``y`` (B, 2), time and event, NaN where unknown.
+
+    Example:
+        >>> metric = ConcordanceIndexMetric()
+        >>> y = torch.tensor([[3.0, 1.0], [5.0, 0.0], [torch.nan, torch.nan]])
+        >>> _ = metric(y_pred=torch.tensor([[0.7], [0.1], [9.0]]), y=y)
+        >>> metric.aggregate()
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(columns=3)
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, 3): risk, time, event."""
+        y_pred, y = _checked(y_pred, y, 1, 2)
+        unknown = torch.isnan(y).any(dim=1, keepdim=True)
+        return torch.cat([y_pred, y.masked_fill(unknown, torch.nan)], dim=1)
+
+    def aggregate(self) -> Tensor:
+        """The index, a scalar; NaN where no pair is comparable."""
+        risk, time, event = self._rows().unbind(dim=1)
+        return torch.tensor(concordance_index(time, event, risk), dtype=torch.float64)
+
+
+class MaskedDiceMetric(_CaseMetric):
+    """Mean of :func:`dice_scores` over the cases that have a mask.
+
+    Called with ``y_pred`` (B, 1, ...) in {0, 1} and ``y`` (B, 1, ...) in {0, 1}; a case with NaN anywhere in ``y`` has
+    no mask, which is not the same as an empty one. ``get_buffer`` gives the Dice of each case, NaN where unknown.
+
+    Example:
+        >>> metric = MaskedDiceMetric()
+        >>> mask = torch.stack([torch.ones(1, 2, 2), torch.full((1, 2, 2), torch.nan)])
+        >>> metric(y_pred=torch.ones(2, 1, 2, 2), y=mask).flatten().tolist()
+        [1.0, nan]
+        >>> metric.aggregate()
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(columns=1)
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, 1): Dice."""
+        if y is None or y.shape != y_pred.shape:
+            raise ValueError(f"y_pred has shape {tuple(y_pred.shape)} but y {None if y is None else tuple(y.shape)}")
+        y_pred, y = without_metadata(y_pred), without_metadata(y)
+        known = ~torch.isnan(y.flatten(start_dim=1)).any(dim=1)
+        scores = torch.full((len(y), 1), torch.nan, dtype=torch.float64)
+        if known.any():
+            scores[known.cpu()] = dice_scores(y_pred[known], y[known]).to(scores)
+        return scores
+
+    def aggregate(self) -> Tensor:
+        """The mean, a scalar; NaN where no case has a mask."""
+        return self._rows().mean()
+
+
+class BalancedAccuracyMetric(_CaseMetric):
+    """:func:`balanced_accuracy` of an epoch.
+
+    Called with ``y_pred`` (B, 1), the probability of the positive class, and ``y`` (B, 1) in {0, 1}, NaN where unknown.
+
+    Args:
+        threshold: above which the class is called positive.
+
+    Example:
+        >>> metric = BalancedAccuracyMetric()
+        >>> _ = metric(y_pred=torch.tensor([[0.9], [0.2], [0.6]]), y=torch.tensor([[1.0], [0.0], [torch.nan]]))
+        >>> metric.aggregate()
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self, threshold: float = HALF) -> None:
+        super().__init__(columns=2)
+        self.threshold = threshold
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, 2): probability, label."""
+        y_pred, y = _checked(y_pred, y, 1, 1)
+        return torch.cat([y_pred, y], dim=1)
+
+    def aggregate(self) -> Tensor:
+        """The balanced accuracy, a scalar; NaN where one of the classes is absent."""
+        probability, label = self._rows().unbind(dim=1)
+        return torch.tensor(balanced_accuracy(probability, label, self.threshold), dtype=torch.float64)
+
+
+def _checked(y_pred: Tensor, y: Tensor | None, columns: int, y_columns: int) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU, after a look at their shapes."""
+    cases = len(y_pred)
+    shapes = (tuple(y_pred.shape), None if y is None else tuple(y.shape))
+    if y is None or shapes != ((cases, columns), (cases, y_columns)):
+        raise ValueError(
+            f"y_pred and y have shapes {shapes}; ({cases}, {columns}) and ({cases}, {y_columns}) are needed"
+        )
+    return y_pred.cpu().double(), y.cpu().double()
+
+
+def _as_vector(name: str, values: Any) -> np.ndarray:
+    """(N,) float64; half precision and tensors with a graph included."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    vector = np.asarray(values, dtype=np.float64).reshape(-1)
+    if np.isnan(vector).any():
+        raise ValueError(f"{int(np.isnan(vector).sum())} of {len(vector)} values of {name} are NaN")
+    return vector
