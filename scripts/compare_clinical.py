@@ -31,6 +31,7 @@ from scripts.cohorts import clinical
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
 from scripts.cohorts.tables import centre_name
+from scripts.training.concordance import comparable_pairs, resampled_concordance
 
 CODINGS = ("indicators", "paper")
 FILLS = ("training_median", "cohort_median", "zero")
@@ -186,22 +187,19 @@ def score(risks: Sequence[np.ndarray], tables: Sequence[pd.DataFrame], bootstrap
         The score; for one set the C-index is exactly lifelines'.
     """
     rng = np.random.default_rng(seed)
-    concordant, comparable = 0.0, 0.0
-    draws = np.zeros((2, bootstrap))
+    found, draws = np.zeros(2), np.zeros((2, bootstrap))  # concordant and comparable pairs
     for risk, table in zip(risks, tables, strict=True):
         time, event = table[keys.TIME].to_numpy(), table[keys.EVENT].to_numpy().astype(bool)
-        later = (time[:, None] < time[None]) | ((time[:, None] == time[None]) & ~event[None])
-        pairs = (event[:, None] & later).astype(float)
-        wins = pairs * ((risk[:, None] > risk[None]) + 0.5 * (risk[:, None] == risk[None]))
+        pairs = comparable_pairs(time, event)
         weights = rng.multinomial(len(risk), np.full(len(risk), 1 / len(risk)), size=bootstrap).astype(float)
-        draws += [((weights @ matrix) * weights).sum(axis=1) for matrix in (wins, pairs)]
-        concordant, comparable = concordant + wins.sum(), comparable + pairs.sum()
+        draws += resampled_concordance(weights, pairs, risk)
+        found += np.ravel(resampled_concordance(np.ones((1, len(risk))), pairs, risk))
     patients, events = sum(map(len, tables)), int(sum(table[keys.EVENT].sum() for table in tables))
     drawn = draws[0, draws[1] > 0] / draws[1, draws[1] > 0]
-    if comparable == 0 or not len(drawn):
+    if found[1] == 0 or not len(drawn):
         return Score(float("nan"), float("nan"), float("nan"), patients, events)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Score(float(concordant / comparable), float(low), float(high), patients, events)
+    return Score(float(found[0] / found[1]), float(low), float(high), patients, events)
 
 
 def evaluate_coding(

@@ -33,7 +33,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
 
 from phantom import SCALES, Patient, draw_patient, scan_patient
+from scripts import keys
 from scripts.cohorts.files import written_whole
+from scripts.evaluation.bootstrap import bootstrap_interval
+from scripts.training.concordance import concordance_index
 
 PHANTOM_VERSION = 1  # raise it when the same seed no longer gives the same bytes
 NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."
@@ -87,13 +90,17 @@ def summarise(patients: list[Patient]) -> dict[str, Any]:
         ``oracle_c_index_interval`` (2.5 % and 97.5 %); None where no pair of patients can be compared.
     """
     known = [patient for patient in patients if "RFS" not in patient.missing]
-    hazard = np.array([patient.log_hazard for patient in known])
-    days = np.array([patient.rfs_days for patient in known], dtype=float)
-    relapse = np.array([patient.relapse for patient in known], dtype=bool)
-    point = harrell_c_index(days, relapse, hazard)
-    interval = bootstrap_interval(days, relapse, hazard)
+    truth = pd.DataFrame(
+        {
+            keys.TIME: [float(patient.rfs_days) for patient in known],
+            keys.EVENT: [bool(patient.relapse) for patient in known],
+            "log_hazard": [patient.log_hazard for patient in known],
+        }
+    )
+    point = _c_index(truth)
+    interval = () if math.isnan(point) else bootstrap_interval(_c_index, truth, BOOTSTRAP_SAMPLES)
     return {
-        "relapses": int(relapse.sum()),
+        "relapses": int(truth[keys.EVENT].sum()),
         "with_mask": sum("mask" not in patient.missing for patient in patients),
         "with_hpv": sum("HPV Status" not in patient.missing for patient in patients),
         "with_rfs": len(known),
@@ -102,27 +109,8 @@ def summarise(patients: list[Patient]) -> dict[str, Any]:
     }
 
 
-def harrell_c_index(days: NDArray[np.float64], relapse: NDArray[np.bool_], risk: NDArray[np.float64]) -> float:
-    """Harrell's C-index (lifelines; higher risk = earlier relapse); NaN where no pair can be compared."""
-    from lifelines.utils import concordance_index  # here: workers need not import lifelines
-
-    if not _comparable(days, relapse):
-        return math.nan
-    return float(concordance_index(days, -risk, relapse))
-
-
-def bootstrap_interval(
-    days: NDArray[np.float64], relapse: NDArray[np.bool_], risk: NDArray[np.float64]
-) -> tuple[float, float]:
-    """95 % percentile interval of :func:`harrell_c_index` over patients drawn with replacement; NaN where undefined."""
-    rng = np.random.default_rng(0)
-    draws = [rng.integers(0, len(days), size=len(days)) for _ in range(BOOTSTRAP_SAMPLES)] if len(days) else []
-    values = [harrell_c_index(days[draw], relapse[draw], risk[draw]) for draw in draws]
-    defined = [value for value in values if not math.isnan(value)]
-    if not defined:
-        return math.nan, math.nan
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return float(low), float(high)
+def _c_index(truth: pd.DataFrame) -> float:
+    return concordance_index(truth[keys.TIME], truth[keys.EVENT], truth["log_hazard"])
 
 
 def describe(folder: Path) -> str:
@@ -309,14 +297,6 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Write under another name, then rename: a file that is there is complete."""
     with written_whole(path) as partial:
         partial.write_bytes(content)
-
-
-def _comparable(days: NDArray[np.float64], relapse: NDArray[np.bool_]) -> bool:
-    """Whether any relapse was followed by a longer time, or by a censoring on the same day."""
-    if not relapse.any():
-        return False
-    first = days[relapse].min()
-    return bool((days > first).any() or ((days == first) & ~relapse).any())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of a table of cases and their intervals, against scikit-learn."""
+"""Figures of a table of cases and their intervals, against their definitions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from case_table import table
-from sklearn import metrics as oracle
-from sklearn.metrics import balanced_accuracy_score
 
 from scripts import keys
 from scripts.evaluation.case_metrics import (
@@ -25,12 +23,6 @@ from scripts.evaluation.case_metrics import (
     summarise,
     too_few,
 )
-
-
-def test_balanced_accuracy_against_scikit_learn() -> None:
-    cases = table()
-    expected = balanced_accuracy_score(cases["hpv"], cases["hpv_prob"] > 0.5)
-    assert balanced_accuracy(cases) == pytest.approx(expected)
 
 
 def test_summary_has_counts_and_intervals() -> None:
@@ -76,30 +68,40 @@ def test_nodes_of_cases_judged_before_they_were_counted() -> None:
 
 
 @pytest.mark.parametrize("ties", [pytest.param(False, id="distinct"), pytest.param(True, id="ties")])
-def test_rank_measures_against_scikit_learn(ties) -> None:
+def test_rank_measures_are_those_of_their_definitions(ties) -> None:
     cases = table(80)
     if ties:
         cases["hpv_prob"] = cases["hpv_prob"].round(1)
-    truth, prob = cases["hpv"], cases["hpv_prob"]
-    assert roc_auc(cases) == pytest.approx(oracle.roc_auc_score(truth, prob))
-    assert average_precision(cases) == pytest.approx(oracle.average_precision_score(truth, prob))
-    curve, expected = roc_curve(cases), oracle.roc_curve(truth, prob, drop_intermediate=False)
-    for column, values in zip(("false_positive_rate", "true_positive_rate", "threshold"), expected, strict=True):
-        np.testing.assert_allclose(curve[column], values)
+    positive, prob = cases["hpv"].to_numpy() == 1, cases["hpv_prob"].to_numpy()
+    first, second = prob[positive][:, None], prob[~positive]
+    assert roc_auc(cases) == pytest.approx(np.mean((first > second) + (first == second) / 2))
+    levels = np.unique(prob)[::-1]
+    true, false = (np.array([(prob[of] >= level).sum() for level in levels]) for of in (positive, ~positive))
+    recall = true / positive.sum()
+    assert average_precision(cases) == pytest.approx((np.diff(recall, prepend=0) * true / (true + false)).sum())
+    curve = roc_curve(cases)
+    np.testing.assert_allclose(curve["threshold"], [math.inf, *levels])
+    np.testing.assert_allclose(curve["true_positive_rate"], [0, *recall])
+    np.testing.assert_allclose(curve["false_positive_rate"], [0, *(false / (~positive).sum())])
 
 
-def test_confusion_against_scikit_learn_and_by_the_threshold_of_the_row() -> None:
-    cases = table(80)
-    negative, false, missed, positive = oracle.confusion_matrix(cases["hpv"], cases["hpv_prob"] > 0.5).ravel()
-    found = confusion(cases)
-    assert list(found.values()) == [positive, missed, negative, false]
-    limits = np.where(np.arange(80) % 2, 0.2, 0.7)
-    called = cases["hpv_prob"] > limits
-    by_row = cases.assign(hpv_threshold=limits)
-    assert balanced_accuracy(by_row) == pytest.approx(balanced_accuracy_score(cases["hpv"], called))
+def test_confusion_by_one_threshold_and_by_that_of_the_row() -> None:
+    hpv, prob = [1.0, 1.0, 1.0, 0.0, 0.0], [0.9, 0.5, 0.3, 0.6, 0.1]
+    cases = pd.DataFrame({"hpv": hpv, "hpv_prob": prob})
+    counted = {"true_positive": 1, "false_negative": 2, "true_negative": 1, "false_positive": 1}
+    assert confusion(cases) == counted
+    assert balanced_accuracy(cases) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    by_row = cases.assign(hpv_threshold=[0.2, 0.2, 0.7, 0.7, 0.2])
+    assert balanced_accuracy(by_row) == pytest.approx((2 / 3 + 1) / 2)
     row = summarise(by_row, measures=("balanced_accuracy",), samples=20)["balanced_accuracy"]
     assert row["thresholds"] == [0.2, 0.7]
-    assert sum(row["confusion"].values()) == 80
+    assert row["confusion"] == {"true_positive": 2, "false_negative": 1, "true_negative": 2, "false_positive": 0}
+
+
+@pytest.mark.parametrize("status", [0.0, 1.0])
+def test_confusion_of_one_class(status) -> None:
+    found = confusion(pd.DataFrame({"hpv": [status, status], "hpv_prob": [0.9, 0.1]}))
+    assert list(found.values()) == ([1, 1, 0, 0] if status else [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("measure", [roc_auc, average_precision, balanced_accuracy])

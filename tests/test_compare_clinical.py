@@ -19,7 +19,7 @@ from lifelines.utils import concordance_index
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
 from scripts.model.losses import CoxLoss
-from scripts.training.metrics import concordance_index as concordance_index_of_bundle
+from scripts.training.concordance import concordance_index as concordance_index_of_bundle
 
 TOOL = Path(__file__).resolve().parents[1] / "scripts" / "compare_clinical.py"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "hn_clinical" / "hn_clinical.csv"

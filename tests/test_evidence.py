@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import evidence
+import numpy as np
 import pandas as pd
 import pytest
 from ensemble_folds import choose_hpv_threshold
@@ -32,10 +33,14 @@ def copy(run, tmp_path) -> Path:
 
 def test_calibration_cuts_and_thresholds_come_from_the_other_folds(run):
     judged = evidence.read_run(run)
+    days = np.array([365.25, 730.5])
+    survival = evidence.survival_of(judged.cases, judged.calibrations)(days)
     for fold in range(3):
         others = judged.cases[(judged.cases["fold"] != fold) & judged.cases["time"].notna()]
         expected = fit_calibration(others["risk"], others["time"], others["event"])
         assert judged.calibrations[fold] == expected
+        rows = judged.cases["fold"] == fold
+        np.testing.assert_array_equal(survival[rows], expected.survival(judged.cases.loc[rows, "risk"], days))
         threshold = judged.cases.loc[judged.cases["fold"] == fold, "hpv_threshold"].unique()
         chosen = choose_hpv_threshold(judged.cases[judged.cases["fold"] != fold])["value"]
         assert threshold == [chosen]

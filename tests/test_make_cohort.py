@@ -280,25 +280,19 @@ def test_summary_counts_only_what_is_known(patients):
     known = [p for p in patients[:100] if "RFS" not in p.missing]
     assert summary["with_rfs"] == len(known)
     assert summary["relapses"] == sum(p.relapse for p in known)
+    truth = np.array([(p.rfs_days, -p.log_hazard, p.relapse) for p in known]).T
+    assert summary["oracle_c_index"] == round(concordance_index(*truth), 4)
     low, high = summary["oracle_c_index_interval"]
     assert low < summary["oracle_c_index"] < high
 
 
-@pytest.mark.parametrize(
-    ("days", "relapse", "expected"),
-    [
-        pytest.param([5, 9], [True, False], 1.0, id="relapse before a longer follow-up"),
-        pytest.param([5, 5], [True, False], 1.0, id="relapse on the day another is censored"),
-        pytest.param([5, 9], [False, True], math.nan, id="censored before the only relapse"),
-        pytest.param([5, 5], [True, True], math.nan, id="relapses on one day"),
-        pytest.param([5, 9], [False, False], math.nan, id="no relapse"),
-        pytest.param([], [], math.nan, id="nobody"),
-    ],
-)
-def test_c_index_is_nan_only_where_no_pair_can_be_compared(days, relapse, expected):
-    risk = np.arange(len(days), 0, -1.0)
-    value = tool.harrell_c_index(np.array(days, dtype=float), np.array(relapse, dtype=bool), risk)
-    assert value == pytest.approx(expected, nan_ok=True)
+def test_oracle_is_none_where_no_pair_can_be_compared(patients):
+    """Also where nobody has survival."""
+    relapsed = next(patient for patient in patients if patient.relapse and "RFS" not in patient.missing)
+    for few in ([], [relapsed]):
+        summary = tool.summarise(few)
+        assert (summary["oracle_c_index"], summary["oracle_c_index_interval"]) == (None, None)
+        assert summary["with_rfs"] == len(few)
 
 
 # --- determinism, continuing, refusing ---------------------------------------------------------------------

@@ -16,13 +16,13 @@ from monai.metrics import DiceMetric
 from torch import multiprocessing
 from torchsurv.metrics.cindex import ConcordanceIndex
 
-from scripts.training import metrics
+from scripts.training import concordance
+from scripts.training.concordance import concordance_index
 from scripts.training.metrics import (
     BalancedAccuracyMetric,
     ConcordanceIndexMetric,
     MaskedDiceMetric,
     balanced_accuracy,
-    concordance_index,
     dice_scores,
 )
 
@@ -64,7 +64,7 @@ def test_concordance_agrees_with_torchsurv():
 def test_concordance_does_not_depend_on_the_size_of_its_steps(monkeypatch):
     time, event, risk = cohort(90)
     whole = concordance_index(time, event, risk)
-    monkeypatch.setattr(metrics, "PAIRS_AT_ONCE", 200)
+    monkeypatch.setattr(concordance, "PAIRS_AT_ONCE", 200)
     assert concordance_index(time, event, risk) == whole
 
 
@@ -89,6 +89,11 @@ NOT_COMPARABLE = [
 @pytest.mark.parametrize(("time", "event"), NOT_COMPARABLE)
 def test_concordance_without_a_comparable_pair_is_nan(time, event):
     assert math.isnan(concordance_index(time, event, [0.5] * len(time)))
+
+
+@pytest.mark.parametrize("other", [pytest.param(9.0, id="followed_longer"), pytest.param(5.0, id="censored_that_day")])
+def test_concordance_of_a_relapse_and_a_censoring(other):
+    assert concordance_index([5.0, other], [1, 0], [2.0, 1.0]) == 1.0
 
 
 CONCORDANCE_ERRORS = [

@@ -20,7 +20,6 @@ from scripts.evaluation.survival import (
     CalibrationError,
     FoldScale,
     HorizonError,
-    cross_fitted_survival,
     cut_points,
     fit_calibration,
     normalise_out_of_fold,
@@ -156,16 +155,6 @@ def test_survival_has_the_shape_of_both_and_stays_in_its_bounds() -> None:
     assert calibration.survival(2000.0, 0) == 1
 
 
-def test_survival_curve_goes_from_one_to_the_end_of_follow_up() -> None:
-    calibration = fitted(100)[0]
-    days, survival = calibration.survival_curve([0.0, 1.0])
-    assert (days[0], days[-1]) == (0.0, calibration.last_day)
-    assert survival.shape == (2, len(days))
-    assert survival[:, 0].tolist() == [1.0, 1.0]
-    assert (np.diff(survival) <= 0).all()
-    assert (survival[1, 1:] < survival[0, 1:]).all()
-
-
 def test_interval_is_the_range_of_the_folds() -> None:
     risk, outcomes = simulate(300)
     scales = [FoldScale(1.0, 2.0), FoldScale(0.0, 1.0)]
@@ -231,19 +220,3 @@ def test_what_cannot_be_calibrated_says_why(change: dict, message: str) -> None:
 def test_folds_that_cannot_be_normalised_say_why(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_centring_leaves_the_unit() -> None:
-    assert FoldScale.of([1.0, 3.0], centre_only=True) == FoldScale(2.0, 1.0)
-
-
-def test_cross_fitted_survival_is_that_of_the_other_folds() -> None:
-    risk, outcomes = simulate(150)
-    folds = np.arange(150) % 3
-    days = np.array([365.25, 730.5])
-    survival = cross_fitted_survival(risk, folds, outcomes)(days)
-    others = folds != 1
-    calibration = fit_calibration(risk[others], outcomes.time[others], outcomes.event[others])
-    np.testing.assert_array_equal(survival[~others], calibration.survival(risk[~others], days))
-    with pytest.raises(CalibrationError, match=r"calibration of fold 0 by the other folds: .* needs 1000"):
-        cross_fitted_survival(risk, folds, outcomes, min_events=1000)

@@ -21,8 +21,6 @@ from scripts.evaluation.survival import (
     DAYS_PER_YEAR,
     HORIZON_YEARS,
     Outcomes,
-    cross_fitted_survival,
-    cut_points,
 )
 from scripts.evaluation.survival_metrics import survival_metrics
 
@@ -299,10 +297,14 @@ def test_survival_that_is_none_is_an_error(survival, message: str) -> None:
         survival_metrics(test, test, risk, survival=survival, samples=5)
 
 
-def test_out_of_fold_survival_is_judged_like_a_calibration() -> None:
-    risk, outcomes = simulate(150)
-    survival = cross_fitted_survival(risk, np.arange(150) % 3, outcomes)
-    figures = survival_metrics(outcomes, outcomes, risk, survival=survival, cuts=cut_points(risk), samples=20)
+def test_a_survival_function_is_judged_like_a_calibration() -> None:
+    calibration, risk, outcomes = fitted(150)
+
+    def survival(days: np.ndarray) -> np.ndarray:
+        return calibration.survival(risk, days)
+
+    figures = survival_metrics(outcomes, outcomes, risk, survival=survival, cuts=calibration.cut_points, samples=20)
+    assert figures == survival_metrics(outcomes, outcomes, risk, calibration, samples=20)
     assert figures["brier_skill"]["value"] > 0
     assert set(figures["risk_groups"]) == {"median", "tertiles"}
     assert len(figures["calibration_2y"]["groups"]) == 3

@@ -1,6 +1,7 @@
 """Figures of a table of cases: the paper's metrics and others, with bootstrap intervals, counts, or why there is none.
 
-A table has a row a patient, as :class:`.CaseTable` writes it; NaN where a label is unknown.
+A table has a row a patient, as :class:`.CaseTable` writes it; NaN where a label is unknown. scikit-learn is slow to
+import and loaded where it is used.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from scripts import keys
 from scripts.cohorts.thresholds import HALF, above
 from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES, bootstrap_interval
-from scripts.training.metrics import concordance_index
+from scripts.training.concordance import concordance_index
 
 SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
 """Below so many, an interval of one centre would say no more than that there is none."""
@@ -47,32 +47,34 @@ def balanced_accuracy(cases: pd.DataFrame, threshold: float = HALF) -> float:
         cases: may have a column ``hpv_threshold``, which is then used instead (out-of-fold cases of several networks).
         threshold: above which HPV is called positive.
     """
-    positive = cases["hpv"].to_numpy() > 0.5
-    called = hpv_calls(cases, threshold)
-    if positive.all() or not positive.any():
-        return math.nan
-    return float((called[positive].mean() + (~called[~positive]).mean()) / 2)
+    from sklearn.metrics import balanced_accuracy_score
+
+    truth = _hpv_status(cases)
+    return float(balanced_accuracy_score(truth, hpv_calls(cases, threshold))) if _two_classes(truth) else math.nan
 
 
 def confusion(cases: pd.DataFrame, threshold: float = HALF) -> dict[str, int]:
     """Numbers of patients by true HPV status and call (columns as :func:`balanced_accuracy`)."""
-    positive, called = cases["hpv"].to_numpy() > 0.5, hpv_calls(cases, threshold)
+    from sklearn.metrics import confusion_matrix
+
+    matrix = confusion_matrix(_hpv_status(cases), hpv_calls(cases, threshold), labels=[False, True])
+    (true_negative, false_positive), (false_negative, true_positive) = matrix.tolist()
     return {
-        "true_positive": int((positive & called).sum()),
-        "false_negative": int((positive & ~called).sum()),
-        "true_negative": int((~positive & ~called).sum()),
-        "false_positive": int((~positive & called).sum()),
+        "true_positive": true_positive,
+        "false_negative": false_negative,
+        "true_negative": true_negative,
+        "false_positive": false_positive,
     }
 
 
 def roc_auc(cases: pd.DataFrame) -> float:
     """Area under the ROC curve of columns ``hpv`` and ``hpv_prob``: how often a positive case has the higher one."""
-    positive = cases["hpv"].to_numpy() > 0.5
-    count, others = int(positive.sum()), int((~positive).sum())
-    if not count or not others:
+    from sklearn.metrics import auc  # of the curve: half the time of roc_auc_score, which a bootstrap would notice
+
+    if not _two_classes(_hpv_status(cases)):
         return math.nan
-    ranks = rankdata(cases["hpv_prob"].to_numpy())
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+    curve = roc_curve(cases)
+    return float(auc(curve["false_positive_rate"], curve["true_positive_rate"]))
 
 
 def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
@@ -85,17 +87,13 @@ def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: where only one class is there.
     """
-    positive = cases["hpv"].to_numpy() > 0.5
-    if positive.all() or not positive.any():
+    from sklearn import metrics
+
+    truth = _hpv_status(cases)
+    if not _two_classes(truth):
         raise ValueError("one class only: there is no ROC curve")
-    values, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
-    return pd.DataFrame(
-        {
-            "threshold": np.concatenate([[math.inf], values]),
-            "false_positive_rate": np.concatenate([[0.0], false / (~positive).sum()]),
-            "true_positive_rate": np.concatenate([[0.0], true / positive.sum()]),
-        }
-    )
+    false, true, thresholds = metrics.roc_curve(truth, cases["hpv_prob"].to_numpy(), drop_intermediate=False)
+    return pd.DataFrame({"threshold": thresholds, "false_positive_rate": false, "true_positive_rate": true})
 
 
 def average_precision(cases: pd.DataFrame) -> float:
@@ -105,19 +103,18 @@ def average_precision(cases: pd.DataFrame) -> float:
 
     over the distinct probabilities from the highest, with recall R and precision P. Chance is the share of positives.
     """
-    positive = cases["hpv"].to_numpy() > 0.5
-    if positive.all() or not positive.any():
-        return math.nan
-    _, true, false = _counts_from(cases["hpv_prob"].to_numpy(), positive)
-    return float(np.sum(np.diff(true, prepend=0) * true / (true + false)) / positive.sum())
+    from sklearn.metrics import average_precision_score
+
+    truth = _hpv_status(cases)
+    return float(average_precision_score(truth, cases["hpv_prob"].to_numpy())) if _two_classes(truth) else math.nan
 
 
-def _counts_from(prob: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct probabilities from the highest, and the positive and negative cases at or above each."""
-    order = np.argsort(-prob, kind="stable")
-    last = np.flatnonzero(np.diff(prob[order], append=-math.inf))
-    true = np.cumsum(positive[order])[last]
-    return prob[order][last], true, last + 1 - true
+def _hpv_status(cases: pd.DataFrame) -> np.ndarray:
+    return cases["hpv"].to_numpy() > 0.5
+
+
+def _two_classes(truth: np.ndarray) -> bool:
+    return bool(truth.any() and not truth.all())
 
 
 def aggregated_dice(cases: pd.DataFrame) -> float:

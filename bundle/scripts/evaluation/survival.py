@@ -30,7 +30,6 @@ __all__ = [
     "Outcomes",
     "SurvivalInterval",
     "cox_slope",
-    "cross_fitted_survival",
     "cut_points",
     "fit_calibration",
     "group_names",
@@ -134,12 +133,11 @@ class FoldScale:
             raise CalibrationError(f"a fold with centre {self.centre} and scale {self.scale} cannot be normalised")
 
     @classmethod
-    def of(cls, log_hazard: ArrayLike, centre_only: bool = False) -> FoldScale:
+    def of(cls, log_hazard: ArrayLike) -> FoldScale:
         """Mean and standard deviation of one network's log hazards.
 
         Args:
             log_hazard: (N,) of one fold's network for the patients it was trained on.
-            centre_only: leave the unit as it is (scale 1).
 
         Raises:
             CalibrationError: where they are all the same, or there are none.
@@ -147,9 +145,9 @@ class FoldScale:
         values = _vector("log_hazard", log_hazard)
         if not len(values):
             raise CalibrationError("no log hazards to take a fold's centre and scale from")
-        if not centre_only and np.ptp(values) == 0:
+        if np.ptp(values) == 0:
             raise CalibrationError(f"the fold gives all {len(values)} patients the same log hazard")
-        return cls(float(values.mean()), 1.0 if centre_only else float(values.std()))
+        return cls(float(values.mean()), float(values.std()))
 
 
 def normalise_out_of_fold(log_hazard: ArrayLike, folds: ArrayLike, scales: Sequence[FoldScale]) -> np.ndarray:
@@ -327,18 +325,6 @@ class Calibration:
         with np.errstate(divide="ignore", over="ignore"):  # no hazard: log -inf, survival 1; a huge one: survival 0
             return np.exp(-np.exp(np.add.outer(self.slope * risk, np.log(hazard))))
 
-    def survival_curve(self, log_hazard: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        """Survival from day 0 to the end of follow-up, constant between the days given.
-
-        Args:
-            log_hazard: any shape S, normalised.
-
-        Returns:
-            days (T,) and survival S + (T,).
-        """
-        days = np.unique([0.0, *self.baseline_days, self.last_day])
-        return days, self.survival(log_hazard, days)
-
     def survival_interval(self, fold_log_hazards: ArrayLike, days: ArrayLike) -> SurvivalInterval:
         """Survival by the whole ensemble, with the range over its members (no confidence interval).
 
@@ -432,45 +418,6 @@ def fit_calibration(
         patients=outcomes.patients,
         events=outcomes.events,
     )
-
-
-def cross_fitted_survival(
-    log_hazard: ArrayLike, folds: ArrayLike, outcomes: Outcomes, min_events: int = MIN_EVENTS
-) -> SurvivalFunction:
-    """Out-of-fold survival: the calibration of a fold's patients is fitted to those of the other folds.
-
-    To judge the calibration on the pooled out-of-fold patients: the one stored with the ensemble has seen them.
-
-    Args:
-        log_hazard: (N,) normalised.
-        folds: (N,) fold of each patient.
-        outcomes: of the N patients.
-        min_events: least number of relapses in the other folds.
-
-    Returns:
-        A function of days (D,) that gives survival (N, D) and raises :class:`HorizonError` beyond the shortest
-        follow-up among them.
-
-    Raises:
-        CalibrationError: as :func:`fit_calibration`, with the fold.
-    """
-    risk, outcomes = scored(log_hazard, outcomes)
-    numbers = _vector("folds", folds)
-    calibrations = {}
-    for fold in np.unique(numbers):
-        others = outcomes[numbers != fold]
-        try:
-            calibrations[fold] = fit_calibration(risk[numbers != fold], others.time, others.event, (), min_events)
-        except CalibrationError as error:
-            raise CalibrationError(f"calibration of fold {fold:g} by the other folds: {error}") from error
-
-    def survival(days: np.ndarray) -> np.ndarray:
-        result = np.empty((len(risk), len(days)))
-        for fold, calibration in calibrations.items():
-            result[numbers == fold] = calibration.survival(risk[numbers == fold], days)
-        return result
-
-    return survival
 
 
 def cut_points(log_hazard: ArrayLike) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ from scripts.evaluation.survival import (
     risk_groups,
     scored,
 )
-from scripts.training.metrics import concordance_index
+from scripts.training.concordance import comparable_pairs, concordance_index, resampled_concordance
 
 if TYPE_CHECKING:  # torch, torchsurv and lifelines are imported where they are used
     import torch
@@ -74,7 +74,7 @@ def survival_metrics(
         test: patients to judge on.
         log_hazard: (N,) of the test patients, normalised.
         calibration: gives survival and cut points where these are not given.
-        survival: function of days (D,) that gives (N, D), such as :func:`cross_fitted_survival`.
+        survival: function of days (D,) that gives (N, D).
         cuts: name to cut points, found on training patients.
         horizons_years: for the AUC.
         tau: days up to which Uno's C and the Brier score look; None = the longest horizon within the follow-up of both
@@ -234,28 +234,9 @@ def _figure(judged: _Judged, compute: Callable[..., Computed], *arguments: Any) 
 
 
 def _pair_draws(draws: np.ndarray, pairs: np.ndarray, risk: np.ndarray) -> np.ndarray:
-    r"""A concordance in each draw, :math:`\sum_{ij} n_i n_j w_{ij} r_{ij} / \sum_{ij} n_i n_j w_{ij}`.
-
-    A draw only changes how often a patient counts, so that all draws are two products of matrices.
-
-    Args:
-        draws: (B, N) counts n.
-        pairs: (N, N) weights w, 0 where i and j cannot be compared.
-        risk: (N,); r is 1 where i has the higher one, 1/2 where both have the same.
-
-    Returns:
-        (B,), NaN where a draw has no pair.
-    """
-    right = (risk[:, None] > risk) + 0.5 * (risk[:, None] == risk)
-    comparable = ((draws @ pairs) * draws).sum(axis=1)
-    concordant = ((draws @ (pairs * right)) * draws).sum(axis=1)
+    """(B,) the concordance of :func:`.resampled_concordance` in each draw, NaN where a draw has no pair."""
+    concordant, comparable = resampled_concordance(draws, pairs, risk)
     return np.divide(concordant, comparable, out=np.full(len(draws), np.nan), where=comparable > 0)
-
-
-def _comparable(test: Outcomes) -> np.ndarray:
-    """(N, N) bool: i relapsed while j was still without (at the same time: j was censored)."""
-    later = test.time > test.time[:, None]
-    return test.event[:, None] & (later | ((test.time == test.time[:, None]) & ~test.event))
 
 
 def _harrell(judged: _Judged) -> Computed:
@@ -263,7 +244,7 @@ def _harrell(judged: _Judged) -> Computed:
     value = concordance_index(test.time, test.event, judged.risk)
     if math.isnan(value):
         raise FigureUnavailableError(f"no comparable pair ({test.events} events)")
-    return value, _pair_draws(judged.draws, _comparable(test).astype(float), judged.risk), {}
+    return value, _pair_draws(judged.draws, comparable_pairs(test.time, test.event), judged.risk), {}
 
 
 def _uno(judged: _Judged) -> Computed:
@@ -273,7 +254,7 @@ def _uno(judged: _Judged) -> Computed:
     if tau > min(judged.train.last_day, test.last_day):
         raise FigureUnavailableError(_beyond(judged, "tau", tau))
     used = test.event & (test.time < tau)
-    pairs = _comparable(test)
+    pairs = comparable_pairs(test.time, test.event)
     if not pairs[used].any():
         raise FigureUnavailableError(f"no comparable pair before tau, day {tau:g} ({int(used.sum())} events)")
     weight = np.where(used, _censoring_weights(judged.train, test.time), 0.0)

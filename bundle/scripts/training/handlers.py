@@ -27,8 +27,9 @@ from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above
 from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
 from scripts.model.networks import MultitaskNet
+from scripts.training.concordance import concordance_index
 from scripts.training.configuration import run_differences
-from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric, concordance_index
+from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
 from scripts.training.sampling import EventBatchSampler, seed_epoch
 
 logger = logging.getLogger(__name__)

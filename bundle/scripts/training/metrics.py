@@ -1,4 +1,4 @@
-"""C-index (eq. 7), Dice (eq. 8) and balanced accuracy (eq. 9): pure functions, and MONAI metrics over them.
+"""Dice (eq. 8) and balanced accuracy (eq. 9) as functions; these and the C-index (eq. 7) as MONAI metrics.
 
 The metrics collect a row a case over an epoch, gather the rows of all ranks, and compute once. A case whose label is
 unknown (NaN) counts nowhere; where nothing is known the result is NaN, never an exception. Every rank must call
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric, compute_dice
 from monai.metrics.confusion_matrix import compute_confusion_matrix_metric, get_confusion_matrix
@@ -17,59 +16,15 @@ from torch import Tensor
 
 from scripts.cohorts.thresholds import HALF, above
 from scripts.model.losses import without_metadata
+from scripts.training.concordance import concordance_index
 
 __all__ = [
     "BalancedAccuracyMetric",
     "ConcordanceIndexMetric",
     "MaskedDiceMetric",
     "balanced_accuracy",
-    "concordance_index",
     "dice_scores",
 ]
-
-PAIRS_AT_ONCE = 2**24  # bounds the memory of concordance_index
-
-
-def concordance_index(time: Any, event: Any, risk: Any) -> float:
-    r"""Harrell's concordance index: the share of comparable pairs that the risk orders rightly (eq. 7).
-
-    .. math:: C = \frac{\sum_{(i, j)} 1[r_i > r_j] + \frac{1}{2} 1[r_i = r_j]}{\sum_{(i, j)} 1}
-
-    over the pairs in which i had the event and j was still without one: ``time_i < time_j``, or
-    ``time_i = time_j`` and j is censored. Two events at one time are not comparable (lifelines' semantics).
-
-    Args:
-        time: (N,) array or tensor, time to the event or to the last visit.
-        event: (N,) bool or 0/1, True = event.
-        risk: (N,) any score, higher = earlier event.
-
-    Returns:
-        A number in [0, 1]; 0.5 is chance; NaN where no pair is comparable.
-
-    Raises:
-        ValueError: where the lengths differ or a value is NaN.
-
-    Example:
-        Turning the risk round turns the index round:
-
-        >>> time, event, risk = [5, 3, 8, 1], [1, 0, 0, 1], [0.2, 0.9, 0.1, 0.4]
-        >>> concordance_index(time, event, risk) + concordance_index(time, event, [-r for r in risk])
-        1.0
-    """
-    time, event, risk = (_as_vector(name, v) for name, v in (("time", time), ("event", event), ("risk", risk)))
-    if not len(time) == len(event) == len(risk):
-        raise ValueError(f"time, event and risk have {len(time)}, {len(event)} and {len(risk)} values")
-    event = event.astype(bool)
-    comparable = concordant = tied = 0
-    event_rows = np.flatnonzero(event)
-    step = max(1, PAIRS_AT_ONCE // max(1, len(time)))
-    for start in range(0, len(event_rows), step):
-        rows = event_rows[start : start + step, None]
-        pairs = (time > time[rows]) | ((time == time[rows]) & ~event)
-        comparable += int(pairs.sum())
-        concordant += int((pairs & (risk[rows] > risk)).sum())
-        tied += int((pairs & (risk[rows] == risk)).sum())
-    return (concordant + tied / 2) / comparable if comparable else float("nan")
 
 
 def dice_scores(prediction: Tensor, mask: Tensor) -> Tensor:
@@ -151,7 +106,7 @@ class _CaseMetric(CumulativeIterationMetric):
 
 
 class ConcordanceIndexMetric(_CaseMetric):
-    """:func:`concordance_index` of an epoch.
+    """:func:`.concordance_index` of an epoch.
 
     Called with ``y_pred`` (B, 1), the log hazard or another risk, and ``y`` (B, 2), time and event, NaN where unknown.
 
@@ -251,13 +206,3 @@ def _checked(y_pred: Tensor, y: Tensor | None, columns: int, y_columns: int) -> 
             f"y_pred and y have shapes {shapes}; ({cases}, {columns}) and ({cases}, {y_columns}) are needed"
         )
     return y_pred.cpu().double(), y.cpu().double()
-
-
-def _as_vector(name: str, values: Any) -> np.ndarray:
-    """(N,) float64; half precision and tensors with a graph included."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    vector = np.asarray(values, dtype=np.float64).reshape(-1)
-    if np.isnan(vector).any():
-        raise ValueError(f"{int(np.isnan(vector).sum())} of {len(vector)} values of {name} are NaN")
-    return vector
