@@ -100,7 +100,7 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
             f"  {output / 'predictions' / 'predictions.csv'}   one row a patient; the masks lie beside it",
             f"  {output / 'evaluation' / 'cases.csv'}   the held-out cases one by one",
             f"  tensorboard --logdir {output / 'tensorboard'}   the training curves",
-            "  README.md, 'With real data': the same commands on a HECKTOR folder",
+            "  README.md, 'Train on your data': the same commands on a HECKTOR folder",
         ]
     )
 
