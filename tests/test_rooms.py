@@ -82,6 +82,14 @@ def test_the_package_lists_the_rooms_in_the_order_of_the_diagram() -> None:
         assert allowed[room] <= {"keys", *listed[:position]}, room
 
 
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = {*re.findall(r"`([\w./]+\.(?:py|json|md|toml))`", text), *re.findall(r"^python .*?(\w+/\S+)", text, re.M)}
+    files = [*(ROOT / "tests").iterdir(), *PACKAGE.rglob("*.py")]
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and name not in {f.name for f in files}] == []
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_module_imports_only_what_the_diagram_allows(name: str) -> None:
     assert faults(name, SOURCES[name], diagram()) == []
