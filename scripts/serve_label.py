@@ -217,6 +217,7 @@ def list_studies(studies: str, store: str | None = None) -> str:
     except OSError as error:
         sys.exit(f"serve_label: the list of CTs cannot be written: {error}; name a folder for it with --store")
     notes = [note for note in notes if not note.endswith(f": {folder}")]  # of an earlier start
+    notes += [reason for found in scans.values() if (reason := found.contradiction("ct", "pet") or found.problem)]
     for note in [*notes, *(f"{key} has no PET" for key, found in with_ct.items() if not found.pet)]:
         print(f"serve_label: {note}", file=sys.stderr)
     print(f"serve_label: {len(with_ct)} CTs; edited masks go to {folder / 'labels' / 'final'}")

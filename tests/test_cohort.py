@@ -14,6 +14,7 @@ from scripts.cohorts import cohort
 from scripts.cohorts import tables as cohort_tables
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.cohorts.cohort import CohortError, Exclusion
+from scripts.cohorts.scans import patient_key
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEADER = (
@@ -593,19 +594,53 @@ def test_folder_without_a_cohort(tmp_path, make, message):
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("extra", "message", "concerned", "predicted"),
     [
-        pytest.param("CHUM-001/CHUM-002__CT.nii.gz", "holds scans named for another patient", id="stranger"),
-        pytest.param("CHUM-001/CHUM_001__CT.nii.gz", "are both the ct of CHUM-001", id="two_spellings"),
-        pytest.param("CHUM_001/CHUM_001__CT.nii.gz", "folders of the same patient", id="two_folders"),
+        pytest.param("CHUM-001/CHUM-002__CT.nii.gz", "named for another patient", {"CHUM-001"}, False, id="stranger"),
+        pytest.param(
+            "CHUM-001/CHUM-009__CT.nii.gz", "named for another", {"CHUM-001", "CHUM-009"}, False, id="stranger_alone"
+        ),
+        pytest.param("CHUM-001/CHUM_001__CT.nii.gz", "are both the ct of", {"CHUM-001"}, False, id="two_spellings"),
+        pytest.param("CHUM-001/CHUM-001__PET.mha", "are both the pet of", {"CHUM-001"}, False, id="two_formats"),
+        pytest.param("CHUM_001/CHUM_001__CT.nii.gz", "folders of the same", {"CHUM-001"}, False, id="two_folders"),
+        pytest.param("CHUM-001/CHUM_001.nii.gz", "are both the mask of", {"CHUM-001"}, True, id="two_masks"),
     ],
 )
-def test_image_files_that_contradict_each_other(tmp_path, extra, message):
-    nested(tmp_path)
+def test_image_files_that_contradict_each_other_cost_their_patient_alone(
+    tmp_path, extra, message, concerned, predicted
+):
+    """Left out of training with the reason, and a row in what is predicted, unless only masks are concerned."""
+    for patient in ("CHUM-001", "CHUM-002", "CHUM-003"):
+        add_scans(tmp_path / patient, patient)
     (tmp_path / extra).parent.mkdir(exist_ok=True)
-    (tmp_path / extra).write_bytes(b"ct")
-    with pytest.raises(CohortError, match=message):
+    (tmp_path / extra).write_bytes(b"x")
+    found = cohort.load_cohort(tmp_path)
+    assert {patient_key(item.patient_id): message in item.detail for item in found.exclusions} == dict.fromkeys(
+        concerned, True
+    )
+    left = {"CHUM-001", "CHUM-002", "CHUM-003"} - concerned
+    assert {case[keys.PATIENT_ID] for case in found.cases} == left
+    problems = {patient_key(case[keys.PATIENT_ID]): case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)}
+    assert set(problems) == left | concerned
+    for patient, problem in problems.items():
+        assert (problem == "") if predicted or patient in left else (message in problem)
+
+
+def test_nobody_is_left_where_the_files_of_the_only_patient_contradict_each_other(tmp_path):
+    add_scans(tmp_path, "CHUM-001")
+    add_scans(tmp_path, "CHUM-001", "ct", suffix=".mha")
+    (case,) = cohort.inference_cases(tmp_path)
+    assert "are both the ct of CHUM-001" in case[keys.PROBLEM]
+    with pytest.raises(CohortError, match="no case can be used\n.*contradict each other: CHUM-001 .*are both the ct"):
         cohort.load_cohort(tmp_path)
+
+
+def test_a_patient_with_a_mask_whose_scans_are_lost_has_a_row(tmp_path):
+    add_scans(tmp_path / "CHUM-001", "CHUM-001", "mask")
+    for kind in ("CT", "PT"):
+        (tmp_path / "CHUM-001" / f"CHUM-001__{kind}.nii.gz").symlink_to(tmp_path / "nowhere")
+    add_scans(tmp_path / "CHUM-002", "CHUM-002")
+    assert [bool(case[keys.PROBLEM]) for case in cohort.inference_cases(tmp_path)] == [True, False]
 
 
 def test_what_is_left_alone_is_noted(tmp_path):
@@ -730,11 +765,6 @@ def test_a_named_table_without_any_of_the_patients_is_refused(tmp_path, folder, 
             'PatientID,Age\n"CHUM-001,61\nCHUM-002,55\n', "row 2: a PatientID of several lines", id="quotation_mark"
         ),
         pytest.param(
-            "PatientID,patient_id,Age\nCHUM-001,CHUM-002,61\n",
-            "row 2: the columns called 'PatientID' name",
-            id="two_ids",
-        ),
-        pytest.param(
             "PatientID,Gender\nCHUM-001,1\nCHUM-002,2\n",
             r"column 'Gender': coded by 1 and 2; accepted: 0 \(f",
             id="1_2",
@@ -792,11 +822,23 @@ def test_a_mask_beside_the_scans_has_no_part_in_a_prediction(tmp_path):
     assert cohort.load_cohort(tmp_path).cases[0][keys.MASK] is not None
 
 
-def test_inference_needs_a_readable_table(tmp_path):
-    root = nested(tmp_path)
-    add_table(root, [",1,61,1,,,,,,100,1,1"])
+def test_a_row_that_is_nobodys_keeps_nobody_from_being_predicted(tmp_path, caplog):
+    add_scans(tmp_path, "CHUM-001", "ct pet")
+    add_table(tmp_path, [",1,50,1,,,,,,100,1,1", "CHUM-001,1,61,1,,,,,,100,1,1"])
+    (case,) = cohort.inference_cases(tmp_path)
+    assert (case[keys.PROBLEM], case[keys.CLINICAL]["age"]) == ("", 61.0)
+    assert "row left out: HECKTOR_2025_Training_Task_2.csv, row 2: no PatientID" in caplog.text
     with pytest.raises(CohortError, match="row 2: no PatientID"):
-        cohort.inference_cases(root)
+        cohort.load_cohort(tmp_path)
+
+
+def test_a_row_that_names_two_patients_concerns_them_alone(tmp_path):
+    for patient in ("CHUM-001", "CHUM-002", "CHUM-003"):
+        add_scans(tmp_path, patient, "ct pet")
+    (tmp_path / "t.csv").write_text("PatientID,patient_id,Age\nCHUM-001,CHUM-002,50\nCHUM-003,CHUM-003,61\n")
+    problems = [case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)]
+    assert ["row 2: the columns called 'PatientID' name different patients" in problem for problem in problems] == [True, True, False]
+    assert problems[2] == ""
 
 
 # --- the demonstration cohort --------------------------------------------------------------------------------

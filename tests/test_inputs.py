@@ -50,8 +50,22 @@ def test_every_format_in_the_hecktor_layout(tmp_path, suffix):
 def test_one_scan_in_two_formats_is_refused(tmp_path):
     add_scans(tmp_path, "CHUM-001", ".nii.gz")
     add_scans(tmp_path, "CHUM-001", ".mha")
-    with pytest.raises(CohortError, match=r"are both the ct of CHUM-001"):
-        find_cases(tmp_path, FEATURES)
+    add_scans(tmp_path, "CHUM-002", ".mha")
+    cases = by_id(find_cases(tmp_path, FEATURES))
+    assert "are both the ct of CHUM-001" in cases["CHUM-001"][keys.PROBLEM]
+    assert cases["CHUM-001"][keys.CT] is None and cases["CHUM-002"][keys.PROBLEM] == ""
+
+
+def test_a_row_of_a_list_without_an_id_has_a_row_of_its_own(tmp_path):
+    add_scans(tmp_path, "CHUM-001", ".mha")
+    rows = [{"patient_id": name, "ct": "CHUM-001__CT.mha", "pet": "CHUM-001__PT.mha"} for name in ("CHUM-001", "", "")]
+    (tmp_path / "cases.json").write_text(json.dumps(rows))
+    problems = {name: case[keys.PROBLEM] for name, case in by_id(find_cases(tmp_path / "cases.json")).items()}
+    assert problems == {
+        "CHUM-001": "",
+        "row 2": "cases.json, row 2: no PatientID",
+        "row 3": "cases.json, row 3: no PatientID",
+    }
 
 
 def test_clinical_json_with_one_object_a_patient(tmp_path):

@@ -198,6 +198,17 @@ FORGED = [
     pytest.param(told("hpv_threshold", {"value": 7}), "hpv_threshold is", id="threshold_out_of_range"),
     pytest.param(told("hpv_threshold", {"value": EVIL}), "hpv_threshold is", id="threshold_text"),
     pytest.param(told("hpv_threshold", [0.5]), "hpv_threshold is", id="threshold_a_list"),
+    *(
+        pytest.param(told(name, empty), f"{name} (is|are) ", id=f"{name}_{type(empty).__name__}_{empty!r}")
+        for name, kinds in {
+            "hpv_threshold": ([], {}, "", 0, False, {"value": None}),
+            "calibration": ([], {}, "", 0, False),
+            "feature_statistics": ({}, "", 0, False),
+            "voxel_limits": ([], "", 0, False),
+            "trained_on": ([], {}, 0, False),
+        }.items()
+        for empty in kinds
+    ),
     pytest.param(told("calibration", EVIL), "calibration is", id="calibration_text"),
     pytest.param(told("calibration", {"reason": 3}), "calibration is", id="calibration_reason_a_number"),
     pytest.param(

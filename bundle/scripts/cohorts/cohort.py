@@ -290,7 +290,7 @@ def _gather(
         raise CohortError("without a dataset_dir, a table must be named (ehr_csv) and require_images be False")
     root = Path(dataset_dir or ".").expanduser()
     scans, notes = find_scans(root) if dataset_dir is not None else ({}, [])
-    if require_images and not any(found.ct or found.pet for found in scans.values()):
+    if require_images and not any(found.ct or found.pet or found.contradiction("ct", "pet") for found in scans.values()):
         raise CohortError(
             f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
             ".nrrd) there, or in images/, Task N/ or imagesTr/ below it"
@@ -338,6 +338,8 @@ def _locate_table(path: Path, dataset_dir: Path) -> Path:
 def _reason_to_exclude(scans: Scans | None, record: Record | None, require_images: bool) -> tuple[str, str] | None:
     """Why a patient is left out of training and evaluation: (reason, detail), or None."""
     rows = "; ".join(record.rows) if record else ""
+    if require_images and scans is not None and scans.contradictions:
+        return "image files that contradict each other", scans.contradiction("ct", "pet", "mask")
     if require_images and scans is not None and scans.problem:
         return "scans that cannot be read", scans.problem
     if require_images and (scans is None or not (scans.ct or scans.pet)):
@@ -416,7 +418,7 @@ def folder_cases(
     scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
     for note in notes:
         logger.warning("%s", note)
-    masks_only = {key for key, found in scans.items() if found.mask and not (found.ct or found.pet)}
+    masks_only = {key for key, found in scans.items() if _mask_alone(found)}
     rows_only = set(tables.records) - set(scans)
     root = Path(dataset_dir).expanduser().resolve()
     if not all(root in path.resolve().parents for path in tables.files):
@@ -430,6 +432,12 @@ def folder_cases(
     patients = sorted({*scans, *rows_only} - left_alone)
     without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
     return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir)), tables
+
+
+def _mask_alone(scans: Scans) -> bool:
+    """Whether a patient has a mask, or several, and nothing that says of scans."""
+    says = scans.ct or scans.pet or scans.problem or scans.contradiction("ct", "pet")
+    return bool(scans.mask or scans.contradiction("mask")) and not says
 
 
 def cases_to_predict(
@@ -453,7 +461,7 @@ def cases_to_predict(
         case = make_case(scans.get(key), tables.records.get(key), features, bool(tables.files))
         missing = [name for name, kind in (("CT", keys.CT), ("PET", keys.PET)) if case[kind] is None]
         found = scans.get(key)
-        lost = found.problem if found else ""
+        lost = (found.contradiction("ct", "pet") or found.problem) if found else ""
         lacking = [lost or f"no {' and no '.join(missing)} found in {found.folder if found else place}"]
         case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
         cases.append(case)
@@ -461,7 +469,9 @@ def cases_to_predict(
 
 
 def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[str]]:
-    """What keeps each patient from being predicted; a fault that concerns no single patient is raised.
+    """What keeps each patient from being predicted; a fault that concerns a whole table is raised.
+
+    A row that cannot be anybody's keeps nobody from being predicted: it is left out, with a warning.
 
     What else there is to know of the tables goes to the log.
     """
@@ -471,6 +481,8 @@ def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[
     for fault in tables.faults:
         if fault.label:
             logger.warning("label ignored: %s", fault.message)
+        elif fault.nobodys:
+            logger.warning("row left out: %s", fault.message)
         else:
             problems.setdefault(fault.patient, []).append(fault.message)
     if "" in problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Scans:
         pet: PET file.
         mask: tumour mask.
         problem: what of theirs cannot be read, "" where there is nothing.
+        contradictions: "ct", "pet" or "mask" -> which files claim to be it; it is None then.
     """
 
     patient_id: str
@@ -49,13 +50,17 @@ class Scans:
     pet: Path | None = None
     mask: Path | None = None
     problem: str = ""
+    contradictions: Mapping[str, str] = field(default_factory=dict)
+
+    def contradiction(self, *kinds: str) -> str:
+        """Which files contradict each other about the kinds, "" where none do."""
+        return "; ".join(dict.fromkeys(text for kind, text in self.contradictions.items() if kind in kinds))
 
 
 @dataclass
 class Remarks:
-    """What was found on the way: faults to raise, and notes grouped by what they say."""
+    """What was found on the way, grouped by what it says."""
 
-    faults: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, title: str, item: str) -> None:
@@ -135,15 +140,15 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
         dataset_dir: the folder.
 
     Links are followed. A link to what is not there, and a patient's folder that cannot be read, are that patient's
-    ``problem``.
+    ``problem``. Two files of one place that claim to be the same scan of a patient, two folders of one patient, and a
+    file in another patient's folder are that patient's ``contradictions``; the other patients are not concerned.
 
     Returns:
         Scans by patient key, sorted, and notes on what was ambiguous. A patient found in several places is one
         entry: the place with CT, PET and mask goes first.
 
     Raises:
-        CohortError: the folder, or one below it that holds patients, is not there or cannot be read; a file lies in
-            another patient's folder; or two files of one place claim to be the same scan of the same patient.
+        CohortError: the folder, or one below it that holds patients, is not there or cannot be read.
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
@@ -156,8 +161,6 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
             _find_below(place, found, remarks)
     except OSError as error:
         raise CohortError(f"{place} cannot be read ({error.strerror})") from error
-    if remarks.faults:
-        raise CohortError(list_faults(f"{root}: the image files contradict each other", remarks.faults))
     scans = {key: _merge_scans(found[key], remarks) for key in sorted(found)}
     return scans, [f"{title}: {some(items)}" for title, items in remarks.notes.items()]
 
@@ -176,6 +179,7 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
     groups: dict[str, dict[str, Path]] = {}
     names: dict[str, str] = {}
     lost: dict[str, list[str]] = {}
+    clashes: dict[str, dict[str, str]] = {}
     for path in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         scan, mask = _SCAN_FILE.fullmatch(path.name), _MASK_FILE.fullmatch(path.name)
         match = mask if masks_only else scan or mask
@@ -192,13 +196,19 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
             lost.setdefault(key, []).append(f"{path} is a link to what is not there")
             continue
         if other is not None and other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
-            remarks.faults.append(f"{other} and {path.name} are both the {kind} of {key}")
+            clashes.setdefault(key, {})[kind] = f"{other} and {path.name} are both the {kind} of {key}"
         elif other is not None:
             remarks.note("the .nii.gz is used where a .nii of the same name exists", str(path))
         groups[key][kind] = path
     return {
-        key: Scans(names[key], folder, **group, problem="; ".join(lost.get(key, []))) for key, group in groups.items()
+        key: without(Scans(names[key], folder, **group, problem="; ".join(lost.get(key, []))), clashes.get(key, {}))
+        for key, group in groups.items()
     }
+
+
+def without(scans: Scans, contradictions: Mapping[str, str]) -> Scans:
+    """The files without those of the kinds named, as nobody can say which of them is right."""
+    return replace(scans, contradictions={**scans.contradictions, **contradictions}, **dict.fromkeys(contradictions))
 
 
 def leads_nowhere(path: Path) -> bool:
@@ -207,8 +217,9 @@ def leads_nowhere(path: Path) -> bool:
 
 
 def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
-    """Patients that have a folder of their own in ``container``."""
+    """Patients that have a folder of their own in ``container``, and those whose scans lie in another's."""
     patients: dict[str, Scans] = {}
+    misplaced: dict[str, Scans] = {}
     for folder in sorted(container.iterdir()):
         key = patient_key(folder.name)
         if folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS:
@@ -228,14 +239,19 @@ def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
             if strangers:
                 remarks.note("not read, since the folder has no patient's name", str(folder))
             continue
-        if any(other.ct or other.pet for other in groups.values()):
-            remarks.faults.append(f"{folder} holds scans named for another patient: {some(strangers)}")
+        scans = replace(scans or Scans(folder.name, folder), patient_id=folder.name)
+        others = {name: other for name, other in groups.items() if other.ct or other.pet or other.contradictions}
+        if others:
+            fault = f"{folder} holds scans named for another patient: {some(strangers)}"
+            scans = without(scans, dict.fromkeys(("ct", "pet"), fault))
+            misplaced |= {name: Scans(other.patient_id, folder, problem=fault) for name, other in others.items()}
         elif strangers:
             remarks.note("not read, since neither CT, PET nor mask by its name", some(strangers))
         if key in patients:
-            remarks.faults.append(f"{patients[key].folder} and {folder.name} are folders of the same patient")
-        patients[key] = replace(scans or Scans(folder.name, folder), patient_id=folder.name)
-    return patients
+            fault = f"{patients[key].folder} and {folder.name} are folders of the same patient"
+            scans = without(scans, dict.fromkeys(("ct", "pet", "mask"), fault))
+        patients[key] = scans
+    return misplaced | patients
 
 
 def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
@@ -250,7 +266,8 @@ def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
     problem = "; ".join(dict.fromkeys(place.problem for place in places if place.problem))
     if problem and ct and pet:
         remarks.note("not used, since another folder has this patient's scans", problem)
-    return Scans(best.patient_id, best.folder, ct, pet, mask, "" if ct and pet else problem)
+    merged = Scans(best.patient_id, best.folder, ct, pet, mask, "" if ct and pet else problem)
+    return without(merged, {kind: text for place in places for kind, text in place.contradictions.items()})
 
 
 def containers(root: Path) -> list[Path]:

@@ -36,12 +36,14 @@ class Fault:
         label: True where only a label is concerned, which prediction does not need.
         told: the message for somebody who may not see the table: without what stands in it; "" where the message says
             nothing of that anyway.
+        nobodys: True where only a row is concerned that cannot be matched to a patient.
     """
 
     message: str
     patient: str = ""
     label: bool = False
     told: str = ""
+    nobodys: bool = False
 
 
 @dataclass
@@ -406,13 +408,13 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
         patient_id = cells[header.patient_id]
         key = patient_key(patient_id)
         if not patient_id:
-            tables.faults.append(Fault(f"{place}: no PatientID"))
+            tables.faults.append(Fault(f"{place}: no PatientID", nobodys=True))
         elif len(patient_id.splitlines()) > 1 and set(",;\t") & set(patient_id):
             message = f"{place}: a PatientID of several lines: is there a quotation mark without its second?"
             tables.faults.append(Fault(message))
-        elif len({patient_key(cells[index]) for index in header.same_id}) > 1:
+        elif len(named := {patient_key(cells[index]) for index in header.same_id}) > 1:
             message = f"{place}: the columns called {header.titles[header.patient_id]!r} name different patients"
-            tables.faults.append(Fault(message))
+            tables.faults += [Fault(message, name) for name in sorted(named) if name]
         elif any(cells[len(header.titles) :]):
             message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
             tables.faults.append(Fault(message, key))

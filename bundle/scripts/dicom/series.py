@@ -407,7 +407,7 @@ def _same_image(path: Path, header: Dataset, other: Path, other_header: Dataset)
         return True
     try:
         images = [read_file(each) for each in (path, other)]
-        values = [_rescaled(image.pixel_array, image, "") for image in images if image is not None]
+        values = [_rescaled(_decoded(image), image, "") for image in images if image is not None]
     except Exception:  # pixels that cannot be read are told when the series is
         return False
     return len(values) == 2 and np.array_equal(values[0], values[1])
@@ -724,12 +724,27 @@ def _pixels(dataset: Dataset, series: Series, path: Path) -> np.ndarray:
             "one (pip install python-gdcm) or decompress the series first (gdcmconv --raw)"
         )
     try:
-        values = dataset.pixel_array
+        values = _decoded(dataset)
     except Exception as error:  # damaged bytes end in nearly any error
         cause = " ".join(cause_of(error).split())
         raise DicomError(f"{where}: pixel data cannot be decoded ({cause}); copy the file again") from error
     if values.shape != (series.rows, series.columns):
         raise DicomError(f"{where}: pixel data of shape {values.shape}, not one grey image")
+    return values
+
+
+def _decoded(dataset: Dataset) -> np.ndarray:
+    """The stored values of one image, whose size in the header no decoder has yet taken memory for.
+
+    Raises:
+        ValueError: for more than one grey image of at most :data:`MOST_EDGE` rows and columns.
+    """
+    told = {name: integer_of(dataset, name) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")}
+    if max(told["Rows"], told["Columns"]) > MOST_EDGE or told["NumberOfFrames"] > 1 or told["SamplesPerPixel"] > 1:
+        size = f"{told['Rows']} x {told['Columns']}"
+        more = f" of {told['NumberOfFrames'] or 1} frames with {told['SamplesPerPixel'] or 1} values a pixel"
+        raise ValueError(f"the header tells {size} pixels{more}, not one grey image of at most {MOST_EDGE} x {MOST_EDGE}")
+    values: np.ndarray = dataset.pixel_array
     return values
 
 

@@ -11,6 +11,7 @@ import logging
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 PREAMBLE = 128  # bytes before the letters DICM
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# Of a deflated file: no slice has more, and none in an archive is packed closer, but for blank ones, which are small.
+MOST_BYTES, MOST_RATIO, SMALL_BYTES = 2**31, 100, 2**26
+CHUNK = 2**20
 
 
 class DicomError(ValueError):
@@ -128,9 +133,12 @@ def read_file(path: Path, **options: Any) -> Dataset | None:
         bare = start[PREAMBLE:] != b"DICM"
         if bare and not _begins_with_an_element(start):
             return None
+        _check_deflated(path, bare)
         dataset = pydicom.dcmread(path, force=bare, **options)
     except OSError as error:
         raise DicomError(f"{path.name}: cannot be read ({cause_of(error)})") from error
+    except DicomError:
+        raise
     except Exception as error:  # damaged bytes end in nearly any error
         raise DicomError(
             f"{path.name}: not a complete DICOM file ({cause_of(error)}); copy it again or remove it"
@@ -138,6 +146,28 @@ def read_file(path: Path, **options: Any) -> Dataset | None:
     if bare:
         _check_bare(dataset, path)
     return dataset
+
+
+def _check_deflated(path: Path, bare: bool) -> None:
+    """Refuse a deflated file that would grow beyond any image; pydicom inflates it without a limit."""
+    with path.open("rb") as file:
+        file.seek(0 if bare else PREAMBLE + 4)
+        meta = needed_module("pydicom.filereader").read_dataset(
+            file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2
+        )
+        if text_of(meta, "TransferSyntaxUID") != DEFLATED:
+            return
+        most = min(MOST_BYTES, max(SMALL_BYTES, MOST_RATIO * path.stat().st_size))
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        packed = file.read(CHUNK)
+        while packed and not inflater.eof:
+            size += len(inflater.decompress(packed, CHUNK))
+            if size > most:
+                raise DicomError(
+                    f"{path.name}: it is deflated, and more than {most / 2**20:.0f} MB inflated, which no image is; "
+                    "remove it"
+                )
+            packed = inflater.unconsumed_tail or file.read(CHUNK)
 
 
 def _begins_with_an_element(start: bytes) -> bool:

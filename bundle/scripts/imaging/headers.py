@@ -226,10 +226,10 @@ def _check_size(header: Header, name: str) -> Header:
     return header
 
 
-def _check_strangers(head: bytes) -> None:
-    """Raise where the beginning of a file shows that it is something else than an image of its ending."""
+def _check_strangers(head: bytes, own: bytes = b"") -> None:
+    """Raise where a file begins as another kind than that of its ending, whose beginning is ``own``."""
     for offset, magic, what, advice in _STRANGERS:
-        if (head if offset else head.lstrip())[offset : offset + len(magic)].lower() == magic:
+        if magic != own and (head if offset else head.lstrip())[offset : offset + len(magic)].lower() == magic:
             raise _Fault(f"it is {what}", advice)
 
 
@@ -348,7 +348,7 @@ def _meta_fields(head: bytes) -> tuple[dict[str, str], int]:
         name, equals, value = head[at : len(head) if end < 0 else end].decode("latin-1").partition("=")
         name = _META_ALIASES.get(name.strip(), name.strip())
         if not equals or name in fields:
-            _check_strangers(head)
+            _check_strangers(head, own=b"objecttype")
             fault = f"{_short(name)} is given twice" if equals else "it ends before ElementDataFile"
             raise _Fault(f"not a MetaImage header ({fault})", COPY_AGAIN)
         fields[name] = value.strip()
@@ -357,12 +357,13 @@ def _meta_fields(head: bytes) -> tuple[dict[str, str], int]:
 
 
 def _meta_place(fields: Mapping[str, str]) -> np.ndarray:
-    for name in ("ElementSpacing", "Offset"):
+    for name, what in (("ElementSpacing", "the header gives no voxel size"), ("Offset", NO_POSITION)):
         if name not in fields:
-            what = "the header gives no voxel size" if name == "ElementSpacing" else NO_POSITION
             raise _Fault(f"{what} ({name})", "write it again with its geometry")
-    orientation = fields.get("AnatomicalOrientation", "RAI")
-    if "TransformMatrix" not in fields and orientation not in ("RAI", "???"):
+    orientation = fields.get("AnatomicalOrientation", "???")
+    if "TransformMatrix" not in fields and orientation == "???":
+        raise _Fault("the header gives no directions (TransformMatrix)", CONVERT_AGAIN)
+    if "TransformMatrix" not in fields and orientation != "RAI":
         raise _Fault(f"it gives directions as {_short(orientation)} only, without TransformMatrix", CONVERT_AGAIN)
     unit = fields.get("DistanceUnits", "?")
     if unit not in _META_UNITS:
@@ -437,7 +438,7 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
     """The fields of an NRRD header by their names in lower case, and the byte after it."""
     fields: dict[str, str] = {}
     if not re.match(rb"NRRD\d{4}\r?\n", head):
-        _check_strangers(b"" if head[:4] == b"NRRD" else head)
+        _check_strangers(head, own=b"nrrd")
         raise _Fault("not an NRRD header", COPY_AGAIN)
     blank = re.search(rb"\r?\n\r?\n", head)
     text = head[: blank.start() if blank else len(head)].decode("latin-1")

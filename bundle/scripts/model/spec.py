@@ -266,9 +266,9 @@ def check_provenance(stored: Any, folds: int, where: str) -> None:
         if not isinstance(trained_on, str) or not trained_on.isprintable():
             raise SpecError(f"trained_on is {_shown(trained_on)}; one line of text is expected")
         _check_limits(stored.get("voxel_limits", {}))
-        _check_threshold(stored.get("hpv_threshold") or {})
+        _check_threshold(stored.get("hpv_threshold"))
         _check_calibration(stored.get("calibration"), folds)
-        _check_statistics(stored.get("feature_statistics") or [], folds)
+        _check_statistics(stored.get("feature_statistics"), folds)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from error
 
@@ -310,9 +310,11 @@ def _check_limits(stored: Any) -> None:
 
 
 def _check_threshold(stored: Any) -> None:
+    if stored is None:
+        return
     right = isinstance(stored, Mapping) and isinstance(stored.get("reason", ""), str)
     value = stored.get("value") if right else None
-    if not right or not (value is None or (_is_number(value) and 0 <= value <= 1)):
+    if not right or not ("reason" in stored if value is None else _is_number(value) and 0 <= value <= 1):
         raise SpecError(f"hpv_threshold is a value from 0 to 1, or a reason why there is none; got {_shown(stored)}")
 
 
@@ -320,7 +322,7 @@ def _check_calibration(stored: Any, folds: int) -> None:
     """Types and lengths; what belongs together is for :meth:`.from_dict` to see."""
     if stored is None:
         return
-    if not isinstance(stored, Mapping) or not isinstance(stored.get("reason", ""), str):
+    if not stored or not isinstance(stored, Mapping) or not isinstance(stored.get("reason", ""), str):
         raise SpecError(f"calibration is {_shown(stored)}; numbers, or a reason why there is none")
     if "reason" in stored:
         return
@@ -334,7 +336,9 @@ def _check_calibration(stored: Any, folds: int) -> None:
 
 
 def _check_statistics(stored: Any, folds: int) -> None:
-    """Statistics of the deep features, one for each fold (:func:`.fit_feature_statistics`)."""
+    """Statistics of the deep features, one for each fold (:func:`.fit_feature_statistics`), or none of any."""
+    if stored is None:
+        return
     if not isinstance(stored, list) or len(stored) not in (0, folds):
         raise SpecError(f"feature_statistics are {_shown(stored)}; one for each of {folds} folds is expected")
     for k, entry in enumerate(stored):

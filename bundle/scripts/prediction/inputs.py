@@ -74,7 +74,8 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
         if source.exists():
             raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
         raise CohortError(f"{source} is not there")
-    if any(scans.ct or scans.pet for scans in find_scans(source)[0].values()):
+    found = find_scans(source)[0].values()
+    if any(scans.ct or scans.pet or scans.contradiction("ct", "pet") for scans in found):
         cases, _ = cohort.folder_cases(source, clinical, features)
         return _with_dicom_beside(cases, features, clinical, source)
     try:
@@ -112,9 +113,12 @@ def listed_cases(
     tables = cohort_tables.read_tables([path, *([clinical] if clinical else [])], features, read_here)
     column = cohort_tables.first_column(titles, cohort_tables.ID_COLUMNS)
     scans: dict[str, Scans] = {}
-    for _, cells in records[1:]:
+    for row, cells in records[1:]:
         cells = cells + [""] * (len(titles) - len(cells))
-        if cells[column]:
+        if not cells[column]:
+            name = f"row {row}"
+            scans.setdefault(patient_key(name), Scans(name, path, problem=f"{path.name}, {name}: no PatientID"))
+        else:
             files = {kind: path.parent / cells[at] if cells[at] else None for kind, at in place.items()}
             scans.setdefault(patient_key(cells[column]), Scans(cells[column], path, files[keys.CT], files[keys.PET]))
     if clinical:
