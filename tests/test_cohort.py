@@ -631,7 +631,7 @@ def test_nobody_is_left_where_the_files_of_the_only_patient_contradict_each_othe
     add_scans(tmp_path, "CHUM-001", "ct", suffix=".mha")
     (case,) = cohort.inference_cases(tmp_path)
     assert "are both the ct of CHUM-001" in case[keys.PROBLEM]
-    with pytest.raises(CohortError, match="no case can be used\n.*contradict each other: CHUM-001 .*are both the ct"):
+    with pytest.raises(CohortError, match=r"no case can be used\n.*contradict each other: CHUM-001 .*are both the ct"):
         cohort.load_cohort(tmp_path)
 
 
@@ -837,7 +837,11 @@ def test_a_row_that_names_two_patients_concerns_them_alone(tmp_path):
         add_scans(tmp_path, patient, "ct pet")
     (tmp_path / "t.csv").write_text("PatientID,patient_id,Age\nCHUM-001,CHUM-002,50\nCHUM-003,CHUM-003,61\n")
     problems = [case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)]
-    assert ["row 2: the columns called 'PatientID' name different patients" in problem for problem in problems] == [True, True, False]
+    assert ["row 2: the columns called 'PatientID' name different patients" in problem for problem in problems] == [
+        True,
+        True,
+        False,
+    ]
     assert problems[2] == ""
 
 

@@ -332,6 +332,12 @@ def test_folders_that_hold_no_single_study_are_refused(sdk, study, tmp_path):
         sdk.operators.read_study(tmp_path / "ct", ("age",))
     write_series(tmp_path / "two" / "b", uid="1.2.3.4.9", tags={"PatientID": "B", "StudyInstanceUID": "1.2.3.4.8"})
     shutil.copytree(study, tmp_path / "two" / "a")
+    with pytest.raises(CohortError, match=r"^patient B: no PET among its DICOM series"):
+        sdk.operators.read_study(tmp_path / "two", ("age",))
+    for kind, number in (("CT", 5), ("PT", 6)):
+        tags = {"PatientID": "B", "StudyInstanceUID": "1.2.3.4.8", "FrameOfReferenceUID": "1.2.3.4.7"}
+        write_series(tmp_path / "two" / kind, kind, uid=f"1.2.3.4.1{number}", tags=tags)
+    shutil.rmtree(tmp_path / "two" / "b")
     with pytest.raises(CohortError, match="2 examinations; the application takes one"):
         sdk.operators.read_study(tmp_path / "two", ("age",))
     for kind in ("CT", "PT"):

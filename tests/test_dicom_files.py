@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -22,7 +23,12 @@ from scripts.dicom.tags import DicomError, lenient
 from scripts.prediction.inputs import find_cases
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: E402
+from pydicom.uid import (  # noqa: E402
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 FEATURES = ("age", "gender", "m_stage")
 SLICES = 12
@@ -554,3 +560,61 @@ def test_settings_are_restored_after_an_error():
     with pytest.raises(KeyError), lenient(), lenient():
         raise KeyError
     assert pydicom.config.settings._reading_validation_mode == before
+
+
+# --- files that ask for more memory than there is ------------------------------------------------------------------
+def deflate(path, padding=0):
+    """Write a file with the deflated transfer syntax, with so many zeros more in a private element."""
+    dataset = pydicom.dcmread(path)
+    if padding:
+        block = dataset.private_block(0x0099, "PADDING", create=True)
+        block.add_new(1, "OB", bytes(padding))
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path, implicit_vr=False, little_endian=True)
+
+
+def test_deflated_files_are_read(tmp_path):
+    write_study(tmp_path)
+    before = read_series(next(s for s in find_series(tmp_path) if s.modality == "CT"))
+    for path in (tmp_path / "CT").iterdir():
+        deflate(path)
+    after = read_series(next(s for s in find_series(tmp_path) if s.modality == "CT"))
+    assert np.array_equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("preamble", [True, False])
+def test_a_deflated_file_that_grows_beyond_any_image_is_refused(tmp_path, preamble):
+    """The patient has a row with the reason, and the others go on."""
+    write_study(tmp_path / "a", "P-1", 1)
+    write_study(tmp_path / "b", "P-2", 2)
+    bomb = sorted((tmp_path / "a" / "CT").iterdir())[4]
+    deflate(bomb, 80 * 2**20)
+    assert bomb.stat().st_size < 2**20
+    if not preamble:
+        without_preamble(bomb)
+    tracemalloc.start()
+    found = rows(tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["P-2"] == "" and most < 60 * 2**20
+    assert "deflated, and more than 64 MB inflated" in found["P-1"]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        pytest.param({"Rows": 65535, "Columns": 65535}, id="pixels"),
+        pytest.param({"NumberOfFrames": 2**31 - 1}, id="frames"),
+        pytest.param({"SamplesPerPixel": 3}, id="values_a_pixel"),
+    ],
+)
+def test_compressed_slices_that_ask_for_too_much_are_not_decoded(tmp_path, monkeypatch, tags):
+    write_series(tmp_path, syntax=RLELossless)
+    for path in tmp_path.iterdir():
+        change(path, **tags)
+    asked = []
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda dataset: asked.append(dataset)))
+    (series,) = find_series(tmp_path)
+    with pytest.raises(DicomError, match=r"not one grey image of at most|more than any scan has"):
+        read_series(series)
+    assert asked == []

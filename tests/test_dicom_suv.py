@@ -91,6 +91,8 @@ def test_fdg_by_its_header(changes):
         *[("Ga-68 DOTA-TATE", "DOTATATE, DOTATOC or DOTANOC"), ("68Ga-DOTATOC", "DOTATATE, DOTATOC or DOTANOC")],
         *[("Fluorocholine", "choline"), ("FCH", "choline"), ("18F-FLT", "FLT"), ("F18 FLT", "FLT"), ("FET", "FET")],
         *[("O-(2-fluoroethyl)-L-tyrosine", "FET"), ("F-DOPA", "DOPA"), ("NaF", "sodium fluoride")],
+        *[(text, "sodium fluoride") for text in ("Na18F", "Na[18F]F", "[18F]NaF", "Na-18F", "Na (18F)")],
+        *[("ПСМА (PSMA-1007)", "PSMA"), ("前立腺 PSMA造影", "PSMA"), ("18F-ＰＳＭＡ", "PSMA")],
         *[("Sodium Fluoride F^18^", "sodium fluoride"), ("FAPI-46", "FAPI"), ("Cu-ATSM", "ATSM")],
     ],
 )

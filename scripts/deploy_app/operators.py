@@ -181,11 +181,12 @@ def read_study(folder: Path, features: Sequence[str]) -> dict[str, Any]:
         scripts.cohorts.clinical.ClinicalValueError: when a clinical value cannot be read.
     """
     cases = find_cases(folder, features)
-    if len(cases) != 1:
+    problems = [f"patient {case[keys.PATIENT_ID]}: {case[keys.PROBLEM]}" for case in cases if case[keys.PROBLEM]]
+    if len(cases) - len(problems) > 1 or not cases:
         raise CohortError(f"{folder}: {len(cases)} examinations; the application takes one at a time")
+    if problems:
+        raise CohortError("; ".join(problems))
     case = cases[0]
-    if case[keys.PROBLEM]:
-        raise CohortError(f"patient {case[keys.PATIENT_ID]}: {case[keys.PROBLEM]}")
     if keys.DICOM not in case:
         raise CohortError(f"{folder}: image files, but the application takes DICOM")
     clinical = folder / CLINICAL_FILE

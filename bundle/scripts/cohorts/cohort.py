@@ -290,7 +290,9 @@ def _gather(
         raise CohortError("without a dataset_dir, a table must be named (ehr_csv) and require_images be False")
     root = Path(dataset_dir or ".").expanduser()
     scans, notes = find_scans(root) if dataset_dir is not None else ({}, [])
-    if require_images and not any(found.ct or found.pet or found.contradiction("ct", "pet") for found in scans.values()):
+    if require_images and not any(
+        found.ct or found.pet or found.contradiction("ct", "pet") for found in scans.values()
+    ):
         raise CohortError(
             f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
             ".nrrd) there, or in images/, Task N/ or imagesTr/ below it"

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 UNNAMED = "unnamed"
 """Shown for a patient whose id is empty."""
@@ -200,15 +201,18 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
         elif other is not None:
             remarks.note("the .nii.gz is used where a .nii of the same name exists", str(path))
         groups[key][kind] = path
-    return {
-        key: without(Scans(names[key], folder, **group, problem="; ".join(lost.get(key, []))), clashes.get(key, {}))
-        for key, group in groups.items()
-    }
+    patients = {}
+    for key, files in groups.items():
+        problem = "; ".join(lost.get(key, []))
+        scans = Scans(names[key], folder, files.get("ct"), files.get("pet"), files.get("mask"), problem)
+        patients[key] = without(scans, clashes.get(key, {}))
+    return patients
 
 
 def without(scans: Scans, contradictions: Mapping[str, str]) -> Scans:
     """The files without those of the kinds named, as nobody can say which of them is right."""
-    return replace(scans, contradictions={**scans.contradictions, **contradictions}, **dict.fromkeys(contradictions))
+    dropped: dict[str, Any] = dict.fromkeys(contradictions)
+    return replace(scans, contradictions={**scans.contradictions, **contradictions}, **dropped)
 
 
 def leads_nowhere(path: Path) -> bool:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAME_POSITION_MM = 0.01
+MOST_EDGE, MOST_VOXELS = 4096, 2**30  # rows or columns of one image, and voxels of a series; scans have fewer
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 PET_STORAGE = "1.2.840.10008.5.1.4.1.1.128"
 # How far a slice may lie from where even spacing puts it: a share of the spacing, or what rounding to 0.1 mm explains.
@@ -564,6 +565,9 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
             tilted, slices of a CT are on different scales, or the pixels cannot be decoded.
     """
     affine = series.grid.affine
+    if len(series) * series.rows * series.columns > MOST_VOXELS:
+        size = f"{series.columns} x {series.rows} x {len(series)}"
+        raise DicomError(f"{series.label}: {size} voxels, more than any scan has; export the series again")
     volume: np.ndarray | None = None
     scales: set[tuple[str, str]] = set()
     with lenient():
@@ -743,7 +747,9 @@ def _decoded(dataset: Dataset) -> np.ndarray:
     if max(told["Rows"], told["Columns"]) > MOST_EDGE or told["NumberOfFrames"] > 1 or told["SamplesPerPixel"] > 1:
         size = f"{told['Rows']} x {told['Columns']}"
         more = f" of {told['NumberOfFrames'] or 1} frames with {told['SamplesPerPixel'] or 1} values a pixel"
-        raise ValueError(f"the header tells {size} pixels{more}, not one grey image of at most {MOST_EDGE} x {MOST_EDGE}")
+        raise ValueError(
+            f"the header tells {size} pixels{more}, not one grey image of at most {MOST_EDGE} x {MOST_EDGE}"
+        )
     values: np.ndarray = dataset.pixel_array
     return values
 

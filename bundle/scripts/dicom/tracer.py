@@ -110,7 +110,7 @@ def _named(text: str, abbreviations: bool = True) -> set[str]:
     joined = re.sub(r"[^a-z0-9]", "", plain)
     found = {name for name, words in TRACER_WORDS.items() if re.search(words, joined)}
     if abbreviations:
-        tokens = re.findall(r"[a-z]+", plain)
+        tokens = re.findall(r"[a-z]+", f"{plain} {re.sub(r'[^a-z]*18[^a-z]*f', 'f', plain)}")  # Na18F is NaF
         found |= {name for name, short in TRACER_TOKENS.items() if any(re.fullmatch(short, t) for t in tokens)}
     return found
 
