@@ -92,7 +92,7 @@ def test_fdg_by_its_header(changes):
         *[("Fluorocholine", "choline"), ("FCH", "choline"), ("18F-FLT", "FLT"), ("F18 FLT", "FLT"), ("FET", "FET")],
         *[("O-(2-fluoroethyl)-L-tyrosine", "FET"), ("F-DOPA", "DOPA"), ("NaF", "sodium fluoride")],
         *[(text, "sodium fluoride") for text in ("Na18F", "Na[18F]F", "[18F]NaF", "Na-18F", "Na (18F)")],
-        *[("ПСМА (PSMA-1007)", "PSMA"), ("前立腺 PSMA造影", "PSMA"), ("18F-ＰＳＭＡ", "PSMA")],
+        *[("ПСМА (PSMA-1007)", "PSMA"), ("前立腺 PSMA造影", "PSMA"), ("18F-\uff30\uff33\uff2d\uff21", "PSMA")],
         *[("Sodium Fluoride F^18^", "sodium fluoride"), ("FAPI-46", "FAPI"), ("Cu-ATSM", "ATSM")],
     ],
 )
