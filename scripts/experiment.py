@@ -183,7 +183,7 @@ def make_plan(
         command: to record.
 
     Raises:
-        ExperimentError: an id or file that does not exist, a fold out of range.
+        ExperimentError: an id or file that does not exist, a number or a fold out of range.
         CohortError: the cohort cannot be used, or not be split like that.
     """
     files = (TRAIN_CONFIG, *(find_config(name) for name in as_list(config_files)))
@@ -195,6 +195,10 @@ def make_plan(
     if protocol == "leave_one_centre_out" and "num_folds" not in overrides:
         values["num_folds"] = len(cohort.centres)
         parser.update(values)
+    for name in ("epochs", "val_interval", "batch_size"):
+        value = parser.get_parsed_content(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ExperimentError(f"{name} is {value!r}: give a whole number, 1 or more")
     num_folds, seed, epochs = (int(parser.get_parsed_content(name)) for name in ("num_folds", "seed", "epochs"))
     count = 1 if protocol == "ablation" else num_folds
     splits = [cohort.split(protocol, num_folds, fold, seed) for fold in range(max(1, count))]

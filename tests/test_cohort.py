@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -633,6 +634,22 @@ def test_nobody_is_left_where_the_files_of_the_only_patient_contradict_each_othe
     assert "are both the ct of CHUM-001" in case[keys.PROBLEM]
     with pytest.raises(CohortError, match=r"no case can be used\n.*contradict each other: CHUM-001 .*are both the ct"):
         cohort.load_cohort(tmp_path)
+
+
+@pytest.mark.parametrize("target, what", [("", "a pipe, not a file"), ("/dev/zero", "a device or socket, not a file")])
+def test_a_scan_that_is_no_file_is_named_as_what_it_is(tmp_path, target, what):
+    """And is not opened: a pipe would wait for ever."""
+    for patient in ("CHUM-001", "CHUM-002"):
+        add_scans(tmp_path, patient)
+    path = tmp_path / "CHUM-001__CT.nii.gz"
+    path.unlink()
+    if target:
+        path.symlink_to(target)
+    else:
+        os.mkfifo(path)
+    assert [case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)] == [f"{path} is {what}", ""]
+    found = cohort.load_cohort(tmp_path)
+    assert [(item.patient_id, item.detail) for item in found.exclusions] == [("CHUM-001", f"{path} is {what}")]
 
 
 def test_a_patient_with_a_mask_whose_scans_are_lost_has_a_row(tmp_path):

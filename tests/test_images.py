@@ -222,6 +222,16 @@ def nrrd(data=PIXELS, **changes) -> bytes:
     return b"NRRD0004\n" + (written(NRRD, changes, "{}: {}\n") + "\n").encode() + data
 
 
+def special(folder: Path, name: str, make) -> Path:
+    make(folder / name)
+    return folder / name
+
+
+def linked(folder: Path, name: str, target: str) -> Path:
+    (folder / name).symlink_to(target)
+    return folder / name
+
+
 def fault(name: str, content: bytes, message: str, case: str):
     return pytest.param(lambda t: damaged(t, name, content), message, id=case)
 
@@ -319,6 +329,10 @@ FAULTS = [
     ("make", "message"),
     [
         pytest.param(lambda t: t / "absent.nii.gz", "no such file", id="absent"),
+        pytest.param(lambda t: special(t, "a.nii.gz", os.mkfifo), "it is a pipe, not a file", id="pipe"),
+        pytest.param(lambda t: special(t, "a.mha", Path.mkdir), "it is a folder, not a file", id="folder"),
+        pytest.param(lambda t: linked(t, "a.nii", "/dev/zero"), "it is a device or socket, not a file", id="device"),
+        pytest.param(lambda t: linked(t, "a.nii", "gone"), "it is a link to what is not there", id="dangling"),
         pytest.param(lambda t: damaged(t, "a.jpg", b"x"), "not a known image format", id="unknown_format"),
         pytest.param(lambda t: damaged(t, "a.nii.gz", b""), "is empty", id="empty"),
         pytest.param(lambda t: damaged(t, "a.nii.gz", b"no gzip at all"), "gzip", id="not_gzip"),

@@ -483,6 +483,10 @@ def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):
     [
         pytest.param({"epoch": 3}, "no config has the id 'epoch': is 'epochs' meant", id="unknown_id"),
         pytest.param({"leave_one_center_out": True}, "is 'leave_one_centre_out' meant", id="misspelt_option"),
+        pytest.param({"epochs": 0}, "epochs is 0: give a whole number, 1 or more", id="no_epochs"),
+        pytest.param({"epochs": 1.5}, r"epochs is 1\.5: give a whole number", id="part_of_an_epoch"),
+        pytest.param({"val_interval": -1}, "val_interval is -1: give a whole number", id="interval"),
+        pytest.param({"batch_size": 0}, "batch_size is 0: give a whole number", id="empty_batch"),
         pytest.param({"fold": 1}, "--fold is set by train_folds", id="reserved"),
         pytest.param({"config_files": "configs/none.json"}, r"no config file configs/none\.json", id="no_config"),
         pytest.param({"config_files": "configs/multi_gpu_train.json"}, "is for torchrun", id="multi_gpu"),

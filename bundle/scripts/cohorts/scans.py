@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,17 +185,18 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
     for path in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         scan, mask = _SCAN_FILE.fullmatch(path.name), _MASK_FILE.fullmatch(path.name)
         match = mask if masks_only else scan or mask
-        if match is None or not (path.is_file() or leads_nowhere(path)):
+        if match is None or path.is_dir():
             continue
         kind = "mask" if match is mask else "ct" if match["kind"].lower() == "ct" else "pet"
         key = patient_key(match["id"])
-        if leads_nowhere(path) and kind == "mask":
-            remarks.note("a link to what is not there", str(path))
+        what = no_file(path)
+        if what and kind == "mask":
+            remarks.note(what, str(path))
             continue
         other = groups.setdefault(key, {}).get(kind)
         names.setdefault(key, match["id"])
-        if leads_nowhere(path):
-            lost.setdefault(key, []).append(f"{path} is a link to what is not there")
+        if what:
+            lost.setdefault(key, []).append(f"{path} is {what}")
             continue
         if other is not None and other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
             clashes.setdefault(key, {})[kind] = f"{other} and {path.name} are both the {kind} of {key}"
@@ -213,6 +215,19 @@ def without(scans: Scans, contradictions: Mapping[str, str]) -> Scans:
     """The files without those of the kinds named, as nobody can say which of them is right."""
     dropped: dict[str, Any] = dict.fromkeys(contradictions)
     return replace(scans, contradictions={**scans.contradictions, **contradictions}, **dropped)
+
+
+def no_file(path: Path) -> str:
+    """What a path is that is no file, "" for a file, or a link to one; nothing is opened, since a pipe may wait.
+
+    Raises:
+        OSError: it is not there, and no link either.
+    """
+    if leads_nowhere(path):
+        return "a link to what is not there"
+    mode = path.stat().st_mode
+    kinds = ((stat.S_ISREG, ""), (stat.S_ISDIR, "a folder, not a file"), (stat.S_ISFIFO, "a pipe, not a file"))
+    return next((what for is_kind, what in kinds if is_kind(mode)), "a device or socket, not a file")
 
 
 def leads_nowhere(path: Path) -> bool:

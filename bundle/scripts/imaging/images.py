@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.cohorts.files import written_whole
+from scripts.cohorts.scans import no_file
 from scripts.imaging.geometry import Grid
 from scripts.imaging.headers import (
     COPY_AGAIN,
@@ -142,7 +143,8 @@ def _header(path: str | os.PathLike[str]) -> Header:
         known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES))
         raise ImageReadError(path, "not a known image format", f"give one of {known}")
     if not Path(path).is_file():
-        raise ImageReadError(path, "no such file", "check the path in the datalist or in dataset_dir")
+        what = f"it is {no_file(Path(path))}" if os.path.lexists(path) else "no such file"
+        raise ImageReadError(path, what, "check the path in the datalist or in dataset_dir")
     return read_header(path, suffix)
 
 
