@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,12 +79,14 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
         scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     case = pair_case(only_image(folder / "images" / "ct"), only_image(folder / "images" / "pet"), features, "patient")
-    if not (folder / EHR).is_file():
+    if not os.path.lexists(folder / EHR):
         logger.warning("no %s: all clinical values are taken as missing", folder / EHR)
         return case
     values = read_json(folder / EHR)
     if not isinstance(values, dict):
         raise CohortError(f"{folder / EHR}: expected one object with the clinical values of one patient")
+    if not values:
+        logger.warning("%s is empty: all clinical values are taken as missing", folder / EHR)
     check_names(values, EHR)
     add_clinical_values([case], values, EHR)
     return case

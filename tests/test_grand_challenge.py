@@ -111,6 +111,21 @@ def test_a_broken_ehr_is_told_and_leaves_no_answer(given, model, tmp_path, text,
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_an_ehr_that_is_no_file_is_told(given, model, tmp_path, kind):
+    path = given / "ehr.json"
+    path.unlink()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("gone")}[kind]()
+    with pytest.raises(CohortError, match=rf"ehr\.json cannot be read: it is a {kind}"):
+        run(given, tmp_path / "out", model)
+
+
+def test_an_empty_ehr_is_told(given, model, tmp_path, caplog):
+    (given / "ehr.json").write_text("{}")
+    run(given, tmp_path / "out", model)
+    assert "ehr.json is empty: all clinical values are taken as missing" in caplog.text
+
+
 def test_names_that_are_not_known_are_told(given, model, tmp_path, caplog):
     (given / "ehr.json").write_text('{"Age": 61, "Tobaco Consumption": 1}')
     run(given, tmp_path / "out", model)

@@ -14,7 +14,7 @@ from typing import Any
 
 from scripts.cohorts import clinical
 from scripts.cohorts.clinical import DEFAULT_FEATURES, ClinicalValueError
-from scripts.cohorts.scans import CONTAINER, CohortError, clean_id, containers, patient_key, printable, some
+from scripts.cohorts.scans import CONTAINER, CohortError, clean_id, containers, no_file, patient_key, printable, some
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +295,8 @@ def _read_bytes(path: Path) -> bytes:
         CohortError: it cannot be read, or is too large for a table.
     """
     try:
+        if what := no_file(path):
+            raise CohortError(f"{path} cannot be read: it is {what}")
         if path.stat().st_size > _LARGEST_FILE:
             raise CohortError(f"{path} has more than {_LARGEST_FILE / 1e6:.0f} MB: it is no clinical table")
         return path.read_bytes()
