@@ -92,7 +92,7 @@ PICTURES = {
 WIDE = ("training", "dice")
 SHOWN_SETTINGS = (
     *("epochs", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
-    *("mask_gradient", "task_weights", "cox_ties", "event_fraction", "seed"),
+    *("mask_gradient", "task_weights", "event_fraction", "seed"),
 )
 CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed less predicted, 2 years")
 COUNTED = ("patients", "events", "positive")

@@ -86,12 +86,6 @@ VARIANTS = {
     ),
     BURDEN: burden("survival from burden, HPV probability and clinical values; HPV from the image", BASE),
     CLINICAL_HPV: Variant("as burden, HPV from image and clinical values: the configs as they stand", against=BURDEN),
-    "clinical_hpv_slow": Variant(
-        "the same, the clinical values' weights learned at the network's rate",
-        {"hpv_clinical_learning_rate": 0.001},
-        against=CLINICAL_HPV,
-    ),
-    "both": burden("survival from deep features and from burden", survival_inputs=["deep", "burden"]),
     "surv": deep("survival alone", tasks=["surv"]),
     "seg_surv": deep("segmentation and survival", tasks=["seg", "surv"]),
     "flow": deep("gradient flows through the probability map", mask_gradient="flow"),
@@ -101,10 +95,6 @@ VARIANTS = {
     "min_max": deep("PET by its own minimum and maximum", pet_window=None),
     "burden_uncertainty": burden("as burden, task weights learned by uncertainty", task_weights="uncertainty"),
     "burden_min_max": burden("as burden, with PET by its own minimum and maximum", pet_window=None),
-    "warmup": deep("gradient flows through the map from epoch 9 on", mask_gradient="flow", mask_gradient_after=8),
-    "flow_prior": deep(
-        "gradient flows; segmentation starts at a tumour probability of 0.01", mask_gradient="flow", seg_prior=0.01
-    ),
     "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
     "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
     "table1": Variant("paper.json on top, the split and the 100 epochs of the paper's Table 1", TABLE_1, PAPER),

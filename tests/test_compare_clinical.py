@@ -329,7 +329,7 @@ def fit_linear_torch_model(table: pd.DataFrame, columns: list[str]) -> torch.nn.
     time, event = torch.tensor(table[keys.TIME].to_numpy()), torch.tensor(table[keys.EVENT].to_numpy()).bool()
     model = torch.nn.Linear(len(columns), 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
-    loss = CoxLoss(ties="efron")
+    loss = CoxLoss()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
     events_share = event.double().mean()
 

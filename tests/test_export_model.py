@@ -27,7 +27,7 @@ def make_ensemble(tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 
     torch.manual_seed(0)
     settings = json.loads((BUNDLE / "configs" / "inference.json").read_text())["default_settings"]
     settings |= {"roi_size": list(BOX), "spacing_mm": 8.0, "tasks": list(tasks)}
-    settings["survival_inputs"] = ["deep", "burden"] if "seg" in tasks else ["deep"]
+    settings["survival_inputs"] = ["burden"] if "seg" in tasks else ["deep"]
     ensemble = empty_ensemble(settings)
     if "hpv" in tasks:
         torch.nn.init.normal_(ensemble.folds[0].hpv_clinical.weight)  # trained, so that the values matter
@@ -91,7 +91,7 @@ def test_the_command_writes_both_formats_and_says_how_close_they_are(tmp_path: P
 
 def write_spoiled(network: AllHeads, case: Case, facts, path: Path) -> None:
     with torch.no_grad():
-        network.folds[0].survival.log_hazard.bias.add_(0.5)
+        network.folds[0].burden.burden.bias.add_(0.5)
     export_model.write_torchscript(network, case, facts, path)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from lifelines.utils import concordance_index as lifelines_c_index
 from monai.metrics import compute_dice
 
@@ -26,7 +26,6 @@ from scripts.training.handlers import (
     ConcordanceIndexHandler,
     DiceHandler,
     LossHandler,
-    MaskGradientWarmup,
     TrainingState,
     choose_key_metric,
     validation_metrics,
@@ -311,38 +310,12 @@ def test_comparison(metric, value, best, better) -> None:
     assert Comparison(metric)(value, best) is better
 
 
-# --- gradient warm-up -------------------------------------------------------------------------------------------
+OPTIONS = ["--mask_gradient", "flow", "--task_weights", "uncertainty"]
 
 
-@pytest.mark.parametrize(
-    ("mask_gradient", "warmup", "expected"),
-    [
-        pytest.param("flow", 0, "flow flow flow flow", id="no_warmup"),
-        pytest.param("flow", 2, "stop stop flow flow", id="warmup"),
-        pytest.param("flow", 9, "stop stop stop stop", id="longer_than_the_run"),
-        pytest.param("stop", 2, "stop stop stop stop", id="nothing_to_warm_up_for"),
-    ],
-)
-@pytest.mark.parametrize("start", [0, 1, 3], ids=lambda epoch: f"resumed_after_{epoch}")
-def test_mask_gradient_of_each_epoch(mask_gradient, warmup, expected, start) -> None:
-    network = MultitaskNet(mask_gradient=mask_gradient)
-    seen: list[str] = []
-    engine = Engine(lambda engine, batch: seen.append(network.mask_gradient))
-    engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", start))  # as on resuming
-    MaskGradientWarmup(network, mask_gradient, warmup).attach(engine)
-    engine.run([0], max_epochs=4)
-    assert seen == expected.split()[start:]
-
-
-def test_mask_gradient_warmup_refuses_a_negative_number() -> None:
-    with pytest.raises(ValueError, match="mask_gradient_after is -1"):
-        MaskGradientWarmup(MultitaskNet(tasks=("seg",)), "flow", -1)
-
-
-OPTIONS = ["--mask_gradient", "flow", "--mask_gradient_after", "1", "--task_weights", "uncertainty"]
-
-
-def test_a_run_with_warmup_and_learned_weights_ends_alike_when_broken_off(tiny_cohort, tmp_path, run_bundle) -> None:
+def test_a_run_with_flowing_gradient_and_learned_weights_ends_alike_when_broken_off(
+    tiny_cohort, tmp_path, run_bundle
+) -> None:
     common = ["--dataset_dir", str(tiny_cohort), "--val_interval", "1", "--batch_size", "2", "--num_folds", "2"]
     for folder, epochs in (("whole", (2,)), ("parts", (1, 2))):
         for epoch in epochs:

@@ -136,12 +136,6 @@ def test_initialisation_is_glorot_with_zero_biases():
     assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
 
 
-def test_seg_prior_is_where_segmentation_starts():
-    net = MultitaskNet(tasks=("seg",), seg_prior=0.02)
-    assert net.decoder.logits.bias.sigmoid().item() == pytest.approx(0.02)
-    assert MultitaskNet(tasks=("seg",)).decoder.logits.bias.item() == 0
-
-
 def test_batch_norm_settings_reach_every_batch_norm():
     norms = [
         module
@@ -192,35 +186,22 @@ def test_survival_trains_the_encoder_in_either_case(image):
 
 # --- burden ------------------------------------------------------------------------------------------------
 
-INPUTS = [pytest.param(("burden",), id="burden"), pytest.param(("deep", "burden"), id="both")]
 
-
-@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize(
     ("tasks", "burden"), [(("seg", "hpv", "surv"), 4), (("seg", "surv"), 3)], ids=["hpv", "no_hpv"]
 )
-def test_burden_trains_every_parameter(inputs, tasks, burden, image):
-    net = MultitaskNet(tasks=tasks, survival_inputs=inputs)
+def test_burden_trains_every_parameter(tasks, burden, image):
+    net = MultitaskNet(tasks=tasks, survival_inputs=["burden"])
     loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
     assert net.burden.burden.in_features == burden
-    assert (net.summaries is None) == (net.survival is None) == ("deep" not in inputs)
+    assert net.summaries is None and net.survival is None
 
 
 def test_burden_starts_with_the_same_hazard_for_all(image):
     net = MultitaskNet(survival_inputs=["burden"]).eval()
     assert net(image, torch.rand(2, 7))[LOG_HAZARD].tolist() == [0, 0]
-
-
-def test_hazards_of_deep_and_burden_add_up(image):
-    both = MultitaskNet(survival_inputs=["deep", "burden"]).eval()
-    torch.nn.init.normal_(both.burden.burden.weight)
-    alone = [MultitaskNet(survival_inputs=[name]).eval() for name in ("deep", "burden")]
-    for net in alone:  # each takes its part of the same weights
-        net.load_state_dict({k: v for k, v in both.state_dict().items() if k in net.state_dict()})
-    total = sum(net(image)[LOG_HAZARD] for net in alone)
-    torch.testing.assert_close(both(image)[LOG_HAZARD], total)
 
 
 def test_burden_is_that_of_the_image_and_its_segmentation(image):
@@ -473,7 +454,7 @@ BAD_ARGUMENTS = [
     pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
     pytest.param({"tasks": ("seg", "seg")}, "tasks is", id="repeated_task"),
     pytest.param({"mask_gradient": "detach"}, "mask_gradient is 'detach'", id="mask_gradient"),
-    pytest.param({"seg_prior": 0.0}, "seg_prior is 0.0", id="seg_prior"),
+    pytest.param({"survival_inputs": ["deep", "burden"]}, "not both", id="both_survival_inputs"),
     pytest.param({"hpv_inputs": ["clinical"]}, "hpv_inputs is", id="hpv_without_image"),
     pytest.param({"hpv_inputs": ["image", "age"]}, "hpv_inputs is", id="unknown_hpv_input"),
     pytest.param({"clinical_scales": [(1, 1, 1)]}, "for each of 7 values", id="scales_of_another_number"),

@@ -163,21 +163,20 @@ def test_a_run_of_another_name_or_cohort_is_refused(cohort, runs, tmp_path):
 
 
 def test_a_run_from_before_an_option_existed_counts_as_long_as_it_is_not_the_variants(cohort, runs, tmp_path):
-    for name in ("base_s0", "warmup_s0"):
+    for name in ("base_s0", "flow_s0"):
         folder = tmp_path / name
         folder.mkdir()
         record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-        record["settings"] |= {"mask_gradient": "flow"} if name == "warmup_s0" else {}
-        del record["settings"]["mask_gradient_after"]
+        del record["settings"]["mask_gradient"]
         (folder / "experiment.json").write_text(json.dumps(record))
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
-    with pytest.raises(ExperimentError, match="mask_gradient_after 0 instead of 8"):
-        study_plan.check_run(make_study(cohort, tmp_path, "warmup"), "warmup", 0)
+    with pytest.raises(ExperimentError, match="mask_gradient 'stop' instead of 'flow'"):
+        study_plan.check_run(make_study(cohort, tmp_path, "flow"), "flow", 0)
 
 
 def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs, tmp_path):
     """It did not take over a default that came later: survival was read from deep features."""
-    for name in ("base_s0", "both_s0"):
+    for name in ("base_s0", "burden_s0"):
         folder = tmp_path / name
         folder.mkdir()
         record = json.loads((runs / "base_s0" / "experiment.json").read_text())
@@ -185,8 +184,8 @@ def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs
             del record["settings"][option]
         (folder / "experiment.json").write_text(json.dumps(record))
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
-    with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['deep', 'burden'\]"):
-        study_plan.check_run(make_study(cohort, tmp_path, "both"), "both", 0)
+    with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['burden'\]"):
+        study_plan.check_run(make_study(cohort, tmp_path, "burden"), "burden", 0)
 
 
 def test_a_signal_ends_the_runs(cohort, tmp_path, fake):

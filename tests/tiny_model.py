@@ -15,7 +15,7 @@ from scripts.model.ensemble import save_weights
 SETTINGS: dict[str, Any] = {
     "tasks": ["seg", "hpv", "surv"],
     "clinical_features": ["age", "gender", "m_stage"],
-    "survival_inputs": ["deep", "burden"],
+    "survival_inputs": ["burden"],
     "hpv_inputs": ["image", "clinical"],
     "roi_size": [32, 32, 32],
     "spacing_mm": 8.0,

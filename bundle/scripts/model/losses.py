@@ -41,9 +41,9 @@ __all__ = ["CoxLoss", "HPVLoss", "MultitaskLoss", "SegmentationLoss"]
 ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive class
 GAMMA = 2.0
 L2 = "l2"
-TIES = ("breslow", "efron")
 UNCERTAINTY = "uncertainty"
 CLINICAL_TERM = "hpv_clinical"  # a network's name for it
+CLINICAL_RATE = 0.01  # its learning rate: at the network's it stays at a quarter of what a logistic regression gives
 
 
 class SegmentationLoss(nn.Module):
@@ -142,19 +142,11 @@ class CoxLoss(nn.Module):
 
     .. math:: L = -\frac{1}{\sum_i d_i} \sum_{i: d_i = 1} \Big( h_i - \log \sum_{j \in R_i} e^{h_j} \Big)
 
-    which is Breslow's treatment of tied events. Efron's takes from each risk set, for the r-th (r = 0, 1, ...) of m
-    tied events, the share r / m of the tied events' hazards. Cases may come in any order; the sums are
-    log-sum-exps, so log hazards of +-100 are finite in value and gradient.
-
-    Args:
-        ties: "breslow" (the paper) or "efron".
-
-    Raises:
-        ValueError: for an unknown ``ties``.
+    which is Breslow's treatment of tied events. Cases may come in any order; the sums are log-sum-exps, so log hazards
+    of +-100 are finite in value and gradient.
 
     References:
-        Cox, "Regression models and life-tables", 1972; Breslow, "Covariance analysis of censored survival data",
-        1974; Efron, "The efficiency of Cox's likelihood function for censored data", 1977.
+        Cox, "Regression models and life-tables", 1972; Breslow, "Covariance analysis of censored survival data", 1974.
 
     Example:
         Shifting all log hazards changes nothing:
@@ -162,12 +154,6 @@ class CoxLoss(nn.Module):
         >>> h, time, event = torch.randn(6), torch.tensor([3.0, 1.0, 3.0, 2.0, 5.0, 1.0]), torch.arange(6) % 2 == 0
         >>> torch.testing.assert_close(CoxLoss()(h + 50, time, event), CoxLoss()(h, time, event))
     """
-
-    def __init__(self, ties: str = "breslow") -> None:
-        super().__init__()
-        if ties not in TIES:
-            raise ValueError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}")
-        self.ties = ties
 
     def forward(self, log_hazard: Tensor, time: Tensor, event: Tensor, known: Tensor | None = None) -> Tensor:
         """The loss, a scalar.
@@ -184,7 +170,7 @@ class CoxLoss(nn.Module):
         check_same_shape("log hazards", log_hazard, "times", time)
         check_same_shape("log hazards", log_hazard, "events", event)
         log_hazard, time, event = select(known, log_hazard, time, event)
-        return negative_log_partial_likelihood(log_hazard, time, event.bool(), self.ties)
+        return negative_log_partial_likelihood(log_hazard, time, event.bool())
 
 
 class MultitaskLoss(nn.Module):
@@ -212,7 +198,6 @@ class MultitaskLoss(nn.Module):
         l2_weight: weight of the L2 term.
         task_weights: weight by task name, 1 where not named, that of a task which is not trained has no effect; or
             "uncertainty".
-        ties: treatment of tied events, see :class:`CoxLoss`.
         hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
         hpv_gamma: of :class:`HPVLoss`.
 
@@ -234,7 +219,6 @@ class MultitaskLoss(nn.Module):
         survival_weights: Sequence[nn.Parameter] = (),
         l2_weight: float = 0.1,
         task_weights: Mapping[str, float] | str | None = None,
-        ties: str = "breslow",
         hpv_alpha: float = ALPHA,
         hpv_gamma: float = GAMMA,
     ) -> None:
@@ -251,7 +235,7 @@ class MultitaskLoss(nn.Module):
         self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
         self.segmentation = SegmentationLoss()
         self.hpv = HPVLoss(hpv_alpha, hpv_gamma)
-        self.cox = CoxLoss(ties)
+        self.cox = CoxLoss()
         self.parts: dict[str, Tensor] = {}
 
     def forward(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
@@ -271,15 +255,13 @@ class MultitaskLoss(nn.Module):
         cost = torch.where(value.detach() != 0, log_variance / 2, 0.0)
         return torch.exp(-log_variance) * value + cost
 
-    def parameter_groups(
-        self, network: nn.Module, task_weights_rate: float, clinical_rate: float
-    ) -> list[dict[str, Any]]:
+    def parameter_groups(self, network: nn.Module, task_weights_rate: float) -> list[dict[str, Any]]:
         """What an optimiser has to learn: the network, and at rates of their own what its rate would move too slowly.
 
         Args:
-            network: learned at the optimiser's rate, but for its clinical term.
+            network: learned at the optimiser's rate, but for its clinical term
+                (:class:`scripts.model.branches.ClinicalTerm`), which is learned at 0.01.
             task_weights_rate: of the log variances.
-            clinical_rate: of :class:`scripts.model.branches.ClinicalTerm`.
 
         Returns:
             One to three groups, as far as there are such parameters.
@@ -290,7 +272,7 @@ class MultitaskLoss(nn.Module):
         if self.log_variances:
             groups.append({"params": list(self.parameters()), "lr": task_weights_rate})
         if term:
-            groups.append({"params": term, "lr": clinical_rate})
+            groups.append({"params": term, "lr": CLINICAL_RATE})
         return groups
 
     def components(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -316,14 +298,13 @@ class MultitaskLoss(nn.Module):
         return terms
 
 
-def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties: str = "breslow") -> Tensor:
+def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """The formula of :class:`CoxLoss` for cases that are all known.
 
     Args:
         log_hazard: (N,) float32 or float64.
         time: (N,).
         event: (N,) bool.
-        ties: "breslow" or "efron".
 
     Returns:
         A scalar; an exact zero with a graph where there is no event. Time and memory are O(events * N).
@@ -339,19 +320,7 @@ def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Ten
     event_hazard, event_time = log_hazard[event], time[event]
     at_risk = time.unsqueeze(0) >= event_time.unsqueeze(1)
     log_total = masked_logsumexp(log_hazard, at_risk)
-    if ties == "efron":
-        log_total = log_total + _efron_correction(event_hazard, event_time, log_total)
     return (log_total - event_hazard).mean()
-
-
-def _efron_correction(event_hazard: Tensor, event_time: Tensor, log_total: Tensor) -> Tensor:
-    """(E,) log of the share of each risk set that stays once r / m of the m tied events are taken from it."""
-    tied = event_time.unsqueeze(0) == event_time.unsqueeze(1)
-    rank = torch.tril(tied, diagonal=-1).sum(dim=1)  # 0, 1, ..., m - 1 among those tied
-    share = rank.to(log_total.dtype) / tied.sum(dim=1)
-    log_tied = masked_logsumexp(event_hazard, tied)
-    # The tied events are part of the risk set, so exp(...) <= 1 and share < 1: the logarithm is finite.
-    return torch.log1p(-share * torch.exp(log_tied - log_total))
 
 
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ Parts of :mod:`scripts.model.unet` and :mod:`scripts.model.branches` meet in :cl
   the encoder's five levels give ``z1`` (:class:`LevelSummaries`, 124 features);
 * :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map, gives the HPV logit and ``z2``
   (112 features); where wanted, :class:`ClinicalTerm` adds what the clinical values tell of HPV status;
-* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard; beside it or instead
-  of it :class:`BurdenBranch` does so from few values: the burden of the tumour that was found, the HPV probability and
+* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard; instead of it
+  :class:`BurdenBranch` does so from few values: the burden of the tumour that was found, the HPV probability and
   ``z3``.
 
 Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
@@ -17,7 +17,6 @@ an edge of the box, ``C`` channels, ``F`` clinical values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -61,8 +60,7 @@ class MultitaskNet(nn.Module):
             through its probability map, and that of the survival loss from reaching the HPV branch through its
             probability; "flow" is the published setting. May be changed between steps.
         survival_inputs: what the log hazard is made of beside the clinical values: "deep" (``z1`` and ``z2``, the
-            paper's :class:`SurvivalBranch`), "burden" (:class:`BurdenBranch`, needs the segmentation), or both, whose
-            log hazards add up.
+            paper's :class:`SurvivalBranch`) or "burden" (:class:`BurdenBranch`, needs the segmentation).
         hpv_inputs: what the HPV logit is made of: "image" (the paper's :class:`HPVBranch`) alone, or with "clinical"
             (:class:`ClinicalTerm`) on top.
         clinical_scales: of each clinical value for :class:`ClinicalTerm`, as
@@ -72,12 +70,11 @@ class MultitaskNet(nn.Module):
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
         dropout: dropout of the survival branch.
         dense_dropout: dropout of the HPV branch's dense layers.
-        seg_prior: tumour probability that an untrained segmentation starts from; None starts at one half.
 
     Raises:
         ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are
-            unknown or that the tasks cannot give, ``hpv_inputs`` that are unknown or lack the image,
-            ``clinical_scales`` of another number of values, or a ``seg_prior`` outside (0, 1).
+            unknown or that the tasks cannot give, ``hpv_inputs`` that are unknown or lack the image, or
+            ``clinical_scales`` of another number of values.
 
     Example:
         Missing clinical values are zeros, so ``None`` and zeros are the same patient:
@@ -107,7 +104,6 @@ class MultitaskNet(nn.Module):
         bn_eps: float = 1e-5,
         dropout: float = 0.5,
         dense_dropout: float = 0.05,
-        seg_prior: float | None = None,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
@@ -131,8 +127,6 @@ class MultitaskNet(nn.Module):
         self.apply(initialise)
         if self.burden is not None:
             self.burden.start_at_zero()
-        if self.decoder is not None and self.decoder.logits.bias is not None and seg_prior is not None:
-            nn.init.constant_(self.decoder.logits.bias, prior_logit(seg_prior))
 
     @property
     def mask_gradient(self) -> str:
@@ -177,15 +171,14 @@ class MultitaskNet(nn.Module):
             clinical = image.new_zeros((image.shape[0], self.clinical_features))
         hpv_logit, z2 = self.classify(image, probability, clinical)
         features = self.summarise(maps, z2)
-        hazards: list[Tensor] = []
         if self.survival is not None:
-            hazards.append(self.survival(features, clinical))
-        if self.burden is not None and probability is not None:
+            log_hazard = self.survival(features, clinical)
+        elif self.burden is not None and probability is not None:
             features.append(self.measure(image, probability, hpv_logit))
-            hazards.append(self.burden(features[-1], clinical))
-        if len(hazards) == 0:
+            log_hazard = self.burden(features[-1], clinical)
+        else:
             return seg_logits, hpv_logit, None, None
-        return seg_logits, hpv_logit, torch.stack(hazards).sum(dim=0), torch.cat(features, dim=1).detach().float()
+        return seg_logits, hpv_logit, log_hazard, torch.cat(features, dim=1).detach().float()
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """The encoder's five feature maps; none where no task needs them."""
@@ -255,7 +248,7 @@ class MultitaskNet(nn.Module):
     def survival_weights(self) -> list[nn.Parameter]:
         """The weights that the L2 term of eq. 1 holds down.
 
-        All fully connected ones of the survival branch (three; two without z2), and :meth:`BurdenBranch.held_down`.
+        All fully connected ones of the survival branch (three; two without z2), or :meth:`BurdenBranch.held_down`.
 
         Example:
             >>> [tuple(weight.shape) for weight in MultitaskNet().survival_weights()]
@@ -263,8 +256,9 @@ class MultitaskNet(nn.Module):
             >>> [tuple(weight.shape) for weight in MultitaskNet(survival_inputs=["burden"]).survival_weights()]
             [(1, 7)]
         """
-        deep = [] if self.survival is None else [weight for weight in self.survival.parameters() if weight.ndim == 2]
-        return deep if self.burden is None else [*deep, *self.burden.held_down()]
+        if self.survival is not None:
+            return [weight for weight in self.survival.parameters() if weight.ndim == 2]
+        return [] if self.burden is None else self.burden.held_down()
 
     def check_shapes(self, image: Tensor, clinical: Tensor | None) -> None:
         """Raise ValueError, saying what would be right, for inputs that the network cannot read."""
@@ -329,26 +323,24 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
-    """What the log hazard is made of, in its fixed order.
+    """What the log hazard is made of.
 
     Raises:
-        ValueError: where there is nothing, something unknown or repeated, or a burden that no task measures.
+        ValueError: where it is not exactly one known input, or a burden that no task measures.
 
     Example:
-        >>> checked_inputs(["burden", "deep"], ("seg", "surv"))
-        ('deep', 'burden')
+        >>> checked_inputs(["burden"], ("seg", "surv"))
+        ('burden',)
     """
     chosen = [survival_inputs] if isinstance(survival_inputs, str) else list(survival_inputs)
-    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(SURVIVAL_INPUTS):
-        raise ValueError(
-            f"survival_inputs is {chosen}; it must name one or both of {', '.join(SURVIVAL_INPUTS)}, each once"
-        )
+    if len(chosen) != 1 or chosen[0] not in SURVIVAL_INPUTS:
+        raise ValueError(f"survival_inputs is {chosen}; it must be ['deep'] or ['burden'], not both")
     if "burden" in chosen and TASK_SEG not in tasks:
         raise ValueError(
             f"survival_inputs is {chosen} and tasks is {list(tasks)}: without the task 'seg' there is no tumour whose "
             "burden could be measured; set survival_inputs to ['deep']"
         )
-    return tuple(name for name in SURVIVAL_INPUTS if name in chosen)
+    return tuple(chosen)
 
 
 def checked_hpv_inputs(hpv_inputs: Sequence[str]) -> tuple[str, ...]:
@@ -379,15 +371,3 @@ def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: 
             f"clinical_scales is {scales}; it must give three positive numbers for each of {clinical_features} values"
         )
     return checked
-
-
-def prior_logit(probability: float) -> float:
-    """log(p / (1 - p)).
-
-    Example:
-        >>> prior_logit(0.5)
-        0.0
-    """
-    if not 0 < probability < 1:
-        raise ValueError(f"seg_prior is {probability}; it must lie between 0 and 1, both excluded")
-    return math.log(probability / (1 - probability))

@@ -52,7 +52,7 @@ class ModelSpec:
         ct_window: lowest and highest HU that the network reads.
         pet_window: lowest and highest SUV; None for those of each box.
         bn_eps: epsilon of every batch norm.
-        survival_inputs: what the log hazard is made of, of "deep" and "burden". Weights that do not say are older than
+        survival_inputs: what the log hazard is made of, "deep" or "burden". Weights that do not say are older than
             the burden.
         hpv_inputs: what the HPV logit is made of, "image" alone or with "clinical". Weights that do not say are older
             than the latter.

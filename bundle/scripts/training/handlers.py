@@ -26,7 +26,6 @@ from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above
 from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
-from scripts.model.networks import MultitaskNet
 from scripts.training.concordance import concordance_index
 from scripts.training.configuration import run_differences
 from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
@@ -432,42 +431,6 @@ def is_first_rank() -> bool:
 def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
     """``row`` with null for what does not exist: NaN is not JSON."""
     return {name: None if math.isnan(value) else value for name, value in row.items()}
-
-
-# --- gradient through the probability map -----------------------------------------------------------------------
-class MaskGradientWarmup:
-    """Stops the gradient through the tumour probability map until segmentation has warmed up.
-
-    Until the map means something, the HPV and survival losses that flow through it can keep segmentation from
-    learning. The first epochs have the gradient stopped, all later ones have it as asked. It follows from the epoch's
-    number alone, so that a run that is continued does the same.
-
-    Args:
-        network: whose :attr:`~scripts.model.networks.MultitaskNet.mask_gradient` is set at the start of each epoch.
-        mask_gradient: "flow" or "stop" (nothing to warm up for), after the first epochs.
-        epochs: how many of them; 0 for none.
-
-    Raises:
-        ValueError: for a negative number.
-    """
-
-    def __init__(self, network: MultitaskNet, mask_gradient: str, epochs: int = 0) -> None:
-        if epochs < 0:
-            raise ValueError(f"mask_gradient_after is {epochs}; it must be 0 or a number of epochs")
-        self.network = network
-        self.mask_gradient = mask_gradient
-        self.epochs = epochs
-
-    def attach(self, engine: Workflow) -> None:
-        """Register with the trainer ``engine``."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self.set_gradient)
-
-    def set_gradient(self, engine: Workflow) -> None:
-        """Stop the gradient, or let it be as asked, for the epoch that begins (the first is number 1)."""
-        epoch = engine.state.epoch
-        self.network.mask_gradient = "stop" if epoch <= self.epochs else self.mask_gradient
-        if self.epochs and epoch == self.epochs + 1 and self.mask_gradient != "stop":
-            logger.info("gradient through the tumour probability map: %s from epoch %d on", self.mask_gradient, epoch)
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
