@@ -1,4 +1,4 @@
-# The HECKTOR container: /input in, /output out (scripts/grand_challenge.py). Needs no network when it runs.
+# The HECKTOR container: /input in, /output out (scripts/runtimes/grand_challenge.py). Needs no network when it runs.
 #
 #   docker build -t head_neck_petct .
 #   docker run --rm --network none --memory 16g -v $PWD/in:/input:ro -v $PWD/out:/output head_neck_petct --rfs risk
@@ -21,10 +21,11 @@ COPY requirements.txt .
 RUN pip install -r requirements.txt
 
 COPY bundle bundle
-COPY scripts/command_line.py scripts/predict.py scripts/grand_challenge.py scripts/
+COPY scripts/command_line.py scripts/predict.py scripts/
+COPY scripts/runtimes/__init__.py scripts/runtimes/__main__.py scripts/runtimes/grand_challenge.py scripts/runtimes/
 RUN python -m compileall -q bundle scripts
 
 USER 10001:10001
 # The sign of rfs.json: risk for HECKTOR 2025, time for 2026. Given once more after the image's name, it replaces this.
-ENTRYPOINT ["python", "scripts/grand_challenge.py"]
+ENTRYPOINT ["python", "scripts/runtimes", "grand_challenge"]
 CMD ["--rfs", "risk"]

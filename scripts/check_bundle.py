@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import UsageError, run_tool
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from packaging.requirements import InvalidRequirement, Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
+from command_line import ROOT, UsageError, run_tool
+
 SCHEMAS = ROOT.parent / "shared" / "data" / "schema"
 
 METADATA, LICENSE, WEIGHTS, TORCHSCRIPT = "configs/metadata.json", "LICENSE", "models/model.pt", "models/model.ts"

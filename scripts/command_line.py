@@ -3,6 +3,8 @@
 Every parameter is an option ``--name``, read as its annotation says; nothing is guessed from how a word looks, so that
 ``2024_001`` stays the name of a folder. Words without an option's name are the parameters without a default, in their
 order. What cannot be read, and an option that there is not, ends the program before anything is done.
+
+Every command imports this module before the bundle's package ``scripts``, which it makes importable.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ import io
 import math
 import os
 import re
+import runpy
 import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"
+sys.path.insert(0, str(BUNDLE))
 
 SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 HELP = ("-h", "--help")
@@ -63,6 +71,37 @@ def run_tool(
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def run_room(room: str, *commands: str) -> None:
+    """Run one of a room's commands, whose name was typed first: ``python scripts/ROOM COMMAND [options]``.
+
+    Args:
+        room: folder in ``scripts/``, a package.
+        *commands: its modules that call :func:`run_tool` when they are run. Another name ends the program with code 2.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        usage = f"python scripts/{room} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
+        if name in HELP:
+            print(f"usage: {usage}; COMMAND --help lists its options")
+            return
+        print(f"{room}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
+        raise SystemExit(2)
+    del sys.argv[1]
+    runpy.run_module(f"{room}.{name}", run_name="__main__", alter_sys=True)
+
+
+def start_of(function: Callable[..., None]) -> str:
+    """How a command is started, by the file of its function.
+
+    Example:
+        >>> start_of(start_of)
+        'python scripts/command_line.py'
+    """
+    file = Path(inspect.getfile(function))
+    room = file.parent.name
+    return f"python scripts/{file.name}" if room == "scripts" else f"python scripts/{room} {file.stem}"
 
 
 def plain_console() -> None:
@@ -130,7 +169,7 @@ class Parser(argparse.ArgumentParser):
         self, function: Callable[..., None], known: Mapping[str, inspect.Parameter], words: Sequence[str]
     ) -> None:
         about, helps = described(function)
-        usage = f"python scripts/{function.__name__}.py {' '.join(name.upper() for name in words)} [options]"
+        usage = f"{start_of(function)} {' '.join(name.upper() for name in words)} [options]"
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=usage, description=about, formatter_class=layout, allow_abbrev=False)
         self.add_argument("words", nargs="*", help=argparse.SUPPRESS)

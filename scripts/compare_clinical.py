@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from command_line import run_tool
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
+from command_line import run_tool
 
 from scripts import keys
 from scripts.cohorts import clinical

@@ -17,13 +17,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, run_tool
 
-from experiment import (  # noqa: E402
+from experiments.experiment import (
     FAILED,
     FINISHED,
     LOG_FILE,
@@ -35,14 +32,13 @@ from experiment import (  # noqa: E402
     read_experiment,
     read_fold,
 )
-
-from scripts.cohorts.clinical import feature_named  # noqa: E402
-from scripts.cohorts.thresholds import HALF  # noqa: E402
-from scripts.evaluation.case_metrics import balanced_accuracy  # noqa: E402
-from scripts.evaluation.case_table import read_features  # noqa: E402
-from scripts.evaluation.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold  # noqa: E402
-from scripts.imaging.quality_features import fit_feature_statistics  # noqa: E402
-from scripts.model.ensemble import (  # noqa: E402
+from scripts.cohorts.clinical import feature_named
+from scripts.cohorts.thresholds import HALF
+from scripts.evaluation.case_metrics import balanced_accuracy
+from scripts.evaluation.case_table import read_features
+from scripts.evaluation.survival import CalibrationError, FoldScale, fit_calibration, normalise_out_of_fold
+from scripts.imaging.quality_features import fit_feature_statistics
+from scripts.model.ensemble import (
     EXTRA_STATE,
     KEEP_EPOCH,
     SETTINGS,
@@ -56,8 +52,8 @@ from scripts.model.ensemble import (  # noqa: E402
     read_state,
     save_weights,
 )
-from scripts.model.spec import ModelSpec  # noqa: E402
-from scripts.training.handlers import BEST  # noqa: E402
+from scripts.model.spec import ModelSpec
+from scripts.training.handlers import BEST
 
 MISSING_IS_ZERO = "a missing value is 0"
 

@@ -8,26 +8,24 @@
     runs/NAME/evaluation/figures_external/  the same of another cohort, where one is given
     runs/NAME/evaluation/external/      the folds' ensemble and what it predicts of that cohort
 
-How cases are judged is in :mod:`evidence`, against what in :mod:`comparators`; another cohort: :mod:`external_cohort`.
+How cases are judged is in :mod:`experiments.evidence`, against what in :mod:`experiments.comparators`; another cohort:
+:mod:`experiments.external_cohort`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
-
-from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, compare_runs, oracle  # noqa: E402
-from evidence import (  # noqa: E402
+from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, compare_runs, oracle
+from experiments.evidence import (
     CASES_FILE,
     METRICS_FILE,
     NO_CALIBRATION,
@@ -39,15 +37,14 @@ from evidence import (  # noqa: E402
     selection_of,
     survival_of,
 )
-from experiment import ExperimentError, fold_folder  # noqa: E402
-from external_cohort import judge_external, predict_external  # noqa: E402
-
-from scripts.cohorts.cohort import CohortError  # noqa: E402
-from scripts.cohorts.files import write_text  # noqa: E402
-from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
-from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary  # noqa: E402
-from scripts.evaluation.case_table import case_figures, roc_data  # noqa: E402
-from scripts.evaluation.plots import (  # noqa: E402
+from experiments.experiment import ExperimentError, fold_folder
+from experiments.external_cohort import judge_external, predict_external
+from scripts.cohorts.cohort import CohortError
+from scripts.cohorts.files import write_text
+from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES
+from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary
+from scripts.evaluation.case_table import case_figures, roc_data
+from scripts.evaluation.plots import (
     Drawn,
     forest_figure,
     roc_figure,
@@ -55,9 +52,9 @@ from scripts.evaluation.plots import (  # noqa: E402
     survival_figures,
     training_figure,
 )
-from scripts.evaluation.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups  # noqa: E402
-from scripts.evaluation.survival_metrics import FigureUnavailableError  # noqa: E402
-from scripts.model.ensemble import CheckpointError, SettingsMismatch  # noqa: E402
+from scripts.evaluation.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups
+from scripts.evaluation.survival_metrics import FigureUnavailableError
+from scripts.model.ensemble import CheckpointError, SettingsMismatch
 
 EVALUATION_FOLDER, FIGURES_FOLDER = "evaluation", "figures"
 EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,21 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import run_tool
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, ROOT, run_tool
 
-from make_cohort import make_cohort  # noqa: E402
-
-from scripts import keys as K  # noqa: E402
-from scripts.cohorts.files import in_config, written_whole  # noqa: E402
-from scripts.cohorts.thresholds import above  # noqa: E402
-from scripts.model.ensemble import (  # noqa: E402
+from make_cohort import make_cohort
+from scripts import keys as K
+from scripts.cohorts.files import in_config, written_whole
+from scripts.cohorts.thresholds import above
+from scripts.model.ensemble import (
     CheckpointError,
     FoldEnsemble,
     SettingsMismatch,
@@ -51,7 +45,9 @@ from scripts.model.ensemble import (  # noqa: E402
     load_weights,
     name_of_release,
 )
-from scripts.training.engine import EnsembleInferer  # noqa: E402
+from scripts.training.engine import EnsembleInferer
+
+REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct"
 
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."

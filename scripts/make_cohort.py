@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from command_line import run_tool
 from isal import igzip
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
+from command_line import run_tool
 
 from phantom import SCALES, Patient, draw_patient, scan_patient
 from scripts import keys

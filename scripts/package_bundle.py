@@ -22,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,15 +29,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from command_line import run_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
+from command_line import ROOT, run_tool
 
-from check_bundle import (  # noqa: E402
+from check_bundle import (
     CHECKS,
     CODE,
     LARGE_BYTES,
@@ -54,9 +51,8 @@ from check_bundle import (  # noqa: E402
     style_code,
     styled_json,
 )
-
-from scripts.cohorts.files import write_text, written_whole  # noqa: E402
-from scripts.model.ensemble import CheckpointError, name_of_release, saved_provenance  # noqa: E402
+from scripts.cohorts.files import write_text, written_whole
+from scripts.model.ensemble import CheckpointError, name_of_release, saved_provenance
 
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
 SOURCE = ROOT / "bundle"

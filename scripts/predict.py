@@ -14,19 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import UsageError, run_tool
+from command_line import BUNDLE, UsageError, run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.clinical import FEATURES  # noqa: E402
-from scripts.cohorts.cohort import Case  # noqa: E402
-from scripts.cohorts.files import in_config, require_writable  # noqa: E402
-from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case  # noqa: E402
-from scripts.prediction.outputs import FAILED, OK, is_link  # noqa: E402
-from scripts.training.engine import plain_errors  # noqa: E402
+from scripts import keys
+from scripts.cohorts.clinical import FEATURES
+from scripts.cohorts.cohort import Case
+from scripts.cohorts.files import in_config, require_writable
+from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case
+from scripts.prediction.outputs import FAILED, OK, is_link
+from scripts.training.engine import plain_errors
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, run_tool
 
-from comparators import HPV_COMPARED  # noqa: E402
-from evaluate_folds import EVALUATION_FOLDER  # noqa: E402
-from evidence import CASES_FILE, METRICS_FILE  # noqa: E402
-from experiment import (  # noqa: E402
+from evaluate_folds import EVALUATION_FOLDER
+from experiments.comparators import HPV_COMPARED
+from experiments.evidence import CASES_FILE, METRICS_FILE
+from experiments.experiment import (
     FINISHED,
     TEST,
     VALIDATION,
@@ -37,16 +33,15 @@ from experiment import (  # noqa: E402
     fold_folder,
     read_experiment,
 )
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.clinical import feature_named  # noqa: E402
-from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.evaluation.case_metrics import LESIONS, MEASURES, PAPER_MEASURES  # noqa: E402
-from scripts.evaluation.survival import DAYS_PER_YEAR  # noqa: E402
-from scripts.prediction.figures import save_case_figure  # noqa: E402
-from scripts.prediction.outputs import folder_name  # noqa: E402
-from scripts.prediction.pages import Page, Words  # noqa: E402
-from scripts.training.sampling import DOUBTS_FILE, EXCLUSIONS_FILE  # noqa: E402
+from scripts import keys
+from scripts.cohorts.clinical import feature_named
+from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
+from scripts.evaluation.case_metrics import LESIONS, MEASURES, PAPER_MEASURES
+from scripts.evaluation.survival import DAYS_PER_YEAR
+from scripts.prediction.figures import save_case_figure
+from scripts.prediction.outputs import folder_name
+from scripts.prediction.pages import Page, Words
+from scripts.training.sampling import DOUBTS_FILE, EXCLUSIONS_FILE
 
 EXAMPLES_FOLDER = "examples"
 TASK_NAMES = {keys.TASK_SEG: "segmentation", keys.TASK_HPV: "HPV", keys.TASK_SURV: "survival"}

@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, ROOT, run_tool
 
-from scripts.evaluation.bootstrap import bootstrap_interval  # noqa: E402
-from scripts.evaluation.case_metrics import c_index, format_summary  # noqa: E402
-from scripts.prediction.figures import save_case_figure  # noqa: E402
+from scripts.evaluation.bootstrap import bootstrap_interval
+from scripts.evaluation.case_metrics import c_index, format_summary
+from scripts.prediction.figures import save_case_figure
 
 TRAIN = "['configs/train.json','configs/demo.json']"
 EVALUATE = "['configs/train.json','configs/demo.json','configs/evaluate.json']"

@@ -18,14 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from command_line import run_tool
+from command_line import BUNDLE, ROOT, run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
-from scripts.cohorts.files import dated_name  # noqa: E402
-from scripts.cohorts.scans import CohortError, find_scans  # noqa: E402
-from scripts.runtimes.label_web import HOSTS, allowed  # noqa: E402
+from scripts.cohorts.files import dated_name
+from scripts.cohorts.scans import CohortError, find_scans
+from scripts.runtimes.label_web import HOSTS, allowed
 
 ENVIRONMENT = ROOT / ".label_env"
 NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task

@@ -1,6 +1,6 @@
 """Train and evaluate every fold of an experiment with the bundle's own commands, and keep the out-of-fold predictions.
 
-``python scripts/train_folds.py --dataset_dir DIR`` writes the files of :mod:`experiment`. Each fold is trained by
+``python scripts/train_folds.py --dataset_dir DIR`` writes the files of :mod:`experiments.experiment`. Each fold is trained by
 ``python -m monai.bundle run training`` and judged by ``... run evaluating``, in processes of their own. What was broken
 off is continued by the same command, what is finished is left alone.
 """
@@ -27,13 +27,10 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, run_tool
 
-from experiment import (  # noqa: E402
+from experiments.experiment import (
     FINISHED,
     LOG_FILE,
     TEXT_IDS,
@@ -50,9 +47,8 @@ from experiment import (  # noqa: E402
     typed,
     write_fold,
 )
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import CohortError  # noqa: E402
+from scripts import keys
+from scripts.cohorts.cohort import CohortError
 
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 60.0

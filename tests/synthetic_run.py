@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from experiment import (
+
+from conftest import COLUMNS, write_image
+from experiments.experiment import (
     Plan,
     counts,
     evaluation_folder,
@@ -20,8 +22,6 @@ from experiment import (
     new_record,
     write_record,
 )
-
-from conftest import COLUMNS, write_image
 from scripts import keys
 from scripts.evaluation.case_metrics import summarise
 

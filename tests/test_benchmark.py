@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import benchmark
-import benchmark_profile
-import benchmark_stages as at
 import numpy as np
 import pytest
 
+from research import benchmark, benchmark_profile
+from research import benchmark_stages as at
 from scripts import keys as K
 from scripts.imaging.geometry import Grid, box_grid
 

@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import check_bundle
 import pytest
 import torch
-from check_bundle import CHECKS, LARGE_BYTES, Bundle, on_path, outcome_of
+
 from command_line import UsageError
 
+import check_bundle
+from check_bundle import CHECKS, LARGE_BYTES, Bundle, on_path, outcome_of
 from conftest import SHARED_DATA
 
 NETWORK_CODE = """import torch

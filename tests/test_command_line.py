@@ -10,14 +10,20 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+
 from command_line import UsageError, read_arguments, run_tool
-from experiment import read_override, typed
 
 from conftest import ROOT
+from experiments.experiment import read_override, typed
 from scripts.cohorts.clinical import FEATURES
 
 SCRIPTS = ROOT / "scripts"
-TOOLS = sorted(path.stem for path in SCRIPTS.glob("*.py") if f"run_tool({path.stem}" in path.read_text())
+TOOLS = sorted(
+    ".".join(path.relative_to(SCRIPTS).with_suffix("").parts)
+    for path in SCRIPTS.rglob("*.py")
+    if f"run_tool({path.stem}" in path.read_text()
+)
+ROOMS = ("research", "runtimes")
 
 
 def tool(
@@ -151,10 +157,12 @@ def test_a_console_without_the_letters_is_no_error():
 # --- the tools -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_names_every_option(name, capsys):
-    function = getattr(importlib.import_module(name), name)
+    function = getattr(importlib.import_module(name), name.rpartition(".")[2])
     with pytest.raises(SystemExit, match=r"^0$"):
         read_arguments(function, ["--help"])
     shown = capsys.readouterr().out
+    room, _, command = name.rpartition(".")
+    assert (f"python scripts/{room} {command} " if room else f"python scripts/{command}.py ") in shown
     for option in function.__annotations__:
         assert option in ("return", "values", "overrides") or re.search(rf"--{option}\s+\w", shown), option
 
@@ -164,16 +172,55 @@ def commands() -> list[str]:
     found = []
     for path in [ROOT / "README.md", ROOT / "Dockerfile", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        found += re.findall(r"python scripts/\w+\.py[^`|#\n]*", text)
+        found += re.findall(rf"python scripts/(?:\w+\.py|(?:{'|'.join(ROOMS)}) )[^`|#\n]*", text)
     return sorted({command.strip(" .,:()'\"") for command in found})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_documented_commands_can_be_read(command):
-    words = shlex.split(command)
-    name = words[1].removeprefix("scripts/").removesuffix(".py")
-    if len(words) == 2 or "..." in command:
+    _, start, *words = shlex.split(command)
+    name = start.removeprefix("scripts/").removesuffix(".py")
+    if name in ROOMS:
+        name = f"{name}.{words.pop(0)}"
+    assert name in TOOLS
+    if not words or "..." in command:
         pytest.skip("the tool's name alone")
-    function = getattr(importlib.import_module(name), name)
+    function = getattr(importlib.import_module(name), name.rpartition(".")[2])
     more = {"words": ("input", "output"), "others": FEATURES} if name == "predict" else {}
-    read_arguments(function, words[2:], **more)
+    read_arguments(function, words, **more)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_runs_its_commands(room: str) -> None:
+    """From another folder; a command is found by its name, which the room lists."""
+
+    def started(*typed: str) -> tuple[int, str]:
+        command = [sys.executable, str(SCRIPTS / room), *typed]
+        ended = subprocess.run(command, cwd=SCRIPTS.parent.parent, capture_output=True, text=True)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    names = [name.partition(".")[2] for name in TOOLS if name.startswith(f"{room}.")]
+    usage = f"python scripts/{room} COMMAND [options]; COMMAND is one of {', '.join(names)}"
+    assert started("--help") == (0, f"usage: {usage}; COMMAND --help lists its options\n")
+    assert started() == (2, f"{room}: which command?; {usage}\n")
+    assert started("lunch") == (2, f"{room}: no command 'lunch'; {usage}\n")
+    code, shown = started(names[0], "--help")
+    assert code == 0 and shown.startswith(f"usage: python scripts/{room} {names[0]}"), shown
+    assert started(names[0], "--lunch")[0] == 2
+
+
+def test_one_place_puts_the_bundle_on_the_path() -> None:
+    """No command has a path of its own: it imports command_line first."""
+    own = [path for path in SCRIPTS.rglob("*.py") if re.search(r"sys\.path\b|noqa: E402", path.read_text())]
+    rooms = [SCRIPTS / room / "__main__.py" for room in ROOMS]
+    # what a checked bundle imports, and where MONAI Deploy puts the bundle, is not this bundle's place
+    others = [SCRIPTS / "check_bundle.py", *(SCRIPTS / "runtimes" / "deploy_app").glob("*.py")]
+    assert set(own) - set(others) == {SCRIPTS / "command_line.py", *rooms}
+
+
+def test_the_image_gets_the_files_that_it_copies() -> None:
+    """What the Dockerfile copies is what .dockerignore leaves."""
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    kept = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert sorted(" ".join(copied).split()) == sorted(kept)
+    assert all((ROOT / path).exists() for path in kept)

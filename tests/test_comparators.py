@@ -6,16 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-import comparators
-import evaluate_folds
-import evidence
 import numpy as np
 import pandas as pd
 import pytest
-from compare_clinical import evaluate_coding
 from scipy.optimize import minimize
 from synthetic_run import make_run
 
+import evaluate_folds
+from compare_clinical import evaluate_coding
+from experiments import comparators, evidence
 from scripts import keys
 from scripts.cohorts.clinical import code_indicators
 from scripts.cohorts.cohort import load_cohort

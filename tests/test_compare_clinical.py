@@ -7,15 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compare_clinical as tool
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from command_line import read_arguments
 from lifelines import CoxPHFitter
 from lifelines.utils import concordance_index
 
+from command_line import read_arguments
+
+import compare_clinical as tool
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
 from scripts.model.losses import CoxLoss

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import predict
 import pytest
 import torch
 from monai.bundle import ConfigParser
 
+import predict
 from conftest import BUNDLE, make_tiny_cohort
 from scripts.training.configuration import (
     ConfigurationError,

@@ -1,6 +1,6 @@
 """The MONAI Deploy application: its operators with stub ports, and the whole of it on real and on synthetic DICOM.
 
-MONAI Deploy has an environment of its own: ``python scripts/check_deploy.py`` makes it and runs this file there. In any
+MONAI Deploy has an environment of its own: ``python scripts/run_checks.py --runtime deploy`` makes it and runs this file there. In any
 other environment the tests that need it are skipped.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import torch
 from dicom_study import pet_tags, write_series
-from ensemble_folds import empty_ensemble
 
 import phantom
 from conftest import BUNDLE, ROOT, SHARED_DATA, write_image
+from ensemble_folds import empty_ensemble
 from scripts import keys
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
@@ -34,11 +34,14 @@ from scripts.dicom.series import read_headers
 from scripts.model.ensemble import save_weights
 from scripts.prediction.inputs import find_cases
 
-APP = ROOT / "scripts" / "deploy_app"
+APP = ROOT / "scripts" / "runtimes" / "deploy_app"
 REAL = SHARED_DATA / "dicom" / "STS-002"
-WANTED = os.environ.get("DEPLOY_ENVIRONMENT") == "1"  # set by check_deploy.py: there nothing may be skipped for it
+WANTED = (
+    os.environ.get("DEPLOY_ENVIRONMENT") == "1"
+)  # set by run_checks.py --runtime deploy: there nothing may be skipped for it
 needs_sdk = pytest.mark.skipif(
-    not WANTED and find_spec("holoscan") is None, reason="MONAI Deploy is not in this environment: see check_deploy.py"
+    not WANTED and find_spec("holoscan") is None,
+    reason="MONAI Deploy is not in this environment: see run_checks.py --runtime deploy",
 )
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real DICOM at {REAL}")
 
@@ -400,7 +403,7 @@ def test_output_of_an_earlier_run_is_never_mixed_with_the_new(sdk, tmp_path):
 def test_without_monai_deploy_it_says_so_in_one_line(tmp_path):
     said = run_app(tmp_path, tmp_path / "out", BUNDLE, code=1)
     assert said.count("\n") == 1 and said.startswith("error: MONAI Deploy cannot be imported (No module named ")
-    assert "pip install -r scripts/deploy_app/requirements.txt" in said
+    assert "pip install -r scripts/runtimes/deploy_app/requirements.txt" in said
 
 
 @needs_sdk

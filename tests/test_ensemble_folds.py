@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ensemble_folds
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ensemble_folds import calibrate, choose_hpv_threshold, out_of_fold
-from experiment import ExperimentError
 
+import ensemble_folds
+from ensemble_folds import calibrate, choose_hpv_threshold, out_of_fold
+from experiments.experiment import ExperimentError
 from scripts.evaluation.case_table import write_features
 from scripts.evaluation.survival import Calibration
 from scripts.imaging.quality import check_features

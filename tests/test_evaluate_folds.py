@@ -6,14 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-import evaluate_folds as tool
 import numpy as np
 import pandas as pd
 import pytest
-from evidence import read_run
-from experiment import evaluation_folder
 from synthetic_run import make_run
 
+import evaluate_folds as tool
+from experiments.evidence import read_run
+from experiments.experiment import evaluation_folder
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.evaluation.case_metrics import c_index

@@ -6,14 +6,14 @@ import math
 import shutil
 from pathlib import Path
 
-import evidence
 import numpy as np
 import pandas as pd
 import pytest
-from ensemble_folds import choose_hpv_threshold
-from experiment import ExperimentError, evaluation_folder
 from synthetic_run import make_run
 
+from ensemble_folds import choose_hpv_threshold
+from experiments import evidence
+from experiments.experiment import ExperimentError, evaluation_folder
 from scripts.evaluation.survival import Calibration, fit_calibration
 
 SAMPLES = 40

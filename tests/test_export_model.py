@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import export_model
 import onnx
 import onnxruntime
 import pytest
 import torch
-from ensemble_folds import empty_ensemble
-from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
 
+import export_model
 from conftest import BUNDLE, make_tiny_cohort
+from ensemble_folds import empty_ensemble
+from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
 from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.runtimes import trt
 from scripts.training.engine import EnsembleInferer

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from comparators import clinical_risks
-from evaluate_folds import evaluate_folds
-from evidence import read_run
-from experiment import ExperimentError, evaluation_folder
-from external_cohort import judge_external, predict_external
 from synthetic_run import external_table, make_cohort, make_run
 
 from conftest import make_tiny_cohort
+from evaluate_folds import evaluate_folds
+from experiments.comparators import clinical_risks
+from experiments.evidence import read_run
+from experiments.experiment import ExperimentError, evaluation_folder
+from experiments.external_cohort import judge_external, predict_external
 from scripts.cohorts.cohort import load_cohort
 from scripts.evaluation.case_metrics import c_index
 from scripts.evaluation.case_table import write_features

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from grand_challenge import grand_challenge, write_answers
-from predict import UsageError
 from tiny_model import write_model
 
 from conftest import ROOT, make_tiny_cohort
+from predict import UsageError
+from runtimes.grand_challenge import grand_challenge, write_answers
 from scripts.cohorts.cohort import CohortError
 
 MASK = "images/tumor-lymph-node-segmentation/output.mha"
@@ -53,7 +53,7 @@ def run(given: Path, output: Path, model: Path, rfs: str = "risk", **more) -> tu
 
 
 def test_the_contract(given, model, tmp_path):
-    command = [sys.executable, "scripts/grand_challenge.py", "--rfs", "risk", "--input", given]
+    command = [sys.executable, "scripts/runtimes", "grand_challenge", "--rfs", "risk", "--input", given]
     command += ["--output", tmp_path / "out", "--ckpt_dir", model, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """The bundle in MONAI Label.
 
-What needs MONAI Label itself runs in its own environment: ``python scripts/check_label.py``.
+What needs MONAI Label itself runs in its own environment: ``python scripts/run_checks.py --runtime label``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import check_label
 import nibabel
 import numpy as np
 import pytest
-import serve_label
 import torch
 from monai.data import MetaTensor
 
+import serve_label
 from conftest import BUNDLE, ROOT, SHARED_DATA
+from runtimes import check
 from scripts import keys as K
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
@@ -52,9 +52,12 @@ SETTINGS = {
     "pet_window": None,
     "bn_eps": 1e-05,
 }
-WANTED = os.environ.get("LABEL_ENVIRONMENT") == "1"  # set by check_label.py: there nothing may be skipped for it
+WANTED = (
+    os.environ.get("LABEL_ENVIRONMENT") == "1"
+)  # set by run_checks.py --runtime label: there nothing may be skipped for it
 in_monai_label = pytest.mark.skipif(
-    not WANTED and find_spec("monailabel") is None, reason="MONAI Label is not in this environment: see check_label.py"
+    not WANTED and find_spec("monailabel") is None,
+    reason="MONAI Label is not in this environment: see run_checks.py --runtime label",
 )
 MAIN_PYTHON = os.environ.get("MAIN_PYTHON", sys.executable)  # of the environment that predict.py is made for
 VIEWER = "http://viewer.example:3000"  # its pages may use the server of the tests
@@ -681,8 +684,8 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
 
     monkeypatch.setattr(serve_label.venv, "create", make_venv)
     with pytest.raises(SystemExit) as error:
-        check_label.check_label(str(tmp_path / "env"))
-    assert error.value.code == check_label.SKIPPED == 77
+        check.check_label(str(tmp_path / "env"))
+    assert error.value.code == check.SKIPPED == 77
     told = capsys.readouterr().out
     assert "SKIPPED, not tested: MONAI Label's environment cannot be made" in told and "-m pip install" in told
     with pytest.raises(SystemExit, match="MONAI Label's environment cannot be made"):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_cohort as tool
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ import pytest
 from lifelines.utils import concordance_index
 from scipy import ndimage
 
+import make_cohort as tool
 import phantom
 
 SCRIPT = Path(tool.__file__)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import measure_localisation as measuring
 import numpy as np
 import pandas as pd
 import pytest
 
 import phantom
+from research import measure_localisation as measuring
 from scripts.imaging.geometry import Grid
 from scripts.imaging.localise import Anchor, Candidate
 

@@ -16,15 +16,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import package_bundle
 import pytest
 import yaml
-from check_bundle import OWN_VERSIONS
-from ensemble_folds import empty_ensemble
-from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
 from packaging.version import Version
 
+import package_bundle
+from check_bundle import OWN_VERSIONS
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
+from ensemble_folds import empty_ensemble
+from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
 from scripts.model.ensemble import save_weights
 
 SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]

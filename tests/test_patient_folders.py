@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from predict import forget, predict
 from tiny_model import write_model
 
 from conftest import make_tiny_cohort
+from predict import forget, predict
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import predict as tool
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from command_line import read_arguments
 from dicom_study import SECRETS, write_pet_ct
-from predict import UsageError, is_whole, predict
 from tiny_model import TRAINED_ON, write_model
 
+from command_line import read_arguments
+
+import predict as tool
 from conftest import ROOT, SHARED_DATA, make_tiny_cohort
+from predict import UsageError, is_whole, predict
 from scripts import keys
 from scripts.cohorts.clinical import FEATURES
 from scripts.cohorts.cohort import CohortError

@@ -8,11 +8,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-from measure_localisation import SCENARIOS, draw_scene
 from scipy import ndimage
 
 import phantom
 from conftest import SHARED_DATA
+from research.measure_localisation import SCENARIOS, draw_scene
 from scripts.imaging.geometry import Grid, box_grid, resample, smooth_resample
 from scripts.imaging.images import read_image
 from scripts.imaging.localise import locate_head_neck

@@ -9,12 +9,13 @@ import sys
 from html import unescape
 from pathlib import Path
 
-import evaluate_folds
 import pandas as pd
 import pytest
-import report_experiment as tool
-from experiment import ExperimentError, evaluation_folder
 from synthetic_run import external_table, make_cohort, make_run
+
+import evaluate_folds
+import report_experiment as tool
+from experiments.experiment import ExperimentError, evaluation_folder
 
 SAMPLES = 20
 

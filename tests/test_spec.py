@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ensemble_folds
 import pytest
 import torch
-from export_model import ExportError, load_model
 from tiny_model import SETTINGS, write_model
 
+import ensemble_folds
+from export_model import ExportError, load_model
 from scripts.model.ensemble import (
     EXTRA_STATE,
     CheckpointError,

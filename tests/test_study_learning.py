@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import study as study_plan
-import study_learning as tool
-import study_report
-from experiment import DEEP, ExperimentError, make_plan
 from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
+from experiments.experiment import DEEP, ExperimentError, make_plan
+from research import study as study_plan
+from research import study_learning as tool
+from research import study_report
 from scripts import keys
 from scripts.cohorts.cohort import Cohort, load_cohort
 from scripts.model.ensemble import complete

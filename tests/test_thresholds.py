@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ensemble_folds import choose_hpv_threshold
 
+from ensemble_folds import choose_hpv_threshold
 from scripts import keys as K
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.case_metrics import confusion, hpv_calls

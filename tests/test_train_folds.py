@@ -15,17 +15,18 @@ import threading
 import time
 from pathlib import Path
 
-import ensemble_folds
-import experiment
 import pandas as pd
 import pytest
 import torch
-import train_folds
-from command_line import read_arguments
-from experiment import ExperimentError, read_experiment, read_fold, read_override
 from monai.bundle import ConfigParser
 
+from command_line import read_arguments
+
+import ensemble_folds
+import train_folds
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
+from experiments import experiment
+from experiments.experiment import ExperimentError, read_experiment, read_fold, read_override
 from scripts.cohorts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))

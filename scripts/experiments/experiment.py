@@ -29,16 +29,14 @@ import torch
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE, ROOT
 
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import Cohort, Split, load_cohort  # noqa: E402
-from scripts.cohorts.files import write_text  # noqa: E402
-from scripts.imaging.images import ImageReadError, read_grid  # noqa: E402
-from scripts.imaging.quality import fit_voxel_limits  # noqa: E402
-from scripts.model.ensemble import settings_differences  # noqa: E402
+from scripts import keys
+from scripts.cohorts.cohort import Cohort, Split, load_cohort
+from scripts.cohorts.files import write_text
+from scripts.imaging.images import ImageReadError, read_grid
+from scripts.imaging.quality import fit_voxel_limits
+from scripts.model.ensemble import settings_differences
 
 EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
 TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"

@@ -1,4 +1,4 @@
-"""What ``scripts/benchmark.py`` measures: of each stage the bundle's own path and a plain one, and how they must agree.
+"""What ``scripts/research/benchmark.py`` measures: of each stage the bundle's own path and a plain one, and how they must agree.
 
 The bundle's path is what ``inference.json`` and ``train.json`` set up, nothing else. The plain one is stock MONAI over
 whole volumes, and the same network without what makes it fast: float32, torch's own choice of kernels and of memory.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,25 +20,23 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE
 
-import predict  # noqa: E402
-from experiment import DEEP  # noqa: E402
-from make_cohort import make_cohort  # noqa: E402
-
-import phantom  # noqa: E402
-from scripts import keys as K  # noqa: E402
-from scripts.cohorts.clinical import DEFAULT_FEATURES  # noqa: E402
-from scripts.cohorts.files import in_config, written_whole  # noqa: E402
-from scripts.cohorts.thresholds import above  # noqa: E402
-from scripts.imaging.geometry import Grid, resample  # noqa: E402
-from scripts.imaging.images import read_image  # noqa: E402
-from scripts.imaging.transforms import RestoreMaskd, ScaleIntensityPETCTd  # noqa: E402
-from scripts.model.ensemble import FoldEnsemble, load_weights, read_state, save_weights  # noqa: E402
-from scripts.model.layers import SafeConv3d  # noqa: E402
-from scripts.model.losses import MultitaskLoss  # noqa: E402
-from scripts.model.networks import MultitaskNet  # noqa: E402
+import phantom
+import predict
+from experiments.experiment import DEEP
+from make_cohort import make_cohort
+from scripts import keys as K
+from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.cohorts.files import in_config, written_whole
+from scripts.cohorts.thresholds import above
+from scripts.imaging.geometry import Grid, resample
+from scripts.imaging.images import read_image
+from scripts.imaging.transforms import RestoreMaskd, ScaleIntensityPETCTd
+from scripts.model.ensemble import FoldEnsemble, load_weights, read_state, save_weights
+from scripts.model.layers import SafeConv3d
+from scripts.model.losses import MultitaskLoss
+from scripts.model.networks import MultitaskNet
 
 PATIENT = "PHANTOM-1"
 SPACING_MM = 2.0
@@ -160,7 +157,8 @@ def _grid(
     reach = (counts - 1) * voxel / 2
     origin = (middle[0] + reach[0], middle[1] + reach[1], top[2] + 60 - 2 * reach[2])
     x, y, z = (int(n) for n in counts)
-    return phantom.Grid((x, y, z), tuple(voxel.tolist()), tuple(float(v) for v in origin))
+    dx, dy, dz = (float(size) for size in voxel)
+    return phantom.Grid((x, y, z), (dx, dy, dz), (float(origin[0]), float(origin[1]), float(origin[2])))
 
 
 def bundle(setup: Setup, folds: int = 1, **options: Any) -> Any:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import run_tool
-from predict import BUNDLE, UsageError, configure_log, load_bundle, run_cases
+from command_line import BUNDLE, UsageError, run_tool
 
+from predict import configure_log, load_bundle, run_cases
 from scripts import keys
 from scripts.cohorts.cohort import Case, CohortError
 from scripts.cohorts.files import require_writable, write_text, written_whole

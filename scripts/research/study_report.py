@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,22 +11,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import BASE, VARIANTS, Study, check_run, run_name
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
-
-from comparators import clinical_hpv, clinical_risks  # noqa: E402
-from ensemble_folds import choose_hpv_threshold  # noqa: E402
-from evidence import read_cases, read_run  # noqa: E402
-from experiment import EXPERIMENT_FILE, ExperimentError, read_experiment  # noqa: E402
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import load_cohort  # noqa: E402
-from scripts.cohorts.files import write_text  # noqa: E402
-from scripts.cohorts.thresholds import HALF  # noqa: E402
-from scripts.evaluation.bootstrap import bootstrap_interval, paired_bootstrap  # noqa: E402
-from scripts.evaluation.case_metrics import MEASURES  # noqa: E402
+from ensemble_folds import choose_hpv_threshold
+from experiments.comparators import clinical_hpv, clinical_risks
+from experiments.evidence import read_cases, read_run
+from experiments.experiment import EXPERIMENT_FILE, ExperimentError, read_experiment
+from research.study import BASE, VARIANTS, Study, check_run, run_name
+from scripts import keys
+from scripts.cohorts.cohort import load_cohort
+from scripts.cohorts.files import write_text
+from scripts.cohorts.thresholds import HALF
+from scripts.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
+from scripts.evaluation.case_metrics import MEASURES
 
 RUN_FILE = "run.json"
 BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"

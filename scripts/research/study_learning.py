@@ -1,6 +1,6 @@
 """Does it learn? The same experiment in variants and with several seeds, and one table of what came out.
 
-``python scripts/study_learning.py --dataset_dir COHORT --output_dir STUDY`` runs ``train_folds.py`` for every variant
+``python scripts/research study_learning --dataset_dir COHORT --output_dir STUDY`` runs ``train_folds.py`` for every variant
 and seed; started again it goes on. With ``--report`` it trains nothing and gathers what is finished ::
 
     STUDY/flow_s1/          a run: variant "flow", seed 1, as train_folds.py leaves it
@@ -28,23 +28,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from command_line import run_tool
-from study import VARIANTS, Study, check_run, check_variants, run_name
-from study_report import RUN_FILE, as_markdown, join, make_report, put_into
+from command_line import BUNDLE, run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
+from experiments.experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override
+from research.study import VARIANTS, Study, check_run, check_variants, run_name
+from research.study_report import RUN_FILE, as_markdown, join, make_report, put_into
+from scripts import keys
+from scripts.cohorts.cohort import Cohort, CohortError, load_cohort
+from scripts.cohorts.files import write_text
+from scripts.cohorts.scans import shared_patients
+from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES
+from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit
 
-from experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override  # noqa: E402
-from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit  # noqa: E402
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import Cohort, CohortError, load_cohort  # noqa: E402
-from scripts.cohorts.files import write_text  # noqa: E402
-from scripts.cohorts.scans import shared_patients  # noqa: E402
-from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES  # noqa: E402
-
-BUNDLE = ROOT / "bundle"
 STUDY_FILE, TABLE_FILE, LOG_FOLDER = "study.json", "study.md", "logs"
 POLL_SECONDS = 1.0
 
@@ -254,7 +249,7 @@ def command_line(study: Study, jobs: int, threads: int) -> str:
     options |= {"test_dir": Path(study.test_dir).name} if study.test_dir else {}
     options |= {"jobs": jobs, "threads": threads, **study.overrides}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    return shlex.join(["python", "scripts/study_learning.py", *(str(word) for word in words)])
+    return shlex.join(["python", "scripts/research", "study_learning", *(str(word) for word in words)])
 
 
 if __name__ == "__main__":

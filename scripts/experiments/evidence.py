@@ -8,7 +8,6 @@ where they are the ones that are held out. :func:`selection_of` says which it is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
-
-from ensemble_folds import choose_hpv_threshold  # noqa: E402
-from experiment import (  # noqa: E402
+from ensemble_folds import choose_hpv_threshold
+from experiments.experiment import (
     FINISHED,
     OUT_OF_FOLD_FILE,
     TEST,
@@ -31,12 +27,11 @@ from experiment import (  # noqa: E402
     evaluation_folder,
     read_experiment,
 )
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.thresholds import HALF  # noqa: E402
-from scripts.evaluation.case_metrics import PAPER_MEASURES, summarise, too_few  # noqa: E402
-from scripts.evaluation.case_table import describe_selection  # noqa: E402
-from scripts.evaluation.survival import (  # noqa: E402
+from scripts import keys
+from scripts.cohorts.thresholds import HALF
+from scripts.evaluation.case_metrics import PAPER_MEASURES, summarise, too_few
+from scripts.evaluation.case_table import describe_selection
+from scripts.evaluation.survival import (
     Calibration,
     CalibrationError,
     FoldScale,
@@ -45,7 +40,7 @@ from scripts.evaluation.survival import (  # noqa: E402
     fit_calibration,
     normalise_out_of_fold,
 )
-from scripts.evaluation.survival_metrics import FigureUnavailableError, survival_metrics  # noqa: E402
+from scripts.evaluation.survival_metrics import FigureUnavailableError, survival_metrics
 
 METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")

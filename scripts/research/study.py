@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
+from command_line import ROOT
 
-from evidence import CASES_FILE  # noqa: E402
-from experiment import (  # noqa: E402
+from experiments.evidence import CASES_FILE
+from experiments.experiment import (
     DEEP,
     EVALUATE_CONFIG,
     EXPERIMENT_FILE,
@@ -35,8 +34,7 @@ from experiment import (  # noqa: E402
     settings_of,
     typed,
 )
-
-from scripts.model.ensemble import complete  # noqa: E402
+from scripts.model.ensemble import complete
 
 OTHERS = "others"  # the part that the cases of another cohort are, in the names of folders
 TRAIN_TOOL = ROOT / "scripts" / "train_folds.py"

@@ -1,6 +1,6 @@
 """How much of the tumour the network's box holds, by each rule and by their combination, on digital phantoms.
 
-``python scripts/measure_localisation.py --checkpoint MODEL.pt`` draws patients of the demonstration cohort in every
+``python scripts/research measure_localisation --checkpoint MODEL.pt`` draws patients of the demonstration cohort in every
 position and with every fault of :data:`SCENARIOS`, places the box without their masks, and writes ``localisation.json``
 (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row a box). Scans have the hospitals' extents with
 voxels of 4 and 5 mm, which is what localisation looks with; ``demonstration`` is the cohort as ``make_cohort`` makes
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,10 +24,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from command_line import run_tool
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundle"))
+from command_line import run_tool
 
 import phantom
 from phantom import Ellipsoid, Part, Patient, Pose, Tube

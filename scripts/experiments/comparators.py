@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bundle"))
-
-from compare_clinical import code_cohort, fill_missing, fit_cox  # noqa: E402
-from evidence import Run, on_one_scale  # noqa: E402
-from experiment import TRAINING  # noqa: E402
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import Case, CohortError, load_cohort  # noqa: E402
-from scripts.cohorts.scans import patient_key  # noqa: E402
-from scripts.cohorts.thresholds import HALF  # noqa: E402
-from scripts.evaluation.bootstrap import paired_bootstrap  # noqa: E402
-from scripts.evaluation.case_metrics import MEASURES, PAPER_MEASURES, summarise  # noqa: E402
-from scripts.evaluation.survival import CalibrationError, FoldScale  # noqa: E402
+from compare_clinical import code_cohort, fill_missing, fit_cox
+from experiments.evidence import Run, on_one_scale
+from experiments.experiment import TRAINING
+from scripts import keys
+from scripts.cohorts.cohort import Case, CohortError, load_cohort
+from scripts.cohorts.scans import patient_key
+from scripts.cohorts.thresholds import HALF
+from scripts.evaluation.bootstrap import paired_bootstrap
+from scripts.evaluation.case_metrics import MEASURES, PAPER_MEASURES, summarise
+from scripts.evaluation.survival import CalibrationError, FoldScale
 
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 COMPARED = (*PAPER_MEASURES, "hpv_auc")
@@ -76,7 +71,8 @@ def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFra
     """
     features, tables = run.record["settings"]["clinical_features"], []
     for parts in clinical_parts(run, keys.SURV_KNOWN, others):
-        train, test = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
+        train, test = (code_cohort(part, features, CLINICAL_CODING) for part in parts)
+        train, test = fill_missing(train, test, CLINICAL_FILL)
         fit = fit_cox(train, CLINICAL_PENALIZER)
         risks = [fit.model.predict_log_partial_hazard(table[fit.used]).to_numpy() for table in (train, test)]
         scale = FoldScale.of(risks[0])
@@ -100,7 +96,8 @@ def clinical_hpv(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame
         raise CohortError("the network reads no clinical values")
     tables = []
     for parts in clinical_parts(run, keys.HPV_KNOWN, others):
-        coded = fill_missing(*(code_cohort(part, features, CLINICAL_CODING) for part in parts), CLINICAL_FILL)
+        train, test = (code_cohort(part, features, CLINICAL_CODING) for part in parts)
+        coded = fill_missing(train, test, CLINICAL_FILL)
         train, test = (table.drop(columns=[keys.TIME, keys.EVENT]) for table in coded)
         status = [int(case[keys.HPV]) for case in parts[0]]
         if len(set(status)) < 2:

@@ -11,6 +11,6 @@ if __name__ == "__main__":
             raise
         sys.exit(
             f"error: MONAI Deploy cannot be imported ({error}): in an environment of its own, "
-            "pip install -r scripts/deploy_app/requirements.txt (bundle/docs/deploy.md)"
+            "pip install -r scripts/runtimes/deploy_app/requirements.txt (bundle/docs/deploy.md)"
         )
     main()

@@ -1,6 +1,6 @@
 """Where the time goes: seconds of each part of one patient, and of each kind of operation of network and training.
 
-For ``scripts/benchmark.py --stages profile_patient,profile_network,profile_training``: one run of each, so that figures
+For ``scripts/research/benchmark.py --stages profile_patient,profile_network,profile_training``: one run of each, so that figures
 tell shares and not hundredths.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import benchmark_stages as at
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from research import benchmark_stages as at
 
 # the kinds of torch's own operations, by what their names begin with; the first that fits counts
 KINDS = {

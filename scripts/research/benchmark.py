@@ -1,4 +1,4 @@
-"""Measure each stage of training and prediction beside a plain one: ``python scripts/benchmark.py``.
+"""Measure each stage of training and prediction beside a plain one: ``python scripts/research benchmark``.
 
 Every stage runs twice or more: as the bundle does it, and plainly (stock MONAI over whole volumes, the same network in
 float32 with torch's own choices). Each way has a process of its own, which tells its peak memory; their runs take
@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -26,15 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from command_line import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "bundle"), str(ROOT / "scripts")]
-
-import benchmark_profile  # noqa: E402
-import benchmark_stages as at  # noqa: E402
-
-from scripts.cohorts.files import write_text  # noqa: E402
+from research import benchmark_profile
+from research import benchmark_stages as at
+from scripts.cohorts.files import write_text
 
 PLAIN, PRODUCT = "plain", "bundle"
 MIB = 2**20

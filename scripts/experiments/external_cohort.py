@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundle"
-sys.path.insert(0, str(BUNDLE))
+from command_line import BUNDLE
 
-from comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle  # noqa: E402
-from ensemble_folds import calibrate as calibrate_ensemble  # noqa: E402
-from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold  # noqa: E402
-from evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, selection_of, why_no_survival  # noqa: E402
-from experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder  # noqa: E402
-
-from scripts import keys  # noqa: E402
-from scripts.cohorts.cohort import load_cohort  # noqa: E402
-from scripts.cohorts.scans import shared_patients  # noqa: E402
-from scripts.cohorts.thresholds import HALF  # noqa: E402
-from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, summarise  # noqa: E402
-from scripts.evaluation.case_table import case_figures  # noqa: E402
-from scripts.evaluation.plots import save_plots, survival_figures  # noqa: E402
-from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics  # noqa: E402
+from ensemble_folds import calibrate as calibrate_ensemble
+from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold
+from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle
+from experiments.evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, selection_of, why_no_survival
+from experiments.experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder
+from scripts import keys
+from scripts.cohorts.cohort import load_cohort
+from scripts.cohorts.scans import shared_patients
+from scripts.cohorts.thresholds import HALF
+from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, summarise
+from scripts.evaluation.case_table import case_figures
+from scripts.evaluation.plots import save_plots, survival_figures
+from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:

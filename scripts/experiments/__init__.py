@@ -1,0 +1,1 @@
+"""What the commands on experiments share: plan and record, judging, comparators, another cohort."""

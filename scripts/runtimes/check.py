@@ -1,0 +1,90 @@
+"""Tests of MONAI Label and MONAI Deploy, each in an environment of its own: ``run_checks.py --runtime label``.
+
+An environment is made where there is none or its requirements have changed. The program ends with 0 when the tests
+pass, with 1 when one fails, and with 77 when the environment cannot be made: then nothing was tested, and the last
+lines say why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from command_line import ROOT
+
+import serve_label
+
+APP = ROOT / "scripts" / "runtimes" / "deploy_app"
+SKIPPED = 77  # as test runners understand it
+STACK_BYTES = 32 * 2**20  # what MONAI Deploy's engine asks for
+
+
+def check_label(environment: str = "") -> NoReturn:
+    """Run ``tests/test_label.py`` in the environment of ``serve_label.py`` (about 2.5 GB, some minutes to make).
+
+    Args:
+        environment: folder of the virtual environment.
+    """
+    try:
+        python = serve_label.make_environment(Path(environment or serve_label.ENVIRONMENT).expanduser().resolve())
+    except serve_label.LabelEnvironmentError as error:
+        print(f"label: SKIPPED, not tested: MONAI Label's environment cannot be made: {error}", flush=True)
+        raise SystemExit(SKIPPED) from None
+    # Other packages' warnings are no errors there, and their modules hold no doctests of ours.
+    options = ["-o", "addopts=", "-o", "filterwarnings=default"]
+    # In this environment nothing is skipped for want of MONAI Label; scripts/predict.py runs in that of this program.
+    _run_tests(python, options, "tests/test_label.py", {"LABEL_ENVIRONMENT": "1", "MAIN_PYTHON": sys.executable})
+
+
+def check_deploy(environment: str = "") -> NoReturn:
+    """Run ``tests/test_deploy.py`` in an environment of the application (about 3 GB, some minutes to make).
+
+    Args:
+        environment: folder of the virtual environment.
+    """
+    python = make_deploy_environment(Path(environment or ROOT / ".deploy_env").expanduser().resolve())
+    if python is None:
+        raise SystemExit(SKIPPED)
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if hard == resource.RLIM_INFINITY or hard >= STACK_BYTES:
+        resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
+    # In this environment nothing is skipped for want of MONAI Deploy.
+    _run_tests(python, [], "tests/test_deploy.py", {"DEPLOY_ENVIRONMENT": "1"})
+
+
+def make_deploy_environment(folder: Path) -> Path | None:
+    """The Python of the environment, which is made where it is not there as it should be.
+
+    Returns:
+        None where it cannot be made; why has been printed.
+    """
+    lists = [APP / "requirements.txt", ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt"]
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()
+    python, stamp = folder / "bin" / "python", folder / "requirements.sha256"
+    if stamp.is_file() and stamp.read_text() == wanted and python.is_file():
+        return python
+    print(f"deploy: making the environment {folder}", flush=True)
+    limits = [word for path in lists[1:] for word in ("-c", str(path))]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [*pip, "-r", str(lists[0]), "pytest", "fire", *limits],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            why = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
+            print(f"deploy: SKIPPED, not tested: the environment {folder} cannot be made:\n{why}", flush=True)
+            return None
+    stamp.write_text(wanted)
+    return python
+
+
+def _run_tests(python: Path, options: list[str], file: str, variables: dict[str, str]) -> NoReturn:
+    command = [str(python), "-m", "pytest", "-q", "-rs", *options, "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}  # one thread, as run_checks.py has it
+    raise SystemExit(1 if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode else 0)
