@@ -1,4 +1,4 @@
-"""What ``scripts/research/benchmark.py`` measures: of each stage the bundle's own path and a plain one, and how they must agree.
+"""What ``benchmark.py`` measures: of each stage the bundle's own path and a plain one, and how they must agree.
 
 The bundle's path is what ``inference.json`` and ``train.json`` set up, nothing else. The plain one is stock MONAI over
 whole volumes, and the same network without what makes it fast: float32, torch's own choice of kernels and of memory.

@@ -1,7 +1,7 @@
 """Does it learn? The same experiment in variants and with several seeds, and one table of what came out.
 
-``python scripts/research study_learning --dataset_dir COHORT --output_dir STUDY`` runs ``train_folds.py`` for every variant
-and seed; started again it goes on. With ``--report`` it trains nothing and gathers what is finished ::
+``python scripts/research study_learning --dataset_dir COHORT --output_dir STUDY`` runs ``train_folds.py`` for every
+variant and seed; started again it goes on. With ``--report`` it trains nothing and gathers what is finished ::
 
     STUDY/flow_s1/          a run: variant "flow", seed 1, as train_folds.py leaves it
     STUDY/flow_s1/run.json  where it ran and how long it took
