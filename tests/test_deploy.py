@@ -1,7 +1,7 @@
 """The MONAI Deploy application: its operators with stub ports, and the whole of it on real and on synthetic DICOM.
 
-MONAI Deploy has an environment of its own: ``python scripts/run_checks.py --runtime deploy`` makes it and runs this file
-there. In any other environment the tests that need it are skipped.
+MONAI Deploy has an environment of its own: ``python scripts/run_checks.py --runtime deploy`` makes it and runs this
+file there. In any other environment the tests that need it are skipped.
 """
 
 from __future__ import annotations
