@@ -24,7 +24,7 @@ def run_checks(jobs: int = 2, runtime: str = "", environment: str = "") -> None:
     Args:
         jobs: test processes at once.
         runtime: label or deploy: run the tests of MONAI Label or MONAI Deploy and nothing else, in a virtual
-            environment that is made the first time (about 3 GB, some minutes). The exit code is 77 when it cannot be made.
+            environment that is made the first time (about 3 GB, some minutes). Exit code 77: it cannot be made.
         environment: folder of that virtual environment; .label_env or .deploy_env beside this project by default.
     """
     if runtime not in ("", "label", "deploy"):

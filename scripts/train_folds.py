@@ -1,8 +1,8 @@
 """Train and evaluate every fold of an experiment with the bundle's own commands, and keep the out-of-fold predictions.
 
 ``python scripts/train_folds.py --dataset_dir DIR`` writes the files of :mod:`experiments.experiment`. Each fold is
-trained by ``python -m monai.bundle run training`` and judged by ``... run evaluating``, in processes of their own. What was
-broken off is continued by the same command, what is finished is left alone.
+trained by ``python -m monai.bundle run training`` and judged by ``... run evaluating``, in processes of their own.
+What was broken off is continued by the same command, what is finished is left alone.
 """
 
 from __future__ import annotations

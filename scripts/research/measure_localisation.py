@@ -2,9 +2,9 @@
 
 ``python scripts/research measure_localisation --checkpoint MODEL.pt`` draws patients of the demonstration cohort in
 every position and with every fault of :data:`SCENARIOS`, places the box without their masks, and writes
-``localisation.json`` (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row a box). Scans have the hospitals' extents with
-voxels of 4 and 5 mm, which is what localisation looks with; ``demonstration`` is the cohort as ``make_cohort`` makes
-it. Phantoms say how the rules behave, not how often a real scan is difficult.
+``localisation.json`` (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row a box). Scans have the
+hospitals' extents with voxels of 4 and 5 mm, which is what localisation looks with; ``demonstration`` is the cohort as
+``make_cohort`` makes it. Phantoms say how the rules behave, not how often a real scan is difficult.
 """
 
 from __future__ import annotations

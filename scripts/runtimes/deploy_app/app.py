@@ -1,9 +1,9 @@
 """MONAI Deploy application: a DICOM PET/CT study in; tumour segmentation, structured report and PDF out.
 
-``python scripts/runtimes/deploy_app --input STUDY --output OUT --model BUNDLE``. The model is the bundle's directory as
-it is: what reads, predicts and writes is the bundle's own package ``scripts``, which this application only connects.
-Options come from the environment, where a container's user sets them: ``QUALITY_FORCE=1`` predicts a study although quality
-control rejects it. See ``bundle/docs/deploy.md``.
+``python scripts/runtimes/deploy_app --input STUDY --output OUT --model BUNDLE``. The model is the bundle's directory
+as it is: what reads, predicts and writes is the bundle's own package ``scripts``, which this application only
+connects. Options come from the environment, where a container's user sets them: ``QUALITY_FORCE=1`` predicts a study
+although quality control rejects it. See ``bundle/docs/deploy.md``.
 """
 
 from __future__ import annotations
