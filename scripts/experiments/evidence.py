@@ -29,18 +29,19 @@ from experiments.experiment import (
 )
 from scripts import keys
 from scripts.cohorts.thresholds import HALF
-from scripts.evaluation.case_metrics import PAPER_MEASURES, summarise, too_few
+from scripts.evaluation.case_metrics import PAPER_MEASURES
 from scripts.evaluation.case_table import describe_selection
+from scripts.evaluation.judge import judge as judge_cases
+from scripts.evaluation.judge import outcomes_of
 from scripts.evaluation.survival import (
     Calibration,
     CalibrationError,
     FoldScale,
-    Outcomes,
     SurvivalFunction,
     fit_calibration,
     normalise_out_of_fold,
 )
-from scripts.evaluation.survival_metrics import FigureUnavailableError, survival_metrics
+from scripts.evaluation.survival_metrics import FigureUnavailableError
 
 METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
@@ -191,12 +192,6 @@ def merge_shared(cases: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return pd.concat([cases[~repeated], merged], ignore_index=True)
 
 
-def outcomes_of(cases: pd.DataFrame) -> Outcomes:
-    """What became of the cases whose survival is known."""
-    known = cases.dropna(subset=[keys.TIME])
-    return Outcomes(known[keys.TIME].to_numpy(), known[keys.EVENT].to_numpy())
-
-
 def calibrate(run: Run, fold: int) -> Calibration | str:
     """The calibration of the cases of one fold by others, or why there is none."""
     others = run.others(fold).dropna(subset=[keys.TIME])
@@ -257,7 +252,7 @@ def judge(
     samples: int,
     least: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Every figure of some of the cases.
+    """All metrics of some of the cases, each with the calibration and cut points of its fold.
 
     Args:
         run: of the experiment.
@@ -268,35 +263,14 @@ def judge(
         least: counts below which no figure is given, such as :data:`scripts.evaluation.case_metrics.SMALL_GROUP`.
 
     Returns:
-        ``metrics`` by :func:`scripts.evaluation.case_metrics.summarise`, ``survival`` by
-        :func:`scripts.evaluation.survival_metrics.survival_metrics` or ``{"reason": why not}``.
+        As :func:`scripts.evaluation.judge.judge`.
     """
-    metrics = summarise(on_one_scale(cases), seed, least=least, samples=samples)
-    report: dict[str, Any] = {"cases": len(cases), "metrics": metrics}
-    if reason := why_no_survival(cases, train, least):
-        return report | {"survival": {"reason": reason}}
-    known = cases.dropna(subset=[keys.TIME])
-    return report | {
-        "survival": survival_metrics(
-            outcomes_of(train),
-            outcomes_of(known),
-            known["risk"],
-            survival=survival_of(known, run.calibrations),
-            cuts=cuts_of(known, run.calibrations),
-            seed=seed,
-            samples=samples,
-        )
-    }
 
+    def absolute_risk(known: pd.DataFrame) -> dict[str, Any]:
+        survival, cuts = survival_of(known, run.calibrations), cuts_of(known, run.calibrations)
+        return {"log_hazard": known["risk"], "survival": survival, "cuts": cuts}
 
-def why_no_survival(cases: pd.DataFrame, train: pd.DataFrame, least: Mapping[str, int] | None) -> str:
-    """Why nothing can be said about the survival of these cases; empty where something can."""
-    if "log_hazard" not in cases:
-        return "survival is not a task of this model"
-    known = cases.dropna(subset=[keys.TIME])
-    if not len(known) or not train[keys.TIME].notna().any():
-        return "no case with known survival"
-    return too_few({"patients": len(known), "events": int(known[keys.EVENT].sum())}, least)
+    return judge_cases(on_one_scale(cases), outcomes_of(train), absolute_risk, least=least, seed=seed, samples=samples)
 
 
 def on_one_scale(cases: pd.DataFrame) -> pd.DataFrame:

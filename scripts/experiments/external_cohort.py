@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from command_line import BUNDLE
 from ensemble_folds import calibrate as calibrate_ensemble
 from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold
 from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle
-from experiments.evidence import CASES_FILE, METRICS_FILE, Run, outcomes_of, read_cases, selection_of, why_no_survival
+from experiments.evidence import CASES_FILE, METRICS_FILE, Run, read_cases, selection_of
 from experiments.experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.cohorts.scans import shared_patients
 from scripts.cohorts.thresholds import HALF
-from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, summarise
+from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups
 from scripts.evaluation.case_table import case_figures
+from scripts.evaluation.judge import judge, outcomes_of
 from scripts.evaluation.plots import save_plots, survival_figures
-from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics
+from scripts.evaluation.survival_metrics import ensemble_survival
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
@@ -106,13 +108,8 @@ def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int)
     train = run.cases if run.reference is None else run.reference
 
     def judge_group(group: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
-        metrics = summarise(group, seed, least=least, samples=samples)
-        report: dict[str, Any] = {"cases": len(group), "metrics": metrics}
-        if reason := why_no_survival(group, train, least):
-            return report | {"survival": {"reason": reason}}
-        known = group.dropna(subset=[keys.TIME])
-        needed, outcomes = ensemble_survival(known, stored), (outcomes_of(train), outcomes_of(known))
-        return report | {"survival": survival_metrics(*outcomes, **needed, seed=seed, samples=samples)}
+        calibrated = partial(ensemble_survival, stored=stored)
+        return judge(group, outcomes_of(train), calibrated, least=least, seed=seed, samples=samples)
 
     try:
         report = {"table": str(path), "selection": selection_of(run.record, "all"), **judge_group(cases)}

@@ -30,11 +30,10 @@ from scripts.evaluation.case_metrics import (
     confusion,
     format_summary,
     roc_curve,
-    summarise,
-    too_few,
 )
+from scripts.evaluation.judge import judge
 from scripts.evaluation.survival import Outcomes
-from scripts.evaluation.survival_metrics import ensemble_survival, survival_metrics
+from scripts.evaluation.survival_metrics import ensemble_survival
 from scripts.model.ensemble import KEEP_EPOCH, FoldEnsemble
 from scripts.training.handlers import BEST, LAST
 
@@ -130,23 +129,16 @@ class CaseTable:
         logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
 
     def _judge(self, cases: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Every figure of some of the cases; none where there are fewer than ``least``."""
-        report: dict[str, Any] = {"cases": len(cases), "metrics": summarise(cases, self.seed, least=least)}
-        if self.training_cases is not None and "log_hazard" in cases:
-            report["survival"] = self._survival(cases.dropna(subset=["time"]), least)
-        return report
-
-    def _survival(self, cases: pd.DataFrame, least: Mapping[str, int] | None) -> dict[str, Any]:
-        if few := too_few({"patients": len(cases), "events": int(cases["event"].sum())}, least):
-            return {"reason": few}
-        known = [case for case in self.training_cases or () if case[keys.SURV_KNOWN]]
-        train = Outcomes(
-            np.array([case[keys.TIME] for case in known], dtype=float),
-            np.array([case[keys.EVENT] for case in known], dtype=float),
-        )
-        test = Outcomes(cases["time"].to_numpy(), cases["event"].to_numpy())
         stored = self._carried("calibration") or None
-        return survival_metrics(train, test, **ensemble_survival(cases, stored), seed=self.seed)
+        train = self._training_outcomes() if "log_hazard" in cases else None
+        return judge(cases, train, lambda known: ensemble_survival(known, stored), least=least, seed=self.seed)
+
+    def _training_outcomes(self) -> Outcomes | None:
+        if self.training_cases is None:
+            return None
+        known = [case for case in self.training_cases if case[keys.SURV_KNOWN]]
+        time, event = ([case[name] for case in known] for name in (keys.TIME, keys.EVENT))
+        return Outcomes(np.array(time, dtype=float), np.array(event, dtype=float))
 
     def _draw(self, cases: pd.DataFrame, report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Write what can be drawn, and tell the file of each picture or why there is none."""
@@ -215,7 +207,7 @@ def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) 
     """ROC curve of HPV status and Dice of each case, as :func:`scripts.evaluation.plots.save_plots` takes them.
 
     Args:
-        cases: as :func:`summarise` takes it.
+        cases: as :func:`.summarise` takes it.
         summary: what it gave.
     """
     from scripts.evaluation.plots import dice_figure, roc_figure  # matplotlib is slow to import
