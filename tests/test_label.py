@@ -346,7 +346,8 @@ def test_an_upload_is_reached_alone(study: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RequestError, match="pet is a file of the studies"):
         label.request_case({"image": str(upload), "pet": "secret.nii.gz"}, FEATURES)
     header = tmp_path / "tmpab12cd_8.mhd"
-    geometry = "NDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\nOffset = 0 0 0\nTransformMatrix = 1 0 0 0 1 0 0 0 1"
+    place = "Offset = 0 0 0\nTransformMatrix = 1 0 0 0 1 0 0 0 1"
+    geometry = f"NDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\n{place}"
     header.write_text(f"ObjectType = Image\nBinaryData = True\n{geometry}\nElementDataFile = others.raw\n")
     (tmp_path / "others.raw").write_bytes(bytes(64))
     with pytest.raises(RequestError, match="an uploaded scan is one file"):
