@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from command_line import BUNDLE, ROOT, run_tool
 
 from make_cohort import make_cohort
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.files import in_config, written_whole
 from scripts.cohorts.thresholds import above
 from scripts.model.ensemble import (
@@ -52,9 +52,9 @@ REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct"
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 OPSET = 18
-INPUTS = (K.IMAGE, K.CLINICAL)
-SCORES = (K.HPV_PROB, K.LOG_HAZARD, K.HPV_PROB_FOLDS, K.LOG_HAZARD_FOLDS)
-OUTPUTS = (K.SEG_PROB, *SCORES)
+INPUTS = (keys.IMAGE, keys.CLINICAL)
+SCORES = (keys.HPV_PROB, keys.LOG_HAZARD, keys.HPV_PROB_FOLDS, keys.LOG_HAZARD_FOLDS)
+OUTPUTS = (keys.SEG_PROB, *SCORES)
 LEAST_DICE = 0.999
 TOLERANCE = 1e-3  # relative, of every score
 ROUNDING = 1e-6  # absolute, for scores near 0, where float32 rounds more than that relatively
@@ -220,9 +220,9 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case
     parser = inference_config(model, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
     for case in parser.get_parsed_content("cases"):
-        patient = case[K.PATIENT_ID]
-        if case[K.PROBLEM]:
-            reasons.append(f"{patient}: {case[K.PROBLEM]}")
+        patient = case[keys.PATIENT_ID]
+        if case[keys.PROBLEM]:
+            reasons.append(f"{patient}: {case[keys.PROBLEM]}")
             continue
         try:
             item = preprocessing(case)
@@ -306,7 +306,7 @@ def open_onnx(path: Path) -> Run:
     names = [output.name for output in session.get_outputs()]
 
     def run(image: Tensor, clinical: Tensor) -> Mapping[str, Tensor]:
-        values = session.run(names, {K.IMAGE: image.numpy(), K.CLINICAL: clinical.numpy()})
+        values = session.run(names, {keys.IMAGE: image.numpy(), keys.CLINICAL: clinical.numpy()})
         return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
     return run
@@ -339,8 +339,8 @@ def compare(case: Case, run: Run) -> Difference:
     found = run(case.image, case.clinical)
     wrong = [f"no {name}" for name in case.expected if name not in found]
     dice, voxels = None, 0
-    if K.SEG_PROB in case.expected and K.SEG_PROB in found:
-        expected_mask, mask = (above(outputs[K.SEG_PROB]) for outputs in (case.expected, found))
+    if keys.SEG_PROB in case.expected and keys.SEG_PROB in found:
+        expected_mask, mask = (above(outputs[keys.SEG_PROB]) for outputs in (case.expected, found))
         voxels, dice = int(expected_mask.sum()), dice_of(expected_mask, mask)
         if not dice >= LEAST_DICE:
             wrong.append(f"Dice of the masks {dice:.5f}, below {LEAST_DICE}")

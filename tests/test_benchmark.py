@@ -10,7 +10,7 @@ import pytest
 
 from research import benchmark, benchmark_profile
 from research import benchmark_stages as at
-from scripts import keys as K
+from scripts import keys
 from scripts.imaging.geometry import Grid, box_grid
 
 
@@ -37,16 +37,20 @@ def test_training_agrees_with_and_without_checkpoints(setup: at.Setup) -> None:
         assert stage.check(setup, answers[benchmark.PLAIN], answers[way])
 
 
-SCORES = {K.SEG_PROB: np.full((1, 1, 4, 4, 4), 0.9), K.HPV_PROB: np.array([0.5]), K.LOG_HAZARD: np.array([0.1])}
+SCORES = {
+    keys.SEG_PROB: np.full((1, 1, 4, 4, 4), 0.9),
+    keys.HPV_PROB: np.array([0.5]),
+    keys.LOG_HAZARD: np.array([0.1]),
+}
 WRONG = [
-    pytest.param(at.check_network, SCORES, {**SCORES, K.SEG_PROB: 1 - SCORES[K.SEG_PROB]}, "Dice 0", id="mask"),
-    pytest.param(at.check_network, SCORES, {**SCORES, K.LOG_HAZARD: np.array([0.2])}, "log hazard", id="hazard"),
+    pytest.param(at.check_network, SCORES, {**SCORES, keys.SEG_PROB: 1 - SCORES[keys.SEG_PROB]}, "Dice 0", id="mask"),
+    pytest.param(at.check_network, SCORES, {**SCORES, keys.LOG_HAZARD: np.array([0.2])}, "log hazard", id="hazard"),
     pytest.param(at.check_mask, {"mask": np.array([1]) > 0}, {"mask": np.array([0]) > 0}, "Dice 0", id="written_mask"),
     pytest.param(at.check_training, {"loss": np.array([1.0])}, {"loss": np.array([1.1])}, "loss differs", id="loss"),
     pytest.param(
         at.check_cohort,
-        {K.LOG_HAZARD: np.array([1.0, 2.0])},
-        {K.LOG_HAZARD: np.array([2.0, 1.0])},
+        {keys.LOG_HAZARD: np.array([1.0, 2.0])},
+        {keys.LOG_HAZARD: np.array([2.0, 1.0])},
         "log hazard",
         id="patients_in_another_order",
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_study import pet_header, pet_tags, write_series
 
-from scripts import keys as K
+from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import DicomScan, find_examinations
 from scripts.dicom.series import find_series, read_series
@@ -506,12 +506,12 @@ def test_doubts_become_warnings_of_the_case(tmp_path):
     tags = {"SeriesNumber": 2, **pet_tags(RadiopharmaceuticalStartTime="112100")}
     write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags=tags, depths=np.arange(20) * 3.0)
     choice = choose_pet_ct(find_series(tmp_path))
-    case = LoadScansd()({K.CT: DicomScan(choice.ct), K.PET: DicomScan(choice.pet)})
-    assert case[K.DOUBTS] == ["the scan started 29 min after the injection; 30 to 240 min are usual for FDG"]
+    case = LoadScansd()({keys.CT: DicomScan(choice.ct), keys.PET: DicomScan(choice.pet)})
+    assert case[keys.DOUBTS] == ["the scan started 29 min after the injection; 30 to 240 min are usual for FDG"]
     checked = CheckQualityd(16, on_reject="flag")(LocaliseBoxd(16, 4.0)(case))
-    [check] = [check for check in checks_from_json(checked[K.QUALITY]) if check.name == "headers"]
-    assert (check.verdict, check.message) == ("warn", case[K.DOUBTS][0])
-    assert K.DOUBTS not in checked
+    [check] = [check for check in checks_from_json(checked[keys.QUALITY]) if check.name == "headers"]
+    assert (check.verdict, check.message) == ("warn", case[keys.DOUBTS][0])
+    assert keys.DOUBTS not in checked
 
 
 def test_real_headers_give_the_known_factor():

@@ -29,7 +29,7 @@ from monai.data import MetaTensor
 import serve_label
 from conftest import BUNDLE, ROOT, SHARED_DATA
 from runtimes import check
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
 from scripts.imaging.transforms import ToNetworkItemd
@@ -87,20 +87,20 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- requests ----------------------------------------------------------------------------------------------------
 def test_a_case_passes_unchanged() -> None:
-    case = {K.CT: "ct", K.PET: "pet", K.CLINICAL: {"age": 3}}
+    case = {keys.CT: "ct", keys.PET: "pet", keys.CLINICAL: {"age": 3}}
     assert label.TakeRequestd(FEATURES)(case) == case
 
 
 def test_a_request_finds_the_pet_and_the_clinical_values(tiny_cohort: Path) -> None:
     request = {"image": str(ct_of(tiny_cohort, 2)), "device": "cpu", "Age": "72", "M-stage": "M1"}
     case = label.TakeRequestd(FEATURES)(request)
-    assert case[K.PATIENT_ID] == "CHUM-002"
-    assert case[K.CT] == request["image"]
-    assert Path(case[K.PET]).name == "CHUM-002__PT.nii.gz"
+    assert case[keys.PATIENT_ID] == "CHUM-002"
+    assert case[keys.CT] == request["image"]
+    assert Path(case[keys.PET]).name == "CHUM-002__PT.nii.gz"
     known = {"age": 72.0, "gender": 1.0, "tobacco": None, "alcohol": 1.0, "treatment": 1.0, "m_stage": 1.0}
-    assert case[K.CLINICAL] == {**known, "performance_status": None}
-    assert case[K.MASK] is None  # a tumour mask that lies beside the CT is none of the request
-    assert case[K.REQUEST] == request
+    assert case[keys.CLINICAL] == {**known, "performance_status": None}
+    assert case[keys.MASK] is None  # a tumour mask that lies beside the CT is none of the request
+    assert case[keys.REQUEST] == request
 
 
 def test_a_request_may_name_pet_patient_and_table(tiny_cohort: Path, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_a_request_may_name_pet_patient_and_table(tiny_cohort: Path, tmp_path: P
     pet = str(ct_of(tiny_cohort, 1)).replace("__CT", "__PT")
     request = {"image": str(tmp_path / "upload.nii.gz"), "pet": pet, "patient_id": "X-9", "ehr_csv": str(table)}
     case = label.TakeRequestd(FEATURES)(request)
-    assert case[K.REQUEST] == request
-    assert (case[K.PATIENT_ID], case[K.PET], case[K.CLINICAL]["age"]) == ("X-9", pet, 41.0)
+    assert case[keys.REQUEST] == request
+    assert (case[keys.PATIENT_ID], case[keys.PET], case[keys.CLINICAL]["age"]) == ("X-9", pet, 41.0)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -148,7 +148,7 @@ def test_a_fault_in_the_patients_row_stops_the_request(tiny_cohort: Path, tmp_pa
     with pytest.raises(CohortError, match=r"CHUM-001: faulty.csv, row 2, column 'Age': no value of age; acc") as error:
         label.request_case({"image": str(ct_of(tiny_cohort, 1)), "ehr_csv": str(table)}, FEATURES)
     assert "old" not in str(error.value)  # the client may not see the table
-    assert label.request_case({"image": str(ct_of(tiny_cohort, 2)), "ehr_csv": str(table)})[K.CLINICAL]["age"] == 50
+    assert label.request_case({"image": str(ct_of(tiny_cohort, 2)), "ehr_csv": str(table)})[keys.CLINICAL]["age"] == 50
 
 
 # --- what a request may say ---------------------------------------------------------------------------------------
@@ -325,16 +325,16 @@ def test_a_request_reaches_no_file_outside_of_the_studies(name: str, study: Path
 def test_a_request_reaches_what_is_in_the_studies(study: Path, settings: SimpleNamespace, tmp_path: Path) -> None:
     for named in ("own.csv", str(study.with_name("own.csv")), "../CHUM-001/own.csv"):
         case = label.request_case({"image": str(study), "ehr_csv": named, "pet": "CHUM-001__PT.nii.gz"}, FEATURES)
-        assert case[K.CLINICAL]["age"] == 41
+        assert case[keys.CLINICAL]["age"] == 41
     settings.MONAI_LABEL_APP_CONF["scans"] = str(tmp_path)  # --conf scans DIR
     case = label.request_case({"image": str(study), "ehr_csv": str(tmp_path / "secret.csv")}, FEATURES)
-    assert case[K.CLINICAL]["age"] == 42
+    assert case[keys.CLINICAL]["age"] == 42
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / study.name).symlink_to(study)
     settings.MONAI_LABEL_STUDIES = str(tmp_path / "list")
     settings.MONAI_LABEL_APP_CONF.clear()
     study.with_name("link.csv").unlink()  # of two tables neither is taken
-    assert label.request_case({"image": str(study)}, FEATURES)[K.PATIENT_ID] == "CHUM-001"
+    assert label.request_case({"image": str(study)}, FEATURES)[keys.PATIENT_ID] == "CHUM-001"
 
 
 def test_an_upload_is_reached_alone(study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_an_upload_is_reached_alone(study: Path, monkeypatch: pytest.MonkeyPatch
     upload = tmp_path / "tmpab12cd_9.nii.gz"
     shutil.copy(study, upload)
     pet = str(study.with_name("CHUM-001__PT.nii.gz"))
-    assert label.request_case({"image": str(upload), "pet": pet}, FEATURES)[K.CT] == str(upload)
+    assert label.request_case({"image": str(upload), "pet": pet}, FEATURES)[keys.CT] == str(upload)
     with pytest.raises(RequestError, match="pet is a file of the studies"):
         label.request_case({"image": str(upload), "pet": "secret.nii.gz"}, FEATURES)
     header = tmp_path / "tmpab12cd_8.mhd"
@@ -471,35 +471,35 @@ def test_no_setting_of_the_bundle_is_open_to_requests() -> None:
 # --- item and network ---------------------------------------------------------------------------------------------
 def make_item() -> dict[str, Any]:
     image = MetaTensor(torch.rand(2, 32, 32, 32), affine=torch.eye(4))
-    return {K.PATIENT_ID: "P-1", K.IMAGE: image, K.CLINICAL: torch.arange(7.0), "other": 3}
+    return {keys.PATIENT_ID: "P-1", keys.IMAGE: image, keys.CLINICAL: torch.arange(7.0), "other": 3}
 
 
 def test_an_item_without_a_request_is_the_networks_item() -> None:
-    names = (K.PATIENT_ID, K.IMAGE, K.CLINICAL)
+    names = (keys.PATIENT_ID, keys.IMAGE, keys.CLINICAL)
     kept, plain = label.KeepRequestd(names)(make_item()), ToNetworkItemd(names)(make_item())
     assert list(kept) == list(plain) == list(names)
-    assert K.CLINICAL not in kept[K.IMAGE].meta
+    assert keys.CLINICAL not in kept[keys.IMAGE].meta
 
 
 def test_a_server_gets_its_request_back_and_the_clinical_values_reach_the_network() -> None:
     request = {"image": "/a/ct.nii.gz", "image_path": "/a/ct.nii.gz", "device": "cpu", "model_filename": "model.pt"}
-    data = {**make_item(), K.REQUEST: request, "latencies": {"pre": {}}}
-    item = label.KeepRequestd((K.PATIENT_ID, K.IMAGE, K.CLINICAL))(data)
+    data = {**make_item(), keys.REQUEST: request, "latencies": {"pre": {}}}
+    item = label.KeepRequestd((keys.PATIENT_ID, keys.IMAGE, keys.CLINICAL))(data)
     assert {name: item[name] for name in request if name != "image"} == {
         k: v for k, v in request.items() if k != "image"
     }
     assert "other" not in item
-    batch = item[K.IMAGE][None].to("cpu")  # as MONAI Label makes one
+    batch = item[keys.IMAGE][None].to("cpu")  # as MONAI Label makes one
     network = make_ensemble(2)
     with torch.no_grad():
         served = label.ServedInferer()(batch, network)
-        given = EnsembleInferer()(batch.as_tensor(), network, item[K.CLINICAL][None])
+        given = EnsembleInferer()(batch.as_tensor(), network, item[keys.CLINICAL][None])
         without = EnsembleInferer()(batch.as_tensor(), network)
-        both = label.ServedInferer()(batch.as_tensor(), network, item[K.CLINICAL][None])
-    assert torch.equal(served[K.LOG_HAZARD], given[K.LOG_HAZARD])
-    assert torch.equal(both[K.LOG_HAZARD], given[K.LOG_HAZARD])
-    assert not torch.allclose(served[K.LOG_HAZARD], without[K.LOG_HAZARD], atol=1e-4)
-    assert not isinstance(served[K.SEG_PROB], MetaTensor)
+        both = label.ServedInferer()(batch.as_tensor(), network, item[keys.CLINICAL][None])
+    assert torch.equal(served[keys.LOG_HAZARD], given[keys.LOG_HAZARD])
+    assert torch.equal(both[keys.LOG_HAZARD], given[keys.LOG_HAZARD])
+    assert not torch.allclose(served[keys.LOG_HAZARD], without[keys.LOG_HAZARD], atol=1e-4)
+    assert not isinstance(served[keys.SEG_PROB], MetaTensor)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -510,14 +510,14 @@ def test_edited_masks_get_their_labels_from_the_table(
     shutil.copy(ct_of(tiny_cohort, 1), lonely)
     pairs = [{"image": str(ct_of(tiny_cohort, k)), "label": f"/masks/{k}.nii.gz"} for k in (1, 2)]
     cases = label.edited_cases([*pairs, {"image": str(lonely), "label": "/masks/3.nii.gz"}], FEATURES)
-    assert [case[K.PATIENT_ID] for case in cases] == ["CHUM-001", "CHUM-002"]
-    assert [case[K.MASK] for case in cases] == ["/masks/1.nii.gz", "/masks/2.nii.gz"]
-    assert [case[K.HPV_KNOWN] for case in cases] == [True, False]
-    assert [(case[K.TIME], case[K.EVENT], case[K.SURV_KNOWN]) for case in cases] == [
+    assert [case[keys.PATIENT_ID] for case in cases] == ["CHUM-001", "CHUM-002"]
+    assert [case[keys.MASK] for case in cases] == ["/masks/1.nii.gz", "/masks/2.nii.gz"]
+    assert [case[keys.HPV_KNOWN] for case in cases] == [True, False]
+    assert [(case[keys.TIME], case[keys.EVENT], case[keys.SURV_KNOWN]) for case in cases] == [
         (300, True, True),
         (400, False, True),
     ]
-    assert cases[0][K.CLINICAL]["age"] == 50
+    assert cases[0][keys.CLINICAL]["age"] == 50
     assert "left out of the training: patient LONE-001: no PET" in caplog.text
 
 
@@ -525,18 +525,18 @@ def test_without_a_table_an_edited_mask_is_all_that_is_known(tiny_cohort: Path, 
     for kind in ("CT", "PT"):
         shutil.copy(str(ct_of(tiny_cohort, 1)).replace("__CT", f"__{kind}"), tmp_path / f"A-1__{kind}.nii.gz")
     (case,) = label.edited_cases([{"image": str(tmp_path / "A-1__CT.nii.gz"), "label": "/mask.nii.gz"}], FEATURES)
-    assert (case[K.SEG_KNOWN], case[K.HPV_KNOWN], case[K.SURV_KNOWN]) == (True, False, False)
+    assert (case[keys.SEG_KNOWN], case[keys.HPV_KNOWN], case[keys.SURV_KNOWN]) == (True, False, False)
 
 
 def test_a_dataset_of_cases_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    cases = [{K.PATIENT_ID: "A"}, {K.PATIENT_ID: "B"}]
+    cases = [{keys.PATIENT_ID: "A"}, {keys.PATIENT_ID: "B"}]
     assert list(label.case_dataset(cases, lambda x: x, None, FEATURES).data) == cases
     assert len(label.case_dataset([], lambda x: x, None, FEATURES, label.CaseDataset(cases, lambda x: x))) == 0
 
 
 @pytest.mark.usefixtures("served")
 def test_without_validation_cases_label_chooses_by_the_training_cases(caplog: pytest.LogCaptureFixture) -> None:
-    training = label.CaseDataset([{K.PATIENT_ID: "A"}], lambda x: x)
+    training = label.CaseDataset([{keys.PATIENT_ID: "A"}], lambda x: x)
     assert list(label.case_dataset([], lambda x: x, None, FEATURES, training).data) == training.data
     assert "no case is set apart for validation" in caplog.text
 
@@ -601,14 +601,14 @@ def test_new_weights_keep_a_copy_of_the_old_ones(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.usefixtures("served")
 def test_a_training_of_monai_label_says_what_it_was_trained_on(tiny_cohort: Path, tmp_path: Path) -> None:
-    case = {K.CT: str(ct_of(tiny_cohort, 1)), K.CENTRE: "CHUM"}
+    case = {keys.CT: str(ct_of(tiny_cohort, 1)), keys.CENTRE: "CHUM"}
     cohort = label.load_cohort("studies", None, FEATURES)
     assert cohort.statement([case]) == (
         "1 cases of 1 centre (CHUM); research use only, not for clinical use; masks edited in MONAI Label"
     )
     (tmp_path / "images" / "A").mkdir(parents=True)
     (tmp_path / "cohort.json").write_text(json.dumps({"notice": "Digital phantoms"}))
-    phantom = {K.CT: str(tmp_path / "images" / "A" / "A__CT.nii.gz"), K.CENTRE: "A"}
+    phantom = {keys.CT: str(tmp_path / "images" / "A" / "A__CT.nii.gz"), keys.CENTRE: "A"}
     assert cohort.statement([phantom]) == "1 digital phantoms, not for clinical use; masks edited in MONAI Label"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts import keys as K
+from scripts import keys
 from scripts.imaging.geometry import Grid
 from scripts.prediction.measures import SMALLEST_LESION_ML, MeasureTumourd, measure_tumour
 
@@ -146,11 +146,11 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 def test_transform_measures_and_lets_a_case_without_a_mask_pass() -> None:
     mask, pet = two_lesions()
     item = {
-        K.PRED: MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(CT.affine)),
-        K.PET: MetaTensor(torch.from_numpy(pet[None]), affine=torch.from_numpy(PET.affine)),
+        keys.PRED: MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(CT.affine)),
+        keys.PET: MetaTensor(torch.from_numpy(pet[None]), affine=torch.from_numpy(PET.affine)),
     }
-    assert MeasureTumourd()(item)[K.MEASURES] == measure_tumour(mask, CT, pet, PET)
-    assert K.MEASURES not in MeasureTumourd()({K.PET: item[K.PET]})
+    assert MeasureTumourd()(item)[keys.MEASURES] == measure_tumour(mask, CT, pet, PET)
+    assert keys.MEASURES not in MeasureTumourd()({keys.PET: item[keys.PET]})
 
 
 def test_clinical_size_is_quick() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.files import write_text
 from scripts.imaging.images import read_image
 from scripts.prediction.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
@@ -29,7 +29,7 @@ AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]
 
 
 def case(patient: str = "CHUM-001", ct: object = "a__CT.nii.gz", **more: object) -> dict:
-    return {K.PATIENT_ID: patient, K.CT: ct, **more}
+    return {keys.PATIENT_ID: patient, keys.CT: ct, **more}
 
 
 def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
@@ -52,12 +52,12 @@ def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
 def result(patient: str = "CHUM-001", mask: bool = True, **more: object) -> dict:
     volume = np.zeros((1, 6, 5, 4), dtype=np.uint8)
     volume[0, 2:4, 2:4, 1:3] = 1
-    found = {K.PRED: MetaTensor(torch.from_numpy(volume), affine=torch.from_numpy(AFFINE))} if mask else {}
+    found = {keys.PRED: MetaTensor(torch.from_numpy(volume), affine=torch.from_numpy(AFFINE))} if mask else {}
     return {
         **found,
-        K.PATIENT_ID: patient,
-        K.CT_AFFINE: torch.from_numpy(AFFINE),
-        K.PREDICTION: prediction(patient),
+        keys.PATIENT_ID: patient,
+        keys.CT_AFFINE: torch.from_numpy(AFFINE),
+        keys.PREDICTION: prediction(patient),
         **more,
     }
 
@@ -73,7 +73,7 @@ def test_a_patient_has_a_mask_a_json_and_a_row(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "CHUM-001" / "prediction.json").read_text()) == written
     assert written["files"] == {"mask": "CHUM-001__tumour.nii.gz"}
     mask, affine = read_image(tmp_path / "CHUM-001" / written["files"]["mask"])
-    np.testing.assert_array_equal(mask, result()[K.PRED][0].numpy())
+    np.testing.assert_array_equal(mask, result()[keys.PRED][0].numpy())
     header = nib.load(tmp_path / "CHUM-001" / written["files"]["mask"]).header
     assert header["descrip"].item().decode() == f"Research use; trained on {written['model']['trained_on']}"
     np.testing.assert_allclose(affine, AFFINE)
@@ -113,14 +113,14 @@ def test_masks_are_of_the_scans_format(ct: object, suffix: str) -> None:
 def test_a_mask_in_the_format_of_itk_reads_back(tmp_path: Path) -> None:
     written = PredictionWriter(str(tmp_path), [case(ct="scan.mha")]).write_patient(result())
     mask, affine = read_image(tmp_path / "CHUM-001" / written["files"]["mask"])
-    np.testing.assert_array_equal(mask, result()[K.PRED][0].numpy())
+    np.testing.assert_array_equal(mask, result()[keys.PRED][0].numpy())
     np.testing.assert_allclose(affine, AFFINE)
 
 
 def test_what_a_model_does_not_give_is_left_out(tmp_path: Path) -> None:
     writer = PredictionWriter(str(tmp_path), [case()])
     bare = {**prediction(), "survival": None, "hpv": None, "tumour": None}
-    written = writer.write_patient(result(mask=False, **{K.PREDICTION: bare}))
+    written = writer.write_patient(result(mask=False, **{keys.PREDICTION: bare}))
     assert written["files"] == {"mask": None}
     row = prediction_row(written)
     assert {name for name, value in row.items() if value != ""} == {
@@ -133,9 +133,9 @@ def test_products_are_named_in_the_prediction(tmp_path: Path) -> None:
     seen = []
 
     def product(of: dict, given: dict, folder: Path) -> Iterator[tuple[str, str]]:
-        assert (folder / given[K.PREDICTION]["files"]["mask"]).is_file()
+        assert (folder / given[keys.PREDICTION]["files"]["mask"]).is_file()
         assert not (folder / "prediction.json").exists()
-        seen.append(of[K.PATIENT_ID])
+        seen.append(of[keys.PATIENT_ID])
         yield "report", "report.html"
 
     written = PredictionWriter(str(tmp_path), [case()], {"report": product}).write_patient(result())
@@ -165,12 +165,12 @@ def test_numbers_that_json_does_not_know_are_an_error(tmp_path: Path) -> None:
     bad = prediction()
     bad["tumour"]["suv_max"] = float("nan")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        PredictionWriter(str(tmp_path), [case()]).write_patient(result(**{K.PREDICTION: bad}))
+        PredictionWriter(str(tmp_path), [case()]).write_patient(result(**{keys.PREDICTION: bad}))
     assert not (tmp_path / "CHUM-001" / "prediction.json").exists()
 
 
 def test_rows_follow_the_list_and_failures_have_one(tmp_path: Path) -> None:
-    cases = [case("CHUM-002", **{K.CLINICAL_FOUND: False}), case("CHUM-001"), case("CHUM-003")]
+    cases = [case("CHUM-002", **{keys.CLINICAL_FOUND: False}), case("CHUM-001"), case("CHUM-003")]
     writer = PredictionWriter(str(tmp_path), cases)
     writer.write_patient(result("CHUM-001"))
     engine = SimpleNamespace(state=SimpleNamespace(failures={"CHUM-003": "no PET"}))
@@ -281,7 +281,7 @@ def test_text_that_a_spreadsheet_would_run_is_no_formula(tmp_path: Path) -> None
 def test_only_the_row_of_a_patient_stays_in_memory(tmp_path: Path) -> None:
     writer = PredictionWriter(str(tmp_path), [case()])
     given = result()
-    volume = weakref.ref(given[K.PRED])
+    volume = weakref.ref(given[keys.PRED])
     writer.write_patient(given)
     del given
     gc.collect()

@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from conftest import BUNDLE
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.evaluation.plots import draw_patient_curve
 from scripts.evaluation.survival import DAYS_PER_YEAR, Calibration, FoldScale, fit_calibration
@@ -64,7 +64,7 @@ def statistics() -> list[dict]:
 
 
 SETTINGS = {
-    "tasks": list(K.TASKS),
+    "tasks": list(keys.TASKS),
     "clinical_features": list(DEFAULT_FEATURES),
     "roi_size": list(BOX.shape),
     "spacing_mm": 8.0,
@@ -74,7 +74,7 @@ SETTINGS = {
 }
 
 
-def ensemble(tasks: tuple[str, ...] = K.TASKS, folds: int = FOLDS, **provenance: object) -> FoldEnsemble:
+def ensemble(tasks: tuple[str, ...] = keys.TASKS, folds: int = FOLDS, **provenance: object) -> FoldEnsemble:
     torch.manual_seed(0)
     model = FoldEnsemble(MultitaskNet(tasks=tasks), {**SETTINGS, "tasks": list(tasks)})
     model.resize(folds)
@@ -106,45 +106,45 @@ def result(folds: int = FOLDS, log_hazard: float = 0.5, hpv: float = 0.7) -> dic
     pet = torch.full((1, *CT.shape), 5.0)
     checks = [Check("pet_lowest", 0.0, "SUV", "at least -0.05 SUV", "ok", "lowest PET value: 0 SUV")]
     item = {
-        K.PATIENT_ID: "CHUM-001",
-        K.IMAGE: MetaTensor(torch.zeros(2, *BOX.shape)),
-        K.PET: MetaTensor(pet, affine=torch.from_numpy(CT.affine)),
-        K.CT_SHAPE: torch.tensor(CT.shape),
-        K.CT_AFFINE: torch.from_numpy(CT.affine),
-        K.BOX_AFFINE: torch.from_numpy(BOX.affine),
-        K.CROP_METHOD: "pet_brain",
-        K.CROP_FLAG: "",
-        K.QUALITY: checks_to_json(checks),
-        K.STARTED: torch.tensor(time.monotonic() - 2.0, dtype=torch.float64),
-        K.CLINICAL: {"age": 61.3, "gender": "female"},
-        K.SEG_PROB: torch.from_numpy((distance < 12).astype(np.float32))[None],
-        K.HPV_PROB: torch.tensor(hpv),
-        K.HPV_PROB_STD: torch.tensor(0.05),
-        K.HPV_PROB_FOLDS: hpv + spread,
-        K.LOG_HAZARD: torch.tensor(log_hazard),
-        K.LOG_HAZARD_STD: torch.tensor(0.1),
-        K.LOG_HAZARD_FOLDS: log_hazard + spread,
-        K.FEATURES: torch.zeros(folds, 5),
+        keys.PATIENT_ID: "CHUM-001",
+        keys.IMAGE: MetaTensor(torch.zeros(2, *BOX.shape)),
+        keys.PET: MetaTensor(pet, affine=torch.from_numpy(CT.affine)),
+        keys.CT_SHAPE: torch.tensor(CT.shape),
+        keys.CT_AFFINE: torch.from_numpy(CT.affine),
+        keys.BOX_AFFINE: torch.from_numpy(BOX.affine),
+        keys.CROP_METHOD: "pet_brain",
+        keys.CROP_FLAG: "",
+        keys.QUALITY: checks_to_json(checks),
+        keys.STARTED: torch.tensor(time.monotonic() - 2.0, dtype=torch.float64),
+        keys.CLINICAL: {"age": 61.3, "gender": "female"},
+        keys.SEG_PROB: torch.from_numpy((distance < 12).astype(np.float32))[None],
+        keys.HPV_PROB: torch.tensor(hpv),
+        keys.HPV_PROB_STD: torch.tensor(0.05),
+        keys.HPV_PROB_FOLDS: hpv + spread,
+        keys.LOG_HAZARD: torch.tensor(log_hazard),
+        keys.LOG_HAZARD_STD: torch.tensor(0.1),
+        keys.LOG_HAZARD_FOLDS: log_hazard + spread,
+        keys.FEATURES: torch.zeros(folds, 5),
     }
     if folds == 1:  # as FoldEnsemble.predict leaves them out
-        del item[K.HPV_PROB_STD], item[K.LOG_HAZARD_STD]
+        del item[keys.HPV_PROB_STD], item[keys.LOG_HAZARD_STD]
     return Compose([CodeClinicald(DEFAULT_FEATURES), RestoreMaskd(), MeasureTumourd()])(item)
 
 
 def describe(model: FoldEnsemble, data: dict, **settings: object) -> dict:
-    return DescribePredictiond(model, **settings)(data)[K.PREDICTION]
+    return DescribePredictiond(model, **settings)(data)[keys.PREDICTION]
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 def test_a_whole_prediction(whole: FoldEnsemble) -> None:
     said = valid(describe(whole, result()))
-    assert said["notice"] == K.RESEARCH_USE_ONLY
+    assert said["notice"] == keys.RESEARCH_USE_ONLY
     assert said["model"]["trained_on"] == "300 digital phantoms, not for clinical use"
     assert (said["model"]["folds"], said["model"]["tasks"]) == (3, ["seg", "hpv", "surv"])
     assert said["model"]["sha256"] == weights_sha256(whole)
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
     assert (said["model"]["name"], said["model"]["version"]) == (metadata["name"], metadata["version"])
-    assert said["tumour"]["volume_ml"] == pytest.approx(result()[K.VOLUME_ML])
+    assert said["tumour"]["volume_ml"] == pytest.approx(result()[keys.VOLUME_ML])
     assert said["tumour"]["suv_max"] == 5.0
     assert said["clinical"][0] == {"name": "age", "value": 61.3, "coded": pytest.approx(61.3), "missing": False}
     assert [row["missing"] for row in said["clinical"]] == [False, False, True, True, True, True, True]
@@ -277,7 +277,7 @@ def test_no_threshold_gives_its_reason() -> None:
 def test_parts_of_absent_tasks_are_null(tasks: tuple, gone: tuple, parts: tuple) -> None:
     data = {k: v for k, v in result().items() if not any(str(k).startswith(name) for name in (*gone, "pred", "meas"))}
     if "seg" in tasks:
-        data = MeasureTumourd()(RestoreMaskd()({**data, K.SEG_PROB: torch.zeros(1, *BOX.shape)}))
+        data = MeasureTumourd()(RestoreMaskd()({**data, keys.SEG_PROB: torch.zeros(1, *BOX.shape)}))
     said = valid(describe(ensemble(tasks), data))
     assert [name for name in ("survival", "hpv", "tumour") if said[name] is None] == sorted(
         parts, key=["survival", "hpv", "tumour"].index
@@ -286,12 +286,12 @@ def test_parts_of_absent_tasks_are_null(tasks: tuple, gone: tuple, parts: tuple)
 
 
 def test_an_empty_mask_is_no_error(whole: FoldEnsemble) -> None:
-    data = {**result(), K.SEG_PROB: torch.zeros(1, *BOX.shape)}
+    data = {**result(), keys.SEG_PROB: torch.zeros(1, *BOX.shape)}
     said = valid(describe(whole, MeasureTumourd()(RestoreMaskd()(data))))["tumour"]
     assert (said["volume_ml"], said["lesions"], said["suv_max"]) == (0.0, 0, None)
 
 
-@pytest.mark.parametrize("key", [K.LOG_HAZARD, K.HPV_PROB])
+@pytest.mark.parametrize("key", [keys.LOG_HAZARD, keys.HPV_PROB])
 def test_scores_that_are_not_finite_fail(whole: FoldEnsemble, key: str) -> None:
     with pytest.raises(ValueError, match=f"the network gave {key} = nan"):
         describe(whole, {**result(), key: torch.tensor(float("nan"))})
@@ -301,7 +301,7 @@ def test_scores_that_are_not_finite_fail(whole: FoldEnsemble, key: str) -> None:
 def test_a_rejected_patient_is_predicted_only_by_force(whole: FoldEnsemble) -> None:
     """The scans' checks with CheckQualityd flagging; forced says that one of them would have stopped it."""
     fault = Check("pet_body", 4000.0, "SUV", "at most 10 SUV", "reject", "median PET value of the body: 4000 SUV")
-    data = {**result(), K.QUALITY: checks_to_json([fault])}
+    data = {**result(), keys.QUALITY: checks_to_json([fault])}
     with pytest.raises(QualityError, match="CHUM-001: rejected by quality control: pet_body"):
         describe(whole, data)
     said = valid(describe(whole, data, on_reject="flag"))["quality"]
@@ -310,15 +310,15 @@ def test_a_rejected_patient_is_predicted_only_by_force(whole: FoldEnsemble) -> N
 
 def test_the_worst_fold_decides_on_the_features(whole: FoldEnsemble) -> None:
     data = result()
-    data[K.FEATURES] = torch.zeros(FOLDS, 5)
-    data[K.FEATURES][1] = 100.0
+    data[keys.FEATURES] = torch.zeros(FOLDS, 5)
+    data[keys.FEATURES][1] = 100.0
     with pytest.raises(QualityError, match="feature_distance"):
         describe(whole, data)
     alone = {c["name"]: c for c in describe(whole, result())["quality"]["checks"]}["feature_distance"]
     forced = {c["name"]: c for c in describe(whole, data, on_reject="flag")["quality"]["checks"]}["feature_distance"]
     assert alone["verdict"] == "ok" and forced["verdict"] == "reject"
     assert forced["value"] > 10 * alone["value"]
-    data[K.FEATURES][2, 0] = float("nan")
+    data[keys.FEATURES][2, 0] = float("nan")
     broken = {c["name"]: c for c in describe(whole, data, on_reject="flag")["quality"]["checks"]}["feature_distance"]
     assert broken["verdict"] == "reject"
 
@@ -332,32 +332,32 @@ def test_unknown_ways_are_refused(whole: FoldEnsemble) -> None:
 def test_a_batch_axis_of_one_changes_nothing(whole: FoldEnsemble) -> None:
     """A server may give the network's outputs as they come, (1,) and (1, K)."""
     data = result()
-    batched = {k: v[None] if k in (*SCORES, K.FEATURES) else v for k, v in data.items()}
+    batched = {k: v[None] if k in (*SCORES, keys.FEATURES) else v for k, v in data.items()}
     one, other = describe(whole, data), describe(whole, batched)
     for part in ("survival", "hpv", "tumour", "quality"):
         assert one[part] == other[part]
 
 
 SCORES = (
-    *(K.LOG_HAZARD, K.LOG_HAZARD_STD, K.LOG_HAZARD_FOLDS),
-    *(K.HPV_PROB, K.HPV_PROB_STD, K.HPV_PROB_FOLDS),
+    *(keys.LOG_HAZARD, keys.LOG_HAZARD_STD, keys.LOG_HAZARD_FOLDS),
+    *(keys.HPV_PROB, keys.HPV_PROB_STD, keys.HPV_PROB_FOLDS),
 )
 
 
 def test_the_chain_runs_on_a_network_without_a_loader(whole: FoldEnsemble) -> None:
     """As a server does it: the network on ``image``, its dictionary under ``pred`` without the batch axis."""
-    scores = (*SCORES, K.FEATURES, K.SEG_PROB)
-    data = {k: v for k, v in result().items() if k not in (*scores, K.PRED, K.MEASURES, K.VOLUME_ML)}
+    scores = (*SCORES, keys.FEATURES, keys.SEG_PROB)
+    data = {k: v for k, v in result().items() if k not in (*scores, keys.PRED, keys.MEASURES, keys.VOLUME_ML)}
     image = torch.rand(1, 2, 32, 32, 32)
-    data[K.IMAGE], data[K.BOX_AFFINE] = image[0], torch.from_numpy(box_grid(CT.centre, 32, 4.0).affine)
+    data[keys.IMAGE], data[keys.BOX_AFFINE] = image[0], torch.from_numpy(box_grid(CT.centre, 32, 4.0).affine)
     model = copy.deepcopy(whole)
     del model.provenance["feature_statistics"]
     with torch.no_grad():
-        output = model.predict(image, data[K.CLINICAL][None])
+        output = model.predict(image, data[keys.CLINICAL][None])
     data["pred"] = {name: value[0] for name, value in output.items()}
     chain = Compose([FlattenPrediction(), RestoreMaskd(), MeasureTumourd(), DescribePredictiond(model)])
-    said = valid(chain(data)[K.PREDICTION])
-    assert said["survival"]["log_hazard"] == float(output[K.LOG_HAZARD])
+    said = valid(chain(data)[keys.PREDICTION])
+    assert said["survival"]["log_hazard"] == float(output[keys.LOG_HAZARD])
     assert len(said["hpv"]["probability_folds"]) == FOLDS
 
 

@@ -16,7 +16,7 @@ from monai.data import list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
 
-from scripts import keys as K
+from scripts import keys
 from scripts.imaging.geometry import Grid
 from scripts.imaging.localise import METHOD_CENTRE, METHOD_CT_TOP, METHOD_MASK, METHOD_PET_BRAIN, Location
 from scripts.imaging.quality import (
@@ -470,7 +470,7 @@ def test_json_keeps_the_checks(case: Case) -> None:
 
 def item(case: Case, patient: str = "CHUM-001") -> dict:
     affine = case.ct_grid.affine
-    return {K.PATIENT_ID: patient, K.CT: (case.ct, affine), K.PET: (case.pet, affine), K.MASK: None}
+    return {keys.PATIENT_ID: patient, keys.CT: (case.ct, affine), keys.PET: (case.pet, affine), keys.MASK: None}
 
 
 def chain(**settings: object) -> Compose:
@@ -487,23 +487,23 @@ def why(chain: Compose, case: Case) -> str:
 
 def test_transform_adds_checks_that_collate(case: Case) -> None:
     done = chain()(item(case))
-    checks = checks_from_json(done[K.QUALITY])
+    checks = checks_from_json(done[keys.QUALITY])
     assert verdict(checks) == "warn"
-    assert done[K.IMAGE].shape == (2, ROI, ROI, ROI)
-    batch = list_data_collate([{K.QUALITY: done[K.QUALITY]}] * 2)
-    assert [checks_from_json(text) for text in batch[K.QUALITY]] == [checks, checks]
+    assert done[keys.IMAGE].shape == (2, ROI, ROI, ROI)
+    batch = list_data_collate([{keys.QUALITY: done[keys.QUALITY]}] * 2)
+    assert [checks_from_json(text) for text in batch[keys.QUALITY]] == [checks, checks]
 
 
 def test_transform_flags_instead_of_raising(case: Case) -> None:
     set_pet(-3)(case)
     done = chain(on_reject="flag")(item(case))
-    assert [c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"] == ["pet_lowest"]
+    assert [c.name for c in checks_from_json(done[keys.QUALITY]) if c.verdict == "reject"] == ["pet_lowest"]
 
 
 TUMOUR = (25, 0, 0)  # mm, where the PET is hot; the block has 7 voxels of 5 mm along each axis
 
 
-def mask_at(case: Case, mm: tuple[float, ...] = TUMOUR, value: float = K.GTVP) -> tuple[np.ndarray, np.ndarray]:
+def mask_at(case: Case, mm: tuple[float, ...] = TUMOUR, value: float = keys.GTVP) -> tuple[np.ndarray, np.ndarray]:
     """A cubic mask around a place, and the CT's affine."""
     index = np.rint(case.ct_grid.to_index(np.array([mm], dtype=float))[0]).astype(int)
     mask = np.zeros(SHAPE, dtype=np.float32 if value % 1 else np.uint8)
@@ -525,7 +525,7 @@ def inside_out(case: Case) -> tuple[np.ndarray, np.ndarray]:
     ("make", "rejected", "said"),
     [
         pytest.param(mask_at, set(), (), id="right"),
-        pytest.param(lambda c: mask_at(c, value=K.GTVN), set(), (), id="node"),
+        pytest.param(lambda c: mask_at(c, value=keys.GTVN), set(), (), id="node"),
         pytest.param(lambda c: (np.zeros(SHAPE), c.ct_grid.affine), set(), (), id="empty"),
         pytest.param(
             lambda c: mask_at(c, value=255), {"mask_values"}, ("343 voxels", "such as 255"), id="another_coding"
@@ -538,8 +538,8 @@ def inside_out(case: Case) -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 def test_masks_are_checked(case: Case, make: Callable, rejected: set, said: tuple[str, ...]) -> None:
-    with_mask = item(case) | {K.MASK: make(case)}
-    checks = checks_from_json(chain(on_reject="flag")(with_mask)[K.QUALITY])
+    with_mask = item(case) | {keys.MASK: make(case)}
+    checks = checks_from_json(chain(on_reject="flag")(with_mask)[keys.QUALITY])
     of_mask = {check.name: check for check in checks if check.name in MASK_RULES}
     assert {name for name, check in of_mask.items() if check.verdict == "reject"} == rejected
     doubts = [check for check in of_mask.values() if check.verdict != "ok"]
@@ -552,22 +552,22 @@ def test_masks_are_checked(case: Case, make: Callable, rejected: set, said: tupl
 
 
 def test_without_a_mask_nothing_is_said_of_one(case: Case) -> None:
-    assert not MASK_RULES & {check.name for check in checks_from_json(chain()(item(case))[K.QUALITY])}
+    assert not MASK_RULES & {check.name for check in checks_from_json(chain()(item(case))[keys.QUALITY])}
 
 
 def test_values_that_are_no_numbers_count_as_nothing_in_a_case_that_passes_all_the_same(case: Case) -> None:
     case.ct, case.pet = case.ct.astype(np.float32), case.pet.astype(np.float32)
     case.ct[0, 0, 0], case.pet[5, 5, 5] = np.inf, np.nan
     done = chain(on_reject="flag")(item(case))
-    rejected = {c.name for c in checks_from_json(done[K.QUALITY]) if c.verdict == "reject"}
+    rejected = {c.name for c in checks_from_json(done[keys.QUALITY]) if c.verdict == "reject"}
     assert rejected >= {"pet_not_finite", "ct_not_finite"}
-    assert torch.isfinite(done[K.IMAGE]).all()
+    assert torch.isfinite(done[keys.IMAGE]).all()
 
 
 def test_transform_takes_limits(case: Case) -> None:
     set_pet(-3)(case)
     limits = {"pet_lowest": {"reject_below": -5, "warn_below": -4}}
-    assert "pet_lowest" in chain(limits=limits)(item(case))[K.QUALITY]
+    assert "pet_lowest" in chain(limits=limits)(item(case))[keys.QUALITY]
 
 
 def test_advisory_checks_warn_where_they_would_reject(case: Case, caplog: pytest.LogCaptureFixture) -> None:
@@ -575,7 +575,7 @@ def test_advisory_checks_warn_where_they_would_reject(case: Case, caplog: pytest
     case.ct[case.airway], case.pet[case.brain] = 40, 0.8
     assert "head_in_view" in why(chain(), case)
     advised = chain(advisory=["head_in_view"])
-    checks = {c.name: c for c in checks_from_json(advised(item(case))[K.QUALITY])}
+    checks = {c.name: c for c in checks_from_json(advised(item(case))[keys.QUALITY])}
     assert checks["head_in_view"].verdict == "warn"
     assert "CHUM-001: kept in spite of head_in_view" in caplog.text
     case.pet[0, 0, 0] = -5
@@ -622,7 +622,7 @@ def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> No
     bad.pet = bad.pet * np.float32(5000)
     datasets = {"training": sampling.CaseDataset([item(case), item(bad, "CHUP-002")], chain())}
     sampling.prepare_datasets(datasets, str(tmp_path), show_progress=False)
-    assert [c[K.PATIENT_ID] for c in datasets["training"].data] == ["CHUM-001"]
+    assert [c[keys.PATIENT_ID] for c in datasets["training"].data] == ["CHUM-001"]
     with (tmp_path / "exclusions.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["PatientID"] == "CHUP-002"
@@ -631,7 +631,7 @@ def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> No
 
 
 def test_doubts_of_cases_that_are_kept_are_listed(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    flipped = item(case, "CHUP-002") | {K.MASK: mask_at(case, (-25, 0, -60))}
+    flipped = item(case, "CHUP-002") | {keys.MASK: mask_at(case, (-25, 0, -60))}
     cached = [sampling.CaseDataset([item(case), flipped], chain(), cache_dir=str(tmp_path / "cache")) for _ in range(2)]
     for dataset in cached:  # the second time from the cache
         sampling.prepare_datasets({"training": dataset}, str(tmp_path), show_progress=False)

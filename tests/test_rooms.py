@@ -108,7 +108,7 @@ ALLOWED = {"keys": set(), "low": {"keys"}, "high": {"low", "keys"}}
         pytest.param("from .other import name", "a relative import", id="relative"),
         pytest.param("import scripts.low.other", "import as 'from scripts.room.module import name'", id="import"),
         pytest.param("from scripts.keys import _name", "_name is private", id="private_name"),
-        pytest.param("from scripts import keys as K\nK._name", "K._name is private", id="private_attribute"),
+        pytest.param("from scripts import keys\nkeys._name", "keys._name is private", id="private_attribute"),
     ],
 )
 def test_faults_are_found(source: str, fault: str) -> None:
@@ -119,7 +119,7 @@ def test_faults_are_found(source: str, fault: str) -> None:
     "source",
     [
         pytest.param("from scripts.low.other import _name", id="private_name_of_the_same_room"),
-        pytest.param("from scripts import keys as K\nK.NAME, K.__name__", id="keys"),
+        pytest.param("from scripts import keys\nkeys.NAME, keys.__name__", id="keys"),
         pytest.param("import numpy\nfrom torch import _C", id="libraries"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ensemble_folds import choose_hpv_threshold
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.case_metrics import confusion, hpv_calls
 from scripts.evaluation.case_table import case_rows
@@ -31,25 +31,36 @@ def probability(value: float) -> torch.Tensor:
 
 def evaluated(value: float) -> int:
     affine = torch.from_numpy(BOX.affine)[None]
-    nothing = {K.TIME: torch.zeros(1), K.EVENT: torch.zeros(1), K.HPV: torch.zeros(1), K.SEG_INSIDE: torch.zeros(1)}
+    nothing = {
+        keys.TIME: torch.zeros(1),
+        keys.EVENT: torch.zeros(1),
+        keys.HPV: torch.zeros(1),
+        keys.SEG_INSIDE: torch.zeros(1),
+    }
     batch = {
         **nothing,
-        **{known: torch.tensor([False]) for known in (K.SURV_KNOWN, K.HPV_KNOWN, K.SEG_KNOWN)},
-        **{K.PATIENT_ID: ["a"], K.CENTRE: ["b"], K.CROP_METHOD: ["mask"], K.CROP_FLAG: [""], K.BOX_AFFINE: affine},
-        **{K.SEG: torch.zeros(1, 1, *BOX.shape), K.SEG_LABELS: torch.zeros(1, 1, *BOX.shape, dtype=torch.uint8)},
+        **{known: torch.tensor([False]) for known in (keys.SURV_KNOWN, keys.HPV_KNOWN, keys.SEG_KNOWN)},
+        **{
+            keys.PATIENT_ID: ["a"],
+            keys.CENTRE: ["b"],
+            keys.CROP_METHOD: ["mask"],
+            keys.CROP_FLAG: [""],
+            keys.BOX_AFFINE: affine,
+        },
+        **{keys.SEG: torch.zeros(1, 1, *BOX.shape), keys.SEG_LABELS: torch.zeros(1, 1, *BOX.shape, dtype=torch.uint8)},
     }
-    return round(case_rows(batch, {K.SEG_PROB: probability(value)})[0]["volume_ml"] / BOX.voxel_ml)
+    return round(case_rows(batch, {keys.SEG_PROB: probability(value)})[0]["volume_ml"] / BOX.voxel_ml)
 
 
 def restored(value: float) -> int:
     affine = torch.from_numpy(BOX.affine)
-    item = {K.SEG_PROB: probability(value)[0], K.BOX_AFFINE: affine, K.CT_AFFINE: affine}
-    return int(RestoreMaskd()({**item, K.CT_SHAPE: torch.tensor(BOX.shape)})[K.PRED].sum())
+    item = {keys.SEG_PROB: probability(value)[0], keys.BOX_AFFINE: affine, keys.CT_AFFINE: affine}
+    return int(RestoreMaskd()({**item, keys.CT_SHAPE: torch.tensor(BOX.shape)})[keys.PRED].sum())
 
 
 def validated(value: float) -> int:
-    label = {K.SEG: torch.zeros(1, 1, *BOX.shape), K.SEG_KNOWN: torch.tensor([True])}
-    return int(mask_pairs({"pred": {K.SEG_PROB: probability(value)}, "label": label})[0].sum())
+    label = {keys.SEG: torch.zeros(1, 1, *BOX.shape), keys.SEG_KNOWN: torch.tensor([True])}
+    return int(mask_pairs({"pred": {keys.SEG_PROB: probability(value)}, "label": label})[0].sum())
 
 
 def status(value: float) -> pd.DataFrame:

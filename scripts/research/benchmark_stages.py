@@ -26,7 +26,7 @@ import phantom
 import predict
 from experiments.experiment import DEEP
 from make_cohort import make_cohort
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.cohorts.files import in_config, written_whole
 from scripts.cohorts.thresholds import above
@@ -104,7 +104,7 @@ def random_ensemble(setup: Setup, folds: int) -> FoldEnsemble:
     """Networks with random weights and random statistics of their batch norms, which folding has to respect."""
     torch.manual_seed(SEED)
     settings = {
-        "tasks": list(K.TASKS),
+        "tasks": list(keys.TASKS),
         "clinical_features": list(DEFAULT_FEATURES),
         "survival_inputs": DEEP["survival_inputs"],  # the paper's, which have the most to do
         "hpv_inputs": DEEP["hpv_inputs"],
@@ -180,7 +180,7 @@ def preprocess(setup: Setup) -> Run:
 
     def run() -> Answer:
         item = dataset[0]
-        return {"box_affine": np.asarray(item[K.BOX_AFFINE]), "image": np.asarray(item[K.IMAGE])}
+        return {"box_affine": np.asarray(item[keys.BOX_AFFINE]), "image": np.asarray(item[keys.IMAGE])}
 
     return run
 
@@ -189,7 +189,7 @@ def preprocess_plainly(setup: Setup) -> Run:
     """Stock MONAI: load, orient and resample both whole volumes, then crop; the box's centre is given."""
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd, SpatialCrop
 
-    names = [K.CT, K.PET]
+    names = [keys.CT, keys.PET]
     chain = Compose(
         [
             LoadImaged(names),
@@ -201,7 +201,7 @@ def preprocess_plainly(setup: Setup) -> Run:
     centre = box_of(setup).centre
 
     def run() -> Answer:
-        data = chain({K.CT: str(setup.scan("CT")), K.PET: str(setup.scan("PT"))})
+        data = chain({keys.CT: str(setup.scan("CT")), keys.PET: str(setup.scan("PT"))})
         answer: Answer = {}
         for name in names:
             grid = Grid(data[name].shape[1:], np.asarray(data[name].affine))
@@ -216,13 +216,13 @@ def preprocess_plainly(setup: Setup) -> Run:
 def box_of(setup: Setup) -> Grid:
     """Where the bundle puts the network's box."""
     item = bundle(setup).get_parsed_content("dataset")[0]
-    return Grid((setup.roi,) * 3, np.asarray(item[K.BOX_AFFINE]))
+    return Grid((setup.roi,) * 3, np.asarray(item[keys.BOX_AFFINE]))
 
 
 def check_preprocessing(setup: Setup, plain: Answer, product: Answer) -> str:
     """The bundle's interpolation, on the plain path's grid, gives its values; and the box is where it is said to be."""
     said = []
-    for key, name, unit, tolerance in ((K.CT, "CT", "HU", 1.0), (K.PET, "PT", "SUV", 0.01)):
+    for key, name, unit, tolerance in ((keys.CT, "CT", "HU", 1.0), (keys.PET, "PT", "SUV", 0.01)):
         array, affine = read_image(setup.scan(name))
         target = Grid(plain[key].shape, plain[f"{key}_affine"])
         worst = float(np.abs(resample(array, Grid(array.shape, affine), target) - plain[key]).max())
@@ -293,9 +293,9 @@ def random_image(setup: Setup, cases: int = 1) -> tuple[torch.Tensor, torch.Tens
 def check_network(setup: Setup, plain: Answer, product: Answer) -> str:
     """float32: the same numbers; bfloat16: nearly the same mask and scores (random weights are the worst case)."""
     half = parser_amp(setup)
-    dice = _dice(above(plain[K.SEG_PROB]), above(product[K.SEG_PROB]))
-    hazard = float(np.abs(plain[K.LOG_HAZARD] - product[K.LOG_HAZARD]).max())
-    hpv = float(np.abs(plain[K.HPV_PROB] - product[K.HPV_PROB]).max())
+    dice = _dice(above(plain[keys.SEG_PROB]), above(product[keys.SEG_PROB]))
+    hazard = float(np.abs(plain[keys.LOG_HAZARD] - product[keys.LOG_HAZARD]).max())
+    hpv = float(np.abs(plain[keys.HPV_PROB] - product[keys.HPV_PROB]).max())
     least, most = (0.99, 0.05) if half else (0.9999, 1e-3)
     _hold(dice >= least, f"masks agree with Dice {dice:.5f} (allowed {least})")
     _hold(max(hazard, hpv) <= most, f"log hazard differs by {hazard:.2g}, HPV by {hpv:.2g} (allowed {most:g})")
@@ -315,10 +315,10 @@ def tumour_probability(setup: Setup) -> tuple[dict[Any, Any], Grid]:
     blob = np.exp(-8 * sum((axis - shift) ** 2 for axis, shift in zip(axes, (0.1, 0.2, -0.1), strict=True)))
     array, affine = read_image(setup.scan("CT"))
     item = {
-        K.SEG_PROB: torch.from_numpy(blob[None].astype(np.float32)),
-        K.BOX_AFFINE: torch.from_numpy(box.affine),
-        K.CT_SHAPE: torch.tensor(array.shape),
-        K.CT_AFFINE: torch.from_numpy(affine),
+        keys.SEG_PROB: torch.from_numpy(blob[None].astype(np.float32)),
+        keys.BOX_AFFINE: torch.from_numpy(box.affine),
+        keys.CT_SHAPE: torch.tensor(array.shape),
+        keys.CT_AFFINE: torch.from_numpy(affine),
     }
     return item, Grid(array.shape, affine)
 
@@ -331,7 +331,7 @@ def restore(setup: Setup) -> Run:
     transform, path = RestoreMaskd(), setup.folder / "mask_product.nii.gz"
 
     def run() -> Answer:
-        mask = np.asarray(transform(item)[K.PRED])[0]
+        mask = np.asarray(transform(item)[keys.PRED])[0]
         write_mask(path, mask, grid.affine)
         return {"mask": mask}
 
@@ -343,7 +343,7 @@ def restore_plainly(setup: Setup) -> Run:
     item, grid = tumour_probability(setup)
 
     def run() -> Answer:
-        mask = whole_mask(item[K.SEG_PROB], np.asarray(item[K.BOX_AFFINE]), grid)
+        mask = whole_mask(item[keys.SEG_PROB], np.asarray(item[keys.BOX_AFFINE]), grid)
         write_plainly(mask, grid.affine, setup.folder / "mask_plain.nii.gz")
         return {"mask": mask}
 
@@ -397,26 +397,26 @@ def patient_plainly(setup: Setup) -> Run:
     """Stock MONAI and the plain network; whole volumes on a lattice of which the bundle's box is a part."""
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, SpatialCrop, SpatialResample
 
-    names, box = [K.CT, K.PET], box_of(setup)
+    names, box = [keys.CT, keys.PET], box_of(setup)
     load = Compose([LoadImaged(names), EnsureChannelFirstd(names)])
     network = plain_ensemble(setup, 1)
     scale = ScaleIntensityPETCTd((-1000, 1000), (0, 25))
 
     def run() -> Answer:
-        data = load({K.CT: str(setup.scan("CT")), K.PET: str(setup.scan("PT"))})
-        grid = Grid(data[K.CT].shape[1:], np.asarray(data[K.CT].affine))
+        data = load({keys.CT: str(setup.scan("CT")), keys.PET: str(setup.scan("PT"))})
+        grid = Grid(data[keys.CT].shape[1:], np.asarray(data[keys.CT].affine))
         image = []
         for name in names:
             affine, size, start = lattice(Grid(data[name].shape[1:], np.asarray(data[name].affine)), box)
             whole = SpatialResample(mode=3, padding_mode="nearest")(data[name], torch.from_numpy(affine), size)
             part = SpatialCrop(roi_start=start, roi_end=[s + setup.roi for s in start])(whole)
             image.append(torch.as_tensor(np.asarray(part)[0]))
-        image_pair = scale({K.IMAGE: torch.stack(image).float()})[K.IMAGE]
+        image_pair = scale({keys.IMAGE: torch.stack(image).float()})[keys.IMAGE]
         with torch.no_grad():
             result = network.predict(image_pair[None], torch.zeros(1, len(DEFAULT_FEATURES)))
-        mask = whole_mask(result[K.SEG_PROB][0], box.affine, grid)
+        mask = whole_mask(result[keys.SEG_PROB][0], box.affine, grid)
         write_plainly(mask, grid.affine, setup.folder / "patient_plain.nii.gz")
-        numbers = {K.HPV_PROB: result[K.HPV_PROB].numpy(), K.LOG_HAZARD: result[K.LOG_HAZARD].numpy()}
+        numbers = {keys.HPV_PROB: result[keys.HPV_PROB].numpy(), keys.LOG_HAZARD: result[keys.LOG_HAZARD].numpy()}
         (setup.folder / "patient_plain.json").write_text(json.dumps({k: v.tolist() for k, v in numbers.items()}))
         return {"mask": mask, **numbers}
 
@@ -436,7 +436,7 @@ def lattice(scan: Grid, box: Grid) -> tuple[np.ndarray, list[int], list[int]]:
 def check_patient(setup: Setup, plain: Answer, product: Answer) -> str:
     """Mask and scores as from the plain path."""
     dice = _dice(plain["mask"], product["mask"])
-    hazard = float(np.abs(plain[K.LOG_HAZARD] - product[K.LOG_HAZARD]).max())
+    hazard = float(np.abs(plain[keys.LOG_HAZARD] - product[keys.LOG_HAZARD]).max())
     least, most = (0.99, 0.05) if parser_amp(setup) else (0.999, 2e-3)
     _hold(dice >= least and hazard <= most, f"Dice {dice:.5f} (allowed {least}), log hazard by {hazard:.2g} ({most:g})")
     return f"Dice {dice:.5f}, log hazard within {hazard:.1g}"
@@ -447,8 +447,8 @@ def _written(output_dir: Path) -> Answer:
     mask, _ = read_image(output_dir / PATIENT / said["files"]["mask"])
     return {
         "mask": mask != 0,
-        K.LOG_HAZARD: np.array([said["survival"]["log_hazard"]]),
-        K.HPV_PROB: np.array([said["hpv"]["probability"]]),
+        keys.LOG_HAZARD: np.array([said["survival"]["log_hazard"]]),
+        keys.HPV_PROB: np.array([said["hpv"]["probability"]]),
     }
 
 
@@ -459,7 +459,7 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
     def make(setup: Setup) -> Run:
         parser = bundle(setup, **{f"dataloader#{name}": value for name, value in loader.items()})
         (case,) = parser["cases"]
-        parser["cases"] = predict.CaseList({**case, K.PATIENT_ID: f"P-{n:03d}"} for n in range(setup.cohort))
+        parser["cases"] = predict.CaseList({**case, keys.PATIENT_ID: f"P-{n:03d}"} for n in range(setup.cohort))
         parser["output_dir"] = in_config(str(setup.folder / "cohort_predictions"))
         parser.get_parsed_content("initialize")
         evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
@@ -467,8 +467,8 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
         def run() -> Answer:
             with open_silence():
                 evaluator.run()
-            rows = [writer.rows[case[K.PATIENT_ID]] for case in parser["cases"]]
-            return {K.LOG_HAZARD: np.array([row["log_hazard"] for row in rows], dtype=float)}
+            rows = [writer.rows[case[keys.PATIENT_ID]] for case in parser["cases"]]
+            return {keys.LOG_HAZARD: np.array([row["log_hazard"] for row in rows], dtype=float)}
 
         return run
 
@@ -477,8 +477,8 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
 
 def check_cohort(setup: Setup, plain: Answer, product: Answer) -> str:
     """Every patient has the same answer, one after another or overlapping."""
-    _hold(len(plain[K.LOG_HAZARD]) == setup.cohort, "not every patient was predicted")
-    worst = float(np.abs(plain[K.LOG_HAZARD] - product[K.LOG_HAZARD]).max())
+    _hold(len(plain[keys.LOG_HAZARD]) == setup.cohort, "not every patient was predicted")
+    worst = float(np.abs(plain[keys.LOG_HAZARD] - product[keys.LOG_HAZARD]).max())
     _hold(worst <= 1e-5, f"log hazard differs by {worst:.2g}")
     return f"log hazard within {worst:.1g}"
 
@@ -527,13 +527,13 @@ def train_plainly(setup: Setup) -> Run:
 def _steps(setup: Setup, network: nn.Module, loss: Any, optimizer: Any, call: Any) -> Run:
     image, clinical = random_image(setup, BATCH)
     targets = {
-        K.SEG: (image[:, 1:] > 0.9).float(),
-        K.SEG_KNOWN: torch.ones(BATCH, dtype=torch.bool),
-        K.HPV: torch.arange(BATCH).remainder(2).float(),
-        K.HPV_KNOWN: torch.ones(BATCH, dtype=torch.bool),
-        K.TIME: 100.0 * torch.arange(1, BATCH + 1),
-        K.EVENT: torch.arange(BATCH).remainder(2) == 0,
-        K.SURV_KNOWN: torch.ones(BATCH, dtype=torch.bool),
+        keys.SEG: (image[:, 1:] > 0.9).float(),
+        keys.SEG_KNOWN: torch.ones(BATCH, dtype=torch.bool),
+        keys.HPV: torch.arange(BATCH).remainder(2).float(),
+        keys.HPV_KNOWN: torch.ones(BATCH, dtype=torch.bool),
+        keys.TIME: 100.0 * torch.arange(1, BATCH + 1),
+        keys.EVENT: torch.arange(BATCH).remainder(2) == 0,
+        keys.SURV_KNOWN: torch.ones(BATCH, dtype=torch.bool),
     }
     for module in network.modules():
         if isinstance(module, nn.Dropout):

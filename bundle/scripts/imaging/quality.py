@@ -19,7 +19,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from scripts import keys as K
+from scripts import keys
 from scripts.imaging.geometry import Grid, box_grid
 from scripts.imaging.localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
 from scripts.imaging.quality_features import feature_distance
@@ -276,7 +276,7 @@ class CheckQualityd(MapTransform):
         on_reject: str = "raise",
         limits: Limits | None = None,
         advisory: Sequence[str] = (),
-        keys: KeysCollection = (K.CT, K.PET),
+        keys: KeysCollection = (keys.CT, keys.PET),
     ) -> None:
         super().__init__(keys)
         if on_reject not in (RAISE, FLAG):
@@ -290,21 +290,21 @@ class CheckQualityd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Check the case."""
         d = dict(data)
-        affine = np.asarray(torch.as_tensor(d[K.BOX_AFFINE]), dtype=float)
+        affine = np.asarray(torch.as_tensor(d[keys.BOX_AFFINE]), dtype=float)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         half = (np.broadcast_to(np.asarray(self.roi_size, dtype=float), 3) - 1) / 2
         centre = affine[:3, :3] @ half + affine[:3, 3]
-        location = Location(centre, d[K.CROP_METHOD], d[K.CROP_FLAG])
+        location = Location(centre, d[keys.CROP_METHOD], d[keys.CROP_FLAG])
         (ct, ct_grid), (pet, pet_grid) = (array_and_grid(d[key]) for key in self.keys)
         checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
-        if d.get(K.MASK) is not None:
+        if d.get(keys.MASK) is not None:
             body = next(float(check.value or 0) for check in checks if check.name == "pet_body")
-            checks += check_mask(*array_and_grid(d[K.MASK]), ct_grid, pet, pet_grid, body, self.limits)
-        checks += [Check(HEADERS, None, "", "", WARN, doubt) for doubt in d.pop(K.DOUBTS, [])]
+            checks += check_mask(*array_and_grid(d[keys.MASK]), ct_grid, pet, pet_grid, body, self.limits)
+        checks += [Check(HEADERS, None, "", "", WARN, doubt) for doubt in d.pop(keys.DOUBTS, [])]
         checks = [self._advise(check, d) for check in checks]
         if self.on_reject == "raise" and verdict(checks) == REJECT:
-            raise QualityError(str(d.get(K.PATIENT_ID, "?")), checks)
-        d[K.QUALITY] = checks_to_json(checks)
+            raise QualityError(str(d.get(keys.PATIENT_ID, "?")), checks)
+        d[keys.QUALITY] = checks_to_json(checks)
         counts = {check.name: check.value for check in checks}
         for key, name, fill in zip(self.keys, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
             if counts[name]:  # a case that passes all the same
@@ -315,7 +315,7 @@ class CheckQualityd(MapTransform):
         """A check that may only warn, and a line in the log for what it would have rejected."""
         if check.verdict != REJECT or check.name not in self.advisory:
             return check
-        logger.warning("patient %s: kept in spite of %s: %s", case.get(K.PATIENT_ID, "?"), check.name, check.message)
+        logger.warning("patient %s: kept in spite of %s: %s", case.get(keys.PATIENT_ID, "?"), check.name, check.message)
         return replace(check, verdict=WARN)
 
 

@@ -21,7 +21,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
 from scripts.cohorts.thresholds import HALF, above
 from scripts.imaging.geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
@@ -32,20 +32,30 @@ CT_FILL = -1024.0  # air, in HU
 PET_FILL = 0.0
 
 ITEM_KEYS = (
-    K.PATIENT_ID,
-    K.IMAGE,
-    K.CLINICAL,
-    K.CT_SHAPE,
-    K.CT_AFFINE,
-    K.BOX_AFFINE,
-    K.CROP_METHOD,
-    K.CROP_FLAG,
+    keys.PATIENT_ID,
+    keys.IMAGE,
+    keys.CLINICAL,
+    keys.CT_SHAPE,
+    keys.CT_AFFINE,
+    keys.BOX_AFFINE,
+    keys.CROP_METHOD,
+    keys.CROP_FLAG,
 )
 # what is measured and told of a patient besides: the native PET, the checks, the clinical values, the time it took
-INFERENCE_KEYS = (*ITEM_KEYS, K.PET, K.QUALITY, K.CLINICAL_VALUES, K.STARTED)
-LABEL_KEYS = (K.CENTRE, K.SEG, K.SEG_KNOWN, K.SEG_INSIDE, K.HPV, K.HPV_KNOWN, K.TIME, K.EVENT, K.SURV_KNOWN)
-TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, K.QUALITY)
-EVALUATION_KEYS = (*TRAINING_KEYS, K.SEG_LABELS)  # nodes are counted apart; training would not flip them along
+INFERENCE_KEYS = (*ITEM_KEYS, keys.PET, keys.QUALITY, keys.CLINICAL_VALUES, keys.STARTED)
+LABEL_KEYS = (
+    keys.CENTRE,
+    keys.SEG,
+    keys.SEG_KNOWN,
+    keys.SEG_INSIDE,
+    keys.HPV,
+    keys.HPV_KNOWN,
+    keys.TIME,
+    keys.EVENT,
+    keys.SURV_KNOWN,
+)
+TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, keys.QUALITY)
+EVALUATION_KEYS = (*TRAINING_KEYS, keys.SEG_LABELS)  # nodes are counted apart; training would not flip them along
 
 
 class LoadScansd(MapTransform):
@@ -66,25 +76,25 @@ class LoadScansd(MapTransform):
         scripts.imaging.images.ImageReadError: when a file cannot be used.
     """
 
-    def __init__(self, keys: KeysCollection = (K.CT, K.PET, K.MASK), allow_missing_keys: bool = True) -> None:
+    def __init__(self, keys: KeysCollection = (keys.CT, keys.PET, keys.MASK), allow_missing_keys: bool = True) -> None:
         super().__init__(keys, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load the case's scans."""
         d = dict(data)
-        d[K.STARTED] = torch.tensor(time.monotonic(), dtype=torch.float64)
+        d[keys.STARTED] = torch.tensor(time.monotonic(), dtype=torch.float64)
         for key in self.keys:
-            if d.get(key) is None and key != K.MASK:
-                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: no {str(key).upper()} image")
+            if d.get(key) is None and key != keys.MASK:
+                raise ValueError(f"patient {d.get(keys.PATIENT_ID, '?')}: no {str(key).upper()} image")
         present = [key for key in self.key_iterator(d) if d[key] is not None]
         with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
             loaded = list(pool.map(_load, [d[key] for key in present]))
         doubts = [doubt for key in present for doubt in getattr(d[key], "doubts", ())]
         for key, scan in zip(present, loaded, strict=True):
             if fault := field_of_view_fault(scan.shape[1:], np.asarray(scan.affine)):
-                raise ValueError(f"patient {d.get(K.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
+                raise ValueError(f"patient {d.get(keys.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
             d[key] = scan
-        return {**d, K.DOUBTS: doubts} if doubts else d
+        return {**d, keys.DOUBTS: doubts} if doubts else d
 
 
 class LocaliseBoxd(MapTransform):
@@ -109,7 +119,7 @@ class LocaliseBoxd(MapTransform):
         spacing_mm: float | Sequence[float],
         use_mask: bool = False,
         proposer: Proposer | None = None,
-        keys: KeysCollection = (K.CT, K.PET, K.MASK),
+        keys: KeysCollection = (keys.CT, keys.PET, keys.MASK),
     ) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.roi_size, self.spacing_mm, self.use_mask, self.proposer = roi_size, spacing_mm, use_mask, proposer
@@ -117,18 +127,18 @@ class LocaliseBoxd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Place the box."""
         d = dict(data)
-        ct, ct_grid = array_and_grid(d[K.CT])
-        mask = d.get(K.MASK) if self.use_mask else None
+        ct, ct_grid = array_and_grid(d[keys.CT])
+        mask = d.get(keys.MASK) if self.use_mask else None
         if mask is not None and array_and_grid(mask)[0].any():
             where = locate_mask(*array_and_grid(mask), self.roi_size, self.spacing_mm)
         else:
-            pet, pet_grid = array_and_grid(d[K.PET])
+            pet, pet_grid = array_and_grid(d[keys.PET])
             where = locate_head_neck(ct, ct_grid, pet, pet_grid, self.roi_size, self.spacing_mm, self.proposer)
-        d[K.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
-        d[K.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
-        d[K.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
+        d[keys.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
+        d[keys.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
+        d[keys.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
         doubts = [f"{str(key).upper()}: {_doubts(d[key])}" for key in self.key_iterator(d) if _doubts(d[key])]
-        d[K.CROP_METHOD], d[K.CROP_FLAG] = where.method, "; ".join(filter(None, [where.flag, *doubts]))
+        d[keys.CROP_METHOD], d[keys.CROP_FLAG] = where.method, "; ".join(filter(None, [where.flag, *doubts]))
         return d
 
 
@@ -145,15 +155,15 @@ class ResampleToBoxd(MapTransform):
         keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
     """
 
-    def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (K.CT, K.PET, K.MASK)) -> None:
+    def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (keys.CT, keys.PET, keys.MASK)) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.roi_size = roi_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample the case's scans onto the box."""
         d = dict(data)
-        box = _box(d[K.BOX_AFFINE], self.roi_size)
-        ct, pet, mask = d.pop(K.CT), d[K.PET], d.pop(K.MASK, None)
+        box = _box(d[keys.BOX_AFFINE], self.roi_size)
+        ct, pet, mask = d.pop(keys.CT), d[keys.PET], d.pop(keys.MASK, None)
         image = np.stack(
             [resample(*array_and_grid(ct), box, fill=CT_FILL), resample(*array_and_grid(pet), box, fill=PET_FILL)]
         )
@@ -161,13 +171,13 @@ class ResampleToBoxd(MapTransform):
         if mask is not None:
             labels, grid = array_and_grid(mask)
             nearest = resample(labels, grid, box, "nearest")
-            found = np.where(nearest == K.GTVN, K.GTVN, np.where(nearest != 0, K.GTVP, 0)).astype(np.uint8)
+            found = np.where(nearest == keys.GTVN, keys.GTVN, np.where(nearest != 0, keys.GTVP, 0)).astype(np.uint8)
             inside = share_inside(labels, grid, box)
-        d[K.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
-        seg = torch.from_numpy((found[None] != K.BACKGROUND).astype(np.float32))
-        d[K.SEG] = MetaTensor(seg, affine=torch.from_numpy(box.affine))
-        d[K.SEG_LABELS] = torch.from_numpy(found[None])
-        d[K.SEG_KNOWN], d[K.SEG_INSIDE] = mask is not None, inside
+        d[keys.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
+        seg = torch.from_numpy((found[None] != keys.BACKGROUND).astype(np.float32))
+        d[keys.SEG] = MetaTensor(seg, affine=torch.from_numpy(box.affine))
+        d[keys.SEG_LABELS] = torch.from_numpy(found[None])
+        d[keys.SEG_KNOWN], d[keys.SEG_INSIDE] = mask is not None, inside
         return d
 
 
@@ -191,7 +201,7 @@ class ScaleIntensityPETCTd(MapTransform):
         self,
         ct_window: Sequence[float] = (-1000.0, 1000.0),
         pet_window: Sequence[float] | None = None,
-        keys: KeysCollection = K.IMAGE,
+        keys: KeysCollection = keys.IMAGE,
     ) -> None:
         super().__init__(keys)
         for name, window in (("ct_window", ct_window), ("pet_window", pet_window)):
@@ -206,7 +216,7 @@ class ScaleIntensityPETCTd(MapTransform):
             image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
             for channel, name in zip(image, ("CT", "PET"), strict=True):
                 if not bool(torch.isfinite(channel).all()):
-                    patient = d.get(K.PATIENT_ID, "?")
+                    patient = d.get(keys.PATIENT_ID, "?")
                     raise ValueError(f"patient {patient}: the {name} holds values that are not finite numbers")
             ct = _min_max(image[0].clamp(*self.ct_window))
             pet = _min_max(image[1]) if self.pet_window is None else _to_window(image[1], *self.pet_window)
@@ -230,7 +240,7 @@ class CodeClinicald(MapTransform):
         ValueError: when a coded vector has another length than ``features``.
     """
 
-    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.CLINICAL) -> None:
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = keys.CLINICAL) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.features = tuple(features)
 
@@ -243,12 +253,12 @@ class CodeClinicald(MapTransform):
             coded = torch.as_tensor(code_clinical(given, self.features) if raw else given, dtype=torch.float32)
             if coded.shape != (len(self.features),):
                 raise ValueError(
-                    f"patient {d.get(K.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
+                    f"patient {d.get(keys.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
                     f"expected ({len(self.features)},) for {', '.join(self.features)}"
                 )
             d[key] = coded
-            d[K.CLINICAL_VALUES] = _clinical_text(
-                self.features, coded.tolist(), (given or {}) if raw else None, d.get(K.CLINICAL_SOURCE) or {}
+            d[keys.CLINICAL_VALUES] = _clinical_text(
+                self.features, coded.tolist(), (given or {}) if raw else None, d.get(keys.CLINICAL_SOURCE) or {}
             )
         return d
 
@@ -284,10 +294,10 @@ class RestoreMaskd(MapTransform):
 
     def __init__(
         self,
-        keys: KeysCollection = K.SEG_PROB,
+        keys: KeysCollection = keys.SEG_PROB,
         threshold: float = HALF,
-        pred_key: str = K.PRED,
-        volume_key: str = K.VOLUME_ML,
+        pred_key: str = keys.PRED,
+        volume_key: str = keys.VOLUME_ML,
     ) -> None:
         super().__init__(keys)
         if len(self.keys) != 1:
@@ -302,9 +312,9 @@ class RestoreMaskd(MapTransform):
         if d.get(self.keys[0]) is None:
             return d
         prob = _plain(d[self.keys[0]])[0].float()
-        shape = [int(n) for n in d[K.CT_SHAPE]]
-        ct = Grid((shape[0], shape[1], shape[2]), _plain(d[K.CT_AFFINE]).numpy())
-        window, values = to_ct_window(prob.numpy(), _box(d[K.BOX_AFFINE], prob.shape), ct)
+        shape = [int(n) for n in d[keys.CT_SHAPE]]
+        ct = Grid((shape[0], shape[1], shape[2]), _plain(d[keys.CT_AFFINE]).numpy())
+        window, values = to_ct_window(prob.numpy(), _box(d[keys.BOX_AFFINE], prob.shape), ct)
         mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
         mask[window] = above(values, self.threshold)
         d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from monai.transforms import Transform
 
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.survival import (
     DAYS_PER_YEAR,
@@ -123,7 +123,7 @@ class DescribePredictiond(Transform):
         model: FoldEnsemble | str | os.PathLike[str],
         on_reject: str = RAISE,
         limits: Limits | None = None,
-        prediction_key: str = K.PREDICTION,
+        prediction_key: str = keys.PREDICTION,
     ) -> None:
         super().__init__()
         if on_reject not in (RAISE, FLAG):
@@ -143,43 +143,43 @@ class DescribePredictiond(Transform):
         d = dict(data)
         d[self.prediction_key] = {
             "schema_version": SCHEMA_VERSION,
-            "patient_id": str(d.get(K.PATIENT_ID, "")),
-            "notice": K.RESEARCH_USE_ONLY,
+            "patient_id": str(d.get(keys.PATIENT_ID, "")),
+            "notice": keys.RESEARCH_USE_ONLY,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": describe_model(self.known),
             "survival": self._survival(d),
             "hpv": self._hpv(d),
-            "tumour": d.get(K.MEASURES),
-            "clinical": json.loads(d.get(K.CLINICAL_VALUES, "[]")),
+            "tumour": d.get(keys.MEASURES),
+            "clinical": json.loads(d.get(keys.CLINICAL_VALUES, "[]")),
             "crop": describe_crop(d),
             "quality": self._quality(d),
-            "seconds": {"total": _seconds(d.get(K.STARTED))},
+            "seconds": {"total": _seconds(d.get(keys.STARTED))},
             "fingerprint": None,
             "files": {"mask": None},
         }
         return d
 
     def _survival(self, data: Mapping[Hashable, Any]) -> dict[str, Any] | None:
-        if data.get(K.LOG_HAZARD) is None:
+        if data.get(keys.LOG_HAZARD) is None:
             return None
         return describe_survival(
-            _number(data, K.LOG_HAZARD),
-            _spread(data, K.LOG_HAZARD_STD),
-            _numbers(data, K.LOG_HAZARD_FOLDS),
+            _number(data, keys.LOG_HAZARD),
+            _spread(data, keys.LOG_HAZARD_STD),
+            _numbers(data, keys.LOG_HAZARD_FOLDS),
             self.known.provenance,
         )
 
     def _hpv(self, data: Mapping[Hashable, Any]) -> dict[str, Any] | None:
-        if data.get(K.HPV_PROB) is None:
+        if data.get(keys.HPV_PROB) is None:
             return None
-        probability = _number(data, K.HPV_PROB)
+        probability = _number(data, keys.HPV_PROB)
         stored = self.known.provenance.get("hpv_threshold") or {}
         threshold = stored.get("value")
         return {
             "inputs": list(self.known.hpv_inputs),
             "probability": probability,
-            "probability_std": _spread(data, K.HPV_PROB_STD),
-            "probability_folds": _numbers(data, K.HPV_PROB_FOLDS),
+            "probability_std": _spread(data, keys.HPV_PROB_STD),
+            "probability_folds": _numbers(data, keys.HPV_PROB_FOLDS),
             "threshold": threshold,
             "positive": None if threshold is None else above(probability, threshold),
             "unavailable": ""
@@ -188,11 +188,11 @@ class DescribePredictiond(Transform):
         }
 
     def _quality(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
-        checks = checks_from_json(data.get(K.QUALITY, "[]"))
-        checks.append(worst_features(data.get(K.FEATURES), self.known, self.limits))
+        checks = checks_from_json(data.get(keys.QUALITY, "[]"))
+        checks.append(worst_features(data.get(keys.FEATURES), self.known, self.limits))
         result = verdict(checks)
         if result == REJECT and self.on_reject == RAISE:
-            raise QualityError(str(data.get(K.PATIENT_ID, "?")), checks)
+            raise QualityError(str(data.get(keys.PATIENT_ID, "?")), checks)
         return {"verdict": result, "forced": result == REJECT, "checks": [asdict(check) for check in checks]}
 
 
@@ -311,12 +311,12 @@ def worst_features(features: torch.Tensor | None, model: Model, limits: Limits |
 
 def describe_crop(data: Mapping[Hashable, Any]) -> dict[str, Any]:
     """Where the network looked, by which rule, and what is doubtful about it."""
-    affine = torch.as_tensor(data[K.BOX_AFFINE]).detach().cpu().double().numpy().reshape(4, 4)
-    shape = np.array(data[K.IMAGE].shape[-3:])
+    affine = torch.as_tensor(data[keys.BOX_AFFINE]).detach().cpu().double().numpy().reshape(4, 4)
+    shape = np.array(data[keys.IMAGE].shape[-3:])
     centre = affine[:3, :3] @ ((shape - 1) / 2) + affine[:3, 3]
     return {
-        "method": str(data[K.CROP_METHOD]),
-        "flag": str(data[K.CROP_FLAG]),
+        "method": str(data[keys.CROP_METHOD]),
+        "flag": str(data[keys.CROP_FLAG]),
         "centre_mm": centre.tolist(),
         "size_mm": (np.linalg.norm(affine[:3, :3], axis=0) * shape).tolist(),
     }

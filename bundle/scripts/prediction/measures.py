@@ -14,7 +14,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from scripts import keys as K
+from scripts import keys
 from scripts.imaging.geometry import Grid, bounding_window, resample
 from scripts.imaging.transforms import array_and_grid
 
@@ -43,7 +43,7 @@ class MeasureTumourd(MapTransform):
         measures_key: where the measures go.
     """
 
-    def __init__(self, keys: KeysCollection = (K.PRED, K.PET), measures_key: str = K.MEASURES) -> None:
+    def __init__(self, keys: KeysCollection = (keys.PRED, keys.PET), measures_key: str = keys.MEASURES) -> None:
         super().__init__(keys)
         if len(self.keys) != 2:
             raise ValueError(f"a mask and a PET are measured, got keys {self.keys}")

@@ -24,7 +24,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform
 
-from scripts import keys as K
+from scripts import keys
 from scripts.cohorts import cohort
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.cohorts.cohort import Case, Cohort, CohortError
@@ -81,7 +81,7 @@ class TakeRequestd(MapTransform):
         scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
 
-    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = K.IMAGE) -> None:
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = keys.IMAGE) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.features = tuple(features)
 
@@ -91,7 +91,7 @@ class TakeRequestd(MapTransform):
         if not any(key in d for key in self.keys):
             return d
         request = {str(name): value for name, value in d.items()}
-        made: dict[Hashable, Any] = {K.REQUEST: request}
+        made: dict[Hashable, Any] = {keys.REQUEST: request}
         made.update(request_case(request, self.features))
         return made
 
@@ -105,11 +105,11 @@ class KeepRequestd(ToNetworkItemd):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Pick the network's item, and what the server needs where there is one."""
         item = super().__call__(data)
-        if K.REQUEST not in data:
+        if keys.REQUEST not in data:
             return item
-        image = item[K.IMAGE]
-        item[K.IMAGE] = MetaTensor(image.as_tensor(), affine=image.affine, meta={K.CLINICAL: item[K.CLINICAL]})
-        return {**data[K.REQUEST], LATENCIES: data.get(LATENCIES, {}), **item}
+        image = item[keys.IMAGE]
+        item[keys.IMAGE] = MetaTensor(image.as_tensor(), affine=image.affine, meta={keys.CLINICAL: item[keys.CLINICAL]})
+        return {**data[keys.REQUEST], LATENCIES: data.get(LATENCIES, {}), **item}
 
 
 class ServedInferer(EnsembleInferer):
@@ -124,8 +124,8 @@ class ServedInferer(EnsembleInferer):
     ) -> dict[str, torch.Tensor]:
         """Predictions of the ensemble ``network``; shapes as in :class:`scripts.training.engine.NetworkInferer`."""
         if isinstance(inputs, MetaTensor):
-            if clinical is None and K.CLINICAL in inputs.meta:
-                clinical = inputs.meta[K.CLINICAL].reshape(len(inputs), -1).to(inputs.device)
+            if clinical is None and keys.CLINICAL in inputs.meta:
+                clinical = inputs.meta[keys.CLINICAL].reshape(len(inputs), -1).to(inputs.device)
             inputs = inputs.as_tensor()
         if not network.training:  # servers do not run the config's own start, where this is done
             network.fold_norms()
@@ -149,7 +149,7 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
         scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     request = read_prediction(request)
-    ct = named_file(request, K.IMAGE)
+    ct = named_file(request, keys.IMAGE)
     if ct is None:
         raise CohortError("image: the server has no such CT; its list is at datastore/?output=all")
     pet = named_file(request, "pet", ct)
@@ -171,8 +171,8 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
         found = _tables_of(scans) if named is None and (patient or named_ct(ct)) else []
         tables = found if named is None else [named]
         case = _named_case(scans, features, tables)
-    if case[K.PROBLEM]:
-        raise CohortError(f"patient {case[K.PATIENT_ID]}: {case[K.PROBLEM]}")
+    if case[keys.PROBLEM]:
+        raise CohortError(f"patient {case[keys.PATIENT_ID]}: {case[keys.PROBLEM]}")
     inputs.add_clinical_values([case], request, "request")
     return case
 
@@ -269,7 +269,7 @@ class LabelCohort(Cohort):
     def statement(self, cases: Sequence[Case] | None = None) -> str:
         """As :meth:`scripts.cohorts.cohort.Cohort.statement`, from the folders of the cases."""
         cases = self.cases if cases is None else cases
-        folders = [folder for case in cases for folder in Path(case[K.CT]).parents[:4]]
+        folders = [folder for case in cases for folder in Path(case[keys.CT]).parents[:4]]
         recorded = next((folder for folder in folders if (folder / cohort.RECORD_FILE).is_file()), self.dataset_dir)
         return f"{Cohort(str(recorded), []).statement(cases)}; masks edited in MONAI Label"
 
@@ -314,7 +314,7 @@ def case_dataset(
         features: names of the clinical values, in the network's order.
         otherwise: dataset of which the cases are taken where MONAI Label sets none apart.
     """
-    cases = edited_cases(data, features) if any(K.PATIENT_ID not in item for item in data) else list(data)
+    cases = edited_cases(data, features) if any(keys.PATIENT_ID not in item for item in data) else list(data)
     if serving() and not cases and otherwise is not None:
         logger.warning("no case is set apart for validation: the best epoch is chosen by the training cases")
         cases = list(otherwise.data)
@@ -332,13 +332,13 @@ def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) ->
     cases = []
     for pair in pairs:
         try:
-            scans = _scans_with(Path(pair[K.IMAGE]))
+            scans = _scans_with(Path(pair[keys.IMAGE]))
             case = _named_case(replace(scans, mask=Path(pair["label"])), features, _tables_of(scans))
         except CohortError as error:
             logger.warning("left out of the training: %s", error)
             continue
-        if case[K.PROBLEM]:
-            logger.warning("left out of the training: patient %s: %s", case[K.PATIENT_ID], case[K.PROBLEM])
+        if case[keys.PROBLEM]:
+            logger.warning("left out of the training: patient %s: %s", case[keys.PATIENT_ID], case[keys.PROBLEM])
         else:
             cases.append(case)
     return cases
