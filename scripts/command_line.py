@@ -92,6 +92,27 @@ def run_room(room: str, *commands: str) -> None:
     runpy.run_module(f"{room}.{name}", run_name="__main__", alter_sys=True)
 
 
+def run_commands(commands: Mapping[str, tuple[Callable[..., None], Sequence[type[Exception]]]]) -> None:
+    """Run one of a file's commands, whose name was typed first: ``python scripts/FILE.py COMMAND [options]``.
+
+    Args:
+        commands: name to its function and to the errors that it raises for people, as for :func:`run_tool`. Another
+            name ends the program with code 2.
+    """
+    file, name = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        usage = f"python scripts/{file} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
+        if name in HELP:
+            print(f"usage: {usage}; COMMAND --help lists its options")
+            return
+        print(f"{Path(file).stem}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
+        raise SystemExit(2)
+    del sys.argv[1]
+    function, errors = commands[name]
+    vars(function)["command"] = name
+    run_tool(function, *errors)
+
+
 def start_of(function: Callable[..., None]) -> str:
     """How a command is started, by the file of its function.
 
@@ -101,7 +122,8 @@ def start_of(function: Callable[..., None]) -> str:
     """
     file = Path(inspect.getfile(function))
     room = file.parent.name
-    return f"python scripts/{file.name}" if room == "scripts" else f"python scripts/{room} {file.stem}"
+    start = f"python scripts/{file.name}" if room == "scripts" else f"python scripts/{room} {file.stem}"
+    return " ".join([start, *([function.command] if hasattr(function, "command") else [])])
 
 
 def plain_console() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from command_line import UsageError, read_arguments, run_tool
+from command_line import UsageError, read_arguments, run_commands, run_tool
 
+import serve
 from conftest import ROOT
 from experiments.experiment import read_override, typed
 from scripts.cohorts.clinical import FEATURES
@@ -167,6 +168,37 @@ def test_help_names_every_option(name, capsys):
         assert option in ("return", "values", "overrides") or re.search(rf"--{option}\s+\w", shown), option
 
 
+@pytest.mark.parametrize("command", serve.COMMANDS)
+def test_help_of_a_command_of_a_file(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/serve.py", command, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run_commands(serve.COMMANDS)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python scripts/serve.py {command} ")
+    for option in serve.COMMANDS[command][0].__annotations__:
+        assert option == "return" or re.search(rf"--{option}\s+\w", shown), option
+
+
+@pytest.mark.parametrize(
+    "typed, code, shown",
+    [
+        pytest.param([], 2, "serve: which command?; python scripts/serve.py COMMAND", id="none"),
+        pytest.param(["lunch"], 2, "serve: no command 'lunch'; python scripts/serve.py COMMAND", id="unknown"),
+        pytest.param(["--help"], 0, "usage: python scripts/serve.py COMMAND [options]; COMMAND is one of", id="help"),
+        pytest.param(["label", "--lunch"], 2, "serve_label: no option --lunch", id="option"),
+    ],
+)
+def test_a_file_of_commands(typed, code, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/serve.py", *typed])
+    ended = 0
+    try:
+        run_commands(serve.COMMANDS)
+    except SystemExit as end:
+        ended = end.code
+    said = capsys.readouterr()
+    assert ended == code and shown in said.out + said.err
+
+
 def commands() -> list[str]:
     """Every command with one of the tools in README, CONTRIBUTING, guides and Dockerfile."""
     found = []
@@ -189,8 +221,11 @@ def test_documented_commands_can_be_read(command):
         name = f"{name}.{words.pop(0)}"
     if not words or "..." in command:
         pytest.skip("the tool's name alone")
-    assert name in TOOLS
-    function = getattr(importlib.import_module(name), name.rpartition(".")[2])
+    if name == "serve":
+        function = serve.COMMANDS[words.pop(0)][0]
+    else:
+        assert name in TOOLS
+        function = getattr(importlib.import_module(name), name.rpartition(".")[2])
     more = {"words": ("input", "output"), "others": FEATURES} if name == "predict" else {}
     read_arguments(function, words, **more)
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-import serve_label
+import serve
 from conftest import BUNDLE, ROOT, SHARED_DATA
 from runtimes import check
 from scripts import keys
@@ -614,20 +614,20 @@ def test_a_training_of_monai_label_says_what_it_was_trained_on(tiny_cohort: Path
 
 # --- the server's script --------------------------------------------------------------------------------------------
 def test_the_server_lists_a_link_to_each_ct(tiny_cohort: Path, tmp_path: Path) -> None:
-    folder = Path(serve_label.list_studies(str(tiny_cohort), str(tmp_path / "store")))
-    again = Path(serve_label.list_studies(str(tiny_cohort), str(tmp_path / "store")))
+    folder = Path(serve.list_studies(str(tiny_cohort), str(tmp_path / "store")))
+    again = Path(serve.list_studies(str(tiny_cohort), str(tmp_path / "store")))
     assert folder == again == tmp_path / "store"
     links = sorted(folder.iterdir())
     assert [link.name for link in links] == [f"CHUM-{k:03d}__CT.nii.gz" for k in range(1, 7)]
     assert links[0].resolve() == ct_of(tiny_cohort, 1).resolve()
-    assert serve_label.list_studies("http://127.0.0.1:8042/dicom-web") == "http://127.0.0.1:8042/dicom-web"
+    assert serve.list_studies("http://127.0.0.1:8042/dicom-web") == "http://127.0.0.1:8042/dicom-web"
 
 
 @pytest.mark.parametrize(("folder", "message"), [("none", "is not there"), ("empty", "no CT in")])
 def test_the_server_needs_scans(folder: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=message):
-        serve_label.list_studies(str(tmp_path / folder))
+        serve.list_studies(str(tmp_path / folder))
 
 
 def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
@@ -637,20 +637,20 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
     for name in ("configs", "scripts", "docs", "models"):
         (bundle / name).mkdir(parents=True)
     with pytest.raises(SystemExit, match="no weights at"):
-        serve_label.install_bundle(Path(sys.executable), app, bundle)
+        serve.install_bundle(Path(sys.executable), app, bundle)
     (bundle / "models" / "model.pt").write_text("shipped")
     (bundle / "configs" / "a.json").write_text("1")
-    target = serve_label.install_bundle(Path(sys.executable), app, bundle)
+    target = serve.install_bundle(Path(sys.executable), app, bundle)
     assert target == app / "model" / NAME
     (target / "models" / "model.pt").write_text("trained since")
     (bundle / "configs" / "a.json").write_text("2")
-    serve_label.install_bundle(Path(sys.executable), app, bundle)
+    serve.install_bundle(Path(sys.executable), app, bundle)
     assert (target / "configs" / "a.json").read_text() == "2"
     assert (target / "models" / "model.pt").read_text() == "trained since"
-    serve_label.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
+    serve.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
     assert (target / "models" / "model.pt").read_text() == "shipped"
     (target / "models" / "model.pt").write_text("trained again")
-    serve_label.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
+    serve.install_bundle(Path(sys.executable), app, bundle, fresh_model=True)
     backups = sorted((target / "models").glob("model_before_*"))
     assert sorted(path.read_text() for path in backups) == ["trained again", "trained since"]
     assert all(re.fullmatch(r"model_before_\d{8}_\d{6}(_\d+)?\.pt", path.name) for path in backups)
@@ -659,11 +659,11 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
 def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Path, capsys: Any) -> None:
     studies = tmp_path / "studies"
     shutil.copytree(ct_of(tiny_cohort, 1).parent, studies / "CHUM-001")
-    store = Path(serve_label.list_studies(str(studies)))
+    store = Path(serve.list_studies(str(studies)))
     first = capsys.readouterr()
     (store / "labels" / "final").mkdir(parents=True)
     shutil.copy(studies / "CHUM-001" / "CHUM-001.nii.gz", store / "labels" / "final" / "CHUM-001__CT.nii.gz")
-    assert serve_label.list_studies(str(studies)) == str(store)
+    assert serve.list_studies(str(studies)) == str(store)
     assert capsys.readouterr() == first
     assert first.err == ""
 
@@ -671,33 +671,33 @@ def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Pa
 def test_a_list_that_cannot_be_written_is_told(tiny_cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"the list of CTs cannot be written: .*--store"):
-        serve_label.list_studies(str(tiny_cohort), str(tmp_path / "file"))
+        serve.list_studies(str(tiny_cohort), str(tmp_path / "file"))
 
 
 def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(serve_label, "REQUIREMENTS", ("nothing",))
+    monkeypatch.setattr(serve, "REQUIREMENTS", ("nothing",))
 
     def make_venv(place: Path, **_: Any) -> None:
         (place / "bin").mkdir(parents=True)
         (place / "bin" / "python").symlink_to("/bin/false")
 
-    monkeypatch.setattr(serve_label.venv, "create", make_venv)
+    monkeypatch.setattr(serve.venv, "create", make_venv)
     with pytest.raises(SystemExit) as error:
         check.check_label(str(tmp_path / "env"))
     assert error.value.code == check.SKIPPED == 77
     told = capsys.readouterr().out
     assert "SKIPPED, not tested: MONAI Label's environment cannot be made" in told and "-m pip install" in told
     with pytest.raises(SystemExit, match="MONAI Label's environment cannot be made"):
-        serve_label.serve_label(str(tmp_path), env=str(tmp_path / "env"))
+        serve.serve_label(str(tmp_path), env=str(tmp_path / "env"))
     assert (tmp_path / "env" / "installed.txt").read_text() == "not finished"
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pyvenv.cfg").write_text("of another environment")
-    with pytest.raises(serve_label.LabelEnvironmentError, match="holds something else; name a new folder"):
-        serve_label.make_environment(tmp_path)
+    with pytest.raises(serve.LabelEnvironmentError, match="holds something else; name a new folder"):
+        serve.make_environment(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pyvenv.cfg"]
 
 
@@ -815,7 +815,7 @@ def draw_mask(ct: Path, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address of a server that ``scripts/serve_label.py`` started, and its copy of the bundle."""
+    """Address of a server that ``scripts/serve.py label`` started, and its copy of the bundle."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -823,7 +823,8 @@ def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
     options = ("--studies", str(studies), "--bundle", str(bundle), "--app", str(folder / "monaibundle"))
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "serve_label.py"),
+        str(ROOT / "scripts" / "serve.py"),
+        "label",
         *options,
         "--env",
         sys.prefix,

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from command_line import ROOT
 
-import serve_label
+import serve
 
 APP = ROOT / "scripts" / "runtimes" / "deploy_app"
 SKIPPED = 77  # as test runners understand it
@@ -25,14 +25,14 @@ STACK_BYTES = 32 * 2**20  # what MONAI Deploy's engine asks for
 
 
 def check_label(environment: str = "") -> NoReturn:
-    """Run ``tests/test_label.py`` in the environment of ``serve_label.py`` (about 2.5 GB, some minutes to make).
+    """Run ``tests/test_label.py`` in the environment of ``serve.py label`` (about 2.5 GB, some minutes to make).
 
     Args:
         environment: folder of the virtual environment.
     """
     try:
-        python = serve_label.make_environment(Path(environment or serve_label.ENVIRONMENT).expanduser().resolve())
-    except serve_label.LabelEnvironmentError as error:
+        python = serve.make_environment(Path(environment or serve.ENVIRONMENT).expanduser().resolve())
+    except serve.LabelEnvironmentError as error:
         print(f"label: SKIPPED, not tested: MONAI Label's environment cannot be made: {error}", flush=True)
         raise SystemExit(SKIPPED) from None
     # Other packages' warnings are no errors there, and their modules hold no doctests of ours.

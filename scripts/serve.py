@@ -1,8 +1,8 @@
-"""Serve the bundle with MONAI Label, in an environment of its own that is made on first use.
+"""Serve the bundle with MONAI Label: ``python scripts/serve.py label --studies DIR``.
 
-MONAI Label needs other versions than this project (pydicom below 3), so that it is never installed beside it. The
-server listens on this machine only, unless ``--host`` says otherwise: MONAI Label lets anyone who reaches it read the
-images and start a training.
+It runs in an environment of its own that is made on first use: MONAI Label needs other versions than this project
+(pydicom below 3), so that it is never installed beside it. The server listens on this machine only, unless ``--host``
+says otherwise: MONAI Label lets anyone who reaches it read the images and start a training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from command_line import BUNDLE, ROOT, run_tool
+from command_line import BUNDLE, ROOT, run_commands
 
 from scripts.cohorts.files import dated_name
 from scripts.cohorts.scans import CohortError, find_scans
@@ -249,5 +249,7 @@ def start_server(python: Path, app: Path, studies: str, host: str, port: int, sc
     os.execve(python, [str(python), "-m", "monailabel.main", "start_server", *where, *conf], environment)
 
 
+COMMANDS = {"label": (serve_label, (OSError,))}
+
 if __name__ == "__main__":
-    run_tool(serve_label, OSError)
+    run_commands(COMMANDS)
