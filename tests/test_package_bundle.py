@@ -98,6 +98,8 @@ def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Pa
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert {"LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "models/model.pt"} <= files
     assert {f"scripts/{path.name}" for path in BUNDLE.glob("scripts/*.py")} <= files
+    templates = {path.relative_to(BUNDLE).as_posix() for path in BUNDLE.glob("scripts/prediction/templates/*")}
+    assert "scripts/prediction/templates/report.html" in templates and templates <= files
     assert not [name for name in files if name.startswith(("output", "data")) or "pycache" in name or "/." in name]
     for name in files:
         packaged, original = (root / name).read_bytes(), (source / name).read_bytes()

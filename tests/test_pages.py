@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
-from scripts.prediction.pages import Link, Page, Ranked, Words
+from scripts.prediction.pages import Link, Page, Ranked, Words, environment, render
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('&')</script>"
@@ -70,11 +71,9 @@ def test_rows_must_fit_the_titles() -> None:
 
 
 def test_links_pairs_and_ranked_cells_are_text_too() -> None:
-    page = Page("t")
-    page.link(EVIL, EVIL)
-    page.pairs([(EVIL, EVIL)])
-    page.table(["a", "b"], [[Link(EVIL, 'a b"/x.html'), Ranked(EVIL, 2.5)], ["x", Ranked("-", None)]])
-    html = page.html()
+    cells = [[Link(EVIL, 'a b"/x.html'), Ranked(EVIL, 2.5)], ["x", Ranked("-", None)]]
+    values = {"counts": [(EVIL, EVIL)], "risks": None, "titles": ["a", "b"], "patients": cells, "table": EVIL}
+    html = render("index.html", title="t", warnings=[], failures=[], findings=[], sortable=False, **values)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 5
     assert 'href="a%20b%22/x.html"' in html
@@ -82,17 +81,14 @@ def test_links_pairs_and_ranked_cells_are_text_too() -> None:
     assert 'data-sort=""' in html
 
 
-def test_only_a_page_with_a_sortable_table_holds_the_script_and_holds_it_once() -> None:
-    page = Page("t")
-    page.table(["a"], [[1]])
-    assert "<script" not in page.html()
-    for _ in range(2):
-        page.table(["a"], [[1]], sortable=True)
-    assert page.html().count("<script>") == 1
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'warnings' is undefined"):
+        render("report.html", title="t")
 
 
-def test_blocks_are_closed() -> None:
-    page = Page("t")
-    with page.block("columns"), page.block(""):
-        page.paragraph("inside")
-    assert page.parts[1:] == ['<div class="columns">', "<div>", "<p>inside</p>", "</div>", "</div>"]
+def test_every_template_is_sound() -> None:
+    assert {"page.html", "parts.html", "report.html", "index.html", "style.css", "sort.js"} == set(
+        environment().list_templates()
+    )
+    for name in environment().list_templates():
+        environment().get_template(name)

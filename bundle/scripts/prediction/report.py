@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scripts import keys
+from scripts.cohorts.files import write_text
 from scripts.evaluation.plots import draw_patient_curve
 from scripts.imaging.transforms import LoadScansd, array_and_grid
 from scripts.prediction.figures import (
@@ -34,7 +35,7 @@ from scripts.prediction.figures import (
     project,
 )
 from scripts.prediction.findings import Section, explanation_section, sections_of, warnings_of
-from scripts.prediction.pages import Page
+from scripts.prediction.pages import render
 from scripts.prediction.sheet import INK, MARGIN_MM, PALE, WIDTH_MM, Sheet, wrapped
 from scripts.prediction.summary import write_summary
 
@@ -78,7 +79,7 @@ def write_report(
     if explanation is not None:
         sections.insert(1, explanation_section(explanation.to_dict()))
     paths = [Path(folder) / REPORT_HTML, Path(folder) / REPORT_PDF]
-    _html(prediction, sections, pictures).write(paths[0])
+    write_text(paths[0], _html(prediction, sections, pictures))
     try:
         _pdf(prediction, sections, pictures).save(paths[1])
     except BaseException:
@@ -173,31 +174,21 @@ def _title(prediction: Mapping[str, Any]) -> str:
     return f"PET/CT report: {prediction['patient_id'] or 'patient without a name'}"
 
 
-def _html(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> Page:
-    page = Page(_title(prediction))
-    for text in warnings_of(prediction):
-        page.paragraph(text, "warning")
+def _html(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> str:
     drawn = Sheet("", INNER_MM, pictures.height)
     pictures.draw(drawn, 0, 0)
-    page.figures([(drawn.png(), pictures.caption)], wide=True)
     half = (len(sections) + 1) // 2
-    with page.block("columns"):
-        for column, part in enumerate((sections[:half], sections[half:])):
-            with page.block(""):
-                if column == 0 and (prediction.get("survival") or {}).get("curve"):
-                    page.figures([(_curve_png(prediction), _curve_caption(prediction))], wide=True)
-                for section in part:
-                    _html_section(page, section)
-    return page
-
-
-def _html_section(page: Page, section: Section) -> None:
-    page.heading(section.title, 3)
-    for text in section.loud:
-        page.paragraph(text, "loud")
-    page.pairs(section.rows)
-    for text in section.notes:
-        page.paragraph(text, "note")
+    has_curve = (prediction.get("survival") or {}).get("curve")
+    return render(
+        "report.html",
+        title=_title(prediction),
+        warnings=warnings_of(prediction),
+        pictures=drawn.png(),
+        caption=pictures.caption,
+        curve=(_curve_png(prediction), _curve_caption(prediction)) if has_curve else None,
+        columns=(sections[:half], sections[half:]),
+        sortable=False,
+    )
 
 
 def _curve_png(prediction: Mapping[str, Any]) -> bytes:

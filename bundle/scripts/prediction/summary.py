@@ -12,11 +12,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from scripts.cohorts.files import write_text
 from scripts.evaluation.plots import GREY, GROUP_COLOURS
 from scripts.keys import RESEARCH_USE_ONLY
 from scripts.prediction.findings import FORCED, trained_on_of
 from scripts.prediction.outputs import folder_names
-from scripts.prediction.pages import Link, Page, Ranked
+from scripts.prediction.pages import Link, Ranked, render
 from scripts.prediction.sheet import Sheet
 
 INDEX, TABLE, PREDICTION, REPORT = "index.html", "predictions.csv", "prediction.json", "report.html"
@@ -57,26 +58,24 @@ def write_summary(output_dir: str | Path) -> Path:
         if status != FAILED
     }
     found = [prediction for prediction in predictions.values() if prediction is not None]
-    page = Page(f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}")
-    page.paragraph(f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY, "warning")
     forced = [prediction["patient_id"] for prediction in found if prediction["quality"]["forced"]]
-    if forced:
-        page.paragraph(f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}", "warning")
-    _counts(page, rows, found)
-    _risks(page, found)
-    page.heading("Patients")
-    cells = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in rows]
-    page.table(TITLES, cells, "A click on a title sorts.", sortable=True)
-    page.link("All numbers as a table: predictions.csv", TABLE)
-    _problems(
-        page,
-        "Not predicted, or not fully",
-        [(r["PatientID"], f"{r['status']}: {r['reason']}") for r in rows if r["reason"]],
+    warnings = [f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY]
+    warnings += [f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}"] if forced else []
+    html = render(
+        "index.html",
+        title=f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}",
+        warnings=warnings,
+        counts=_counts(rows, found),
+        risks=_risks(found),
+        titles=TITLES,
+        patients=[_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in rows],
+        table=TABLE,
+        failures=[(row["PatientID"], f"{row['status']}: {row['reason']}") for row in rows if row["reason"]],
+        findings=_findings(found),
+        sortable=True,
     )
-    _problems(page, "Quality of the scans", _findings(found))
-    path = folder / INDEX
-    page.write(path)
-    return path
+    write_text(folder / INDEX, html)
+    return folder / INDEX
 
 
 def _prediction(folder: Path) -> dict[str, Any] | None:
@@ -85,7 +84,8 @@ def _prediction(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _counts(page: Page, rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str, Any]]) -> None:
+def _counts(rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many patients have which status, risk group, HPV class and quality."""
     status = Counter(row["status"] for row in rows)
     verdicts = Counter(prediction["quality"]["verdict"] for prediction in predictions)
     said = [("patients", f"{len(rows)} ({', '.join(f'{count} {name}' for name, count in status.most_common())})")]
@@ -99,29 +99,29 @@ def _counts(page: Page, rows: Sequence[Mapping[str, str]], predictions: Sequence
     said.append(
         ("quality", ", ".join(f"{count} {name}" for name, count in verdicts.most_common()) or "nothing checked")
     )
-    page.pairs(said)
+    return said
 
 
 def _survival(prediction: Mapping[str, Any]) -> Mapping[str, Any]:
     return prediction.get("survival") or {}
 
 
-def _risks(page: Page, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """A mark for each patient at its percentile among the training cases."""
+def _risks(predictions: Sequence[Mapping[str, Any]]) -> tuple[bytes, str] | None:
+    """A picture with a mark for each patient at its percentile among the training cases, and its caption."""
     placed = [
         (p["percentile"], p.get("risk_group") or "")
         for p in map(_survival, predictions)
         if p.get("percentile") is not None
     ]
     if not placed:
-        return
+        return None
     sheet = Sheet("", 180, 46)
     _draw_percentiles(sheet.axes(12, 4, 164, 28), placed)
     caption = (
         "Patients by their risk percentile among the training cases, in steps of 10. A cohort like the training cases "
         "would be level."
     )
-    page.figures([(sheet.png(), caption)], wide=True)
+    return sheet.png(), caption
 
 
 def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
@@ -176,9 +176,3 @@ def _findings(predictions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]
         for check in prediction["quality"]["checks"]
         if check["verdict"] != "ok"
     ]
-
-
-def _problems(page: Page, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    if rows:
-        page.heading(title)
-        page.pairs(rows)
