@@ -15,7 +15,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, FlattenSubKeysd
 
 from conftest import BUNDLE
 from scripts import keys
@@ -30,7 +30,6 @@ from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.model.networks import MultitaskNet
 from scripts.prediction.description import CURVE_POINTS, DescribePredictiond, Model, survival_curve, weights_sha256
 from scripts.prediction.measures import MeasureTumourd
-from scripts.training.engine import FlattenPrediction
 
 SCHEMA = json.loads((BUNDLE / "docs" / "prediction.schema.json").read_text())
 FOLDS = 3
@@ -355,7 +354,7 @@ def test_the_chain_runs_on_a_network_without_a_loader(whole: FoldEnsemble) -> No
     with torch.no_grad():
         output = model.predict(image, data[keys.CLINICAL][None])
     data["pred"] = {name: value[0] for name, value in output.items()}
-    chain = Compose([FlattenPrediction(), RestoreMaskd(), MeasureTumourd(), DescribePredictiond(model)])
+    chain = Compose([FlattenSubKeysd("pred"), RestoreMaskd(), MeasureTumourd(), DescribePredictiond(model)])
     said = valid(chain(data)[keys.PREDICTION])
     assert said["survival"]["log_hazard"] == float(output[keys.LOG_HAZARD])
     assert len(said["hpv"]["probability_folds"]) == FOLDS

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import traceback
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
-from monai.transforms import Transform
 
 from scripts import keys
 from scripts.model.ensemble import FoldEnsemble
@@ -123,29 +123,20 @@ def speed_up(
             fold._compiled_call_impl = None
 
 
-def learning_rate_factor(epoch: int, milestones: Sequence[int], factors: Sequence[float]) -> float:
-    """Factor of the base learning rate in ``epoch`` (counted from 0): piecewise constant.
-
-    The paper's schedule, 1e-4 and then 5e-5 from epoch 100, 1e-5 from 200, 1e-6 from 300:
-
-    >>> [learning_rate_factor(e, (100, 200, 300), (0.5, 0.1, 0.01)) for e in (0, 99, 100, 250, 400)]
-    [1.0, 1.0, 0.5, 0.1, 0.01]
-    """
-    passed = sum(epoch >= m for m in milestones)
-    return 1.0 if passed == 0 else float(factors[passed - 1])
-
-
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, milestones: Sequence[int], factors: Sequence[float]
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Scheduler of :func:`learning_rate_factor`, stepped once an epoch.
+    """Piecewise constant learning rate: the base rate times ``factors[k]`` from epoch ``milestones[k]`` on.
+
+    Epochs are counted from 0; to be stepped once an epoch. (torch's ``MultiStepLR`` has one factor for all milestones.)
 
     Raises:
-        ValueError: as many factors as milestones are needed, milestones rising.
+        ValueError: the numbers of factors and milestones differ, or the milestones do not increase.
     """
     if len(milestones) != len(factors) or list(milestones) != sorted(milestones):
         raise ValueError(f"lr_milestones {list(milestones)} must rise and match lr_factors {list(factors)}")
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate_factor(epoch, milestones, factors))
+    steps = [1.0, *factors]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: steps[bisect_right(milestones, epoch)])
 
 
 def prepare_batch(
@@ -199,16 +190,6 @@ class EnsembleInferer(NetworkInferer):
     ) -> dict[str, torch.Tensor]:
         """Predictions of the ensemble ``network``; shapes as in :class:`NetworkInferer`."""
         return self._autocast(network.predict, inputs, clinical)
-
-
-class FlattenPrediction(Transform):
-    """Lift the entries of ``data["pred"]`` to the top level, where the other post transforms find them."""
-
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy of ``data`` whose prediction is flat."""
-        flat = dict(data)
-        flat.update(flat.pop("pred"))
-        return flat
 
 
 class PatientEvaluator(SupervisedEvaluator):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Events
+from ignite.metrics import Average, Metric
 from monai.engines import Evaluator, Workflow
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
@@ -66,60 +67,26 @@ def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return pred[keys.HPV_PROB].reshape(-1, 1), nan_where_unknown(label[keys.HPV].reshape(-1, 1), label[keys.HPV_KNOWN])
 
 
-class ConcordanceIndexHandler(IgniteMetricHandler):
-    """C-index (7) over the cases of an epoch whose survival is known."""
-
-    def __init__(self) -> None:
-        super().__init__(metric_fn=ConcordanceIndexMetric(), output_transform=survival_pairs, save_details=False)
-
-
-class DiceHandler(IgniteMetricHandler):
-    """Mean Dice (8) over the cases of an epoch that have a mask."""
-
-    def __init__(self) -> None:
-        super().__init__(metric_fn=MaskedDiceMetric(), output_transform=mask_pairs, save_details=False)
-
-
-class BalancedAccuracyHandler(IgniteMetricHandler):
-    """Balanced accuracy (9) over the cases of an epoch whose HPV status is known."""
-
-    def __init__(self) -> None:
-        super().__init__(metric_fn=BalancedAccuracyMetric(), output_transform=hpv_pairs, save_details=False)
-
-
-class _BatchLoss(CumulativeIterationMetric):
-    """Collects one loss a batch."""
-
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        return y_pred.reshape(-1, 1)
-
-    def aggregate(self) -> float:
-        """Mean over batches; NaN before the first."""
-        values = self.get_buffer()
-        return float(values.double().mean()) if isinstance(values, torch.Tensor) and values.numel() else math.nan
-
-
-class LossHandler(IgniteMetricHandler):
-    """Training loss of the predictions of an epoch, averaged over batches.
+def mean_loss(loss: torch.nn.Module) -> Average:
+    """Metric handler: ``loss`` of the predictions of an epoch, averaged over batches.
 
     Args:
-        loss: a :class:`scripts.model.losses.MultitaskLoss`; predictions are brought back to logits for it.
+        loss: a :class:`scripts.model.losses.MultitaskLoss`; probabilities are converted back to logits for it.
     """
 
-    def __init__(self, loss: torch.nn.Module) -> None:
-        def batch_loss(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-            pred = dict(output["pred"])
-            for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
-                if prob in pred:
-                    pred[logit] = torch.logit(pred[prob], eps=1e-6)
-            was_training = loss.training
-            loss.eval()  # learned task weights count as 1
-            with torch.no_grad():
-                value = loss(pred, output["label"])
-            loss.train(was_training)
-            return value, value
+    def batch_loss(output: Mapping[str, Any]) -> torch.Tensor:
+        pred = dict(output["pred"])
+        for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
+            if prob in pred:
+                pred[logit] = torch.logit(pred[prob], eps=1e-6)
+        was_training = loss.training
+        loss.eval()  # learned task weights count as 1
+        with torch.no_grad():
+            value = loss(pred, output["label"])
+        loss.train(was_training)
+        return value
 
-        super().__init__(metric_fn=_BatchLoss(), output_transform=batch_loss, save_details=False)
+    return Average(output_transform=batch_loss)
 
 
 def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
@@ -146,15 +113,21 @@ def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
     return LOSS
 
 
-def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Module) -> dict[str, IgniteMetricHandler]:
-    """Metric handlers of ``tasks`` by name, ``key_metric`` first as MONAI's evaluator wants it."""
-    metrics: dict[str, IgniteMetricHandler] = {LOSS: LossHandler(loss)}
-    if keys.TASK_SURV in tasks:
-        metrics[C_INDEX] = ConcordanceIndexHandler()
-    if keys.TASK_SEG in tasks:
-        metrics[DICE] = DiceHandler()
-    if keys.TASK_HPV in tasks:
-        metrics[BALANCED_ACCURACY] = BalancedAccuracyHandler()
+def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Module) -> dict[str, Metric]:
+    """Metric handlers by name, ``key_metric`` first as MONAI's evaluator requires.
+
+    The loss, and of ``tasks``: C-index (7), mean Dice (8), balanced accuracy (9), each over the cases whose label is
+    known.
+    """
+    of_tasks: dict[str, tuple[str, CumulativeIterationMetric, Callable]] = {
+        keys.TASK_SURV: (C_INDEX, ConcordanceIndexMetric(), survival_pairs),
+        keys.TASK_SEG: (DICE, MaskedDiceMetric(), mask_pairs),
+        keys.TASK_HPV: (BALANCED_ACCURACY, BalancedAccuracyMetric(), hpv_pairs),
+    }
+    metrics: dict[str, Metric] = {LOSS: mean_loss(loss)}
+    for task, (name, metric, pairs) in of_tasks.items():
+        if task in tasks:
+            metrics[name] = IgniteMetricHandler(metric_fn=metric, output_transform=pairs, save_details=False)
     return {key_metric: metrics.pop(key_metric), **metrics}
 
 
@@ -169,21 +142,6 @@ def is_better(value: float, best: float | None, metric: str) -> bool:
     if best is None:
         return True
     return value < best if metric in LOWER_IS_BETTER else value > best
-
-
-class Comparison:
-    """:func:`is_better` of one metric, as MONAI's engines call it.
-
-    Args:
-        metric: name of the key metric.
-    """
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-
-    def __call__(self, value: float, best: float) -> bool:
-        """Whether ``value`` beats ``best``."""
-        return is_better(float(value), float(best), self.metric)
 
 
 # --- best checkpoint, early stopping, resuming ------------------------------------------------------------------

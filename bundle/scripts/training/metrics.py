@@ -18,14 +18,6 @@ from scripts.cohorts.thresholds import HALF, above
 from scripts.model.losses import without_metadata
 from scripts.training.concordance import concordance_index
 
-__all__ = [
-    "BalancedAccuracyMetric",
-    "ConcordanceIndexMetric",
-    "MaskedDiceMetric",
-    "balanced_accuracy",
-    "dice_scores",
-]
-
 
 def dice_scores(prediction: Tensor, mask: Tensor) -> Tensor:
     r"""Dice of each case (eq. 8).
@@ -86,15 +78,19 @@ def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = HAL
 
 
 class _CaseMetric(CumulativeIterationMetric):
-    """A metric that keeps one row of numbers a case on every rank.
+    """A metric that collects one row of numbers for each case: the prediction, then ``columns - 1`` labels."""
 
-    Args:
-        columns: numbers a case.
-    """
+    columns: int
 
-    def __init__(self, columns: int) -> None:
-        super().__init__()
-        self.columns = columns
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, columns) float64 on the CPU; every label of a case is NaN where one of them is."""
+        shapes = (tuple(y_pred.shape), None if y is None else tuple(y.shape))
+        needed = ((len(y_pred), 1), (len(y_pred), self.columns - 1))
+        if y is None or shapes != needed:
+            raise ValueError(f"y_pred and y have shapes {shapes}; {needed[0]} and {needed[1]} are needed")
+        labels = y.cpu().double()
+        unknown = torch.isnan(labels).any(dim=1, keepdim=True)
+        return torch.cat([y_pred.cpu().double(), labels.masked_fill(unknown, torch.nan)], dim=1)
 
     def _rows(self) -> Tensor:
         """(N, columns) rows of all ranks and of the whole epoch, unknown cases (NaN) left out."""
@@ -118,14 +114,7 @@ class ConcordanceIndexMetric(_CaseMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    def __init__(self) -> None:
-        super().__init__(columns=3)
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, 3): risk, time, event."""
-        y_pred, y = _checked(y_pred, y, 1, 2)
-        unknown = torch.isnan(y).any(dim=1, keepdim=True)
-        return torch.cat([y_pred, y.masked_fill(unknown, torch.nan)], dim=1)
+    columns = 3
 
     def aggregate(self) -> Tensor:
         """The index, a scalar; NaN where no pair is comparable."""
@@ -133,11 +122,26 @@ class ConcordanceIndexMetric(_CaseMetric):
         return torch.tensor(concordance_index(time, event, risk), dtype=torch.float64)
 
 
+class BalancedAccuracyMetric(_CaseMetric):
+    """:func:`balanced_accuracy` of an epoch, at the threshold 0.5.
+
+    Called with ``y_pred`` (B, 1), the probability of the positive class, and ``y`` (B, 1) in {0, 1}, NaN where unknown.
+    """
+
+    columns = 2
+
+    def aggregate(self) -> Tensor:
+        """The balanced accuracy, a scalar; NaN where one of the classes is absent."""
+        probability, label = self._rows().unbind(dim=1)
+        return torch.tensor(balanced_accuracy(probability, label), dtype=torch.float64)
+
+
 class MaskedDiceMetric(_CaseMetric):
     """Mean of :func:`dice_scores` over the cases that have a mask.
 
     Called with ``y_pred`` (B, 1, ...) in {0, 1} and ``y`` (B, 1, ...) in {0, 1}; a case with NaN anywhere in ``y`` has
     no mask, which is not the same as an empty one. ``get_buffer`` gives the Dice of each case, NaN where unknown.
+    (MONAI's ``DiceMetric`` scores a mask of NaN as 0, and its mean over no known case is 0.)
 
     Example:
         >>> metric = MaskedDiceMetric()
@@ -148,8 +152,7 @@ class MaskedDiceMetric(_CaseMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    def __init__(self) -> None:
-        super().__init__(columns=1)
+    columns = 1
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(B, 1): Dice."""
@@ -165,44 +168,3 @@ class MaskedDiceMetric(_CaseMetric):
     def aggregate(self) -> Tensor:
         """The mean, a scalar; NaN where no case has a mask."""
         return self._rows().mean()
-
-
-class BalancedAccuracyMetric(_CaseMetric):
-    """:func:`balanced_accuracy` of an epoch.
-
-    Called with ``y_pred`` (B, 1), the probability of the positive class, and ``y`` (B, 1) in {0, 1}, NaN where unknown.
-
-    Args:
-        threshold: above which the class is called positive.
-
-    Example:
-        >>> metric = BalancedAccuracyMetric()
-        >>> _ = metric(y_pred=torch.tensor([[0.9], [0.2], [0.6]]), y=torch.tensor([[1.0], [0.0], [torch.nan]]))
-        >>> metric.aggregate()
-        tensor(1., dtype=torch.float64)
-    """
-
-    def __init__(self, threshold: float = HALF) -> None:
-        super().__init__(columns=2)
-        self.threshold = threshold
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, 2): probability, label."""
-        y_pred, y = _checked(y_pred, y, 1, 1)
-        return torch.cat([y_pred, y], dim=1)
-
-    def aggregate(self) -> Tensor:
-        """The balanced accuracy, a scalar; NaN where one of the classes is absent."""
-        probability, label = self._rows().unbind(dim=1)
-        return torch.tensor(balanced_accuracy(probability, label, self.threshold), dtype=torch.float64)
-
-
-def _checked(y_pred: Tensor, y: Tensor | None, columns: int, y_columns: int) -> tuple[Tensor, Tensor]:
-    """Both as float64 on the CPU, after a look at their shapes."""
-    cases = len(y_pred)
-    shapes = (tuple(y_pred.shape), None if y is None else tuple(y.shape))
-    if y is None or shapes != ((cases, columns), (cases, y_columns)):
-        raise ValueError(
-            f"y_pred and y have shapes {shapes}; ({cases}, {columns}) and ({cases}, {y_columns}) are needed"
-        )
-    return y_pred.cpu().double(), y.cpu().double()
