@@ -18,11 +18,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from dicom_study import AXIAL, SECRETS, pet_header, write_series
 
-from scripts.dicom.choice import choose_pet_ct, find_studies
+from scripts.dicom.choice import choose_pet_ct, studies_of
+from scripts.dicom.examinations import find_examinations
 from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.series import find_series, read_headers, read_series
 from scripts.dicom.sr import PRIVATE_CODES, Findings, write_sr
-from scripts.dicom.suv import suv_factor
+from scripts.dicom.suv import suv_of
 from scripts.dicom.tags import DicomError
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
@@ -282,14 +283,14 @@ def test_a_file_cut_off_in_its_header_costs_only_whose_it_may_be(tmp_path, last,
     found = find_series(flat)
     assert len(found) == 4 and len(found.damaged) == 1
     assert {(s.patient_id, s.modality) for s in found if s.damaged} == damaged
-    for study in find_studies(flat):
+    for study in studies_of(found):
         if study.patient_id in {patient for patient, _ in damaged}:
             with pytest.raises(
                 DicomError, match=rf"a damaged file may be a slice of it: {victim.name}: .*copy it again"
             ):
-                study.choose()
+                choose_pet_ct(study.series)
         else:
-            study.choose()
+            choose_pet_ct(study.series)
 
 
 @pytest.mark.parametrize(
@@ -385,8 +386,9 @@ def test_a_folder_with_damaged_files_alone(tmp_path):
     write_series(tmp_path, depths=[0])
     path = tmp_path / "IM0000"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DicomError, match=r"no DICOM series in it .*IM0000: not a complete DICOM file"):
-        find_studies(tmp_path)
+    assert find_series(tmp_path) == []
+    [examination] = find_examinations(tmp_path)
+    assert examination.problem.startswith("IM0000: not a complete DICOM file")
 
 
 def test_files_that_repeat_an_image_are_left_out(tmp_path):
@@ -413,7 +415,7 @@ def test_folder_without_dicom(tmp_path):
     (tmp_path / "a.txt").touch()
     assert find_series(tmp_path) == []
     with pytest.raises(DicomError, match="no DICOM series"):
-        find_studies(tmp_path)
+        find_examinations(tmp_path)
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
@@ -473,13 +475,12 @@ def test_the_other_series_is_rejected(tmp_path, only_pair, modality, tags, serie
     assert_anonymous(choice.describe() + repr(choice) + repr(rejected))
 
 
-def test_frame_of_reference_may_be_waived(tmp_path):
+def test_ct_and_pet_share_the_frame_of_reference(tmp_path):
     write_series(tmp_path / "ct")
     write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={"FrameOfReferenceUID": "1.2.3.4.55"})
     found = find_series(tmp_path)
     with pytest.raises(DicomError, match=r"no CT belongs to the PET(.|\n)*another frame"):
         choose_pet_ct(found)
-    assert choose_pet_ct(found, require_same_frame=False).ct.modality == "CT"
 
 
 @pytest.mark.parametrize(
@@ -505,11 +506,11 @@ def _examination(folder, patient, study, frame):
 def test_studies_of_several_patients(tmp_path):
     for k, patient in enumerate(("ID-4711-B", "ID-4711-A", "ID-4711-A")):
         _examination(tmp_path / str(k), patient, f"1.2.3.4.1{k}", f"1.2.3.4.2{k}")
-    studies = find_studies(tmp_path)
+    studies = studies_of(find_series(tmp_path))
     assert [s.patient_id for s in studies] == ["ID-4711-A", "ID-4711-A", "ID-4711-B"]
-    assert all(len(s.series) == 2 and s.is_pet_ct and s.choose().ct.modality == "CT" for s in studies)
+    assert all(len(s.series) == 2 and s.is_pet_ct and choose_pet_ct(s.series).ct.modality == "CT" for s in studies)
     assert_anonymous(repr(studies))
-    with pytest.raises(DicomError, match=r"scans of 2 patients.*find_studies") as error:
+    with pytest.raises(DicomError, match=r"scans of 2 patients: give one patient at a time") as error:
         choose_pet_ct(find_series(tmp_path))
     assert_anonymous(str(error.value))
     with pytest.raises(DicomError, match="2 PET/CT examinations of one patient"):
@@ -586,7 +587,7 @@ LATE = {"SeriesTime": "150000"}
     ],
 )
 def test_suv_factor(changes, factor):
-    assert suv_factor(pet_header(**changes)) == pytest.approx(factor, rel=1e-7)
+    assert suv_of(pet_header(**changes)).factor == pytest.approx(factor, rel=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -624,12 +625,12 @@ def test_suv_factor(changes, factor):
 )
 def test_suv_refusals_name_the_tag(changes, message):
     with pytest.raises(DicomError, match=message):
-        suv_factor(pet_header(**changes))
+        suv_of(pet_header(**changes))
 
 
 def test_suv_of_a_late_series_starts_with_its_first_bed_position():
     beds = [pet_header(**LATE, AcquisitionTime=clock) for clock in ("121000", "115000", "120000")]
-    assert suv_factor(beds) == pytest.approx(ONE_HALF_LIFE)
+    assert suv_of(beds).factor == pytest.approx(ONE_HALF_LIFE)
 
 
 @pytest.mark.parametrize(
@@ -643,12 +644,12 @@ def test_suv_of_a_late_series_starts_with_its_first_bed_position():
 )
 def test_suv_needs_slices_that_agree(changes, message):
     with pytest.raises(DicomError, match=message):
-        suv_factor([pet_header(), pet_header(**changes)])
+        suv_of([pet_header(), pet_header(**changes)])
 
 
 def test_suv_of_no_slices():
     with pytest.raises(DicomError, match="no PET slices"):
-        suv_factor([])
+        suv_of([])
 
 
 def test_suv_factor_follows_the_formula_for_any_uptake_time():
@@ -662,12 +663,12 @@ def test_suv_factor_follows_the_formula_for_any_uptake_time():
             RadiopharmaceuticalStartTime=f"{injected:%H%M%S}",
         )
         expected = 1000 * weight / (dose * math.exp(-math.log(2) * 60 * minutes / 6600))
-        assert suv_factor(header) == pytest.approx(expected, rel=1e-4)
+        assert suv_of(header).factor == pytest.approx(expected, rel=1e-4)
 
 
 def test_suv_from_the_files_of_a_series(tmp_path):
     write_series(tmp_path, "PT", each=lambda k: {"RescaleSlope": 1 + k})
-    assert suv_factor(read_headers(only(tmp_path))) == pytest.approx(ONE_HALF_LIFE)
+    assert suv_of(read_headers(only(tmp_path))).factor == pytest.approx(ONE_HALF_LIFE)
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -945,7 +946,7 @@ def test_nothing_identifying_is_logged(tmp_path, caplog, capfd):
     with caplog.at_level(logging.DEBUG):
         choice = choose_pet_ct(find_series(tmp_path))
         read_series(choice.pet)
-        suv_factor(read_headers(choice.pet))
+        suv_of(read_headers(choice.pet))
         seg = write_seg(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
         write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
     out, err = capfd.readouterr()
@@ -971,7 +972,7 @@ def test_real_patients_equal_their_nifti(patient, tmp_path):
         nifti = nib.load(images / f"{patient}__{suffix}.nii.gz")
         np.testing.assert_allclose(affine, nifti.affine, atol=1e-4)
         np.testing.assert_allclose(array, np.asarray(nifti.dataobj), atol=1e-5)
-    assert suv_factor(read_headers(choice.pet)) == 1.0
+    assert suv_of(read_headers(choice.pet)).factor == 1.0
     mask = (np.asarray(nib.load(images / f"{patient}.nii.gz").dataobj) > 0).astype(np.uint8)
     seg = write_seg(tmp_path / "seg.dcm", mask, choice.ct, model=MODEL)
     write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)

@@ -16,7 +16,6 @@ from scripts.imaging.geometry import (
     share_inside,
     smooth_resample,
     spline_weights,
-    to_ct_grid,
     to_ct_window,
 )
 
@@ -204,6 +203,13 @@ def test_smoothing_is_in_millimetres(source_affine):
 def sphere(grid: Grid, centre, radius_mm: float) -> np.ndarray:
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
     return (np.linalg.norm(grid.to_world(index) - centre, axis=-1) <= radius_mm).astype(np.uint8)
+
+
+def to_ct_grid(prob, box, ct):
+    window, values = to_ct_window(prob, box, ct)
+    whole = np.zeros(ct.shape, dtype=np.float32)
+    whole[window] = values
+    return whole
 
 
 @pytest.mark.parametrize(

@@ -296,9 +296,10 @@ def test_images_with_bad_headers_fail_their_patients_only(patients, options, tmp
     assert states == {"CHUM-010": "failed", "CHUM-011": "failed", "CHUM-012": "ok", "CHUM-013": "ok"}
     assert "NDims = -1" in rows["CHUM-010"]["reason"]
     assert "no position in space" in rows["CHUM-011"]["reason"]
-    assert "sform and its qform are up to 25 mm apart" in rows["CHUM-012"]["crop_flag"]
     assert rows["CHUM-012"]["quality"] == "warn"
-    assert "sform" not in rows["CHUM-013"]["crop_flag"]
+    said = {p: (tmp_path / "out" / p / "prediction.json").read_text() for p in ("CHUM-012", "CHUM-013")}
+    assert "sform and its qform are up to 25 mm apart" in said["CHUM-012"]
+    assert "sform" not in said["CHUM-013"]
 
 
 def test_an_unknown_clinical_value_names_file_and_value(patients, options, tmp_path):

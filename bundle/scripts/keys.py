@@ -47,7 +47,7 @@ CROP_METHOD = "crop_method"  # str, how the box was placed
 CROP_FLAG = "crop_flag"  # str, "" or what makes the box doubtful
 QUALITY = "quality"  # str, the checks of the scans as JSON (imaging/quality.py)
 CLINICAL_VALUES = "clinical_values"  # str, the clinical values as given and as coded, as JSON (imaging/transforms.py)
-DOUBTS = "doubts"  # list of str, what the headers leave doubtful about the values of the scans; absent where nothing
+DOUBTS = "doubts"  # list of str, what is doubtful in the headers of the scans, until quality control
 STARTED = "started"  # float64, the monotonic clock in seconds when reading the case began
 REQUEST = (
     "request"  # dict, what a server was asked, as it came; only in cases that a server asks for (runtimes/label.py)

@@ -1,7 +1,6 @@
 """Which CT and PET of an examination to predict from, by rule, and why not the others.
 
-choice = choose_pet_ct(find_series(folder))
-print(choice.describe())
+Example: ``print(choose_pet_ct(find_series(folder)).describe())``
 """
 
 from __future__ import annotations
@@ -10,12 +9,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 
 import numpy as np
 
-from scripts.dicom.files import describe
-from scripts.dicom.series import CT_STORAGE, PET_STORAGE, Series, find_series, people_differ
+from scripts.dicom.series import CT_STORAGE, PET_STORAGE, Series, people_differ
 from scripts.dicom.suv import READABLE_UNITS
 from scripts.dicom.tags import DicomError
 
@@ -80,40 +77,15 @@ class Study:
         """Earliest StudyDate, YYYYMMDD; "" where none is stated."""
         return min((s.study_date for s in self.series if s.study_date), default="")
 
-    def choose(self, require_same_frame: bool = True) -> Choice:
-        """:func:`choose_pet_ct` among this study's series."""
-        return choose_pet_ct(self.series, require_same_frame)
 
-
-def find_studies(folder: str | PathLike[str]) -> list[Study]:
-    """The examinations in a folder that may hold several patients.
-
-    Series of one PatientID belong together when they share the StudyInstanceUID or the frame of reference (some sites
-    file the CT and the PET of one examination as two studies).
-
-    Args:
-        folder: where to look, all levels below included.
-
-    Returns:
-        The studies in the order of patient id and study UID.
-
-    Raises:
-        DicomError: as :func:`find_series`, and when there is no DICOM series at all.
-    """
-    series = find_series(folder)
-    if not series:
-        raise DicomError(f"{folder}: no DICOM series in it ({'; '.join([series.account, *describe(series.damaged)])})")
-    return studies_of(series)
-
-
-def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> Choice:
+def choose_pet_ct(series: Sequence[Series]) -> Choice:
     """Pick the CT and the PET to predict from.
 
     Not considered: modalities other than CT and PT, multi-frame and secondary-capture objects, localizers, projections
     and screen captures, dynamic or gated PET, PET in other units than BQML, CNTS or GML, PET that says it is not
     attenuation corrected or of another tracer than FDG, fewer than 8 slices, slices that are not axial (within 30
-    degrees), and stacks that :func:`read_series` would refuse (missing slices, tilted gantry) or that a damaged file
-    may belong to.
+    degrees), and stacks that :func:`scripts.dicom.series.read_series` would refuse (missing slices, tilted gantry) or
+    that a damaged file may belong to.
 
     Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more surely of FDG
     (:class:`scripts.dicom.tracer.Tracer`), of the day of a CT, original rather than derived, more slices, finer pixels,
@@ -122,9 +94,7 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
     pixels, lower series number.
 
     Args:
-        series: series of one examination, from :func:`find_series`.
-        require_same_frame: whether CT and PET must share the FrameOfReferenceUID, which says that they are registered.
-            Only give False when it is known that they are and that the UID was lost.
+        series: series of one examination, from :func:`scripts.dicom.series.find_series`.
 
     Raises:
         DicomError: when there is no such pair, with the reason for each series; or when there are scans of several
@@ -142,21 +112,25 @@ def choose_pet_ct(series: Sequence[Series], require_same_frame: bool = True) -> 
         if not fit[modality]:
             raise DicomError("\n".join([f"no usable {name} among {len(series)} series", *_reasons(rejected)]))
     pets = sorted(fit["PT"], key=lambda s: (_values(_pet_rank(s, fit["CT"])), s.uid, s.part))
-    pet = next((p for p in pets if any(not _mismatch(c, p, require_same_frame) for c in fit["CT"])), None)
+    pet = next((p for p in pets if any(not _mismatch(c, p) for c in fit["CT"])), None)
     if pet is None:
-        rejected += [(c, _mismatch(c, pets[0], require_same_frame)) for c in fit["CT"]]
+        rejected += [(c, _mismatch(c, pets[0])) for c in fit["CT"]]
         raise DicomError("\n".join(["no CT belongs to the PET", f"PET: {pets[0].label}", *_reasons(rejected)]))
-    partners = [c for c in fit["CT"] if not _mismatch(c, pet, require_same_frame)]
+    partners = [c for c in fit["CT"] if not _mismatch(c, pet)]
     ct = min(partners, key=lambda s: (_values(_ct_rank(s, pet)), s.uid, s.part))
-    rejected += [(p, _why_not(p, pet, fit["CT"], ct, require_same_frame)) for p in pets if p is not pet]
+    rejected += [(p, _why_not(p, pet, fit["CT"], ct)) for p in pets if p is not pet]
     for other in (c for c in fit["CT"] if c is not ct):
-        mismatch = _mismatch(other, pet, require_same_frame)
+        mismatch = _mismatch(other, pet)
         rejected.append((other, mismatch or _lost(_ct_rank(other, pet), _ct_rank(ct, pet))))
     return Choice(ct, pet, sorted(rejected, key=lambda r: (r[0].number, r[0].uid, r[0].part)))
 
 
 def studies_of(series: Sequence[Series]) -> list[Study]:
-    """Groups of series of one patient that share a study or a frame of reference, and a day where several have both."""
+    """The examinations among series that may be of several patients, in the order of patient id and study UID.
+
+    Series of one PatientID belong together when they share the StudyInstanceUID or the frame of reference (some sites
+    file the CT and the PET of one examination as two studies). A study with PET/CTs of several days is divided by day.
+    """
     groups: list[tuple[set[tuple[str, str]], list[Series]]] = []
     for each in series:
         links = {(each.patient_id, uid) for uid in (each.study_uid, each.frame_of_reference) if uid}
@@ -197,10 +171,10 @@ def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple
     """The series to choose from, and those of examinations that are no PET/CT."""
     patients = {s.patient_id for s in series if s.modality in ("CT", "PT")}
     if len(patients) > 1:
-        raise DicomError(f"scans of {len(patients)} patients: give one patient at a time, or use find_studies")
+        raise DicomError(f"scans of {len(patients)} patients: give one patient at a time")
     pairs = [study for study in studies_of(series) if study.is_pet_ct]
     if len(pairs) > 1:
-        raise DicomError(f"{len(pairs)} PET/CT examinations of one patient: give one of them, or use find_studies")
+        raise DicomError(f"{len(pairs)} PET/CT examinations of one patient: give one of them")
     for members in [study.series for study in pairs] or [list(series)]:
         apart = people_differ(person for each in members if each.modality in ("CT", "PT") for person in each.people)
         if apart:
@@ -314,17 +288,16 @@ def _overlap_mm(one: Series, other: Series) -> np.ndarray:
     return np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
 
 
-def _mismatch(ct: Series, pet: Series, require_same_frame: bool) -> str:
+def _mismatch(ct: Series, pet: Series) -> str:
     """Why a CT cannot go with a PET, "" when it can."""
-    same = bool(ct.frame_of_reference) and ct.frame_of_reference == pet.frame_of_reference
-    if require_same_frame and not same:
+    if not ct.frame_of_reference or ct.frame_of_reference != pet.frame_of_reference:
         return "another frame of reference than the PET's, or none stated"
     return "" if _overlap_mm(ct, pet).min() > 0 else "shows another part of the body than the PET"
 
 
-def _why_not(pet: Series, chosen: Series, cts: Sequence[Series], ct: Series, require_same_frame: bool) -> str:
+def _why_not(pet: Series, chosen: Series, cts: Sequence[Series], ct: Series) -> str:
     if _values(_pet_rank(pet, cts)) < _values(_pet_rank(chosen, cts)):
-        mismatch = _mismatch(ct, pet, require_same_frame)
+        mismatch = _mismatch(ct, pet)
         return "no CT in its frame of reference" if "frame" in mismatch else "no CT of the same part of the body"
     return _lost(_pet_rank(pet, cts), _pet_rank(chosen, cts))
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,10 +111,8 @@ def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()
         raise DicomError(f"{folder}: no DICOM series in it ({problems})")
     logger.info("%s: %s", Path(folder).resolve().name, series.account)
     patients: dict[str, list[Examination]] = {}
-    for study in studies_of(series):
-        patients.setdefault(study.patient_id, [])
-    for patient in patients:
-        patients[patient] += _of_patient(patient, [s for s in studies_of(series) if s.patient_id == patient])
+    for patient, studies in groupby(studies_of(series), key=lambda study: study.patient_id):
+        patients[patient] = _of_patient(patient, list(studies))
     for patient, problem in _lost(series, Path(folder)):
         patients.setdefault(patient, []).append(Examination(patient, None, problem))
     return _named(patients)

@@ -1,7 +1,7 @@
 """The DICOM series in folders, by their headers, and each as a volume.
 
 :func:`find_series` reads the headers of whatever lies in folders; :func:`read_series` gives a volume in HU or in the
-PET's own units, which :func:`scripts.dicom.suv.suv_factor` turns into SUV.
+PET's own units, which :func:`scripts.dicom.suv.suv_of` turns into SUV.
 """
 
 from __future__ import annotations

@@ -49,11 +49,6 @@ class Suv:
     doubts: tuple[str, ...] = ()
 
 
-def suv_factor(headers: Dataset | Sequence[Dataset]) -> float:
-    """The factor of :func:`suv_of`."""
-    return suv_of(headers).factor
-
-
 def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     """What PET values, rescaled as the headers say, are multiplied by to become SUV by body weight (g/ml).
 

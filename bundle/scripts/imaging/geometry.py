@@ -255,14 +255,6 @@ def to_ct_window(prob: np.ndarray, box: Grid, ct: Grid) -> tuple[tuple[slice, sl
     return window, resample(prob, box, ct.crop(window), "linear", 0.0)
 
 
-def to_ct_grid(prob: np.ndarray, box: Grid, ct: Grid) -> np.ndarray:
-    """A map on the network's box as a float32 map of the whole CT, 0 outside the box (see :func:`to_ct_window`)."""
-    window, values = to_ct_window(prob, box, ct)
-    whole = np.zeros(ct.shape, dtype=np.float32)
-    whole[window] = values
-    return whole
-
-
 def share_inside(mask: np.ndarray, grid: Grid, box: Grid) -> float:
     """Share of a mask's non-zero voxels whose centres lie in the box's field of view; NaN for an empty mask."""
     _check(mask, grid)

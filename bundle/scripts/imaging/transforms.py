@@ -63,9 +63,8 @@ class LoadScansd(MapTransform):
 
     An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
     method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
-    data type, with its affine to world mm (RAS+) and, under ``doubts`` of its ``meta``, what makes its place in space
-    doubtful. The scans are read side by side. Also sets ``started``, the clock, and ``doubts``, the texts of all
-    ``doubts`` about their values that the objects read have, where there are any.
+    data type, with its affine to world mm (RAS+). The scans are read in parallel. Also sets ``started``, the clock, and
+    ``doubts``, what is doubtful in the headers of files and objects, a text each.
 
     Args:
         keys: what to load. The mask may be absent or None, the others may not.
@@ -88,20 +87,20 @@ class LoadScansd(MapTransform):
                 raise ValueError(f"patient {d.get(keys.PATIENT_ID, '?')}: no {str(key).upper()} image")
         present = [key for key in self.key_iterator(d) if d[key] is not None]
         with ThreadPoolExecutor(max_workers=max(1, len(present))) as pool:
-            loaded = list(pool.map(_load, [d[key] for key in present]))
-        doubts = [doubt for key in present for doubt in getattr(d[key], "doubts", ())]
-        for key, scan in zip(present, loaded, strict=True):
+            loaded = list(pool.map(_load, present, [d[key] for key in present]))
+        d[keys.DOUBTS] = []
+        for key, (scan, doubts) in zip(present, loaded, strict=True):
             if fault := field_of_view_fault(scan.shape[1:], np.asarray(scan.affine)):
                 raise ValueError(f"patient {d.get(keys.PATIENT_ID, '?')}: the {str(key).upper()} has {fault}")
             d[key] = scan
-        return {**d, keys.DOUBTS: doubts} if doubts else d
+            d[keys.DOUBTS] += doubts
+        return d
 
 
 class LocaliseBoxd(MapTransform):
     """Decide where the network's box lies.
 
-    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and doubts as text, those about the
-    place of a scan included.
+    Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and its doubts as text.
 
     Args:
         roi_size: voxels of the box along x, y, z.
@@ -137,8 +136,7 @@ class LocaliseBoxd(MapTransform):
         d[keys.BOX_AFFINE] = torch.from_numpy(box_grid(where.centre_mm, self.roi_size, self.spacing_mm).affine)
         d[keys.CT_SHAPE] = torch.tensor(ct_grid.shape, dtype=torch.int64)
         d[keys.CT_AFFINE] = torch.from_numpy(ct_grid.affine)
-        doubts = [f"{str(key).upper()}: {_doubts(d[key])}" for key in self.key_iterator(d) if _doubts(d[key])]
-        d[keys.CROP_METHOD], d[keys.CROP_FLAG] = where.method, "; ".join(filter(None, [where.flag, *doubts]))
+        d[keys.CROP_METHOD], d[keys.CROP_FLAG] = where.method, where.flag
         return d
 
 
@@ -328,24 +326,21 @@ def array_and_grid(scan: MetaTensor) -> tuple[np.ndarray, Grid]:
     return array, Grid(array.shape, np.asarray(scan.affine))
 
 
-def _load(item: Any) -> MetaTensor:
-    """One scan as a channel-first MetaTensor, from a path, a MetaTensor, a pair (array, affine) or what reads one."""
+def _load(key: Hashable, item: Any) -> tuple[MetaTensor, list[str]]:
+    """One scan as a channel-first MetaTensor, and what is doubtful in its headers."""
     if isinstance(item, (str, Path)):
         array, affine, doubts = read_scan(item)
-        return _meta_tensor(array, affine, filename_or_obj=str(item), doubts="; ".join(doubts))
+        named = [f"{str(key).upper()}: {doubt}" for doubt in doubts]
+        return _meta_tensor(array, affine, filename_or_obj=str(item)), named
     if isinstance(item, MetaTensor):
-        return item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)
+        return (item if item.ndim == 4 else MetaTensor(item.as_tensor()[None], meta=item.meta)), []
+    found = list(getattr(item, "doubts", ()))
     if callable(getattr(item, "read", None)):
         item = item.read()
     if isinstance(item, (tuple, list)) and len(item) == 2:
-        array, affine = item
-        return _meta_tensor(np.asarray(array), np.asarray(affine))
+        return _meta_tensor(*map(np.asarray, item)), found
     kinds = "a path, a MetaTensor, a pair (array, affine) or an object whose read() gives such a pair"
     raise ValueError(f"a scan is {kinds}, got {type(item).__name__}")
-
-
-def _doubts(scan: MetaTensor | None) -> str:
-    return "" if scan is None else str(scan.meta.get("doubts", ""))
 
 
 def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTensor:
