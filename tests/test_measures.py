@@ -11,7 +11,8 @@ from monai.data import MetaTensor
 
 from scripts import keys
 from scripts.imaging.geometry import Grid
-from scripts.prediction.measures import SMALLEST_LESION_ML, MeasureTumourd, measure_tumour
+from scripts.imaging.lesions import APART, SMALLEST_LESION_ML
+from scripts.prediction.measures import MeasureTumourd, measure_tumour
 
 # CT of 2 mm and PET of 4 mm, edges together: 8 CT voxels (0.008 ml each) to one PET voxel (0.064 ml)
 CT = Grid((40, 40, 40), np.diag([2.0, 2.0, 2.0, 1.0]))
@@ -27,7 +28,7 @@ def two_lesions() -> tuple[np.ndarray, np.ndarray]:
     mask, pet = empty()
     mask[4:12, 4:12, 4:12] = 1
     pet[2:6, 2:6, 2:4], pet[2:6, 2:6, 4], pet[2:6, 2:6, 5] = 10.0, 4.2, 4.0
-    mask[20:24, 20:24, 20:24] = 2
+    mask[20:24, 20:24, 20:24] = 1
     pet[10:12, 10:12, 10:12] = 3.0
     pet[15, 15, 15] = 99.0  # outside of both
     return mask, pet
@@ -79,6 +80,8 @@ def test_order_and_direction_of_the_axes_do_not_matter(axes: tuple, flips: tuple
     found = measure_tumour(mask, CT, turned, Grid(turned.shape, affine))
     for name in ("volume_ml", "lesions", "suv_max", "suv_mean", "mtv_ml", "tlg_g"):
         assert found[name] == pytest.approx(expected[name]), name
+    for lesion, other in zip(found["lesion_list"], expected["lesion_list"], strict=True):
+        assert lesion["suv_peak"] == pytest.approx(other["suv_peak"])
 
 
 def test_oblique_scan_is_read_where_it_lies() -> None:
@@ -132,7 +135,10 @@ def test_tumour_beyond_the_pet_has_a_volume_and_no_uptake() -> None:
     away = Grid(PET.shape, PET.affine + np.array([[0, 0, 0, 500.0], *[[0] * 4] * 3]))
     found = measure_tumour(mask, CT, two_lesions()[1], away)
     assert found["lesions"] == 2
-    assert [found[name] for name in ("suv_max", "suv_mean", "mtv_ml", "tlg_g")] == [None] * 4
+    uptake = ("suv_max", "suv_mean", "suv_peak", "mtv_ml", "tlg_g")
+    for measured in (found, *found["lesion_list"]):
+        assert [measured[name] for name in uptake] == [None] * 5
+    assert found["lesion_list"][0]["longest_diameter_mm"] > 16
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
@@ -141,6 +147,60 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     found = measure_tumour(mask, CT, pet, PET)
     assert found["suv_max"] == 10.0
     assert found["suv_mean"] == pytest.approx((30 * 10 + 16 * 4.2 + 16 * 4.0 + 8 * 3) / 70)
+
+
+def test_primary_and_nodes_are_measured_apart() -> None:
+    mask, pet = two_lesions()
+    mask[12:14, 4:12, 4:12] = 2  # touches the large lesion of class 1
+    mask[20:24, 20:24, 20:24] = 2
+    found = measure_tumour(mask, CT, pet, PET, APART)
+    assert [(lesion["name"], lesion["label"]) for lesion in found["lesion_list"]] == [
+        ("GTVp", "GTVp"),
+        ("GTVn_01", "GTVn"),
+        ("GTVn_02", "GTVn"),
+    ]
+    assert (found["classes"], found["lesions"]) == (["GTVp", "GTVn"], 3)
+    assert [lesion["volume_ml"] for lesion in found["lesion_list"]] == pytest.approx([4.096, 1.024, 0.512])
+
+
+def spheres(pet: np.ndarray, centre: tuple[int, int, int]) -> float:
+    """Mean within 6.2 mm of a voxel of PET, by its definition."""
+    where = np.stack(np.meshgrid(*[np.arange(n) for n in pet.shape], indexing="ij"), axis=-1)
+    near = np.linalg.norm((where - centre) * 4.0, axis=-1) <= 6.2035
+    return float(pet[near & np.isfinite(pet)].mean())
+
+
+def test_peak_is_the_highest_mean_of_a_ball_of_1_ml() -> None:
+    """The maximum is a single hot voxel at the edge; the peak lies in the warm part."""
+    mask, pet = two_lesions()
+    pet += np.random.default_rng(0).random(pet.shape, dtype=np.float32)
+    pet[5, 5, 5] = 12.0
+    lesion = measure_tumour(mask, CT, pet, PET)["lesion_list"][0]
+    inside = [(x, y, z) for x in range(2, 6) for y in range(2, 6) for z in range(2, 6)]
+    means = {voxel: spheres(pet, voxel) for voxel in inside}
+    assert lesion["suv_max"] == 12.0
+    assert lesion["suv_peak"] == pytest.approx(max(means.values()))
+    assert max(means.values()) > means[(5, 5, 5)], "not around the maximum"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [pytest.param(np.nan, 5.0, id="not_finite_is_left_out"), pytest.param(5.0, 5.0, id="even")]
+)
+def test_peak_at_the_edge_of_the_pet(value: float, expected: float) -> None:
+    mask, pet = empty()
+    mask[:4, :4, :4] = 1
+    pet[:4, :4, :4] = 5.0
+    pet[1, 1, 1] = value
+    assert measure_tumour(mask, CT, pet, PET)["suv_peak"] == expected
+
+
+def test_peak_of_voxels_larger_than_the_ball_is_their_maximum() -> None:
+    coarse = Grid((4, 4, 4), np.diag([20.0, 20.0, 20.0, 1.0]))
+    mask, _ = empty()
+    mask[:12, :12, :12] = 1
+    pet = np.zeros(coarse.shape)
+    pet[1, 0, 0] = 7.0
+    assert measure_tumour(mask, CT, pet, coarse)["suv_peak"] == 7.0
 
 
 def test_transform_measures_and_lets_a_case_without_a_mask_pass() -> None:

@@ -22,7 +22,15 @@ from monai.data import MetaTensor
 from scripts import keys
 from scripts.cohorts.files import write_text
 from scripts.imaging.images import read_image
-from scripts.prediction.outputs import COLUMNS, PredictionWriter, folder_name, folder_names, mask_suffix, prediction_row
+from scripts.prediction.outputs import (
+    COLUMNS,
+    LESION_COLUMNS,
+    PredictionWriter,
+    folder_name,
+    folder_names,
+    mask_suffix,
+    prediction_row,
+)
 from scripts.prediction.summary import write_summary
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]])
@@ -30,6 +38,18 @@ AFFINE = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -5], [0, 0, 0, 1]
 
 def case(patient: str = "CHUM-001", ct: object = "a__CT.nii.gz", **more: object) -> dict:
     return {keys.PATIENT_ID: patient, keys.CT: ct, **more}
+
+
+def lesion(name: str, volume: float, uptake: float | None) -> dict:
+    suv = dict.fromkeys(("suv_max", "suv_mean", "suv_peak", "mtv_ml", "tlg_g"), uptake)
+    return {
+        "name": name,
+        "label": "GTV",
+        "volume_ml": volume,
+        **suv,
+        "longest_diameter_mm": 21.0,
+        "centre_mm": [1, 2, 3],
+    }
 
 
 def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
@@ -42,7 +62,10 @@ def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
             "recurrence_free_survival": rows,
         },
         "hpv": {"probability": 0.7, "positive": True},
-        "tumour": {"volume_ml": 12.0, "lesions": 2, "suv_max": 11.0, "mtv_ml": 5.0, "tlg_g": 40.0},
+        "tumour": {
+            **{"volume_ml": 12.0, "lesions": 2, "suv_max": 11.0, "mtv_ml": 5.0, "tlg_g": 40.0},
+            "lesion_list": [lesion("GTV_01", 8.0, 11.0), lesion("GTV_02", 4.0, None)],
+        },
         "quality": {"verdict": "warn", "forced": False},
         "crop": {"method": "pet_brain", "flag": "cut"},
         "files": {"mask": None},
@@ -90,9 +113,43 @@ def test_a_patient_has_a_mask_a_json_and_a_row(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == expected
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
         "CHUM-001__tumour.nii.gz",
+        "lesions.csv",
         "prediction.json",
         "predictions.csv",
     ]
+
+
+def test_every_lesion_has_a_row_and_a_failed_patient_none(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case("=B"), case("CHUM-001"), case("CHUM-003")])
+    for patient in ("CHUM-001", "=B", "CHUM-003"):
+        writer.write_patient(result(patient))
+    writer.fail("CHUM-003", "later")
+    writer.write_table()
+    rows = list(csv.DictReader((tmp_path / "lesions.csv").read_text().splitlines()))
+    assert tuple(rows[0]) == LESION_COLUMNS
+    assert [(row["PatientID"], row["lesion"]) for row in rows] == [
+        *(("'=B", "GTV_01"), ("'=B", "GTV_02"), ("CHUM-001", "GTV_01"), ("CHUM-001", "GTV_02"))
+    ]
+    assert (rows[0]["volume_ml"], rows[0]["suv_peak"], rows[0]["centre_z_mm"]) == ("8.0", "11.0", "3")
+    assert rows[1]["suv_peak"] == "" and rows[1]["label"] == "GTV"
+    assert (rows[1]["trained_on"], rows[1]["model_sha256"]) == ("phantoms, not for clinical use", "ab")
+
+
+def test_without_lesions_the_table_has_its_columns(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path), [case()])
+    writer.write_patient(result(mask=False, **{keys.PREDICTION: {**prediction(), "tumour": None}}))
+    writer.write_table()
+    assert (tmp_path / "lesions.csv").read_text() == ",".join(LESION_COLUMNS) + "\n"
+
+
+def test_a_prediction_without_a_measurement_of_its_lesions_is_made_again(tmp_path: Path) -> None:
+    """As an earlier version has left it."""
+    writer = PredictionWriter(str(tmp_path), [case()])
+    written = writer.write_patient(result())
+    del written["tumour"]["lesion_list"][0]["suv_peak"]
+    (tmp_path / "CHUM-001" / "prediction.json").write_text(json.dumps(written))
+    again = PredictionWriter(str(tmp_path), [case()])
+    assert not again.take_over("CHUM-001", "ab") and (again.rows, again.lesions) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +251,7 @@ def test_an_earlier_prediction_of_the_same_model_is_taken_over(tmp_path: Path) -
     first.write_patient(result())
     again = PredictionWriter(str(tmp_path), [case(), case("CHUM-002")])
     assert again.take_over("CHUM-001", "ab")
-    assert again.rows == first.rows
+    assert (again.rows, again.lesions) == (first.rows, first.lesions)
     assert not again.take_over("CHUM-001", "another model")
     assert not again.take_over("CHUM-002", "ab")
     (tmp_path / "CHUM-001" / "prediction.json").write_text('{"model": {"sha')

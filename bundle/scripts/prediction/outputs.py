@@ -1,4 +1,4 @@
-"""What a prediction leaves on disk: mask and ``prediction.json`` of each patient, and ``predictions.csv``."""
+"""Files of a prediction: mask and ``prediction.json`` of each patient, ``predictions.csv`` and ``lesions.csv``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from scripts import keys
 from scripts.cohorts.files import WriteError, require_writable, write_text
 from scripts.cohorts.scans import UNNAMED, without_formula
 from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
+from scripts.prediction.measures import OF_LESION
 from scripts.training.sampling import reason
 
 logger = logging.getLogger(__name__)
 
-TABLE = "predictions.csv"
+TABLE, LESION_TABLE = "predictions.csv", "lesions.csv"
 OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
 YEARS = (1, 2, 3, 5)
 COLUMNS = (
@@ -39,10 +40,16 @@ COLUMNS = (
     *("tumour_volume_ml", "lesions", "suv_max", "mtv_ml", "tlg_g"),
     *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
 )
+LESION_COLUMNS = (
+    *("PatientID", "lesion", "label", *OF_LESION, "centre_x_mm", "centre_y_mm", "centre_z_mm"),
+    *("forced", "trained_on", "model_sha256"),
+)
 NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
 
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow: endings of files come behind
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|predictions\.csv(\.partial)?|index\.html", re.IGNORECASE)
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|(predictions|lesions)\.csv(\.partial)?|index\.html", re.IGNORECASE
+)
 
 Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Iterable[tuple[str, str]]]
 
@@ -52,13 +59,13 @@ class PredictionWriter:
 
     A row's status is ``ok``, ``incomplete`` (predicted, but a product could not be written, or a clinical table was
     given and lacks the patient) or ``failed`` (no prediction); the reason says why. Rows go to
-    ``predictions.csv.partial`` while the run lasts and take their final name at its end. ``prediction.json`` is written
-    last of a patient's files: where it is, all that it names are. Of a patient that is done only the row is kept in
-    memory.
+    ``predictions.csv.partial`` while the run lasts and take their final name at its end, together with ``lesions.csv``,
+    which has one row for every lesion. ``prediction.json`` is written last of a patient's files: where it is, all that
+    it names are. Of a patient that is done only the rows are kept in memory.
 
     Args:
-        output_dir: receives ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and
-            ``<PatientID>__tumour.nii.gz`` (``.mha`` where the CT came in a format of ITK).
+        output_dir: receives ``predictions.csv``, ``lesions.csv`` and, in a folder for each patient, ``prediction.json``
+            and ``<PatientID>__tumour.nii.gz`` (``.mha`` where the CT came in a format of ITK).
         cases: the datalist, which fixes the order of the rows.
         products: more to write of each patient, by what it is called: functions of the case, its result (all keys after
             the post transforms, ``prediction`` among them) and its folder, which give (name, path relative to the
@@ -67,9 +74,10 @@ class PredictionWriter:
 
     Attributes:
         rows: of ``predictions.csv``, by patient.
+        lesions: rows of ``lesions.csv``, by patient.
         failures: patient to the products that could not be written, and why.
         pages: more to write of the whole cohort at the end, by the name of the file.
-        problems: ``predictions.csv`` and pages that could not be written, and why.
+        problems: tables and pages that could not be written, and why.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class PredictionWriter:
         self.folders = folder_names(self.cases)
         self.products = dict(products or {})
         self.rows: dict[str, dict[str, Any]] = {}
+        self.lesions: dict[str, list[dict[str, Any]]] = {}
         self.failures: dict[str, str] = {}
         self.pages: dict[str, Callable[[], None]] = {}
         self.problems: dict[str, str] = {}
@@ -127,7 +136,7 @@ class PredictionWriter:
                 with contextlib.suppress(OSError):
                     (folder / file).unlink(missing_ok=True)
             raise
-        self.rows[patient] = self._predicted(prediction)
+        self._take(patient, prediction)
         return prediction
 
     def _write_files(
@@ -167,7 +176,7 @@ class PredictionWriter:
             prediction = json.loads((self.folder(patient) / "prediction.json").read_text(encoding="utf-8"))
             if prediction["model"]["sha256"] != sha256 or prediction["patient_id"] != patient:
                 return False
-            self.rows[patient] = self._predicted(prediction)
+            self._take(patient, prediction)
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return True
@@ -175,6 +184,7 @@ class PredictionWriter:
     def fail(self, patient: str, why: str) -> None:
         """Give a patient the row ``failed``."""
         self.rows[patient] = self._row(patient, FAILED, why)
+        self.lesions.pop(patient, None)
 
     def note_failure(self, engine: Workflow) -> None:
         """Give a failed patient its row, and keep the table so far."""
@@ -184,8 +194,8 @@ class PredictionWriter:
             write_text(self._partial, self._table())
 
     def write_table(self, engine: Workflow | None = None) -> None:
-        """Write ``predictions.csv`` and the pages of the cohort, as far as they can be written; ``problems`` tell."""
-        for name, write in {TABLE: self._write_table, **self.pages}.items():
+        """Write tables and pages of the cohort, as far as they can be written; ``problems`` has the others."""
+        for name, write in {TABLE: self._write_table, LESION_TABLE: self._write_lesions, **self.pages}.items():
             try:
                 write()
             except (OSError, ValueError) as error:  # a page of a table that is not there is a ValueError
@@ -206,6 +216,11 @@ class PredictionWriter:
             self.output_dir / TABLE,
         )
 
+    def _write_lesions(self) -> None:
+        """Write ``lesions.csv``."""
+        rows = [row for patient in self.cases for row in self.lesions.get(patient, [])]
+        write_text(self.output_dir / LESION_TABLE, _csv(LESION_COLUMNS, rows))
+
     def exit_if_incomplete(self) -> None:
         """End the program with exit code 1 if any patient's row is not ``ok``, or there is no table of them.
 
@@ -224,6 +239,11 @@ class PredictionWriter:
     def _partial(self) -> Path:
         return self.output_dir / f"{TABLE}.partial"
 
+    def _take(self, patient: str, prediction: Mapping[str, Any]) -> None:
+        """Fill the rows of a predicted patient."""
+        row, lesions = self._predicted(prediction), lesion_rows(prediction)
+        self.rows[patient], self.lesions[patient] = row, lesions
+
     def _predicted(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
         """Row of a predicted patient."""
         patient = prediction["patient_id"]
@@ -238,15 +258,18 @@ class PredictionWriter:
         return {**dict.fromkeys(COLUMNS, ""), "PatientID": patient, "status": status, "reason": why}
 
     def _table(self) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        rows = [self.rows[patient] for patient in self.cases if patient in self.rows]
-        cells = (
-            {k: without_formula(cell) if isinstance(cell, str) else cell for k, cell in row.items()} for row in rows
-        )
-        writer.writerows(cells)
-        return text.getvalue()
+        return _csv(COLUMNS, [self.rows[patient] for patient in self.cases if patient in self.rows])
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as text; no cell is taken for a formula by a spreadsheet."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {k: without_formula(cell) if isinstance(cell, str) else cell for k, cell in r.items()} for r in rows
+    )
+    return text.getvalue()
 
 
 def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +294,21 @@ def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
         "model_sha256": prediction["model"]["sha256"],
     }
     return {name: "" if value is None else value for name, value in row.items()}
+
+
+def lesion_rows(prediction: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``lesions.csv`` of a prediction, as ``prediction.json`` holds it; an unknown value is an empty cell."""
+    rows = []
+    for lesion in (prediction["tumour"] or {}).get("lesion_list", []):
+        x, y, z = lesion["centre_mm"]
+        row = {
+            **{"PatientID": prediction["patient_id"], "lesion": lesion["name"], "label": lesion["label"]},
+            **{name: lesion[name] for name in OF_LESION},
+            **{"centre_x_mm": x, "centre_y_mm": y, "centre_z_mm": z, "forced": prediction["quality"]["forced"]},
+            **{name: prediction["model"][key] for name, key in (("trained_on",) * 2, ("model_sha256", "sha256"))},
+        }
+        rows.append({name: "" if value is None else value for name, value in row.items()})
+    return rows
 
 
 def folder_name(patient_id: str) -> str:
