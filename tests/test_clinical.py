@@ -145,7 +145,7 @@ def test_values_that_cannot_be_are_in_doubt(feature, value, doubt):
 
 def test_a_value_in_doubt_counts_as_missing_and_is_told(caplog):
     assert clinical.parse_clinical({"Age": 0}, ("age",), where="ehr.json") == {"age": None}
-    assert "ehr.json, Age: 0 is 0 years: taken as missing" in caplog.text
+    assert "ehr.json, Age: 0 is 0 years: read as missing" in caplog.text
 
 
 @pytest.mark.parametrize("feature", [*clinical.FEATURES, *clinical.LABELS])

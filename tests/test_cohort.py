@@ -310,7 +310,7 @@ def test_table_is_read_however_it_was_saved(tmp_path, data, centre):
     [
         pytest.param(
             ["CHUM-001,1,61,1,,,,,,100,1,1", "CHUM_001,1,61,1,,,,,,100,1,1"],
-            ["row 3: CHUM_001 stands in row 2 already"],
+            ["row 3: CHUM_001 is already in row 2"],
             id="duplicate_id",
         ),
         pytest.param(
@@ -438,7 +438,7 @@ def test_a_follow_up_longer_than_a_life_is_told_and_not_used(tmp_path, rfs):
     found = cohort.load_cohort(add_patients(tmp_path))
     assert [case[keys.SURV_KNOWN] for case in found.cases] == [False, True, False]
     assert found.cases[0][keys.TIME] == 0 and found.cases[0][keys.HPV_KNOWN]
-    (note,) = (note for note in found.notes if "rfs is taken as missing where it cannot be (1 x)" in note)
+    (note,) = (note for note in found.notes if "rfs is read as missing where it is implausible (1 x)" in note)
     assert f"{float(rfs):g} in HECKTOR_2025_Training_Task_2.csv, row 2, CHUM-001" in note
     assert note in "\n".join(found.notes) and note in found.describe()
 
@@ -447,7 +447,7 @@ def test_an_age_of_0_is_told_when_predicting(tmp_path, caplog):
     add_table(tmp_path, [ROWS[0].replace(",61,", ",0,"), *ROWS[1:]])
     case, *_ = cohort.inference_cases(add_patients(tmp_path))
     assert case[keys.CLINICAL]["age"] is None and case[keys.PROBLEM] == ""
-    assert "age is taken as missing where it cannot be (1 x): 0 in HECKTOR" in caplog.text
+    assert "age is read as missing where it is implausible (1 x): 0 in HECKTOR" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -455,11 +455,11 @@ def test_an_age_of_0_is_told_when_predicting(tmp_path, caplog):
     [
         pytest.param("a.json", "[" * 100000, "nested too deeply", id="deep"),
         pytest.param(
-            "a.json", '{"PatientID": "a", "Age": 61, "Age": 62}', "'Age' stands twice in one object", id="twice"
+            "a.json", '{"PatientID": "a", "Age": 61, "Age": 62}', "'Age' occurs twice in one object", id="twice"
         ),
         pytest.param("a.json", f'{{"Age": {"9" * 5000}}}', "not read: Exceeds the limit", id="digits"),
         pytest.param("a.json", b"\xff\xfe\x00", "not a text file in UTF-8", id="no_text"),
-        pytest.param("a.csv", 'PatientID,Age\n"' + "x" * 200000 + '",61\n', "no readable CSV", id="long_cell"),
+        pytest.param("a.csv", 'PatientID,Age\n"' + "x" * 200000 + '",61\n', "not a readable CSV", id="long_cell"),
         pytest.param("a.csv", b"PatientID,Age\nCHUM\0001,61\n", "is not a text file", id="nul"),
         pytest.param("a.csv", "PatientID,Age\nCHUM-001,1e400\n", "'1e400' is no value of age", id="overflow"),
         pytest.param("a.json", '[{"PatientID": "CHUM-001", "Age": 1e400}]', "'inf' is no value of age", id="infinite"),
@@ -485,7 +485,7 @@ def test_a_number_that_is_none_is_missing(tmp_path):
 def test_a_huge_file_is_no_table(tmp_path, monkeypatch):
     root = nested(tmp_path / "data")
     monkeypatch.setattr(cohort_tables, "_LARGEST_FILE", 10.0)
-    with pytest.raises(CohortError, match="it is no clinical table"):
+    with pytest.raises(CohortError, match="it is not a clinical table"):
         cohort.load_cohort(root, root / "HECKTOR_2025_Training_Task_2.csv")
 
 
@@ -493,7 +493,7 @@ def test_a_broken_file_above_the_folder_costs_nothing(tmp_path, caplog):
     root = add_patients(tmp_path / "data")
     (tmp_path / "numbers.csv").write_bytes(b"\0\1\2")
     assert len(cohort.inference_cases(root)) == 3
-    assert "left alone" in caplog.text and "numbers.csv is not a text file" in caplog.text
+    assert "ignored" in caplog.text and "numbers.csv is not a text file" in caplog.text
 
 
 def test_named_table_that_is_not_there(tmp_path):
@@ -732,7 +732,7 @@ def test_inference_lists_every_patient_and_ignores_faults_in_labels(tmp_path, ca
     assert list(problems) == [f"CHUM-00{number}" for number in range(1, 8)]
     assert [patient for patient, problem in problems.items() if not problem] == ["CHUM-001", "CHUM-002", "CHUM-006"]
     assert "row 4, column 'Gender': 'X'" in problems["CHUM-003"]
-    assert "row 6: CHUM-004 stands in row 5 already" in problems["CHUM-004"]
+    assert "row 6: CHUM-004 is already in row 5" in problems["CHUM-004"]
     assert problems["CHUM-005"] == f"no CT and no PET found in {tmp_path}"
     assert problems["CHUM-007"] == f"no PET found in {tmp_path / 'CHUM-007'}"
     assert cases["CHUM-007"][keys.PET] is None
@@ -844,7 +844,7 @@ def test_a_row_that_is_nobodys_keeps_nobody_from_being_predicted(tmp_path, caplo
     add_table(tmp_path, [",1,50,1,,,,,,100,1,1", "CHUM-001,1,61,1,,,,,,100,1,1"])
     (case,) = cohort.inference_cases(tmp_path)
     assert (case[keys.PROBLEM], case[keys.CLINICAL]["age"]) == ("", 61.0)
-    assert "row left out: HECKTOR_2025_Training_Task_2.csv, row 2: no PatientID" in caplog.text
+    assert "row ignored: HECKTOR_2025_Training_Task_2.csv, row 2: no PatientID" in caplog.text
     with pytest.raises(CohortError, match="row 2: no PatientID"):
         cohort.load_cohort(tmp_path)
 

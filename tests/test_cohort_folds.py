@@ -145,7 +145,7 @@ def test_the_fingerprint_tells_other_patients_and_labels_but_not_other_places(ch
         pytest.param(("partial", 1, 0), "num_folds is 1; at least 2", id="one_fold"),
         pytest.param(("partial", 3, 3), "fold is 3; with num_folds = 3 it must be from 0 to 2", id="fold_too_high"),
         pytest.param(("full", 3, -1), "fold is -1; with num_folds = 3", id="fold_negative"),
-        pytest.param(("partial", 5, 0), "4 cases cannot be dealt over 5 folds", id="too_few_cases"),
+        pytest.param(("partial", 5, 0), "4 cases cannot be divided into 5 folds", id="too_few_cases"),
         pytest.param(("ablation", 3, 1), "fold is 1; protocol 'ablation' is one split, which is fold 0", id="ablation"),
         pytest.param(("ablation", 1, 0), "4 cases cannot be split 60/30/10.*at least 10 needed", id="small_ablation"),
         pytest.param(

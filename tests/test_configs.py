@@ -115,7 +115,7 @@ def test_a_broken_off_run_ends_as_an_unbroken_one(trained: Path, tiny_cohort: Pa
 
 
 def test_one_more_patient_is_another_run(tmp_path: Path, run_bundle) -> None:
-    """Folds are dealt anew then: going on would validate on cases that were trained on."""
+    """The folds differ then: resuming would validate on cases that were trained on."""
     cohort = make_tiny_cohort(tmp_path / "cohort")
     arguments = ["--dataset_dir", str(cohort), "--output_dir", str(tmp_path / "out"), *SMALL_RUN, "--epochs", "1"]
     run_bundle("training", "--config_file", TRAIN, *arguments)

@@ -391,7 +391,7 @@ def test_links_to_nothing(tmp_path, link, failed):
     problems = rows(tmp_path)
     assert set(problems) == {"P1", "P2", *([failed] if failed else [])}
     assert [patient for patient, problem in problems.items() if problem] == ([failed] if failed else [])
-    assert failed is None or f"{Path(link).name}: a link to what is not there" in problems[failed]
+    assert failed is None or f"{Path(link).name}: a broken link" in problems[failed]
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_a_pair_of_folders_takes_each_file_once_and_no_half_of_a_series(tmp_path
     examination = pair_examination(tmp_path / "in", tmp_path / "more")
     assert examination.choice is not None and len(examination.choice.pet) == SLICES
     (tmp_path / "in" / "lost").symlink_to("gone")
-    assert "lost: a link to what is not there" in pair_examination(tmp_path / "in", tmp_path / "more").problem
+    assert "lost: a broken link" in pair_examination(tmp_path / "in", tmp_path / "more").problem
 
 
 # --- what is shown, and threads ------------------------------------------------------------------------------------

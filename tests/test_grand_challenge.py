@@ -93,7 +93,7 @@ def test_clinical_values_count(given, model, tmp_path):
         pytest.param('{"Age": ', "ehr.json, line 1: not valid JSON", id="cut_off"),
         pytest.param("[61]", "expected one object", id="list"),
         pytest.param('{"Age": "old"}', "ehr.json, Age: 'old' is no value of age", id="value"),
-        pytest.param('{"Age": 61, "Age": 62}', "ehr.json: 'Age' stands twice", id="twice"),
+        pytest.param('{"Age": 61, "Age": 62}', "ehr.json: 'Age' occurs twice", id="twice"),
         pytest.param(
             '{"patient": {"Age": 63, "M-stage": "M0"}}',
             "none of its names is a clinical value that is known; found: 'patient'; known are Age.*give its content",

@@ -126,15 +126,13 @@ def test_linked_patients_and_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     "link, failed, problem",
     [
-        pytest.param("CHUM-003", "CHUM-003", "is a link to what is not there", id="patient"),
-        pytest.param("P3", "P3", "is a link to what is not there", id="patient_of_any_name"),
-        pytest.param(
-            "CHUM-003__CT.nii.gz", "CHUM-003", "CHUM-003__CT.nii.gz is a link to what", id="ct_without_folder"
-        ),
-        pytest.param("CHUM-001/CHUM-001__PT.nii.gz", "CHUM-001", "CHUM-001__PT.nii.gz is a link to what", id="pet"),
+        pytest.param("CHUM-003", "CHUM-003", "is a broken link", id="patient"),
+        pytest.param("P3", "P3", "is a broken link", id="patient_of_any_name"),
+        pytest.param("CHUM-003__CT.nii.gz", "CHUM-003", "CHUM-003__CT.nii.gz is a broken link", id="ct_without_folder"),
+        pytest.param("CHUM-001/CHUM-001__PT.nii.gz", "CHUM-001", "CHUM-001__PT.nii.gz is a broken link", id="pet"),
         pytest.param("CHUM-001/CHUM-001.nii.gz", None, "", id="mask"),
         pytest.param("readme.txt", None, "", id="text"),
-        pytest.param("self", "self", "is a link to what is not there", id="to_itself"),
+        pytest.param("self", "self", "is a broken link", id="to_itself"),
     ],
 )
 def test_links_to_nothing_fail_their_patient(tmp_path, link, failed, problem):

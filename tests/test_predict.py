@@ -343,8 +343,8 @@ def test_a_patient_who_cannot_be_had_has_a_row_and_costs_the_exit_code(patients,
     run(tmp_path / "in", tmp_path / "out", code=1, **options)
     rows = rows_of(tmp_path / "out")
     assert {patient: row["status"] for patient, row in rows.items()} == {"CHUM-001": "ok", "b": "failed", "c": "failed"}
-    assert "c: a link to what is not there" in rows["c"]["reason"]
-    assert "c: failed: c: a link to what is not there" in capsys.readouterr().out
+    assert "c: a broken link" in rows["c"]["reason"]
+    assert "c: failed: c: a broken link" in capsys.readouterr().out
 
 
 SHARED_CASES = SHARED_DATA.parent / "cases"

@@ -1,8 +1,7 @@
-"""Clinical values: what a column may be called, what a cell may say, and how the network reads it.
+"""Clinical values: column names, accepted cell values, and their coding for the network.
 
-Everything known about a clinical value stands in one ordered table, :data:`FEATURES`. Two codings turn values
-into numbers: the paper's (:func:`code_clinical`, what the network reads) and indicators
-(:func:`code_indicators`, for linear models such as the clinical-only Cox comparator).
+The table :data:`FEATURES` defines all of them. There are two codings: that of the paper (:func:`code_clinical`, for the
+network) and indicators (:func:`code_indicators`, for linear models such as the clinical-only Cox comparator).
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ DEFAULT_FEATURES = ("age", "gender", "tobacco", "alcohol", "treatment", "perform
 _MISSING = frozenset(
     ("", "nan", "na", "n/a", "#n/a", "n.a.", "none", "null", "unknown", "unk", "missing", "notavailable", "?", ".")
 )
-_NEAR = 0.75  # of difflib's ratio: a name that is meant by another
+_NEAR = 0.75  # of difflib's ratio: a name is taken for a misspelling
 _TIME_UNIT = r"(?<![a-z])(?:d|days?|w|wks?|weeks?|m|mos?|mths?|months?|y|yrs?|years?)(?![a-z])"
 _NO = ("no", "false", "n")
 _YES = ("yes", "true", "y")
 
 
 class ClinicalValueError(ValueError):
-    """A clinical value that cannot be read; the message says where it stands and what is accepted."""
+    """A clinical value that cannot be read; the message says where it is and what is accepted."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Feature:
         kind: ``"number"`` (a measurement), ``"ordinal"`` (levels with an order) or ``"category"``.
         aliases: further column names; upper case, spaces and punctuation do not matter.
         levels: level -> accepted words, besides the level's own number; empty for numbers.
-        prefix: regular expression of what may stand before the value (``ECOG`` in ``ECOG 2``).
-        stage: letter of a stage (``T`` in ``T2``), which is read as AJCC writes it, see :func:`_stage_level`.
-        unknown: words that mean missing here, besides the common ones.
+        prefix: regular expression of an optional prefix (``ECOG`` in ``ECOG 2``).
+        stage: letter of a stage (``T`` in ``T2``) in AJCC notation, see :func:`_stage_level`.
+        unknown: words that mean missing, in addition to the common ones.
         low: smallest accepted number.
         high: largest accepted number.
         unit: unit of a number.
-        usual: a usual number and how much patients usually differ, to scale by.
+        usual: typical value and standard deviation, for scaling.
         doubts: see :func:`doubt_about`.
     """
 
@@ -75,7 +74,7 @@ class Feature:
 
     @property
     def accepted(self) -> str:
-        """What a cell may say, in words."""
+        """The accepted cell values, in words."""
         if self.kind == NUMBER:
             limits = f" from {self.low:g} to {self.high:g}" if math.isfinite(self.low + self.high) else ""
             return f"a number{limits}{' in ' + self.unit if self.unit else ''}, or empty"
@@ -97,12 +96,12 @@ FEATURES: dict[str, Feature] = {
             high=120,
             unit="years",
             usual=(60, 10),
-            doubts=((lambda years: years == 0, "0 years"),),  # de-identification leaves it behind
+            doubts=((lambda years: years == 0, "0 years"),),  # an artefact of de-identification
         ),
         Feature("gender", "Gender", CATEGORY, ("Sex",), {0: ("female", "f"), 1: ("male", "m")}),
         Feature("tobacco", "Tobacco Consumption", CATEGORY, ("Tobacco", "Smoking"), {0: _NO, 1: _YES}),
         Feature("alcohol", "Alcohol Consumption", CATEGORY, ("Alcohol",), {0: _NO, 1: _YES}),
-        # 2022 has the column Chemotherapy (0/1): every patient had radiotherapy, so it says the same.
+        # HECKTOR 2022 has the column Chemotherapy (0/1): equivalent, since every patient had radiotherapy.
         Feature(
             "treatment",
             "Treatment",
@@ -119,7 +118,7 @@ FEATURES: dict[str, Feature] = {
             ORDINAL,
             ("ECOG", "ECOG PS", "ECOG Performance Status", "WHO Performance Status"),
             {level: () for level in range(5)},
-            prefix="ecog(-pt)?|who|ps",  # -pt: as the patient reports it
+            prefix="ecog(-pt)?|who|ps",  # -pt: patient-reported
         ),
         Feature(
             "m_stage",
@@ -153,7 +152,7 @@ FEATURES: dict[str, Feature] = {
             "HPV Status",
             CATEGORY,
             ("HPV",),
-            # the last of each: tested, and the result
+            # the last of each: tested, with the result
             {0: ("negative", "neg", "-", *_NO, "yes, negative"), 1: ("positive", "pos", "+", *_YES, "yes, positive")},
         ),
     )
@@ -161,7 +160,7 @@ FEATURES: dict[str, Feature] = {
 """Clinical features by name; the order of a clinical vector is the caller's list, not this table's."""
 
 LONGEST_FOLLOW_UP_DAYS = 50 * 365.25
-"""Nobody is followed for longer after a cancer of the head and neck."""
+"""Longer follow-up is implausible after a head and neck cancer."""
 
 LABELS: dict[str, Feature] = {
     "hpv": FEATURES["hpv"],
@@ -174,18 +173,18 @@ LABELS: dict[str, Feature] = {
         unit="days",
         doubts=(
             (lambda days: days > LONGEST_FOLLOW_UP_DAYS, "more than 50 years"),
-            (lambda days: days >= 9999 and set(f"{days:g}") == {"9"}, "all nines, as where a value is missing"),
+            (lambda days: days >= 9999 and set(f"{days:g}") == {"9"}, "all nines, a code for a missing value"),
         ),
     ),
 }
-"""What a model learns from, read from the same tables by the same rules."""
+"""Labels, read from the same tables by the same rules."""
 
 
 def feature_named(name: str) -> Feature:
     """The feature or label called ``name``.
 
     Raises:
-        ValueError: no feature has this name; the message lists those there are.
+        ValueError: no feature has this name.
     """
     feature = FEATURES.get(name) or LABELS.get(name)
     if feature is None:
@@ -199,14 +198,14 @@ def parse_value(feature: str, raw: object, *, where: str = "") -> float | None:
     Args:
         feature: name of the feature (a key of :data:`FEATURES` or :data:`LABELS`).
         raw: text, number, bool or None: ``1``, ``1.0``, ``"1"``, ``"M1"``, ``"male"``; spaces and case do not matter,
-            a decimal comma is understood.
-        where: where the value stands, for the message: file, row and column.
+            a decimal comma is accepted.
+        where: file, row and column of the value, for the message.
 
     Returns:
         The value (the level of a category, the number itself otherwise), or None where it is missing.
 
     Raises:
-        ClinicalValueError: the value is none of those accepted.
+        ClinicalValueError: the value is not accepted.
 
     Example:
         >>> {parse_value("m_stage", raw) for raw in (1, 1.0, "1", " 1.0", "M1", "m1", "cM1")}
@@ -238,11 +237,11 @@ def parse_value(feature: str, raw: object, *, where: str = "") -> float | None:
 
 
 def doubt_about(feature: str, value: float | None) -> str:
-    """Why a value that can be read is not to be used, "" otherwise: a code for a missing one, or impossible.
+    """Why a readable value is implausible (a code for a missing value, or impossible), "" otherwise.
 
     Example:
         >>> doubt_about("rfs", 99999.0), doubt_about("rfs", 9999.0), doubt_about("rfs", 999.0), doubt_about("age", 0.0)
-        ('more than 50 years', 'all nines, as where a value is missing', '', '0 years')
+        ('more than 50 years', 'all nines, a code for a missing value', '', '0 years')
     """
     doubts = feature_named(feature).doubts
     return "" if value is None else next((why for is_doubtful, why in doubts if is_doubtful(value)), "")
@@ -276,7 +275,7 @@ def parse_clinical(
             place = f"{where}, {names[index]}" if where else names[index]
             value = parse_value(feature, values[names[index]], where=place)
             if doubt := doubt_about(feature, value):
-                logger.warning("%s: %g is %s: taken as missing", place, value, doubt)
+                logger.warning("%s: %g is %s: read as missing", place, value, doubt)
                 value = None
             if value is not None and found[feature] not in (None, value):
                 raise ClinicalValueError(
@@ -289,8 +288,8 @@ def parse_clinical(
 def match_columns(header: Sequence[str], feature: str) -> list[int]:
     """Positions of the columns that hold a feature.
 
-    A remark in brackets, as in ``HPV status (0=-, 1=+)``, is allowed and checked: one that says another coding or
-    another unit than is used here is an error, because reading on would turn the values round.
+    A remark in brackets, as in ``HPV status (0=-, 1=+)``, is allowed and checked: another coding or unit than the one
+    used here is an error, since the values would be misread.
 
     Args:
         header: column names as written.
@@ -315,7 +314,7 @@ def match_columns(header: Sequence[str], feature: str) -> list[int]:
 
 
 def counts_from_one(feature: str, cells: Iterable[str]) -> bool:
-    """Whether a column codes a category of two levels by 1 and 2, so that its 1 is not the 1 that is read here.
+    """Whether a column codes a category of two levels by 1 and 2 instead of 0 and 1.
 
     Example:
         >>> counts_from_one("gender", ["1", "2", ""]), counts_from_one("gender", ["0", "1", "2"])
@@ -326,7 +325,7 @@ def counts_from_one(feature: str, cells: Iterable[str]) -> bool:
 
 
 def unknown_names(names: Iterable[str]) -> dict[str, str]:
-    """Names that no clinical value and no label has, each with the known name that is nearest, "" where none is near.
+    """Names of no clinical value or label, each with the most similar known name, "" where none is similar.
 
     Example:
         >>> unknown_names(["M-stage", "AgeAtDx", "Tobaco", "Weight"])
@@ -372,11 +371,11 @@ def code_clinical(values: Mapping[str, object] | None, features: Sequence[str] =
 
 
 def clinical_scales(features: Sequence[str]) -> list[tuple[float, float, float]]:
-    """How a linear unit scales the values of :func:`code_clinical`: (known from, usual value, usual difference) each.
+    """How a linear unit scales the values of :func:`code_clinical`: (known from, centre, scale) each.
 
-    Levels, coded 1, 2, ..., count from their lowest. Numbers are taken from a usual one and count as known from four
-    usual differences below it; in between, down to 0 for missing, as partly known, so that no step is in the way of
-    a gradient.
+    Levels, coded 1, 2, ..., are counted from the lowest one. Numbers are centred on a typical value and divided by a
+    typical standard deviation. They are known from four standard deviations below the centre; between that and 0
+    (missing) they are partly known, so that the scaling is continuous.
 
     Args:
         features: names of the features, in the order of the network's clinical vector.
@@ -407,15 +406,15 @@ def indicator_names(features: Sequence[str]) -> list[str]:
 def code_indicators(
     values: Mapping[str, object] | None, features: Sequence[str], missing_number: float = 0.0
 ) -> np.ndarray:
-    """Coding for linear models: each level of a category has its own 0/1 column, numbers and stages stay numbers.
+    """Coding for linear models: one 0/1 column for each level of a category; numbers and stages remain numbers.
 
-    A missing category is zero in all its columns, so that a linear model gives no level to it: HPV becomes
+    A missing category is zero in all its columns, so that no level is assumed: HPV becomes
     "known negative" and "known positive".
 
     Args:
         values: raw or parsed values by feature name, as for :func:`code_clinical`.
         features: names of the features.
-        missing_number: what stands for a missing number or stage; NaN lets the caller fill it in.
+        missing_number: value for a missing number or stage; NaN for imputation by the caller.
 
     Returns:
         float32 of shape (columns,), see :func:`indicator_names`.
@@ -454,14 +453,14 @@ def _squeeze(text: str) -> str:
 
 
 def _plain_number(raw: object) -> float | None:
-    """The number that ``raw`` is or spells, or None; bool counts as 0/1, a comma as the decimal point.
+    """``raw`` as a number, or None; bool is 0/1, a comma is the decimal point.
 
-    ``1,234`` is refused: it may mean a thousand or one and a bit.
+    ``1,234`` is refused as ambiguous.
     """
     if isinstance(raw, numbers.Real | np.bool_):
         try:
             return float(raw)
-        except OverflowError:  # a whole number of more than 308 digits
+        except OverflowError:  # an integer of more than 308 digits
             return math.inf
     text = _plain(str(raw))
     if re.search(r",\d{3}$", text):
@@ -503,7 +502,7 @@ def _stage_level(letter: str, text: str) -> float | None:
 
 
 def _check_remark(feature: Feature, title: str) -> None:
-    """Refuse a column whose remark in brackets says another coding or unit than the feature's."""
+    """Refuse a column whose remark in brackets states another coding or unit than the feature's."""
     remark = title[re.search(r"[(\[]", title).start() :]  # type: ignore[union-attr]
     units = {unit[0].lower() for unit in re.findall(_TIME_UNIT, remark, re.IGNORECASE)}
     if feature.unit and units - {feature.unit[0]}:
@@ -517,7 +516,7 @@ def _check_remark(feature: Feature, title: str) -> None:
 
 
 def _codes(feature: Feature, remark: str) -> list[tuple[str, str]]:
-    """Numbers that a remark explains, each with its word: ``0=F, 1=M``, ``M: 1``, ``0 female 1 male``, ``F/M=0/1``."""
+    """Numbers in a remark, each with its meaning: ``0=F, 1=M``, ``M: 1``, ``0 female 1 male``, ``F/M=0/1``."""
     number, word = r"(?<![\w.])(\d+)(?![\w.])", r"([^\s\d,;=:()\[\]][^\s,;=:()\[\]]*)"
     codes = re.findall(rf"{number}\s*[=:]\s*{word}", remark)
     codes += [(code, name) for name, code in re.findall(rf"{word}\s*[=:]\s*{number}", remark)]

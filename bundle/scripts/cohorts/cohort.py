@@ -1,9 +1,8 @@
-"""A HECKTOR folder and its CSV files -> a list of cases, with folds and with every exclusion accounted for.
+"""Cases from a HECKTOR folder and its tables.
 
-Reading goes in three steps: the files of each patient (:mod:`scripts.cohorts.scans`), the rows of the tables
-(:mod:`scripts.cohorts.tables`), and here the merge of both into cases. Nothing is dropped silently: what is
-not used stands in :attr:`Cohort.exclusions`, what is odd but usable in :attr:`Cohort.notes`, and what is wrong is
-raised as a :class:`CohortError` that lists all faults at once.
+The files of each patient (:mod:`scripts.cohorts.scans`) and the rows of the tables (:mod:`scripts.cohorts.tables`) are
+merged into cases. Patients that are not used are listed in :attr:`Cohort.exclusions`, unusual but usable data in
+:attr:`Cohort.notes`. Faults raise a :class:`CohortError` that lists all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import pandas as pd
 
 from scripts import keys
 from scripts.cohorts import clinical
@@ -43,17 +44,17 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "cohort.json"
-"""What a made-up cohort says about itself, in its folder."""
+"""File in the folder of a synthetic cohort that describes it."""
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A patient that is left out.
+    """An excluded patient.
 
     Attributes:
         patient_id: the patient.
-        reason: why, in words that are the same for all patients with this fault.
-        detail: what belongs to this patient alone, such as the path that was expected.
+        reason: the same text for all patients with this fault.
+        detail: specific to this patient, such as the path that was expected.
     """
 
     patient_id: str
@@ -62,7 +63,7 @@ class Exclusion:
 
 
 def make_case(scans: Scans | None, record: Record | None, features: Sequence[str], has_tables: bool) -> Case:
-    """The dictionary of one patient, with every label's own flag; without any table, no row is missed."""
+    """The dictionary of one patient, with a "known" flag for each label; without tables, no row counts as missing."""
     files = {kind: getattr(scans, kind) if scans else None for kind in ("ct", "pet", "mask")}
     values = record.values if record else {}
     patient_id = clean_id(scans.patient_id if scans else record.patient_id if record else "")
@@ -90,7 +91,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def files_fingerprint(paths: Iterable[Path | None]) -> str:
-    """Sizes and times of the files as a short text: a cache keyed by the case notices changed files."""
+    """Hash of the sizes and times of files, so that a cache keyed by the case detects changed files."""
     files = [path if path and path.is_file() else None for path in paths]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if path else None for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
@@ -98,13 +99,13 @@ def files_fingerprint(paths: Iterable[Path | None]) -> str:
 
 @dataclass
 class Cohort:
-    """Cases of a data set and what became of the rest.
+    """The cases of a data set, the excluded patients and notes.
 
     Attributes:
         dataset_dir: folder the cohort was read from.
         cases: case dictionaries, see :mod:`scripts.keys`, sorted by patient id.
         exclusions: patients left out, sorted by reason and patient id.
-        notes: what is odd but usable.
+        notes: unusual but usable data.
         files: the tables read.
         columns: feature or label name -> columns it was read from.
     """
@@ -117,14 +118,21 @@ class Cohort:
     columns: dict[str, list[str]] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """What the cohort holds, as a short table: counts a centre, missing values, exclusions with reasons."""
-        groups: dict[str, list[Case]] = {}
-        for case in self.cases:
-            groups.setdefault(case[keys.CENTRE], []).append(case)
-        rows = [(centre, *_counts(groups[centre])) for centre in sorted(groups)]
-        rows.append(("all", *_counts(self.cases)))
-        titles = ("centre", "cases", "mask", "HPV known", "HPV+", "survival", "events")
-        lines = [f"cohort {self.dataset_dir}", f"tables: {', '.join(self.files) or 'none'}", *_aligned(titles, rows)]
+        """A table of counts by centre, the share of known values, and exclusions with reasons."""
+        flags = (
+            ("mask", keys.SEG_KNOWN),
+            ("HPV known", keys.HPV_KNOWN),
+            ("HPV+", keys.HPV),
+            ("survival", keys.SURV_KNOWN),
+        )
+        counted = {title: [int(case[key]) for case in self.cases] for title, key in (*flags, ("events", keys.EVENT))}
+        cases = pd.DataFrame({"cases": 1, **counted}, index=[case[keys.CENTRE] for case in self.cases])
+        rows = pd.concat([cases.groupby(level=0).sum(), cases.sum().to_frame("all").T]).rename_axis(columns="centre")
+        lines = [
+            f"cohort {self.dataset_dir}",
+            f"tables: {', '.join(self.files) or 'none'}",
+            *rows.to_string().split("\n"),
+        ]
         lines += self._describe_features()
         lines.append(f"excluded: {len(self.exclusions)}")
         lines += [f"  {text}" for text in _by_reason(self.exclusions)]
@@ -132,7 +140,7 @@ class Cohort:
         return "\n".join(lines)
 
     def _describe_features(self) -> list[str]:
-        """One line with the share of cases in which each clinical value is known."""
+        """The share of cases in which each clinical value is known."""
         names = list(self.cases[0][keys.CLINICAL]) if self.cases else []
         known = {name: sum(case[keys.CLINICAL][name] is not None for case in self.cases) for name in names}
         listed = ", ".join(f"{name} {100 * count / len(self.cases):.0f} %" for name, count in known.items())
@@ -145,16 +153,16 @@ class Cohort:
 
     @property
     def fingerprint(self) -> str:
-        """A short text that changes when a patient, a label or a clinical value does, wherever the files lie.
+        """Hash of patients, labels and clinical values; file paths do not matter.
 
-        Folds are dealt anew then: what was trained on the old ones no longer fits.
+        If it changes, the folds change too: a model trained on the old folds no longer matches them.
         """
         places = (keys.CT, keys.PET, keys.MASK, keys.FINGERPRINT)
         facts = [sorted((name, value) for name, value in case.items() if name not in places) for case in self.cases]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def statement(self, cases: Sequence[Case] | None = None) -> str:
-        """What a model trained on ``cases`` (all of the cohort by default) must say about them, in one line."""
+        """One line on the training data, for a model trained on ``cases`` (default: the whole cohort)."""
         cases = self.cases if cases is None else cases
         root = Path(self.dataset_dir).expanduser().resolve()
         records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
@@ -168,16 +176,15 @@ class Cohort:
     def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
         """Training and validation cases of one fold, and test cases where the protocol has them.
 
-        - ``partial`` deals all cases over the folds.
-        - ``full`` deals the cases with mask and HPV status and adds all others to the validation set of every fold.
+        - ``partial`` divides all cases into folds.
+        - ``full`` divides the cases with mask and HPV status, and adds all others to the validation set of every fold.
         - ``ablation`` is one split into 60 % training, 30 % validation and 10 % test: there is fold 0 only, and
-          ``num_folds`` counts for nothing.
+          ``num_folds`` is ignored.
         - ``leave_one_centre_out`` validates on one centre and trains on the others: fold k is the k-th of
           :attr:`centres`, and nothing is random.
 
-        Dealing goes round robin over cases sorted by event (unknown is a group of its own) and centre and shuffled
-        within: folds differ by at most one case in size and in events, and the parts of the ablation split by at most
-        one from their share.
+        Cases are sorted by event (unknown is a group of its own) and centre, shuffled within groups and assigned in turn:
+        folds differ by at most one case in size and in events.
 
         Args:
             protocol: a key of :data:`PROTOCOLS`.
@@ -196,36 +203,15 @@ class Cohort:
         return PROTOCOLS[protocol](self.cases, num_folds, fold, seed)
 
 
-def _counts(cases: Sequence[Case]) -> tuple[int, ...]:
-    hpv = [case[keys.HPV] for case in cases if case[keys.HPV_KNOWN]]
-    masks = sum(case[keys.SEG_KNOWN] for case in cases)
-    survival = sum(case[keys.SURV_KNOWN] for case in cases)
-    return len(cases), masks, len(hpv), int(sum(hpv)), survival, sum(case[keys.EVENT] for case in cases)
-
-
-def _aligned(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table: first column to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (titles, *rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(titles))]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-
-
-def _by_reason(exclusions: Sequence[Exclusion], shown: int = 5) -> list[str]:
+def _by_reason(exclusions: Sequence[Exclusion]) -> list[str]:
     """One line a reason with the number of patients and the first of them."""
     reasons: dict[str, list[Exclusion]] = {}
     for exclusion in exclusions:
         reasons.setdefault(exclusion.reason, []).append(exclusion)
     lines = []
     for reason, group in reasons.items():
-        names = [item.patient_id + (f" ({item.detail})" if item.detail else "") for item in group[:shown]]
-        more = f", and {len(group) - shown} more" if len(group) > shown else ""
-        lines.append(f"{len(group)} x {reason}: {', '.join(names)}{more}")
+        names = [item.patient_id + (f" ({item.detail})" if item.detail else "") for item in group]
+        lines.append(f"{len(group)} x {reason}: {some(names)}")
     return lines
 
 
@@ -237,15 +223,15 @@ def load_cohort(
 ) -> Cohort:
     """Read a cohort for training or evaluation.
 
-    Left out and reported: patients without CT or PET, with RFS <= 0, without a row and without a mask, or with no
-    label at all. A patient with a mask and no row stays, all clinical values and other labels unknown.
+    Excluded and reported: patients without CT or PET, with RFS <= 0, without a row and without a mask, or with no
+    label at all. A patient with a mask but no row is kept; the clinical values and other labels are unknown.
 
     Args:
-        dataset_dir: folder with the scans, see :func:`find_scans`; None: tables only, named by ``ehr_csv``.
-        ehr_csv: table or tables; None: found beside the scans, see :func:`find_tables`. A relative path is taken
-            from the working folder or else from ``dataset_dir``.
+        dataset_dir: folder with the scans, see :func:`find_scans`; None: tables only, given by ``ehr_csv``.
+        ehr_csv: table or tables; None: those found by :func:`find_tables`. A relative path is relative to the working
+            folder or, if there is no such file, to ``dataset_dir``.
         clinical_features: names of the clinical values to read, in the network's order.
-        require_images: False keeps patients without scans (for models of clinical values alone).
+        require_images: False keeps patients without scans (for models of clinical values only).
 
     Returns:
         The cohort; its cases are sorted by patient id.
@@ -283,7 +269,7 @@ def _gather(
     features: Sequence[str],
     require_images: bool,
 ) -> tuple[dict[str, Scans], Tables, list[str]]:
-    """Scans and tables of a cohort, before they are joined."""
+    """Scans and tables of a cohort, before they are merged."""
     for name in features:
         clinical.feature_named(name)
     if dataset_dir is None and (ehr_csv is None or require_images):
@@ -306,15 +292,15 @@ def _gather(
 
 
 def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | None) -> None:
-    """See that a table that was asked for says something of the patients there are.
+    """Check that the tables given have a row for at least one patient with scans.
 
     Args:
-        tables: the table or tables named.
+        tables: the tables.
         patients: keys of the patients that have scans.
-        place: where these are, for the message.
+        place: folder of the scans, for the message.
 
     Raises:
-        CohortError: it has a row for none of them.
+        CohortError: they have none.
     """
     known, there = set(tables.records), set(patients)
     if not tables.files or not there or known & there or tables.faults:
@@ -338,7 +324,7 @@ def _locate_table(path: Path, dataset_dir: Path) -> Path:
 
 
 def _reason_to_exclude(scans: Scans | None, record: Record | None, require_images: bool) -> tuple[str, str] | None:
-    """Why a patient is left out of training and evaluation: (reason, detail), or None."""
+    """Why a patient is excluded from training and evaluation: (reason, detail), or None."""
     rows = "; ".join(record.rows) if record else ""
     if require_images and scans is not None and scans.contradictions:
         return "image files that contradict each other", scans.contradiction("ct", "pet", "mask")
@@ -361,7 +347,7 @@ def _reason_to_exclude(scans: Scans | None, record: Record | None, require_image
 
 
 def _notes_on_tables(tables: Tables, cases: Sequence[Case], features: Sequence[str]) -> list[str]:
-    """What a reader should know about the tables although it is no fault."""
+    """Notes on missing columns, rows and values."""
     if not tables.files:
         return ["no table found: clinical values, HPV status and survival are unknown for every case"]
     notes = tables.notes((*features, "rfs", "relapse", "hpv"))
@@ -386,12 +372,12 @@ def inference_cases(
     ehr_csv: str | Path | Sequence[str | Path] | None = None,
     clinical_features: Sequence[str] = DEFAULT_FEATURES,
 ) -> list[Case]:
-    """Every patient to predict, also those that cannot be predicted, so that each gets a row in the output.
+    """Every patient to predict, including those that cannot be predicted, so that each has a row in the output.
 
-    Labels are optional and faults in them count for nothing. What keeps a patient from being predicted (CT or PET
-    missing, a clinical value that cannot be read, two rows) stands in ``case[keys.PROBLEM]``, which is empty otherwise.
-    Patients that only a table knows are listed if the table lies in ``dataset_dir`` and are only logged if it lies
-    elsewhere: predicting one folder with the table of a whole cohort is no fault.
+    Labels are optional, and faults in them are ignored. ``case[keys.PROBLEM]`` says why a patient cannot be predicted
+    (CT or PET missing, a clinical value that cannot be read, two rows); it is empty otherwise. Patients that are only
+    in a table are listed if the table is in ``dataset_dir``, and only logged if it is elsewhere: it may be the table of
+    a larger cohort.
 
     Args:
         dataset_dir: folder with the scans, see :func:`find_scans`.
@@ -402,8 +388,7 @@ def inference_cases(
         Cases as in :func:`load_cohort`, sorted by patient id, CT or PET None where missing.
 
     Raises:
-        CohortError: the folder holds no scan, or a table cannot be read at all, or one that is named has a row for no
-            patient.
+        CohortError: the folder holds no scan, a table cannot be read, or a table given has a row for no patient.
     """
     cases, tables = folder_cases(dataset_dir, ehr_csv, clinical_features)
     if ehr_csv is not None:
@@ -416,7 +401,7 @@ def folder_cases(
     ehr_csv: str | Path | Sequence[str | Path] | None,
     clinical_features: Sequence[str],
 ) -> tuple[list[Case], Tables]:
-    """The cases of :func:`inference_cases` whatever the tables say of them, and the tables."""
+    """The cases of :func:`inference_cases`, without the check of :func:`require_rows`, and the tables."""
     scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
     for note in notes:
         logger.warning("%s", note)
@@ -430,14 +415,14 @@ def folder_cases(
         rows_only = set()
     left_alone = masks_only - set(tables.records)
     if left_alone:
-        logger.warning("masks without scans are left alone: %s", some(sorted(left_alone)))
+        logger.warning("masks without scans are ignored: %s", some(sorted(left_alone)))
     patients = sorted({*scans, *rows_only} - left_alone)
     without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
     return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir)), tables
 
 
 def _mask_alone(scans: Scans) -> bool:
-    """Whether a patient has a mask, or several, and nothing that says of scans."""
+    """Whether a patient has a mask, or several, and no scan or problem with one."""
     says = scans.ct or scans.pet or scans.problem or scans.contradiction("ct", "pet")
     return bool(scans.mask or scans.contradiction("mask")) and not says
 
@@ -445,17 +430,17 @@ def _mask_alone(scans: Scans) -> bool:
 def cases_to_predict(
     patients: Iterable[str], scans: Mapping[str, Scans], tables: Tables, features: Sequence[str], place: str
 ) -> list[Case]:
-    """Cases of the patients named, each with what keeps it from being predicted in ``case[keys.PROBLEM]``.
+    """Cases of these patients; ``case[keys.PROBLEM]`` says why one cannot be predicted.
 
     Args:
         patients: keys of the patients, see :func:`patient_key`.
         scans: files by patient key.
-        tables: what is known about the patients.
+        tables: the clinical values.
         features: names of the clinical values, in the network's order.
-        place: where scans were looked for, for patients that have none.
+        place: where scans were searched, for the message.
 
     Raises:
-        CohortError: a table has a fault that concerns no single patient.
+        CohortError: a table has a fault that affects all patients.
     """
     problems = patient_problems(tables, features)
     cases = []
@@ -471,11 +456,9 @@ def cases_to_predict(
 
 
 def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[str]]:
-    """What keeps each patient from being predicted; a fault that concerns a whole table is raised.
+    """Why patients cannot be predicted, by patient key; notes on the tables are logged.
 
-    A row that cannot be anybody's keeps nobody from being predicted: it is left out, with a warning.
-
-    What else there is to know of the tables goes to the log.
+    A row that matches no patient is ignored with a warning. A fault that affects a whole table is raised.
     """
     problems: dict[str, list[str]] = {}
     for note in tables.notes(features):
@@ -484,7 +467,7 @@ def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[
         if fault.label:
             logger.warning("label ignored: %s", fault.message)
         elif fault.nobodys:
-            logger.warning("row left out: %s", fault.message)
+            logger.warning("row ignored: %s", fault.message)
         else:
             problems.setdefault(fault.patient, []).append(fault.message)
     if "" in problems:
@@ -502,7 +485,7 @@ def default_dataset_dir(bundle_root: str | Path) -> str:
         ``<bundle_root>/data/demonstration``.
 
     Raises:
-        FileNotFoundError: it has not been made yet; the message says in one line how to.
+        FileNotFoundError: it has not been made yet; the message says how to.
     """
     path = Path(bundle_root).resolve() / "data" / "demonstration"
     if not path.is_dir() or not find_scans(path)[0]:

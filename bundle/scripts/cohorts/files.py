@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and names of files in configs."""
+"""Atomic writing of files, and file names in configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
-FULL_BYTES = 2**16  # of a disk that has no more left, a writer that gives no reason failed for that
+FULL_BYTES = 2**16  # with less free space, the disk is full: some writers fail without a reason
 
 
 class WriteError(OSError):
@@ -23,16 +23,16 @@ class WriteError(OSError):
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it takes the name ``path`` when the block ends well.
+    """A temporary file in the folder of ``path`` that is renamed to ``path`` when the block succeeds.
 
-    Missing folders are made. Whatever goes wrong in the block, ``path`` stays as it was and nothing is left over. A
-    temporary file that a killed process left behind is removed by the next write of the same ``path``.
+    Missing folders are created. If the block raises, ``path`` is unchanged and the temporary file is removed. Temporary
+    files of ``path`` left by a killed process are removed.
 
     Args:
-        path: the final name; its ending is kept by the temporary one, for writers that choose a format by it.
+        path: the final name; the temporary one has the same suffix, by which some writers choose a format.
 
     Raises:
-        WriteError: a full disk, a folder that is read-only, a name that is taken: whatever the writer raises for it.
+        WriteError: the disk is full, the folder is read-only, or ``path`` is a folder.
     """
     target = Path(path)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
@@ -47,18 +47,19 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         raise WriteError(f"cannot write {target}: {why}") from error
     finally:
-        _remove(partial)
+        with contextlib.suppress(OSError):  # the cause has been raised already
+            partial.unlink(missing_ok=True)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:
-    """Make a folder for results if it is not there, and see that files can be written in it.
+    """Create a folder for results where it does not exist, and check that files can be written to it.
 
     Raises:
         WriteError: they cannot.
     """
     folder = Path(folder)
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
-        what = "it is a file, not a folder" if folder.exists() else "it is a link to what is not there"
+        what = "it is a file, not a folder" if folder.exists() else "it is a broken link"
         raise WriteError(f"cannot write to {folder}: {what}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +70,11 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def _why_unwritten(error: Exception, target: Path) -> str:
-    """What kept a file from being written, in words; nothing where something else went wrong."""
+    """Why a file could not be written; "" where the error has another cause."""
     if isinstance(error, WriteError):
         return ""
     if isinstance(error, OSError) and error.errno is not None:
-        # a file elsewhere was read by the writer; a write to an open file has no name
+        # the error may be about a file that the writer reads; an error of an open file has no filename
         elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent)
         made = error.filename is not None and target.is_relative_to(os.fsdecode(error.filename))
         return "" if elsewhere and not made else _words(error)
@@ -89,14 +90,8 @@ def _words(error: OSError) -> str:
     return said[:1].lower() + said[1:]
 
 
-def _remove(file: Path) -> None:
-    """Remove a file if it is there and may be removed: where it may not, the cause has been told already."""
-    with contextlib.suppress(OSError):
-        file.unlink(missing_ok=True)
-
-
 def _remove_leftovers(target: Path) -> None:
-    """Remove the temporary files of ``target`` whose process no longer runs."""
+    """Remove temporary files of ``target`` whose process has ended."""
     name = re.compile(rf"\.(\d+)\.{re.escape(target.name)}")
     for file in target.parent.iterdir():
         found = name.fullmatch(file.name)
@@ -105,29 +100,29 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is a process of this number; on systems that cannot tell, yes."""
+    """Whether a process with this id exists; True where the system cannot tell."""
     if os.name != "posix":
         return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # of another user
         return True
     return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
+    """Write ``text`` to ``path`` atomically."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def in_config(text: str) -> str:
-    r"""How to write a text into a MONAI config so that it means itself.
+    r"""Escape a text so that MONAI's config parser takes it literally.
 
-    MONAI's parser takes ``#`` for its separator of ids and writes ``::`` there, and a leading ``$``, ``@`` or ``%`` for
-    an expression, a reference or a macro. Such a text becomes an expression that is one quoted literal.
+    The parser replaces ``#``, its separator of ids, by ``::``, and reads a leading ``$``, ``@`` or ``%`` as expression,
+    reference or macro. A text with such a character becomes an expression that is one quoted literal.
 
     Example:
         >>> in_config("/data/new"), in_config("/data/#2")
@@ -139,10 +134,7 @@ def in_config(text: str) -> str:
 
 
 def dated_name(path: str | os.PathLike[str]) -> Path:
-    """A free name beside ``path`` to keep it under before another file takes its place: ``model_before_<time>.pt``.
-
-    Two in one second are told apart by a number at the end.
-    """
+    """An unused name for a backup of ``path`` in its folder: ``model_before_<time>.pt``, numbered within a second."""
     target = Path(path)
     stem = f"{target.stem}_before_{datetime.now():%Y%m%d_%H%M%S}"
     names = (target.with_name(f"{stem}{f'_{number}' if number else ''}{target.suffix}") for number in count())

@@ -1,4 +1,4 @@
-"""Folds of a cohort: cases dealt by event and centre, and the protocols that split them."""
+"""Splits of a cohort into training, validation and test cases, stratified by event and centre."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from scripts import keys
 from scripts.cohorts.scans import CohortError, patient_key
 from scripts.keys import Case
 
-_ABLATION_HANDS = (0, 1, 0, 0, 1, 0, 0, 1, 0, 2)  # of ten cases 6 for training (0), 3 for validation, 1 for test
+_ABLATION_PARTS = (
+    0,
+    1,
+    0,
+    0,
+    1,
+    0,
+    0,
+    1,
+    0,
+    2,
+)  # of ten cases 6 for training (0), 3 for validation (1), 1 for test (2)
 
 
 @dataclass(frozen=True)
@@ -19,9 +30,9 @@ class Split:
     """Cases of one fold; no patient is in two of the lists.
 
     Attributes:
-        training: what the network learns from.
-        validation: what chooses the best epoch.
-        test: what neither has seen; empty where the protocol has no such part.
+        training: for the weights.
+        validation: to choose the best epoch.
+        test: for neither; empty where the protocol has no such part.
     """
 
     training: list[Case]
@@ -32,8 +43,7 @@ class Split:
         """The cases of one part.
 
         Args:
-            name: ``training``, ``validation``, ``test``, or ``all`` for those of all three, for a cohort that the
-                network has not learnt from.
+            name: ``training``, ``validation``, ``test``, or ``all`` for a cohort that was not used for training.
 
         Raises:
             CohortError: there is no such part, or it is empty.
@@ -48,36 +58,18 @@ class Split:
         return parts[name]
 
 
-def deal_folds(cases: Sequence[Case], num_folds: int, seed: int) -> list[int]:
-    """Fold of each case: sorted by event and centre, shuffled within each group, dealt round robin.
+def _assign(cases: Sequence[Case], parts: Sequence[int], seed: int) -> list[int]:
+    """A part for each case: ``parts`` in turn over the cases, sorted by stratum and shuffled within each.
 
-    Args:
-        cases: the cases.
-        num_folds: number of folds.
-        seed: seed of the shuffle; the order in which cases are given does not matter.
-
-    Returns:
-        A fold for each case, in the order of ``cases``.
-
-    Raises:
-        CohortError: fewer than two folds, or fewer cases than folds.
+    The order in which cases are given does not matter.
     """
-    if num_folds < 2:
-        raise CohortError(f"num_folds is {num_folds}; at least 2 are needed")
-    if len(cases) < num_folds:
-        raise CohortError(f"{len(cases)} cases cannot be dealt over {num_folds} folds")
-    return _deal(cases, range(num_folds), seed)
-
-
-def _deal(cases: Sequence[Case], hands: Sequence[int], seed: int) -> list[int]:
-    """What falls to each case when ``hands`` go round and round over the cases, sorted by stratum and shuffled."""
     by_id = sorted(range(len(cases)), key=lambda index: patient_key(cases[index][keys.PATIENT_ID]))
     shuffled = [by_id[index] for index in np.random.default_rng(seed).permutation(len(cases))]
     shuffled.sort(key=lambda index: _stratum(cases[index]))
-    dealt = [0] * len(cases)
+    assigned = [0] * len(cases)
     for position, index in enumerate(shuffled):
-        dealt[index] = hands[position % len(hands)]
-    return dealt
+        assigned[index] = parts[position % len(parts)]
+    return assigned
 
 
 def _stratum(case: Case) -> tuple[str, str]:
@@ -85,22 +77,34 @@ def _stratum(case: Case) -> tuple[str, str]:
     return state, case[keys.CENTRE]
 
 
+def _in_part(cases: Sequence[Case], assigned: Sequence[int], *parts: int) -> list[Case]:
+    return [case for case, part in zip(cases, assigned, strict=True) if part in parts]
+
+
+def _held_out(cases: Sequence[Case], assigned: Sequence[int], num_folds: int, fold: int) -> Split:
+    """The split that validates on the cases assigned to ``fold``."""
+    others = [part for part in range(num_folds) if part != fold]
+    return Split(_in_part(cases, assigned, *others), _in_part(cases, assigned, fold))
+
+
 def _split_partial(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> Split:
-    """All cases are dealt over the folds."""
-    folds = deal_folds(cases, num_folds, seed)
+    """All cases are divided into folds."""
+    if num_folds < 2:
+        raise CohortError(f"num_folds is {num_folds}; at least 2 are needed")
+    if len(cases) < num_folds:
+        raise CohortError(f"{len(cases)} cases cannot be divided into {num_folds} folds")
     if not 0 <= fold < num_folds:
         raise CohortError(f"fold is {fold}; with num_folds = {num_folds} it must be from 0 to {num_folds - 1}")
-    training = [case for case, dealt in zip(cases, folds, strict=True) if dealt != fold]
-    return Split(training, [case for case, dealt in zip(cases, folds, strict=True) if dealt == fold])
+    return _held_out(cases, _assign(cases, range(num_folds), seed), num_folds, fold)
 
 
 def _split_full(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> Split:
-    """Cases with mask and HPV status are dealt over the folds; the others are validated in every fold."""
+    """Cases with mask and HPV status are divided into folds; the others are validated in every fold."""
     full = [case for case in cases if case[keys.SEG_KNOWN] and case[keys.HPV_KNOWN]]
     if len(full) < num_folds:
         raise CohortError(
-            f"protocol 'full' deals cases with mask and HPV status, of which there are {len(full)} among {len(cases)}, "
-            f"over {num_folds} folds; use protocol 'partial'"
+            f"protocol 'full' needs cases with mask and HPV status, of which there are {len(full)} among {len(cases)}, "
+            f"for {num_folds} folds; use protocol 'partial'"
         )
     split = _split_partial(full, num_folds, fold, seed)
     others = [case for case in cases if not (case[keys.SEG_KNOWN] and case[keys.HPV_KNOWN])]
@@ -112,15 +116,12 @@ def _split_ablation(cases: Sequence[Case], num_folds: int, fold: int, seed: int)
     """One split into 60 % training, 30 % validation and 10 % test cases."""
     if fold != 0:
         raise CohortError(f"fold is {fold}; protocol 'ablation' is one split, which is fold 0")
-    if len(cases) < len(_ABLATION_HANDS):
+    if len(cases) < len(_ABLATION_PARTS):
         raise CohortError(
-            f"{len(cases)} cases cannot be split 60/30/10 (protocol 'ablation'): at least {len(_ABLATION_HANDS)} needed"
+            f"{len(cases)} cases cannot be split 60/30/10 (protocol 'ablation'): at least {len(_ABLATION_PARTS)} needed"
         )
-    dealt = _deal(cases, _ABLATION_HANDS, seed)
-    training, validation, test = (
-        [case for case, hand in zip(cases, dealt, strict=True) if hand == part] for part in range(3)
-    )
-    return Split(training, validation, test)
+    assigned = _assign(cases, _ABLATION_PARTS, seed)
+    return Split(*(_in_part(cases, assigned, part) for part in range(3)))
 
 
 def _split_by_centre(cases: Sequence[Case], num_folds: int, fold: int, seed: int) -> Split:
@@ -136,9 +137,7 @@ def _split_by_centre(cases: Sequence[Case], num_folds: int, fold: int, seed: int
         )
     if not 0 <= fold < num_folds:
         raise CohortError(f"fold is {fold}; it must be from 0 to {num_folds - 1}, one of the centres {listed}")
-    held_out = [case[keys.CENTRE] == centres[fold] for case in cases]
-    training = [case for case, out in zip(cases, held_out, strict=True) if not out]
-    return Split(training, [case for case, out in zip(cases, held_out, strict=True) if out])
+    return _held_out(cases, [centres.index(case[keys.CENTRE]) for case in cases], num_folds, fold)
 
 
 PROTOCOLS: dict[str, Callable[[Sequence[Case], int, int, int], Split]] = {

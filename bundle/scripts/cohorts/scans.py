@@ -1,4 +1,4 @@
-"""Files of a HECKTOR folder: which scans and masks each patient has, in any of the layouts that HECKTOR has used."""
+"""Scans and masks of each patient in a HECKTOR folder, in any layout that HECKTOR has used; patient ids."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 UNNAMED = "unnamed"
-"""Shown for a patient whose id is empty."""
+"""Name of a patient whose id is empty."""
 
 SYSTEM_FOLDERS = frozenset(("lost+found", "System Volume Information", "$RECYCLE.BIN"))
-"""Names of folders that systems make on every disk and that hold nobody's scans."""
+"""Folders that operating systems create on every disk."""
 
 _MAX_FAULTS = 20
 _SPACES = r"[-_\s\u2010-\u2015\u2212]+"
 _CONTROLS = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-_FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is none
+_FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is not a formula
 _SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE | re.DOTALL)
 _MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE | re.DOTALL)
@@ -29,7 +29,7 @@ CONTAINER = re.compile(r"images|labels|(images|labels)t[rs]|task[ _-]*\d+", re.I
 
 
 class CohortError(ValueError):
-    """A cohort that cannot be used as it is; the message lists every fault found, with file and row."""
+    """A cohort that cannot be used; the message lists every fault, with file and row."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Scans:
         ct: CT file.
         pet: PET file.
         mask: tumour mask.
-        problem: what of theirs cannot be read, "" where there is nothing.
-        contradictions: "ct", "pet" or "mask" -> which files claim to be it; it is None then.
+        problem: which of them cannot be read, "" where all can.
+        contradictions: "ct", "pet" or "mask" -> the files named as it; the attribute is None then.
     """
 
     patient_id: str
@@ -55,13 +55,13 @@ class Scans:
     contradictions: Mapping[str, str] = field(default_factory=dict)
 
     def contradiction(self, *kinds: str) -> str:
-        """Which files contradict each other about the kinds, "" where none do."""
+        """The contradictory files of these kinds, "" where there are none."""
         return "; ".join(dict.fromkeys(text for kind, text in self.contradictions.items() if kind in kinds))
 
 
 @dataclass
 class Remarks:
-    """What was found on the way, grouped by what it says."""
+    """Notes on the files found, grouped by title."""
 
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -71,9 +71,9 @@ class Remarks:
 
 
 def patient_key(patient_id: str) -> str:
-    """One key for all spellings of a patient's id: upper case, every dash and space a hyphen.
+    """One key for all spellings of a patient's id: upper case, every dash and space a hyphen, Unicode form NFKC.
 
-    Unicode comes into its form NFKC, which has one character for a letter with its accent and for a digit of any width.
+    NFKC has one character for a letter with its accent, and for a digit of any width.
 
     Example:
         >>> {patient_key(spelling) for spelling in ("CHUM-001", "CHUM_001", " chum-001 ", "CHUM\u2013001")}
@@ -87,7 +87,7 @@ def patient_key(patient_id: str) -> str:
 
 
 def shared_patients(patients: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Those of the patients, sorted, who are among the others however their ids are spelled there.
+    """The patients, sorted, who are also among the others, whatever the spelling of their ids.
 
     Example:
         >>> shared_patients(["CHUM_001", "CHUM-002"], ["chum-001"])
@@ -98,11 +98,10 @@ def shared_patients(patients: Iterable[str], others: Iterable[str]) -> list[str]
 
 
 def clean_id(patient_id: str) -> str:
-    r"""A patient's id as everything shows it: as written, but for what harms the reader of a table or a log.
+    r"""A patient's id for output: as written, but safe in a table and a log.
 
-    Unicode is composed (NFC), characters without width are left out, control characters and bytes that are no text
-    become escapes such as ``\n``. What a spreadsheet would run as a formula gets an apostrophe before it. An empty id
-    becomes ``unnamed``.
+    Unicode is composed (NFC), characters without width are removed, control characters become escapes such as ``\n``.
+    What a spreadsheet would run as a formula gets an apostrophe before it. An empty id becomes ``unnamed``.
 
     Example:
         >>> clean_id(" CHUM 001 "), clean_id("a\nb"), clean_id("=1+1"), clean_id("-1"), clean_id("")
@@ -112,7 +111,7 @@ def clean_id(patient_id: str) -> str:
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """The text with escapes for what would turn a log or a console round, cut to ``longest`` characters."""
+    """The text with escapes for control characters, cut to ``longest`` characters."""
     shown = "".join(
         sign.encode("unicode_escape").decode() if unicodedata.category(sign) in _CONTROLS else sign for sign in text
     )
@@ -125,32 +124,32 @@ def without_formula(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Composed, without what has no width and without spaces around it."""
+    """The text in form NFC, without characters of no width, stripped."""
     composed = unicodedata.normalize("NFC", text)
     return "".join(sign for sign in composed if unicodedata.category(sign) != "Cf").strip()
 
 
 def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
-    """Files of every patient below a folder, in any of the layouts that HECKTOR has used.
+    """Files of every patient in a folder, in any layout that HECKTOR has used.
 
     The folder holds patient folders (``<PatientID>/<PatientID>__CT.nii.gz``, ``__PT.nii.gz``, mask
     ``<PatientID>.nii.gz``), or the files themselves, or is a single patient's folder; or it has these in
-    ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are left alone. ``.nii``,
-    ``.mha``, ``.mhd`` and ``.nrrd`` are read as well.
+    ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are ignored. ``.nii``, ``.mha``,
+    ``.mhd`` and ``.nrrd`` are read as well.
+
+    Links are followed. A broken link and a patient's folder that cannot be read are that patient's ``problem``. Two
+    files of one folder named as the same scan, two folders of one patient, and a file in another patient's folder are
+    that patient's ``contradictions``. Other patients are not affected.
 
     Args:
         dataset_dir: the folder.
 
-    Links are followed. A link to what is not there, and a patient's folder that cannot be read, are that patient's
-    ``problem``. Two files of one place that claim to be the same scan of a patient, two folders of one patient, and a
-    file in another patient's folder are that patient's ``contradictions``; the other patients are not concerned.
-
     Returns:
         Scans by patient key, sorted, and notes on what was ambiguous. A patient found in several places is one
-        entry: the place with CT, PET and mask goes first.
+        entry; a place with CT, PET and mask takes precedence.
 
     Raises:
-        CohortError: the folder, or one below it that holds patients, is not there or cannot be read.
+        CohortError: the folder does not exist, or it or a folder of patients in it cannot be read.
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
@@ -177,7 +176,7 @@ def _find_below(container: Path, found: dict[str, list[Scans]], remarks: Remarks
 
 
 def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> dict[str, Scans]:
-    """Sort the files of one folder by patient and kind; a file name that says neither is none of ours."""
+    """The files of one folder by patient; files with other names are ignored."""
     groups: dict[str, dict[str, Path]] = {}
     names: dict[str, str] = {}
     lost: dict[str, list[str]] = {}
@@ -212,31 +211,31 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
 
 
 def without(scans: Scans, contradictions: Mapping[str, str]) -> Scans:
-    """The files without those of the kinds named, as nobody can say which of them is right."""
+    """The scans without those that contradict each other."""
     dropped: dict[str, Any] = dict.fromkeys(contradictions)
     return replace(scans, contradictions={**scans.contradictions, **contradictions}, **dropped)
 
 
 def no_file(path: Path) -> str:
-    """What a path is that is no file, "" for a file, or a link to one; nothing is opened, since a pipe may wait.
+    """What a path is if it is not a file or a link to one, "" otherwise. Nothing is opened, since a pipe could block.
 
     Raises:
-        OSError: it is not there, and no link either.
+        OSError: it does not exist.
     """
     if leads_nowhere(path):
-        return "a link to what is not there"
+        return "a broken link"
     mode = path.stat().st_mode
     kinds = ((stat.S_ISREG, ""), (stat.S_ISDIR, "a folder, not a file"), (stat.S_ISFIFO, "a pipe, not a file"))
     return next((what for is_kind, what in kinds if is_kind(mode)), "a device or socket, not a file")
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Whether a path is a link to what is not there, or to itself."""
+    """Whether a path is a broken link, or a link to itself."""
     return path.is_symlink() and not path.exists()
 
 
 def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
-    """Patients that have a folder of their own in ``container``, and those whose scans lie in another's."""
+    """Patients with a folder of their own in ``container``, and those whose scans are in another patient's folder."""
     patients: dict[str, Scans] = {}
     misplaced: dict[str, Scans] = {}
     for folder in sorted(container.iterdir()):
@@ -244,7 +243,7 @@ def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
         if folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS:
             continue
         if leads_nowhere(folder) and not folder.suffix:
-            patients[key] = Scans(folder.name, folder, problem=f"{folder} is a link to what is not there")
+            patients[key] = Scans(folder.name, folder, problem=f"{folder} is a broken link")
         if not folder.is_dir() or CONTAINER.fullmatch(folder.name):
             continue
         try:
@@ -274,7 +273,7 @@ def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
 
 
 def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
-    """One entry of a patient found in several places: scans that belong together stay together."""
+    """One entry for a patient found in several places; the scans of one place are kept together."""
     best = max(places, key=lambda scans: (bool(scans.ct and scans.pet), bool(scans.mask), bool(scans.ct or scans.pet)))
     ct, pet, mask = best.ct, best.pet, best.mask
     for other in places:
@@ -290,19 +289,19 @@ def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
 
 
 def containers(root: Path) -> list[Path]:
-    """Folders below ``root`` that hold patients, by their names."""
+    """Folders in ``root`` that hold patients, by their names."""
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and CONTAINER.fullmatch(entry.name))
 
 
 def list_faults(title: str, faults: Sequence[str]) -> str:
-    """All faults below a title, cut to the first few."""
+    """A title and the first faults."""
     shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS])
     more = f"\n  ... and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     return f"{title} ({len(faults)} {'fault' if len(faults) == 1 else 'faults'}):\n{shown}{more}"
 
 
 def some(names: Sequence[str], shown: int = 5) -> str:
-    """The first names, and how many more there are.
+    """The first names and the number of further ones.
 
     Example:
         >>> some(["a", "b", "c"], shown=2)

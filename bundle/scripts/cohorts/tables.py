@@ -1,4 +1,4 @@
-"""Tables of a cohort: CSV and JSON files, every cell parsed by :mod:`scripts.cohorts.clinical`, merged by patient."""
+"""Tables of a cohort (CSV and JSON), parsed by :mod:`scripts.cohorts.clinical` and merged by patient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cohorts import clinical
-from scripts.cohorts.clinical import DEFAULT_FEATURES, ClinicalValueError
+from scripts.cohorts.clinical import DEFAULT_FEATURES, ClinicalValueError, _squeeze
 from scripts.cohorts.scans import CONTAINER, CohortError, clean_id, containers, no_file, patient_key, printable, some
 
 logger = logging.getLogger(__name__)
@@ -22,21 +22,21 @@ CENTRES = {1: "CHUM", 2: "CHUP", 3: "CHUS", 5: "MDA", 6: "HGJ", 7: "HMR", 8: "US
 """CenterID of HECKTOR 2025 -> name of the hospital."""
 
 ID_COLUMNS = frozenset(("patientid", "patient", "subjectid", "caseid", "id"))
-_LARGEST_FILE = 200e6  # bytes; a table of a million patients is smaller
+_LARGEST_FILE = 200e6  # bytes; enough for a million patients
 _CENTRE_COLUMNS = frozenset(("centerid", "centreid", "center", "centre"))
+_KNOWN = ", ".join(feature.column for feature in clinical.FEATURES.values())
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong in a table.
+    """A fault in a table.
 
     Attributes:
-        message: what and where.
-        patient: key of the patient, or "" where the whole table is concerned.
-        label: True where only a label is concerned, which prediction does not need.
-        told: the message for somebody who may not see the table: without what stands in it; "" where the message says
-            nothing of that anyway.
-        nobodys: True where only a row is concerned that cannot be matched to a patient.
+        message: what is wrong and where.
+        patient: key of the patient, or "" where the fault affects the whole table.
+        label: True where only a label is affected, which prediction does not need.
+        told: the message without contents of the table, for users who may not see it; "" where the message has none.
+        nobodys: True where only a row is affected that matches no patient.
     """
 
     message: str
@@ -48,14 +48,14 @@ class Fault:
 
 @dataclass
 class Record:
-    """What the tables say about one patient.
+    """The values of one patient.
 
     Attributes:
-        patient_id: the id as the first table spells it.
+        patient_id: the id as in the first table.
         values: parsed value by feature or label name.
-        places: where each value stands, for messages.
-        centre: name of the centre, "" where no table tells it.
-        rows: places of the patient's rows, one a table.
+        places: file, row and column of each value, for messages.
+        centre: name of the centre, "" where no table states it.
+        rows: file and row of the patient, one per table.
     """
 
     patient_id: str
@@ -71,10 +71,10 @@ class Tables:
 
     Attributes:
         records: by patient key, see :func:`patient_key`.
-        columns: feature or label name -> names of the columns it was found in.
-        unknown: names of columns that are none of a clinical value or label, with the nearest that is, "" without one.
-        doubts: feature or label name -> its values that are taken as missing, as what they say cannot be.
-        faults: everything wrong, in order of file and row.
+        columns: feature or label name -> names of its columns.
+        unknown: names of unknown columns, with the most similar known name, "" where none is similar.
+        doubts: feature or label name -> implausible values, which are read as missing.
+        faults: all faults, in order of file and row.
         files: the tables read.
     """
 
@@ -86,26 +86,26 @@ class Tables:
     files: list[Path] = field(default_factory=list)
 
     def notes(self, features: Sequence[str]) -> list[str]:
-        """What a reader should know of the tables although it is no fault: columns that are absent, values in doubt.
+        """Notes on missing columns and implausible values.
 
         Args:
-            features: names of the values wanted; labels among them only where they are.
+            features: names of the values and labels wanted.
         """
         if not self.files:
             return []
         notes = []
         absent = [name for name in dict.fromkeys(features) if not self.columns.get(name)]
         if absent:
-            others = f"; columns that are not known: {described(self.unknown)}" if self.unknown else ""
+            others = f"; unknown columns: {described(self.unknown)}" if self.unknown else ""
             notes.append(f"no column for {', '.join(absent)}: unknown for every case{others}")
         for name, doubts in self.doubts.items():
             if name in features:
-                notes.append(f"{name} is taken as missing where it cannot be ({len(doubts)} x): {some(doubts)}")
+                notes.append(f"{name} is read as missing where it is implausible ({len(doubts)} x): {some(doubts)}")
         return notes
 
 
 def centre_name(centre: str, patient_id: str) -> str:
-    """Name of a centre from CenterID (a number or a name), or else from the first letters of the patient's id.
+    """Name of a centre from CenterID (a number or a name), otherwise from the first letters of the patient's id.
 
     Example:
         >>> centre_name("3.0", "P-1"), centre_name("hgj", "P-1"), centre_name("", "CHUM-001"), centre_name("", "17")
@@ -124,20 +124,20 @@ def centre_name(centre: str, patient_id: str) -> str:
 def find_tables(dataset_dir: str | Path, patients: Iterable[str] = ()) -> list[Path]:
     """CSV files of a cohort.
 
-    Looked for in the folder and its ``Task N/``, ``images/`` ... folders; where there is none, in the folder above
-    (and, if that is called ``Task N`` or ``images``, the one above it), where a table counts only if it names one of
-    ``patients``. Tables called ``hecktor*.csv`` go before others; of others there must be exactly one with a
-    PatientID column (and with a known column besides, if several have that).
+    The folder and its ``Task N/``, ``images/`` ... folders are searched; if they have none, the parent folder (and, if
+    that is called ``Task N`` or ``images``, its parent), where a table is used only if it has one of ``patients``.
+    Tables called ``hecktor*.csv`` take precedence; of others there must be exactly one with a PatientID column (if
+    several have that, with a clinical value or a label).
 
     Args:
         dataset_dir: folder of the cohort.
         patients: keys of the patients that have scans.
 
     Returns:
-        Paths, sorted; empty where there is no table. One without any known column is left alone, with a warning.
+        Paths, sorted; empty where there is no table. A table without known columns is ignored with a warning.
 
     Raises:
-        CohortError: several tables could be meant.
+        CohortError: there are several such tables.
     """
     root = Path(dataset_dir).expanduser().resolve()
     inside = _choose_tables([path for folder in (root, *containers(root)) for path in _csv_files(folder)], root)
@@ -158,7 +158,7 @@ def _csv_files(folder: Path) -> list[Path]:
 
 
 def _choose_tables(paths: list[Path], folder: Path) -> list[Path]:
-    """The tables meant among the CSV files of a folder."""
+    """The tables to use among the CSV files of a folder."""
     headers = {path: header for path in paths if (header := _header(path))}
     tables = [path for path, header in headers.items() if _has_known_column(header)]
     if headers and not tables:
@@ -167,9 +167,7 @@ def _choose_tables(paths: list[Path], folder: Path) -> list[Path]:
     hecktor = [path for path in tables if path.name.lower().startswith("hecktor")]
     if hecktor:
         return hecktor
-    others = tables
-    if len(others) > 1:
-        others = [path for path in others if set(_values_of(headers[path]))]
+    others = tables if len(tables) < 2 else [path for path in tables if _values_of(headers[path])]
     if len(others) > 1:
         listed = ", ".join(path.name for path in others)
         raise CohortError(f"{folder} has several tables with a PatientID ({listed}): name the right one with ehr_csv")
@@ -184,20 +182,16 @@ def _header(path: Path) -> list[str]:
 
 
 def _patients_named(path: Path) -> set[str]:
-    """Keys of the patients in a CSV; empty without a PatientID column, or where it is none that can be read."""
+    """Keys of the patients in a CSV; empty if it has no PatientID column or cannot be read."""
     try:
         header = _header(path)
     except CohortError as error:
-        logger.warning("left alone: %s", error)
+        logger.warning("ignored: %s", error)
         return set()
     if not header:
         return set()
     column = first_column(header, ID_COLUMNS)
     return {patient_key(cells[column]) for _, cells in read_records(path)[1:] if column < len(cells)}
-
-
-def _squeeze(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "", text.lower())
 
 
 def _values_of(titles: Sequence[str]) -> list[str]:
@@ -206,63 +200,61 @@ def _values_of(titles: Sequence[str]) -> list[str]:
     for name in (*clinical.FEATURES, *clinical.LABELS):
         try:
             found += [name] if clinical.match_columns(titles, name) else []
-        except ClinicalValueError:  # a column of that name, with another coding: told where it is read
+        except ClinicalValueError:  # another coding: reported when the table is read
             found.append(name)
     return found
 
 
 def _has_known_column(titles: Sequence[str], besides: frozenset[str] = frozenset()) -> bool:
-    """Whether a table says anything: a value, a label, the centre, or what ``besides`` names."""
+    """Whether a table has a clinical value, a label, the centre, or a column named in ``besides``."""
     return bool(_values_of(titles)) or any(_squeeze(title) in _CENTRE_COLUMNS | besides for title in titles)
 
 
 def unknown_titles(titles: Iterable[str]) -> dict[str, str]:
-    """Names that are none of a patient's id, a centre, a clinical value or a label, with the nearest known one."""
+    """Names other than of patient id, centre, clinical values and labels, with the most similar known name."""
     known = ID_COLUMNS | _CENTRE_COLUMNS
     return clinical.unknown_names(title for title in titles if _squeeze(title) not in known)
 
 
 def described(unknown: Mapping[str, str]) -> str:
-    """Unknown names for a message, those with a near one first."""
+    """Unknown names for a message, those with a similar known name first."""
     near_first = sorted(unknown.items(), key=lambda item: not item[1])
     return some([f"{printable(name, 40)!r}{f' ({near}?)' if near else ''}" for name, near in near_first], 10)
 
 
 def _nothing_known(titles: Sequence[str]) -> str:
-    known = ", ".join(feature.column for feature in clinical.FEATURES.values())
-    found = described(unknown_titles(titles)) or "none but the PatientID"
-    return f"none of its columns holds a clinical value or a label that is known; found: {found}; known are {known}"
+    found = described(unknown_titles(titles)) or "only the PatientID"
+    return f"none of its columns is a known clinical value or label; found: {found}; known are {_KNOWN}"
 
 
 def check_names(values: Mapping[str, Any], place: str) -> None:
-    """See that a patient's object, such as ``ehr.json``, holds clinical values; warn of names that are not known.
+    """Check that a patient's object, such as ``ehr.json``, holds clinical values; warn of unknown names.
 
     Raises:
-        CohortError: it has names, and none of them is known; the message says what there is.
+        CohortError: it has names, and none of them is known.
     """
     nested = [name for name, value in values.items() if isinstance(value, dict | list)]  # no value, whatever its name
     plain = [name for name in values if name not in nested]
     unknown = {**unknown_titles(plain), **dict.fromkeys(nested, "")}
     if unknown and not any(name in clinical.FEATURES for name in _values_of(plain)):
-        known = ", ".join(feature.column for feature in clinical.FEATURES.values())
-        hint = f"; {printable(nested[0], 40)!r} holds further values: give its content alone" if nested else ""
-        message = f"{place}: none of its names is a clinical value that is known; found: {described(unknown)}"
-        raise CohortError(f"{message}; known are {known}{hint}")
+        hint = f"; {printable(nested[0], 40)!r} holds further values: give only its content" if nested else ""
+        message = f"{place}: none of its names is a known clinical value; found: {described(unknown)}"
+        raise CohortError(f"{message}; known are {_KNOWN}{hint}")
     if unknown:
-        logger.warning("%s: names that are not known, and not read: %s", place, described(unknown))
+        logger.warning("%s: unknown names are ignored: %s", place, described(unknown))
 
 
 def first_column(header: Sequence[str], names: frozenset[str]) -> int:
-    """Position of the first column with one of the names, or -1; ``patientid`` goes before ``id``."""
+    """Position of the first column with one of the names, or -1; ``patientid`` takes precedence over ``id``."""
     squeezed = [_squeeze(name) for name in header]
     matches = [index for index, name in enumerate(squeezed) if name in names]
     return max(matches, key=lambda index: (len(squeezed[index]), -index), default=-1)
 
 
 def read_records(path: Path) -> list[tuple[int, list[str]]]:
-    """Non-empty records of a CSV with the row number a spreadsheet shows; delimiter and encoding are found out.
+    """Non-empty records of a CSV with their row numbers in a spreadsheet; delimiter and encoding are detected.
 
-    A JSON file gives the same: a header, then one record an object, counted from 1.
+    A JSON file gives the same: a header, then one record per object, counted from 1.
     """
     if path.suffix.lower() == ".json":
         return _json_records(path)
@@ -283,7 +275,7 @@ def read_records(path: Path) -> list[tuple[int, list[str]]]:
     try:
         records = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1))
     except csv.Error as error:
-        raise CohortError(f"{path} is no readable CSV: {error}") from error
+        raise CohortError(f"{path} is not a readable CSV: {error}") from error
     records = [(row, [cell.strip() for cell in cells]) for row, cells in records if any(map(str.strip, cells))]
     return records[1:] if records and records[0][1][0].lower().startswith("sep=") else records
 
@@ -298,19 +290,19 @@ def _read_bytes(path: Path) -> bytes:
         if what := no_file(path):
             raise CohortError(f"{path} cannot be read: it is {what}")
         if path.stat().st_size > _LARGEST_FILE:
-            raise CohortError(f"{path} has more than {_LARGEST_FILE / 1e6:.0f} MB: it is no clinical table")
+            raise CohortError(f"{path} has more than {_LARGEST_FILE / 1e6:.0f} MB: it is not a clinical table")
         return path.read_bytes()
     except OSError as error:
         raise CohortError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a name that stands twice, JSON itself would take the last."""
+    """A JSON object; a repeated name is an error, where Python would keep the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise CohortError(f"{printable(twice, 40)!r} stands twice in one object")
+        raise CohortError(f"{printable(twice, 40)!r} occurs twice in one object")
     return content
 
 
@@ -318,7 +310,7 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        CohortError: the file is not there or is no valid JSON; the message says where it breaks off.
+        CohortError: the file does not exist or is not valid JSON; the message says in which line.
     """
     data = _read_bytes(Path(path))
     try:
@@ -334,16 +326,16 @@ def read_json(path: str | Path) -> Any:
         comma = before.endswith(",") or error.msg.startswith("Illegal trailing comma")
         hint = "; JSON has no comma after the last entry: remove it" if comma else ""
         raise CohortError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){hint}") from error
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits
         raise CohortError(f"{path}: not read: {error}") from error
 
 
 def _json_records(path: Path) -> list[tuple[int, list[str]]]:
-    """The records of a list of objects (or of a single one) as if they stood in a CSV."""
+    """The records of a list of objects (or of a single one), as of a CSV."""
     content = read_json(path)
     rows = content if isinstance(content, list) else [content]
     if not all(isinstance(row, dict) for row in rows):
-        raise CohortError(f"{path}: expected a list of objects, one a patient, with the names of the CSV's columns")
+        raise CohortError(f"{path}: expected a list of objects, one per patient, with the column names of a CSV")
     titles = list(dict.fromkeys(str(name) for row in rows for name in row))
     cells = [["" if row.get(name) is None else str(row[name]).strip() for name in titles] for row in rows]
     return [(0, titles), *enumerate(cells, start=1)]
@@ -359,14 +351,14 @@ def read_tables(
     Args:
         paths: CSV files (comma, semicolon or tab; with or without byte-order mark), or JSON files with a list of
             objects that have the same names as the columns of a CSV.
-        features: clinical features to read besides the labels.
-        besides: further names of columns, in lower case without signs, that the caller reads.
+        features: clinical features to read, in addition to the labels.
+        besides: names of further columns that the caller reads, in lower case without punctuation.
 
     Returns:
         The merged tables, with all faults of single rows in :attr:`Tables.faults`.
 
     Raises:
-        CohortError: a file is not there, is no CSV, has no PatientID column or no other one that is known.
+        CohortError: a file does not exist, is not a CSV, or has no PatientID column or no other known column.
     """
     tables = Tables()
     for path in map(Path, paths):
@@ -421,8 +413,8 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
             message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
             tables.faults.append(Fault(message, key))
         elif key in rows:
-            told = f"{place}: the patient stands in row {rows[key]} already"
-            message = f"{place}: {clean_id(patient_id)} stands in row {rows[key]} already"
+            told = f"{place}: the patient is already in row {rows[key]}"
+            message = f"{place}: {clean_id(patient_id)} is already in row {rows[key]}"
             tables.faults.append(Fault(message, key, told=told))
         else:
             rows[key] = row
@@ -432,7 +424,7 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
 
 
 def _read_header(path: Path, titles: list[str], features: Sequence[str], tables: Tables) -> _Header:
-    """Find the columns of a table and note them in the merged tables."""
+    """Find the columns of a table and add them to the merged tables."""
     patient_id = first_column(titles, ID_COLUMNS)
     if patient_id < 0:
         raise CohortError(
@@ -448,7 +440,7 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
         try:
             columns[name] = clinical.match_columns(titles, name)
         except ClinicalValueError as error:
-            told = f"{path.name}: what the column of {name} says in brackets is another coding than is read"
+            told = f"{path.name}: the column of {name} states another coding in brackets than the one read"
             tables.faults.append(Fault(f"{path.name}, {error}", label=name in labels, told=told))
         else:
             tables.columns.setdefault(name, []).extend(titles[index] for index in columns[name])
@@ -460,7 +452,7 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
 def _read_row(
     record: Record, header: _Header, cells: Sequence[str], place: str, doubts: dict[str, list[str]]
 ) -> list[Fault]:
-    """Parse the cells of one row into the patient's record; unreadable and contradictory cells are returned."""
+    """Parse the cells of one row into the patient's record; return the faults of unreadable or contradictory cells."""
     faults = []
     key = patient_key(record.patient_id)
     for name, index in ((name, index) for name, indices in header.columns.items() for index in indices):

@@ -1,4 +1,4 @@
-"""When a probability counts as positive: one rule for masks and HPV status, in training, evaluation and prediction."""
+"""The threshold rule for masks and HPV status, the same in training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 HALF = 0.5
-"""The threshold of the masks, and of HPV status where a model has none of its own."""
+"""The threshold of masks, and of HPV status where a model does not define one."""
 
 Probability = TypeVar("Probability", float, np.ndarray, torch.Tensor)
 
 
 def above(probability: Probability, threshold: float | np.ndarray = HALF) -> Probability:
-    """Whether a probability is positive: above the threshold, and not at it.
+    """Whether a probability is above the threshold (at the threshold it is negative).
 
     Args:
         probability: a number, an array or a tensor.

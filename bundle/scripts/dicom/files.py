@@ -154,7 +154,7 @@ def _note_file(path: Path, found: Found) -> None:
         elif is_other(path):
             found.others.append(path)
         elif path.is_symlink():
-            problem = "a link to what is not there; put it there, copy the file itself, or remove the link"
+            problem = "a broken link; restore its target, copy the file itself, or remove the link"
             found.damaged.append(Damaged(path, problem))
         else:
             found.damaged.append(Damaged(path, f"cannot be read ({error.strerror})"))
