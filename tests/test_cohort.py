@@ -399,7 +399,7 @@ def test_unusable_named_table(tmp_path, content, message):
             "found: 'AgeAtDx' (Age?), 'SexMF' (Sex?), 'TNM_M'",
             id="csv",
         ),
-        pytest.param("PatientID\nCHUM-001\n", "found: none but the PatientID", id="ids_alone"),
+        pytest.param("PatientID\nCHUM-001\n", "found: only the PatientID", id="ids_alone"),
         pytest.param('[{"PatientID": "CHUM-001", "ehr": {"Age": 61}}]', "found: 'ehr'", id="nested_json"),
     ],
 )
@@ -408,7 +408,7 @@ def test_a_table_in_which_no_column_is_known_is_refused(tmp_path, content, messa
     path = tmp_path / ("mine.json" if content.startswith("[") else "mine.csv")
     path.write_text(content)
     for read in (cohort.load_cohort, cohort.inference_cases):
-        with pytest.raises(CohortError, match="none of its columns holds a clinical value or a label") as error:
+        with pytest.raises(CohortError, match="none of its columns is a known clinical value or label") as error:
             read(root, ehr_csv=path)
         assert message in str(error.value) and "known are Age, Gender, Tobacco Consumption" in str(error.value)
 
@@ -425,7 +425,7 @@ def test_columns_that_are_not_known_are_told_where_a_value_has_none(tmp_path, ca
     table = tmp_path / "mine.csv"
     table.write_text("PatientID,Age,Weight,SexMF\nCHUM-001,61,70,1\n")
     cohort.inference_cases(root, table, ("age", "gender"))
-    said = "no column for gender: unknown for every case; columns that are not known: 'SexMF' (Sex?), 'Weight'"
+    said = "no column for gender: unknown for every case; unknown columns: 'SexMF' (Sex?), 'Weight'"
     assert said in caplog.text
     assert (
         said.replace("gender", "gender, rfs, relapse, hpv") in cohort.load_cohort(root, table, ("age", "gender")).notes

@@ -278,7 +278,7 @@ def test_an_object_without_a_patient_is_no_table(tmp_path):
         {"AgeAtDx": 61},
     ):
         (tmp_path / "other.json").write_text(json.dumps(content))
-        with pytest.raises(CohortError, match=r"other\.json: none of its names is a clinical value that is known"):
+        with pytest.raises(CohortError, match=r"other\.json: none of its names is a known clinical value"):
             clinical_object(tmp_path / "other.json")
 
 

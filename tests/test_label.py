@@ -359,7 +359,10 @@ TABLES = {
     "cut_header": ("PatientID,HPV (secret, 1=+)\nA-1,2\n", "own.csv: no table of clinical values"),
     "cell": ("PatientID,Age\nCHUM-001,secret\n", "own.csv, row 2, column 'Age': no value of age; accepted: a number"),
     "remark": ("PatientID,Gender (0=male secret)\nCHUM-001,0\n", "own.csv: what the column of gender says in brackets"),
-    "other_row": ("PatientID,Age,ID\nCHUM-001,50,secret\nCHUM-001,51,secret\n", "row 3: the patient stands in row 2"),
+    "other_row": (
+        "PatientID,Age,ID\nCHUM-001,50,secret\nCHUM-001,51,secret\n",
+        "row 3: the patient is already in row 2",
+    ),
     "two_columns": ("PatientID,Age,Age at diagnosis\nCHUM-001,50,77\n", "own.csv, row 2: age contradicts another"),
     "json": ('[{"patient_id": "CHUM-001", "age": "secret"}]', "no value of age"),
     "broken_json": ('[{"secret": }]', "no table of clinical values"),

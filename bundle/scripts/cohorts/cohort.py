@@ -183,8 +183,8 @@ class Cohort:
         - ``leave_one_centre_out`` validates on one centre and trains on the others: fold k is the k-th of
           :attr:`centres`, and nothing is random.
 
-        Cases are sorted by event (unknown is a group of its own) and centre, shuffled within groups and assigned in turn:
-        folds differ by at most one case in size and in events.
+        Cases are sorted by event (unknown is a group of its own) and centre, shuffled within groups and assigned
+        in turn: folds differ by at most one case in size and in events.
 
         Args:
             protocol: a key of :data:`PROTOCOLS`.
