@@ -358,7 +358,10 @@ TABLES = {
     "no_table": ("root:x:0:0:secret\n", "own.csv: no table of clinical values"),
     "cut_header": ("PatientID,HPV (secret, 1=+)\nA-1,2\n", "own.csv: no table of clinical values"),
     "cell": ("PatientID,Age\nCHUM-001,secret\n", "own.csv, row 2, column 'Age': no value of age; accepted: a number"),
-    "remark": ("PatientID,Gender (0=male secret)\nCHUM-001,0\n", "own.csv: what the column of gender says in brackets"),
+    "remark": (
+        "PatientID,Gender (0=male secret)\nCHUM-001,0\n",
+        "own.csv: the column of gender states another coding in brackets",
+    ),
     "other_row": (
         "PatientID,Age,ID\nCHUM-001,50,secret\nCHUM-001,51,secret\n",
         "row 3: the patient is already in row 2",
