@@ -1,17 +1,18 @@
-"""Build the bundle as the MONAI model zoo wants it: a directory and a zip.
+"""Package the bundle for the MONAI model zoo, or check the directory of a bundle.
 
-``python scripts/package_bundle.py --version 0.2.0 --out dist`` writes ::
+``python scripts/package_bundle.py --version 0.5.0 --out dist`` writes ::
 
-    dist/head_neck_pet_ct_multitask/               what a pull request to the zoo holds
-    dist/head_neck_pet_ct_multitask_v0.2.0.zip     the whole bundle: unzip it anywhere, its docs/README.md says the rest
+    dist/head_neck_pet_ct_multitask/               content of a pull request to the zoo
+    dist/head_neck_pet_ct_multitask_v0.5.0.zip     the whole bundle, to unzip anywhere; see its docs/README.md
 
-(``head_neck_pet_ct_multitask_of_phantoms_v0.2.0.zip`` where the weights are of phantoms.)
+(``head_neck_pet_ct_multitask_of_phantoms_v0.5.0.zip`` if the weights were trained on phantoms.)
 
-Files over 25 MB are only in the zip; ``large_files.yml`` in the directory says where they are (``--large_files_url``)
-and what their sha256 is. Configs and code are written in the zoo's style. Guides that describe tools of the repository
-say that these are not in the package; ``--repository`` names its address. Every check of ``check_bundle.py`` is passed
-before anything appears under its name. The same bundle gives the same zip, byte for byte. Needs what
-``tests/requirements.txt`` names.
+Files over 25 MB are only in the zip; ``large_files.yml`` in the directory gives their addresses (``--large_files_url``)
+and SHA-256. Configs and code are formatted in the zoo's style. A note is added to guides that describe commands of the
+repository, since these are not in the package; ``--repository`` gives its address. The outputs appear under their names
+only if all checks of :mod:`zoo.checks` pass. The same bundle gives the same zip, byte for byte.
+
+``python scripts/package_bundle.py --check DIR`` makes these checks on any bundle and writes nothing.
 """
 
 from __future__ import annotations
@@ -33,33 +34,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from command_line import ROOT, run_tool
+from command_line import ROOT, UsageError, run_tool
 
-from check_bundle import (
-    CHECKS,
-    CODE,
-    LARGE_BYTES,
-    LARGE_FILES,
-    METADATA,
-    WEIGHTS,
-    Bundle,
-    CheckError,
-    large_files,
-    package_versions,
-    run_checks,
-    stray_reason,
-    style_code,
-    styled_json,
-)
 from scripts.cohorts.files import write_text, written_whole
 from scripts.model.ensemble import CheckpointError, name_of_release, saved_provenance
+from zoo.checks import CODE, LARGE_BYTES, LARGE_FILES, METADATA, WEIGHTS, Bundle, run_checks, stray_reason
+from zoo.style import style_code, styled_json
 
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
 SOURCE = ROOT / "bundle"
 REQUIREMENTS = ROOT / "requirements.txt"
 NEEDED = {"black": "black", "isort": "isort", "yaml": "pyyaml"}  # module -> package
-TOOL = re.compile(r"python scripts/(\w+)")
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
+OWN_VERSIONS = {"monai_version": "monai", "pytorch_version": "torch", "numpy_version": "numpy"}
+PACKAGE_LISTS = ("required_packages_version", "optional_packages_version")
+COMMAND = re.compile(r"python scripts/(\w+)")
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can store
 
 
 class PackageError(ValueError):
@@ -67,27 +56,37 @@ class PackageError(ValueError):
 
 
 def package_bundle(
-    version: str,
-    out: str,
+    version: str = "",
+    out: str = "",
     changelog: str = "",
     large_files_url: str = "",
-    bundle: str = str(SOURCE),
-    requirements: str = str(REQUIREMENTS),
-    schema: str = "",
     repository: str = "",
+    bundle: str = str(SOURCE),
+    schema: str = "",
+    check: str = "",
+    run_code: bool = False,
 ) -> None:
-    """Write the bundle's directory and zip, and say what they hold.
+    """Write the directory and the zip of the bundle, or with --check only check a directory.
 
     Args:
-        version: of the package; metadata.json must have it, and its changelog, unless ``changelog`` is given.
-        out: folder for both; neither may be there already.
-        changelog: what this version changes; with ``version`` it goes into the packaged metadata.
+        version: of the package; must be the version in metadata.json, unless changelog is given.
+        out: folder for both outputs; neither may exist.
+        changelog: changes of this version, added with the version to the packaged metadata.
         large_files_url: address of the folder from which files over 25 MB can be downloaded.
+        repository: address of the repository, for guides that describe its commands.
         bundle: the directory to package.
-        requirements: the requirements that the metadata's versions have to meet.
-        schema: file of the metadata's schema, as for check_bundle.py.
-        repository: address of the repository, for the guides that describe its tools.
+        schema: file of the metadata's schema; by default looked for in ../shared/data/schema.
+        check: directory of any bundle: print a line for each check, write nothing; exit code 1 if a check fails.
+        run_code: with check, also make the checks that execute code of the bundle: only for bundles that you trust.
     """
+    schema_file = Path(schema).resolve() if schema else None
+    if check:
+        if version or out:
+            raise UsageError("--check DIR writes nothing: leave out --version and --out")
+        check_directory(Path(check), schema_file, run_code)
+        return
+    if not version or not out:
+        raise UsageError("give --version and --out, or --check DIR")
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise PackageError(f"needs {', '.join(missing)}: pip install -r tests/requirements.txt")
     source, folder = Path(bundle).resolve(), Path(out).resolve()
@@ -95,10 +94,10 @@ def package_bundle(
     target, archive = folder / NAME, folder / f"{released}_v{version}.zip"
     for path in (target, archive):
         if path.exists():
-            raise PackageError(f"{path} is there already: remove it or choose another --out")
+            raise PackageError(f"{path} exists: remove it or choose another --out")
     files = bundle_files(source)
     metadata = packaged_metadata(source, version, changelog)
-    problems = version_problems(metadata, Path(requirements))
+    problems = version_problems(metadata, REQUIREMENTS)
     if problems:
         raise PackageError(f"{source / METADATA}: " + "; ".join(problems))
     with written_directory(target) as building:
@@ -106,14 +105,30 @@ def package_bundle(
         write_as_the_zoo(building)
         guides = name_repository(building, repository)
         large = {name: path for name in files if (path := building / name).stat().st_size > LARGE_BYTES}
-        require_addresses(large, large_files_url)
-        fail_if_unsound(building, schema)
+        if large and not large_files_url:
+            raise PackageError(f"{', '.join(large)}: over 25 MB; give the address to download from: --large_files_url")
+        name_large_files(building, large, large_files_url)
+        outcomes = run_checks(Bundle(building, schema_file))
+        if failed := [name for name, outcome in outcomes.items() if outcome.startswith("FAILED")]:
+            raise PackageError(f"not packaged, since these checks failed: {', '.join(failed)}")
         with written_whole(archive) as partial:
             write_zip(building, files, partial)
-        leave_out(building, large, large_files_url)
+        for path in large.values():
+            path.unlink()
     print(summary(target, archive, files, list(large)))
     if guides and not repository:
-        print(f"{', '.join(guides)}: they say that tools are in the repository, but not where: --repository names it")
+        print(f"{', '.join(guides)} mention commands of the repository; --repository gives its address")
+
+
+def check_directory(folder: Path, schema: Path | None, run_code: bool) -> None:
+    """Print a line for each check of a bundle; ends the program with 1 if one fails."""
+    if not folder.is_dir():
+        raise PackageError(f"{folder} is not a directory")
+    outcomes = run_checks(Bundle(folder.resolve(), schema), code=run_code)
+    failed = sum(outcome.startswith("FAILED") for outcome in outcomes.values())
+    print(f"{failed} of {len(outcomes)} checks failed")
+    if failed:
+        raise SystemExit(1)
 
 
 def bundle_files(source: Path) -> list[str]:
@@ -174,6 +189,19 @@ def version_problems(metadata: Mapping[str, Any], requirements: Path) -> list[st
     return problems
 
 
+def package_versions(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Versions of all packages in a bundle's metadata.
+
+    Example:
+        >>> package_versions({"monai_version": "1.6.1", "required_packages_version": {"fire": "0.7.1"}})
+        {'monai': '1.6.1', 'fire': '0.7.1'}
+    """
+    versions = {package: str(metadata[key]) for key, package in OWN_VERSIONS.items() if key in metadata}
+    for key in PACKAGE_LISTS:
+        versions |= {name: str(number) for name, number in metadata.get(key, {}).items()}
+    return versions
+
+
 def read_requirements(path: Path) -> dict[str, Requirement]:
     """The requirements of a requirements.txt without options, by canonical name."""
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -217,7 +245,7 @@ def write_as_the_zoo(building: Path) -> None:
         for file in sorted((building / "configs").glob("*.json")):
             write_text(file, styled_json(file.read_text(encoding="utf-8")) + "\n")
         style_code(building / CODE)
-    except (ValueError, CheckError) as error:
+    except ValueError as error:
         raise PackageError(f"the files cannot be written in the zoo's style: {error}") from error
 
 
@@ -232,29 +260,10 @@ def name_repository(building: Path, address: str) -> list[str]:
     guides = []
     for file in sorted((building / "docs").glob("*.md")):
         title, _, text = file.read_text(encoding="utf-8").partition("\n")
-        if any(not (building / CODE / f"{tool}.py").is_file() for tool in TOOL.findall(text)):
+        if any(not (building / CODE / f"{tool}.py").is_file() for tool in COMMAND.findall(text)):
             write_text(file, f"{title}\n\n{note}\n{text}")
             guides.append(file.relative_to(building).as_posix())
     return guides
-
-
-def require_addresses(large: Mapping[str, Path], url: str) -> None:
-    """Raise PackageError for large files that nobody could download."""
-    if large and not url:
-        raise PackageError(f"{', '.join(large)}: over 25 MB; say with --large_files_url where they can be downloaded")
-
-
-def fail_if_unsound(building: Path, schema: str) -> None:
-    """Make every check of check_bundle.py on the whole bundle.
-
-    Raises:
-        PackageError: one failed; its line has been printed.
-    """
-    names = tuple(name for name, check in CHECKS.items() if check is not large_files)  # they are left out afterwards
-    outcomes = run_checks(Bundle(building, Path(schema).resolve() if schema else None), names)
-    failed = [name for name, outcome in outcomes if outcome.startswith("FAILED")]
-    if failed:
-        raise PackageError(f"not packaged, since these checks failed: {', '.join(failed)}")
 
 
 def write_zip(building: Path, files: list[str], archive: Path) -> None:
@@ -268,31 +277,32 @@ def write_zip(building: Path, files: list[str], archive: Path) -> None:
             stream.writestr(entry, (building / name).read_bytes(), compresslevel=9)
 
 
-def leave_out(building: Path, large: Mapping[str, Path], url: str) -> None:
-    """Put ``large_files.yml`` in the place of the large files; without any, nothing happens."""
+def name_large_files(building: Path, large: Mapping[str, Path], url: str) -> None:
+    """Write ``large_files.yml`` with address and SHA-256 of the large files, if there are any."""
     if not large:
         return
-    entries = []
-    for name, path in large.items():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        address = f"{url.rstrip('/')}/{path.name}"
-        entries.append({"path": name, "url": address, "hash_val": digest, "hash_type": "sha256"})
-        path.unlink()
     import yaml
 
-    write_text(building / f"{LARGE_FILES}.yml", yaml.safe_dump({LARGE_FILES: entries}, sort_keys=False))
+    entries = [
+        {"path": name, "url": f"{url.rstrip('/')}/{path.name}", "hash_val": sha256(path), "hash_type": "sha256"}
+        for name, path in large.items()
+    ]
+    write_text(building / LARGE_FILES, yaml.safe_dump({"large_files": entries}, sort_keys=False))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def summary(target: Path, archive: Path, files: list[str], large: list[str]) -> str:
-    """What was written, for people."""
-    left_out = f", without {', '.join(large)} (see {LARGE_FILES}.yml)" if large else ""
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return "\n".join(
-        [
-            f"{target}: {len(files) - len(large)} files{left_out}",
-            f"{archive}: {len(files)} files, {archive.stat().st_size / 1e6:.1f} MB, sha256 {digest}",
-        ]
+    """The outputs and their sizes, to print."""
+    left_out = f", without {', '.join(large)} (see {LARGE_FILES})" if large else ""
+    size = archive.stat().st_size / 1e6
+    return (
+        f"{target}: {len(files) - len(large)} files{left_out}\n"
+        f"{archive}: {len(files)} files, {size:.1f} MB, sha256 {sha256(archive)}"
     )
 
 

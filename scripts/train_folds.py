@@ -7,22 +7,18 @@ What was broken off is continued by the same command, what is finished is left a
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
-import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import numpy as np
@@ -47,13 +43,12 @@ from experiments.experiment import (
     typed,
     write_fold,
 )
+from experiments.processes import last_lines, signals_as_exit, start_logged, stop
 from scripts import keys
 from scripts.cohorts.cohort import CohortError
 
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 60.0
-STOP_SECONDS = 10.0
-LOG_LINES = 12
 
 
 # --- running it -----------------------------------------------------------------------------------------------------
@@ -121,46 +116,11 @@ class FoldRun:
         self.lock.close()
         return True
 
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM to the processes of the running step."""
-        signal_group(self.process, signal.SIGTERM)
-
-    def stop(self, seconds: float) -> None:
-        """Wait so long for the end of the running step, then kill it."""
-        try:
-            self.process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            signal_group(self.process, signal.SIGKILL)
-            self.process.wait()
-
     def _start(self) -> subprocess.Popen:
-        """Begin the present step; it is a process group of its own, so that a Ctrl-C reaches only this tool."""
+        """Start the present step; every process of the fold holds the lock."""
         command = [*self.steps[self.number][1], *self.device]
-        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {self.step}: {shlex.join(command)}\n")
-            log.flush()
-            return subprocess.Popen(
-                command,
-                cwd=BUNDLE,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(self.lock.fileno(),),  # held as long as any process is at this fold
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
-            )
-
-
-def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Send a signal to a process and its children, unless it has ended."""
-    if process.poll() is None:
-        os.killpg(process.pid, number)
-
-
-def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent is gone, even if that was killed (prctl, PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+        log = self.folder / LOG_FILE
+        return start_logged(command, log, self.step, self.environment, BUNDLE, [self.lock.fileno()])
 
 
 def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
@@ -182,14 +142,6 @@ def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
             time.sleep(0.2)
         else:
             return file
-
-
-def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
-    """The end of a log without progress bars, after the first error of its last step, which tends to be the cause."""
-    text = path.read_text(encoding="utf-8", errors="replace").rpartition("\n== ")[2]
-    lines = [line.rstrip() for line in text.splitlines() if line.strip() and "%|" not in line]
-    errors = [line for line in lines[:-count] if re.match(r"(error|[\w.]+(Error|Exception)): ", line)]
-    return [*errors[:1], *lines[-count:]]
 
 
 def parse_devices(devices: Any) -> list[str]:
@@ -237,7 +189,7 @@ def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[s
         display = Display(plan, waiting)
         active: dict[int, FoldRun] = {}  # by the place that a fold has taken
         held.callback(display.close)
-        held.callback(lambda: stop_all(list(active.values())))
+        held.callback(lambda: stop([run.process for run in active.values()]))
         while waiting or active:
             for place in set(range(jobs)) - set(active):
                 if waiting:
@@ -254,36 +206,6 @@ def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[s
             display.show(list(active.values()))
             time.sleep(POLL_SECONDS)
     return failed
-
-
-def stop_all(runs: Sequence[FoldRun]) -> None:
-    """End what is still running."""
-    for run in runs:
-        run.ask_to_stop()
-    deadline = time.monotonic() + STOP_SECONDS
-    for run in runs:
-        run.stop(deadline - time.monotonic())
-
-
-@contextmanager
-def signals_as_exit() -> Iterator[None]:
-    """Let the first SIGINT, SIGTERM or SIGHUP raise SystemExit here, so that the folds are stopped on the way out."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    except SystemExit:
-        print("stopped; the same command goes on from the last complete epoch", file=sys.stderr)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

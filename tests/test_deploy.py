@@ -25,7 +25,7 @@ from dicom_study import pet_tags, write_series
 
 import phantom
 from conftest import BUNDLE, ROOT, SHARED_DATA, write_image
-from ensemble_folds import empty_ensemble
+from experiments.ensemble import empty_ensemble
 from scripts import keys
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ensemble_folds
-from ensemble_folds import calibrate, choose_hpv_threshold, out_of_fold
+from experiments.ensemble import calibrate, choose_hpv_threshold, describe_features, empty_ensemble, out_of_fold
 from experiments.experiment import ExperimentError
 from scripts.evaluation.case_table import write_features
 from scripts.evaluation.survival import Calibration
@@ -105,12 +105,12 @@ def test_three_folds_become_one_small_file_that_answers_as_their_mean(runs, tmp_
     out = tmp_path / "models" / "model.pt"
     ensemble_folds.ensemble_folds(str(runs), str(out), half=True)
     assert out.stat().st_size <= 30e6
-    joined = load_weights(ensemble_folds.empty_ensemble(SETTINGS), out).eval()
+    joined = load_weights(empty_ensemble(SETTINGS), out).eval()
     image, clinical = torch.rand(1, 2, 32, 32, 32), torch.ones(1, 7)
     members = []
     for fold in range(3):
         path = runs / f"fold_{fold}" / "models" / "model.pt"
-        members.append(load_weights(ensemble_folds.empty_ensemble(SETTINGS), path).eval())
+        members.append(load_weights(empty_ensemble(SETTINGS), path).eval())
     with torch.no_grad():
         alone = torch.stack([member.predict(image, clinical)["log_hazard"] for member in members])
         together = joined.predict(image, clinical)
@@ -235,7 +235,7 @@ def test_without_both_classes_there_is_no_threshold():
 
 def test_the_model_knows_what_features_its_training_cases_have(runs, tmp_path):
     ensemble_folds.ensemble_folds(str(runs), str(tmp_path / "model.pt"))
-    known = load_weights(ensemble_folds.empty_ensemble(SETTINGS), tmp_path / "model.pt").provenance
+    known = load_weights(empty_ensemble(SETTINGS), tmp_path / "model.pt").provenance
     like_fold = np.random.default_rng(5).normal(size=236)
     verdicts = [check_features(fold + like_fold, known["feature_statistics"][fold]).verdict for fold in range(3)]
     assert verdicts == ["ok", "ok", "ok"]
@@ -254,10 +254,10 @@ def test_no_statistics_without_features(runs, rows, message):
     if rows is None:
         (folder / "features.npz").unlink()
         with pytest.raises(FileNotFoundError, match=message):
-            ensemble_folds.describe_features(runs, 1)
+            describe_features(runs, 1)
     else:
         write_features(folder, ["a"] * rows, np.zeros((rows, 1, 236)))
-        assert message in ensemble_folds.describe_features(runs, 1)["reason"]
+        assert message in describe_features(runs, 1)["reason"]
 
 
 def test_missing_folds_are_refused_unless_allowed(runs, tmp_path):

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from synthetic_run import make_run
 
-from ensemble_folds import choose_hpv_threshold
 from experiments import evidence
+from experiments.ensemble import choose_hpv_threshold
 from experiments.experiment import ExperimentError, evaluation_folder
 from scripts.evaluation.survival import Calibration, fit_calibration
 

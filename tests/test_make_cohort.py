@@ -18,17 +18,18 @@ import pytest
 from lifelines.utils import concordance_index
 from scipy import ndimage
 
-import make_cohort as tool
+import make_cohort
 import phantom
+from phantom import cohort as tool
 
-SCRIPT = Path(tool.__file__)
+SCRIPT = Path(make_cohort.__file__)
 SEED = 3
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cohort") / "made"
-    tool.make_cohort(str(folder), cases=8, seed=SEED, jobs=1)
+    make_cohort.make_cohort(str(folder), cases=8, seed=SEED, jobs=1)
     return folder
 
 
@@ -308,7 +309,7 @@ def test_same_seed_same_bytes_with_processes(cohort, tmp_path):
 
 
 def test_a_case_does_not_depend_on_how_many_there_are(cohort, tmp_path):
-    tool.make_cohort(str(tmp_path), cases=2, seed=SEED, jobs=1)
+    make_cohort.make_cohort(str(tmp_path), cases=2, seed=SEED, jobs=1)
     whole = digest(cohort)
     images = {name: value for name, value in digest(tmp_path).items() if name.startswith("Task 1")}
     assert len(images) >= 4
@@ -334,18 +335,18 @@ def test_interrupted_cohort_is_continued(cohort, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tool, "write_case", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        tool.make_cohort(str(tmp_path), cases=8, seed=SEED, jobs=1)
+        make_cohort.make_cohort(str(tmp_path), cases=8, seed=SEED, jobs=1)
     assert not list(tmp_path.glob("*.csv"))
     monkeypatch.setattr(tool, "write_case", lambda *args: (made.append(args[2]), write(*args)))
-    tool.make_cohort(str(tmp_path), cases=8, seed=SEED, jobs=1)
+    make_cohort.make_cohort(str(tmp_path), cases=8, seed=SEED, jobs=1)
     assert made == list(range(8))
     assert digest(tmp_path) == digest(cohort)
 
 
 def test_whole_cohort_is_left_alone(cohort, capsys):
     before = {path: path.stat().st_mtime_ns for path in cohort.rglob("*")}
-    tool.make_cohort(str(cohort), cases=8, seed=SEED, jobs=1)
-    assert "already there, whole" in capsys.readouterr().out
+    make_cohort.make_cohort(str(cohort), cases=8, seed=SEED, jobs=1)
+    assert "complete already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
 
 
@@ -367,19 +368,19 @@ def test_refusals_leave_the_folder_as_it_was(tmp_path, content, arguments, messa
         (tmp_path / name).write_text(text)
     before = digest(tmp_path)
     with pytest.raises(tool.MakeCohortError, match=message):
-        tool.make_cohort(str(tmp_path), **{"cases": 2, "seed": 0, **arguments})
+        make_cohort.make_cohort(str(tmp_path), **{"cases": 2, "seed": 0, **arguments})
     assert digest(tmp_path) == before
 
 
 def test_another_cohort_is_refused_by_name(cohort):
     with pytest.raises(tool.MakeCohortError, match="cases 8 there, 9 asked; seed 3 there, 4 asked"):
-        tool.make_cohort(str(cohort), cases=9, seed=4, jobs=1)
+        make_cohort.make_cohort(str(cohort), cases=9, seed=4, jobs=1)
 
 
 def test_out_may_not_be_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(tool.MakeCohortError, match="is a file"):
-        tool.make_cohort(str(tmp_path / "file"), cases=1)
+        make_cohort.make_cohort(str(tmp_path / "file"), cases=1)
 
 
 def test_command_line_failure_is_one_line_and_non_zero(tmp_path):

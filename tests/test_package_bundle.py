@@ -21,10 +21,9 @@ import yaml
 from packaging.version import Version
 
 import package_bundle
-from check_bundle import OWN_VERSIONS
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
-from ensemble_folds import empty_ensemble
-from package_bundle import NAME, REQUIREMENTS, PackageError, read_requirements, version_problems
+from experiments.ensemble import empty_ensemble
+from package_bundle import NAME, OWN_VERSIONS, REQUIREMENTS, PackageError, read_requirements, version_problems
 from scripts.model.ensemble import save_weights
 
 SMALL = ["--epochs", "1", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -78,7 +77,7 @@ def package(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the checks, which have tests of their own."""
-    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle, names: [])
+    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle: {})
 
 
 def imports_first(code: bytes) -> ast.Module:
@@ -134,6 +133,16 @@ def test_the_zoos_commands_find_nothing(package: Path, tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_every_module_is_imported_with_only_the_bundle_on_the_path(package: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib, pkgutil, sys; sys.path.insert(0, sys.argv[1]); import scripts\n"
+        "for module in pkgutil.walk_packages(scripts.__path__, 'scripts.'): importlib.import_module(module.name)"
+    )
+    command = [sys.executable, "-I", "-B", "-c", code, str(package / NAME)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_guides_say_that_tools_are_not_in_the_package(package: Path, source: Path, tmp_path: Path, quick: None) -> None:
     package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source), repository="https://example.org/tools")
     tools = {path.stem for path in (ROOT / "scripts").iterdir()} - {path.stem for path in BUNDLE.glob("scripts/*.py")}
@@ -175,7 +184,9 @@ def test_the_same_bundle_gives_the_same_zip(package: Path, source: Path, tmp_pat
 
 def test_large_files_are_named_and_left_out_of_the_directory(source, tmp_path, monkeypatch, quick) -> None:
     monkeypatch.setattr(package_bundle, "LARGE_BYTES", 5_000_000)
-    with pytest.raises(PackageError, match=r"models/model.pt: over 25 MB; say with --large_files_url"):
+    with pytest.raises(
+        PackageError, match=r"models/model.pt: over 25 MB; give the address to download from: --large_files_url"
+    ):
         package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
     assert not list(tmp_path.iterdir())
     package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source), large_files_url="https://example.org/x/")
@@ -217,12 +228,12 @@ def test_what_does_not_agree_is_refused(source, tmp_path, quick, monkeypatch, ar
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path, quick: None) -> None:
     (tmp_path / NAME).mkdir()
-    with pytest.raises(PackageError, match="is there already"):
+    with pytest.raises(PackageError, match="exists: remove it"):
         package_bundle.package_bundle("9.8.7", str(tmp_path), bundle=str(source))
 
 
 def test_a_bundle_that_fails_a_check_is_not_packaged(source: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle, names: [("network in and out", "FAILED: shape")])
+    monkeypatch.setattr(package_bundle, "run_checks", lambda bundle: {"network in and out": "FAILED: shape"})
     with pytest.raises(PackageError, match="these checks failed: network in and out"):
         package_bundle.package_bundle("9.8.7", str(tmp_path / "out"), bundle=str(source))
     assert not list((tmp_path / "out").iterdir())

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_model import SETTINGS, write_model
 
-import ensemble_folds
-from export_model import ExportError, load_model
+from experiments.ensemble import empty_ensemble
+from runtimes.export import ExportError, load_model
 from scripts.model.ensemble import (
     EXTRA_STATE,
     CheckpointError,
@@ -245,7 +245,7 @@ def test_a_forged_checkpoint_is_refused_in_one_line(forge: Callable, tmp_path: P
         pytest.param(saved_provenance, id="provenance"),
         pytest.param(Model.of, id="describe_prediction"),
         pytest.param(lambda path: CoarsePass(path)._load(), id="coarse_pass"),
-        pytest.param(load_model, id="export_model"),
+        pytest.param(load_model, id="export"),
     ],
 )
 def test_wherever_a_checkpoint_is_read_it_is_checked(forge: Callable, tmp_path: Path, use: Callable) -> None:
@@ -263,7 +263,7 @@ def test_settings_that_are_expressions_do_not_reach_a_parser_in_ensemble_folds(t
     """A network whose settings are handed over directly is checked as well."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match="spacing_mm"):
-        ensemble_folds.empty_ensemble({**SETTINGS, "spacing_mm": EVIL})
+        empty_ensemble({**SETTINGS, "spacing_mm": EVIL})
     assert not (tmp_path / "ran").exists()
 
 
@@ -322,7 +322,7 @@ def test_files_that_are_no_checkpoint(
 
 def test_a_provenance_that_is_not_data_is_refused_by_whatever_loads_the_weights(forge: Callable) -> None:
     state = torch.load(forge(told("trained_on", ["x"])), weights_only=True)
-    target = ensemble_folds.empty_ensemble(SETTINGS)
+    target = empty_ensemble(SETTINGS)
     with pytest.raises(CheckpointError, match="trained_on is"):
         target.load_state_dict(state)
     assert len(target.folds) == 1 and target.provenance == {}

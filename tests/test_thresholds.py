@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ensemble_folds import choose_hpv_threshold
+from experiments.ensemble import choose_hpv_threshold
 from scripts import keys
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.case_metrics import confusion, hpv_calls

@@ -27,6 +27,7 @@ import train_folds
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
 from experiments import experiment
 from experiments.experiment import ExperimentError, read_experiment, read_fold, read_override
+from experiments.processes import last_lines
 from scripts.cohorts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))
@@ -392,7 +393,7 @@ def test_the_end_of_a_log_goes_with_the_first_error_of_its_last_step(tmp_path):
     ]
     steps = ["== step one: x", "ValueError: of an earlier step", "", "== step two: x", " 50%|## | 1/2", *chain, ""]
     (tmp_path / "log.txt").write_text("\n".join(steps))
-    found = train_folds.last_lines(tmp_path / "log.txt", 3)
+    found = last_lines(tmp_path / "log.txt", 3)
     assert found == ["OSError: the disk is full", "  frame 18", "  frame 19", "RuntimeError: later"]
 
 

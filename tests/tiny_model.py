@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_folds import empty_ensemble
+from experiments.ensemble import empty_ensemble
 from scripts.evaluation.survival import FoldScale, fit_calibration
 from scripts.model.ensemble import save_weights
 

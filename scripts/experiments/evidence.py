@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ensemble_folds import choose_hpv_threshold
+from experiments.ensemble import choose_hpv_threshold
 from experiments.experiment import (
     FINISHED,
     OUT_OF_FOLD_FILE,

@@ -13,9 +13,9 @@ import pandas as pd
 
 from command_line import BUNDLE
 
-from ensemble_folds import calibrate as calibrate_ensemble
-from ensemble_folds import choose_hpv_threshold, ensemble_folds, finished_folds, out_of_fold
 from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, oracle
+from experiments.ensemble import calibrate as calibrate_ensemble
+from experiments.ensemble import choose_hpv_threshold, finished_folds, join_experiment, out_of_fold
 from experiments.evidence import CASES_FILE, METRICS_FILE, Run, read_cases, selection_of
 from experiments.experiment import TEST, TRAINING, VALIDATION, ExperimentError, bundle_command, evaluation_folder
 from scripts import keys
@@ -45,7 +45,7 @@ def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
     """
     refuse_if_shared(run, [case[keys.PATIENT_ID] for case in load_cohort(dataset_dir).cases], dataset_dir)
     model = folder / "models" / "model.pt"
-    ensemble_folds(str(run.folder), out=str(model), allow_missing=True)
+    join_experiment(run.folder, model, allow_missing=True)
     options = {"dataset_dir": str(dataset_dir.resolve()), "output_dir": str(folder.resolve())}
     options |= {"ckpt_dir": str(model.parent.resolve()), "evaluate_on": "all"}
     code = subprocess.run(bundle_command("evaluating", list(run.record["configs"]), options), cwd=BUNDLE).returncode

@@ -20,25 +20,24 @@ import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from command_line import BUNDLE, run_tool
 
 from experiments.experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override
+from experiments.processes import STOP_SECONDS, last_lines, signals_as_exit, start_logged, stop
 from research.study import VARIANTS, Study, check_run, check_variants, run_name
-from research.study_report import RUN_FILE, as_markdown, join, make_report, put_into
+from research.study_report import RUN_FILE, as_markdown, join, make_report
 from scripts import keys
 from scripts.cohorts.cohort import Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
 from scripts.cohorts.scans import shared_patients
 from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES
-from train_folds import STOP_SECONDS, end_with_parent, last_lines, signal_group, signals_as_exit
 
 STUDY_FILE, TABLE_FILE, LOG_FOLDER = "study.json", "study.md", "logs"
 POLL_SECONDS = 1.0
@@ -60,26 +59,14 @@ class ActiveRun:
         self.log = study.folder / LOG_FOLDER / f"{self.name}.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.start = time.monotonic()
-        self.file: IO[str] = self.log.open("a", encoding="utf-8")
         self.commands = study.commands(variant, seed)
         self.process = self._begin(None)
 
     def _begin(self, place: Path | None) -> subprocess.Popen:
-        """The next command, in this folder; None: in the caller's, where paths of the user's count from."""
-        command = self.commands.pop(0)
+        """Start the next command, in this folder; None: in the caller's, which relative paths refer to."""
         count = str(self.threads)
-        self.file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
-        self.file.flush()
-        return subprocess.Popen(
-            command,
-            cwd=place,
-            env={**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
-            stdin=subprocess.DEVNULL,
-            stdout=self.file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches only this tool, which passes it on
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+        return start_logged(self.commands.pop(0), self.log, self.name, environment, place)
 
     @property
     def minutes(self) -> float:
@@ -94,7 +81,6 @@ class ActiveRun:
 
     def end(self) -> bool:
         """Note where it ran and how long; whether it failed."""
-        self.file.close()
         failed = self.process.returncode != 0
         if not failed:
             about = {"minutes": round(self.minutes, 1), "threads": self.threads, **machine()}
@@ -143,21 +129,8 @@ def run_study(study: Study, jobs: int, threads: int) -> list[str]:
                 else:
                     say(f"{run.name}: finished in {run.minutes:.0f} min")
     finally:
-        stop(active)
+        stop([run.process for run in active], 2 * STOP_SECONDS)  # each stops its own folds first
     return failed
-
-
-def stop(active: Sequence[ActiveRun]) -> None:
-    """End runs that are still going; each ends its own folds first."""
-    for run in active:
-        signal_group(run.process, signal.SIGTERM)
-    for run in active:
-        try:
-            run.process.wait(2 * STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            signal_group(run.process, signal.SIGKILL)
-            run.process.wait()
-        run.file.close()
 
 
 def say(text: str) -> None:
@@ -174,9 +147,7 @@ def study_learning(
     jobs: int = 1,
     threads: int = 1,
     report: bool = False,
-    doc: str | None = None,
     samples: int = BOOTSTRAP_SAMPLES,
-    bootstrap_seed: int = 0,
     test_dir: str | None = None,
     **overrides: Any,
 ) -> None:
@@ -191,9 +162,7 @@ def study_learning(
         jobs: runs at once.
         threads: of each run.
         report: train nothing, write ``study.json`` and ``study.md`` of what is finished.
-        doc: with ``report``, a Markdown file whose marked place gets the table.
         samples: draws of the bootstrap.
-        bootstrap_seed: of the draws.
         test_dir: folder of another cohort, none of whose patients is in the first: networks are judged by it instead of
             by the cases that each held out. Networks that are finished are not trained again for it.
         **overrides: ids of the configs for every run, such as ``epochs``; a variant's own go before them.
@@ -213,11 +182,9 @@ def study_learning(
         check_others(cohort, load_cohort(other))
     study = Study(folder, place, cohort.fingerprint, names, numbers[0], numbers[1], overrides, other)
     if report:
-        written = make_report(study, samples, bootstrap_seed, command_line(study, jobs, threads), say)
+        written = make_report(study, samples, 0, command_line(study, jobs, threads), say)
         write_text(folder / STUDY_FILE, json.dumps(written, indent=1, allow_nan=False))
         write_text(folder / TABLE_FILE, table := as_markdown(written))
-        if doc:
-            put_into(Path(doc), table)
         print(table)
         return
     with signals_as_exit():

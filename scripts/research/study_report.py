@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ensemble_folds import choose_hpv_threshold
 from experiments.comparators import clinical_hpv, clinical_risks
+from experiments.ensemble import choose_hpv_threshold
 from experiments.evidence import read_cases, read_run
 from experiments.experiment import EXPERIMENT_FILE, ExperimentError, read_experiment
 from research.study import BASE, VARIANTS, Study, check_run, run_name
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
-from scripts.cohorts.files import write_text
 from scripts.cohorts.thresholds import HALF
 from scripts.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from scripts.evaluation.case_metrics import MEASURES
 
 RUN_FILE = "run.json"
-BEGIN, END = "<!-- table of study_learning.py: begin -->", "<!-- table of study_learning.py: end -->"
 
 COLUMNS = {
     "c_index": "C-index",
@@ -345,17 +343,3 @@ def shown_difference(found: Mapping[str, Any] | None) -> str:
         return "-"
     counts = f"{found['patients']} patients in {found['networks']}"
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}], p {found['p']:.3f} ({counts})"
-
-
-def put_into(path: Path, table: str) -> None:
-    """Replace what stands between the two marks of a document.
-
-    Raises:
-        ExperimentError: it has not both marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ExperimentError(f"{path} has no place for the table: it must hold the lines {BEGIN} and {END}")
-    write_text(path, f"{before}{BEGIN}\n{table}{END}{after}")

@@ -1,24 +1,22 @@
-"""The trained model for other runtimes: TorchScript and ONNX, each compared with PyTorch before it is kept.
+"""Export a trained model as TorchScript and ONNX; each file is compared with PyTorch before it is kept.
 
-``python scripts/export_model.py --out exports`` writes ``exports/head_neck_pet_ct_multitask.ts`` and ``.onnx`` (with
-``_of_phantoms`` in the name where the weights are) from ``bundle/models/model.pt`` (``pip install onnx onnxruntime``
-for the latter). Both read ``image`` (B, 2, R, R, R) and ``clinical`` (B, F), as ``inference.json`` prepares them, and
-give all heads of all folds, float32:
+``python scripts/runtimes export --out exports`` writes ``exports/head_neck_pet_ct_multitask.ts`` and ``.onnx`` (with
+``_of_phantoms`` in the name if the weights were trained on phantoms) from ``bundle/models/model.pt``. ONNX needs
+``pip install onnx onnxruntime``. Inputs are ``image`` (B, 2, R, R, R) and ``clinical`` (B, F), as ``inference.json``
+prepares them; outputs, float32:
 
     seg_prob (B, 1, R, R, R), hpv_prob (B,), log_hazard (B,)     means over the folds
     hpv_prob_folds, log_hazard_folds (B, K)                      of each fold
 
-those of absent tasks absent. Each file carries what it was made from: the settings, what the training cases were, that
-it is for research use only. A phantom and, where there is one, a real case go through the bundle's own preprocessing
-and then through the file and through PyTorch; a file that does not give the same mask and the same scores is not kept.
+without those of tasks that the model does not have. Settings, provenance and the research-use notice are stored in the
+file. A phantom and, where available, a real case are preprocessed by the bundle and predicted with the file and with
+PyTorch; a file whose mask or scores differ is not kept.
 
-TensorRT needs no file of its own: ``configs/inference_trt.json`` builds its engines where it runs.
+TensorRT needs no file: ``configs/inference_trt.json`` builds its engines on the machine where it runs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
 import warnings
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 
 from command_line import BUNDLE, ROOT, run_tool
 
-from make_cohort import make_cohort
+from phantom.cohort import write_cohort
 from scripts import keys
 from scripts.cohorts.files import in_config, written_whole
 from scripts.cohorts.thresholds import above
@@ -47,7 +45,7 @@ from scripts.model.ensemble import (
 )
 from scripts.training.engine import EnsembleInferer
 
-REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct"
+REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct" / "images"
 
 NAME = "head_neck_pet_ct_multitask"
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
@@ -139,7 +137,7 @@ class Difference:
     wrong: tuple[str, ...]
 
 
-def export_model(
+def export(
     out: str, model: str = str(BUNDLE / "models" / "model.pt"), formats: str = "torchscript,onnx", cases: str = ""
 ) -> None:
     """Export a model and print how far each file is from PyTorch.
@@ -148,8 +146,8 @@ def export_model(
         out: folder for the files.
         model: the weights.
         formats: some of torchscript, onnx.
-        cases: folder with scans in the HECKTOR layout, whose first usable case is compared beside the phantom; without,
-            ``../shared/data/sts_petct`` where it is there.
+        cases: folder with scans in the HECKTOR layout, whose first usable case is compared in addition to a phantom; by
+            default ../shared/data/sts_petct/images, if it exists.
     """
     chosen = [name.strip() for name in (formats.split(",") if isinstance(formats, str) else formats)]
     unknown = sorted(set(chosen) - set(FORMATS))
@@ -200,8 +198,7 @@ def comparison_cases(ensemble: FoldEnsemble, model: Path, folder: str = "") -> l
         ExportError: ``folder`` holds no case that can be prepared.
     """
     with tempfile.TemporaryDirectory() as phantoms:
-        with contextlib.redirect_stdout(io.StringIO()):
-            make_cohort(phantoms, cases=1, seed=0, scale="small", jobs=1)
+        write_cohort(Path(phantoms), cases=1)
         prepared = [prepare(ensemble, model, phantoms, "phantom")]
     if folder or REAL_CASES.is_dir():
         prepared.append(prepare(ensemble, model, folder or str(REAL_CASES), "real case"))
@@ -399,4 +396,4 @@ def refuse_if_wrong(name: str, differences: Sequence[Difference]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(export_model, ExportError, CheckpointError, SettingsMismatch, OSError)
+    run_tool(export, ExportError, CheckpointError, SettingsMismatch, OSError)

@@ -12,10 +12,10 @@ import torch
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
 
-import export_model
 from conftest import BUNDLE, make_tiny_cohort
-from ensemble_folds import empty_ensemble
-from export_model import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
+from experiments.ensemble import empty_ensemble
+from runtimes import export
+from runtimes.export import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
 from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.runtimes import trt
 from scripts.training.engine import EnsembleInferer
@@ -73,7 +73,7 @@ def test_an_export_gives_all_heads_for_any_number_of_cases(tmp_path: Path, name:
 def test_the_command_writes_both_formats_and_says_how_close_they_are(tmp_path: Path, capsys) -> None:
     save_weights(make_ensemble(), tmp_path / "model.pt", half=True)
     cohort = make_tiny_cohort(tmp_path / "cohort", patients=1)
-    export_model.export_model(str(tmp_path / "out"), str(tmp_path / "model.pt"), cases=str(cohort))
+    export.export(str(tmp_path / "out"), str(tmp_path / "model.pt"), cases=str(cohort))
     printed = capsys.readouterr().out
     assert "trained on nothing: a test" in printed
     assert "Research use only" in printed
@@ -92,16 +92,16 @@ def test_the_command_writes_both_formats_and_says_how_close_they_are(tmp_path: P
 def write_spoiled(network: AllHeads, case: Case, facts, path: Path) -> None:
     with torch.no_grad():
         network.folds[0].burden.burden.bias.add_(0.5)
-    export_model.write_torchscript(network, case, facts, path)
+    export.write_torchscript(network, case, facts, path)
 
 
 def test_a_file_that_gives_something_else_is_not_kept(tmp_path: Path, monkeypatch) -> None:
     ensemble = make_ensemble()
     save_weights(ensemble, tmp_path / "model.pt")
-    monkeypatch.setattr(export_model, "comparison_cases", lambda *_: [make_case(ensemble)])
-    monkeypatch.setitem(FORMATS, "torchscript", (".ts", write_spoiled, export_model.open_torchscript))
+    monkeypatch.setattr(export, "comparison_cases", lambda *_: [make_case(ensemble)])
+    monkeypatch.setitem(FORMATS, "torchscript", (".ts", write_spoiled, export.open_torchscript))
     with pytest.raises(ExportError, match=r"the torchscript file .* is not kept: noise: log_hazard differs"):
-        export_model.export_model(str(tmp_path / "out"), str(tmp_path / "model.pt"), formats="torchscript")
+        export.export(str(tmp_path / "out"), str(tmp_path / "model.pt"), formats="torchscript")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -134,7 +134,7 @@ def test_paths_stay_what_was_typed(tmp_path: Path) -> None:
 
 def test_unknown_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="formats are some of torchscript, onnx; got tflite"):
-        export_model.export_model(str(tmp_path), formats="tflite")
+        export.export(str(tmp_path), formats="tflite")
 
 
 def test_a_folder_without_a_usable_case_is_an_error(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_folder_without_a_usable_case_is_an_error(tmp_path: Path) -> None:
     cohort = make_tiny_cohort(tmp_path / "cohort", patients=1)
     next(cohort.rglob("*__PT.nii.gz")).unlink()
     with pytest.raises(ExportError, match="no case to compare on: CHUM-001: no PET found"):
-        export_model.prepare(make_ensemble(), tmp_path / "model.pt", str(cohort), "real case")
+        export.prepare(make_ensemble(), tmp_path / "model.pt", str(cohort), "real case")
 
 
 # --- TensorRT: what can be seen without a GPU ------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_without_tensorrt_the_overlay_says_so_in_one_line(tmp_path: Path) -> Non
 
 
 def test_the_overlay_compiles_after_the_weights_are_loaded() -> None:
-    parser = export_model.ConfigParser()
+    parser = export.ConfigParser()
     configs = BUNDLE / "configs"
     parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
     steps = parser["initialize"]
