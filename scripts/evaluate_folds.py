@@ -1,144 +1,58 @@
-"""The evidence of an experiment: each fold, all out-of-fold cases pooled, each centre, against clinical values alone.
+"""Evaluate an experiment: metrics, figures and one self-contained HTML page.
 
-``python scripts/evaluate_folds.py --run runs/NAME`` reads what ``scripts/train_folds.py`` left and writes ::
-
-    runs/NAME/evaluation/metrics.json   every figure with its interval, its counts, or why there is none
-    runs/NAME/evaluation/cases.csv      a row a patient, with normalised risk, survival and HPV threshold
-    runs/NAME/evaluation/figures/       plots (PNG), each with the data it shows (JSON)
-    runs/NAME/evaluation/figures_external/  the same of another cohort, where one is given
-    runs/NAME/evaluation/external/      the folds' ensemble and what it predicts of that cohort
-
-How cases are judged is in :mod:`experiments.evidence`, against what in :mod:`experiments.comparators`; another cohort:
-:mod:`experiments.external_cohort`.
+``python scripts/evaluate_folds.py --run runs/NAME`` reads what ``scripts/train_folds.py`` wrote, evaluates each fold,
+all out-of-fold cases pooled, each centre, and models of the clinical values alone (:mod:`experiments.evaluation`), and
+writes the page ``runs/NAME/report.html``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from command_line import run_tool
 
-from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, compare_runs, oracle
-from experiments.evidence import (
-    CASES_FILE,
-    METRICS_FILE,
-    NO_CALIBRATION,
-    Run,
-    cuts_of,
-    fold_means,
-    judge,
-    read_run,
-    selection_of,
-    survival_of,
-)
-from experiments.experiment import ExperimentError, fold_folder
-from experiments.external_cohort import judge_external, predict_external
+from experiments.comparators import HPV_COMPARED
+from experiments.evaluation import CLINICAL_ONLY, evaluate
+from experiments.evidence import EVALUATION_FOLDER
+from experiments.experiment import ExperimentError, as_list
+from experiments.page import read_evaluated, write_page
 from scripts.cohorts.cohort import CohortError
-from scripts.cohorts.files import write_text
 from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES
-from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary
-from scripts.evaluation.case_table import case_figures, roc_data
-from scripts.evaluation.plots import (
-    Drawn,
-    forest_figure,
-    roc_figure,
-    save_plots,
-    survival_figures,
-    training_figure,
-)
-from scripts.evaluation.survival import DAYS_PER_YEAR, CalibrationError, HorizonError, risk_groups
-from scripts.evaluation.survival_metrics import FigureUnavailableError
+from scripts.evaluation.case_metrics import MEASURES, format_summary
+from scripts.evaluation.survival import CalibrationError
 from scripts.model.ensemble import CheckpointError, SettingsMismatch
 
-EVALUATION_FOLDER, FIGURES_FOLDER = "evaluation", "figures"
-EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"
-CLINICAL_ONLY = "clinical values alone"
 
+def evaluate_folds(
+    run: str,
+    compare: str | None = None,
+    external: str | None = None,
+    runs: str | Sequence[str] = (),
+    examples: bool = True,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> None:
+    """Evaluate an experiment and write metrics.json, cases.csv, figures and the page report.html in its folder.
 
-def describe(run: Run, seed: int, samples: int) -> dict[str, Any]:
-    """What ``metrics.json`` says before any figure."""
-    record = run.record
-    return {
-        "run": run.folder.name,
-        "data": record["cohort"]["trained_on"],
-        "dataset_dir": record["dataset_dir"],
-        "command": record["command"],
-        "protocol": record["protocol"],
-        "held_out": record["held_out"],
-        "selection": selection_of(record),
-        "tasks": record["tasks"],
-        "folds_evaluated": run.folds,
-        "normalisation": run.normalisation,
-        "risk_groups": "cut at quantiles of the other folds' held-out risks; pooled: the mean of these cut points",
-        "censoring": "weights by the other folds' patients; pooled: by all",
-        "interval": f"95 %, bootstrap over patients, {samples} draws, seed {seed}, networks fixed",
-        "notes": run.notes,
-    }
-
-
-def case_table(run: Run, cases: pd.DataFrame) -> pd.DataFrame:
-    """The cases with risk group and two-year survival, where these can be had."""
-    if "risk" not in cases:
-        return cases
-    cuts = cuts_of(cases, run.calibrations)
-    table = cases.copy()
-    if cuts:
-        table["risk_group"] = risk_groups(cases["risk"], cuts["tertiles"])
-    try:
-        table["survival_2y"] = survival_of(cases, run.calibrations)(np.array([2 * DAYS_PER_YEAR]))[:, 0]
-    except (FigureUnavailableError, HorizonError) as error:
-        run.notes.append(f"no two-year survival in {CASES_FILE}: {error}")
-    return table
-
-
-def histories(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """``history.json`` of each fold."""
-    paths = {run.name(fold): fold_folder(run.folder, fold) / "history.json" for fold in run.folds}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
-
-
-def roc_curves(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`scripts.evaluation.plots.roc_figure` takes: all cases, then each fold that has both classes."""
-    parts = {"pooled": (run.cases, report["pooled"])}
-    parts |= {name: (run.cases[run.cases["fold"] == block["fold"]], block) for name, block in report["folds"].items()}
-    aucs = {name: (rows, block["metrics"]["hpv_auc"]) for name, (rows, block) in parts.items()}
-    return {name: roc_data(rows, auc) for name, (rows, auc) in aucs.items() if auc["value"] is not None}
-
-
-def forest_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """C-index of all cases, of each fold and centre, of clinical values alone and of the truth, where there is one."""
-    rows = [{"name": "pooled out-of-fold", **report["pooled"]["metrics"]["c_index"]}]
-    rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["folds"].items()]
-    if report["protocol"] != "leave_one_centre_out":
-        rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["centres"].items()]
-    rows.append({"name": CLINICAL_ONLY, **report["clinical_only"]["c_index"]})
-    return rows + ([{"name": "phantoms' truth", **report["oracle"]}] if report["oracle"] else [])
-
-
-def write_figures(run: Run, report: Mapping[str, Any], folder: Path) -> dict[str, dict[str, str]]:
-    """Draw what can be drawn, and tell the file of each picture or why there is none."""
-    forest, curves = forest_rows(report), histories(run)
-    drawn: dict[str, Drawn] = {
-        "training": (training_figure(curves), curves),
-        "c_index": (forest_figure(forest, "C-index, 95 % intervals"), forest),
-        **case_figures(run.cases, report["pooled"]["metrics"]),
-    }
-    if drawn["roc"][0] is not None:
-        rocs = roc_curves(run, report)
-        drawn["roc"] = (roc_figure(rocs, "HPV status"), rocs)
-    why = next((c for c in run.calibrations.values() if isinstance(c, str)), NO_CALIBRATION)
-    drawn |= survival_figures(report["pooled"]["survival"], why)
-    return save_plots(folder, drawn, report["data"])
+    Args:
+        run: folder of the experiment, as written by train_folds.py.
+        compare: folder of another experiment, for paired differences on the same patients.
+        external: folder of another cohort, which the ensemble of the folds is to predict; or cases.csv that the
+            bundle's evaluating wrote of it with this ensemble.
+        runs: other experiments on the same cohort, evaluated before, for the paper's Tables 1 and 2, such as
+            runs/a,runs/b.
+        examples: predict the masks of the example cases on the page; existing ones are kept.
+        samples: draws of the bootstrap.
+    """
+    others = [read_evaluated(name) for name in as_list(runs) if Path(name).resolve() != Path(run).resolve()]
+    report = evaluate(run, compare, external, samples)
+    page = write_page(Path(run), others, examples)
+    print(f"{summary(report, Path(run) / EVALUATION_FOLDER)}, {page}")
 
 
 def summary(report: Mapping[str, Any], folder: Path) -> str:
-    """What came out, to read."""
+    """The results, to print."""
     lines = [f"{report['held_out']} cases of {report['data']}; {report['protocol']}, [95 % interval]"]
     lines += [f"  note: {note}" for note in report["notes"]]
     lines += ["pooled out-of-fold", *told(report["pooled"]["metrics"], report)]
@@ -147,12 +61,12 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         lines += [f"external, {external['cases']} cases: {external['data']}", *told(external["metrics"], external)]
     differences = {}
     for name, row in report.get("comparison", {}).get("differences", {}).items():
-        differences[f"{MEASURES[name].title} less that of {report['comparison']['other']}"] = row
+        differences[f"{MEASURES[name].title} minus that of {report['comparison']['other']}"] = row
     return "\n".join([*lines, *told_differences(differences), f"written: {folder}"])
 
 
 def told(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    """Figures of a model, then ``clinical_only`` and ``oracle`` of a report beside them."""
+    """Metrics of a model, then ``clinical_only`` and ``oracle`` of a report beside them."""
     clinical = report["clinical_only"]
     hpv = clinical["hpv"] if metrics["hpv_auc"]["value"] is not None else {}
     alone = {"c_index": clinical["c_index"], **{name: hpv[name] for name in HPV_COMPARED if name in hpv}}
@@ -160,7 +74,7 @@ def told(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     if report["oracle"]:
         lines.append(f"phantoms' truth\n{format_summary({'c_index': report['oracle']})}")
     less = {"c_index": clinical.get("model_minus_clinical"), **hpv.get("model_minus_clinical", {})}
-    named = {f"{MEASURES[name].title} less that of {CLINICAL_ONLY}": row for name, row in less.items() if row}
+    named = {f"{MEASURES[name].title} minus that of {CLINICAL_ONLY}": row for name, row in less.items() if row}
     return lines + told_differences(named)
 
 
@@ -174,52 +88,6 @@ def told_differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
         interval = f"{row['value']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.3f}"
         lines.append(f"{name}: {interval} ({row['patients']} patients)")
     return lines
-
-
-def evaluate_folds(
-    run: str, compare: str | None = None, external: str | None = None, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
-) -> None:
-    """Judge an experiment and write ``metrics.json``, ``cases.csv`` and figures in ``RUN/evaluation``.
-
-    Args:
-        run: folder of the experiment, as ``train_folds.py`` wrote it.
-        compare: folder of another experiment, for paired differences on the same patients.
-        external: folder of another cohort, which the folds together are then to predict; or ``cases.csv`` that the
-            bundle's ``evaluating`` wrote of it with their ensemble.
-        seed: of the bootstrap.
-        samples: its draws.
-    """
-    other = Path(external or ".").expanduser()
-    if not other.exists():
-        raise ExperimentError(f"--external {external}: there is no such folder or table")
-    judged = read_run(run)
-    folder = judged.folder / EVALUATION_FOLDER
-    cases, clinical = add_clinical(judged, judged.cases, seed, samples)
-    cases, clinical["hpv"] = add_clinical_hpv(judged, cases, seed, samples)
-    train = cases if judged.reference is None else judged.reference
-    report = describe(judged, seed, samples)
-    report["pooled"] = judge(judged, judged.cases, train, seed, samples)
-    report["folds"] = {
-        judged.name(fold): {
-            "fold": fold,
-            **judge(judged, cases[cases["fold"] == fold], judged.others(fold), seed, samples),
-        }
-        for fold in judged.folds
-    }
-    report["fold_mean"] = fold_means(report["folds"])
-    report["centres"] = {
-        centre: judge(judged, group, train, seed, samples, SMALL_GROUP) for centre, group in centre_groups(judged.cases)
-    }
-    report |= {"clinical_only": clinical, "oracle": oracle(judged.cases, judged.record["dataset_dir"], seed, samples)}
-    if compare:
-        report["comparison"] = compare_runs(judged, read_run(compare), seed, samples)
-    if external:
-        table = predict_external(judged, other, folder / EXTERNAL_FOLDER) if other.is_dir() else other
-        report["external"] = judge_external(judged, table, folder / EXTERNAL_FIGURES_FOLDER, seed, samples)
-    report["figures"] = write_figures(judged, report, folder / FIGURES_FOLDER)
-    write_text(folder / CASES_FILE, case_table(judged, cases).to_csv(index=False))
-    write_text(folder / METRICS_FILE, json.dumps(report, indent=1, allow_nan=False))
-    print(summary(report, folder))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SAMPLES = 40
 def run(cohort, tmp_path_factory) -> Path:
     """Three folds, evaluated."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
-    evaluate_folds.evaluate_folds(str(folder), samples=SAMPLES)
+    evaluate_folds.evaluate_folds(str(folder), samples=SAMPLES, examples=False)
     return folder
 
 

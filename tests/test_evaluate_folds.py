@@ -12,6 +12,7 @@ import pytest
 from synthetic_run import make_run
 
 import evaluate_folds as tool
+from experiments.evaluation import case_table
 from experiments.evidence import read_run
 from experiments.experiment import evaluation_folder
 from scripts import keys
@@ -25,7 +26,7 @@ SAMPLES = 40
 def run(cohort, tmp_path_factory) -> Path:
     """Three folds, evaluated."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
-    tool.evaluate_folds(str(folder), samples=SAMPLES)
+    tool.evaluate_folds(str(folder), samples=SAMPLES, examples=False)
     return folder
 
 
@@ -81,7 +82,7 @@ def test_changing_a_patients_outcome_leaves_its_own_survival_alone(run, copy):
     table.loc[row, "event"] = 1
     table.loc[row, "hpv"] = 1 - np.nan_to_num(table.loc[row, "hpv"])
     table.to_csv(path, index=False)
-    before, after = (tool.case_table(r, r.cases).set_index("PatientID") for r in map(read_run, (run, copy)))
+    before, after = (case_table(r, r.cases).set_index("PatientID") for r in map(read_run, (run, copy)))
     columns = ["risk", "survival_2y", "hpv_threshold"]
     assert before.loc[patient, columns].tolist() == after.loc[patient, columns].tolist()
     others = before["fold"] != 0
@@ -118,7 +119,7 @@ def test_figures_are_drawn_with_their_data(run, report):
 
 def test_the_ablation_is_judged_on_its_test_cases_with_what_the_validation_cases_tell(cohort, tmp_path):
     folder = make_run(tmp_path / "surv", cohort, "ablation", tasks=["surv"])
-    tool.evaluate_folds(str(folder), samples=SAMPLES)
+    tool.evaluate_folds(str(folder), samples=SAMPLES, examples=False)
     report = json.loads((folder / "evaluation" / "metrics.json").read_text())
     judged = read_run(folder)
     validation = pd.read_csv(evaluation_folder(folder, 0) / "cases.csv")
@@ -131,7 +132,7 @@ def test_the_ablation_is_judged_on_its_test_cases_with_what_the_validation_cases
 
 def test_without_survival_its_figures_say_why(cohort, tmp_path, capsys):
     folder = make_run(tmp_path / "seg", cohort, tasks=["seg"])
-    tool.evaluate_folds(str(folder), samples=SAMPLES)
+    tool.evaluate_folds(str(folder), samples=SAMPLES, examples=False)
     report = json.loads((folder / "evaluation" / "metrics.json").read_text())
     assert report["pooled"]["survival"]["reason"] == "survival is not a task of this model"
     assert report["figures"]["kaplan_meier_median"]["reason"] == "survival is not a task of this model"

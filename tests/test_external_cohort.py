@@ -87,7 +87,7 @@ def test_a_folder_is_predicted_by_the_folds_together(trained, tiny_cohort, tmp_p
         patients = pd.read_csv(training / "cases.csv")["PatientID"]
         write_features(training, patients, np.random.default_rng(fold).normal(size=(len(patients), 1, 68)))
     others = make_tiny_cohort(tmp_path / "others", patients=4, first=11)
-    evaluate_folds(str(run), external=str(others), samples=SAMPLES)
+    evaluate_folds(str(run), external=str(others), samples=SAMPLES, examples=False)
     report = json.loads((run / "evaluation" / "metrics.json").read_text())["external"]
     assert report["cases"] == 4
     assert report["dataset_dir"] == str(others)

@@ -315,7 +315,7 @@ def test_a_signal_ends_all_children_and_the_same_command_goes_on(fake, tmp_path,
     thread.join()
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
     pids = [int(pid) for file in files for pid in file.read_text().split()]
     assert len(pids) == 4 and wait_for(lambda: not any(map(is_alive, pids)))
     (fake / "hang").unlink()

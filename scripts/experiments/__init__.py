@@ -1,1 +1,1 @@
-"""What the commands on experiments share: plan and record, judging, comparators, another cohort."""
+"""Experiments of several folds: plan and record, evaluation, references, another cohort, ensemble, page."""

@@ -43,7 +43,7 @@ from scripts.evaluation.survival import (
 )
 from scripts.evaluation.survival_metrics import FigureUnavailableError
 
-METRICS_FILE, CASES_FILE = "metrics.json", "cases.csv"
+EVALUATION_FOLDER, METRICS_FILE, CASES_FILE = "evaluation", "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
 NO_CALIBRATION = "there are no held-out cases of another fold to calibrate on"
 

@@ -14,7 +14,7 @@ import pytest
 from synthetic_run import external_table, make_cohort, make_run
 
 import evaluate_folds
-import report_experiment as tool
+from experiments import page as tool
 from experiments.experiment import ExperimentError, evaluation_folder
 
 SAMPLES = 20
@@ -24,6 +24,11 @@ def text_of(path: Path) -> str:
     """The page without markup and pictures."""
     html = re.sub(r"<style>.*?</style>|data:image[^\"]*", "", path.read_text(), flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
+
+
+def write_page(run: Path, *others: Path, examples: bool = False) -> str:
+    """The text of the page of an evaluated experiment."""
+    return text_of(tool.write_page(run, [tool.read_evaluated(other) for other in others], examples))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "all": make_run(folder / "all", cohort, "ablation"),
     }
     for run in made.values():
-        evaluate_folds.evaluate_folds(str(run), samples=SAMPLES)
+        evaluate_folds.evaluate_folds(str(run), samples=SAMPLES, examples=False)
     for fold, doubts in enumerate(["P1,mask_uptake\nP1,misalignment\n", "P2,mask_uptake\n"]):
         place = evaluation_folder(made["partial"], fold, "validation")
         (place / "quality.csv").write_text(f"PatientID,check\n{doubts}")
@@ -49,9 +54,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def page(runs) -> str:
-    others = ",".join(str(runs[name]) for name in ("centres", "surv", "all"))
-    tool.report_experiment(str(runs["partial"]), others, predict=False)
-    return text_of(runs["partial"] / "report.html")
+    return write_page(runs["partial"], runs["centres"], runs["surv"], runs["all"])
 
 
 def test_phantoms_and_research_use_are_said_before_anything_else(page) -> None:
@@ -77,11 +80,12 @@ def test_every_figure_of_the_evaluation_is_on_the_page(runs, page) -> None:
 def test_the_cohort_and_its_flow_are_told(page) -> None:
     assert "90 patients in the folder or its tables" in page
     assert (
-        "90 cases judged by a network that had not seen them: 75 for segmentation, 72 for HPV, 80 for survival" in page
+        "90 cases evaluated by a network that had not seen them: 75 for segmentation, 72 for HPV, 80 for survival"
+        in page
     )
     assert "female: 45, male: 45" in page
     assert "2 could not be read: see fold_*/evaluation*/exclusions.csv" in page
-    assert "Quality control doubts 2 of the cases judged (mask_uptake 2, misalignment 1)" in page
+    assert "Quality control: 2 of the evaluated cases are doubtful (mask_uptake 2, misalignment 1)" in page
 
 
 def test_the_papers_tables_are_rebuilt(runs, page) -> None:
@@ -98,9 +102,10 @@ def test_the_papers_tables_are_rebuilt(runs, page) -> None:
 
 
 def test_experiments_of_the_same_tasks_are_told_apart(runs, tmp_path) -> None:
-    again = shutil.copytree(runs["all"], tmp_path / "again")
-    tool.report_experiment(str(runs["surv"]), f"{runs['all']},{again}", str(tmp_path / "page.html"), predict=False)
-    table = text_of(tmp_path / "page.html")
+    run, again = (
+        Path(shutil.copytree(runs[name], tmp_path / new)) for name, new in (("surv", "run"), ("all", "again"))
+    )
+    table = write_page(run, runs["all"], again)
     table = table[table.index("Table 1") : table.index("Table 2")]
     assert "segmentation, HPV, survival (all) validation" in table
     assert "segmentation, HPV, survival (again) validation" in table
@@ -116,8 +121,8 @@ def test_centres_have_survival_figures_or_the_reason(runs, page) -> None:
 
 def test_another_cohort_has_all_figures_and_pictures(runs, tmp_path) -> None:
     run = Path(shutil.copytree(runs["partial"], tmp_path / "run"))
-    evaluate_folds.evaluate_folds(str(run), external=str(external_table(run, tmp_path)), samples=SAMPLES)
-    tool.report_experiment(str(run), predict=False)
+    others = str(external_table(run, tmp_path))
+    evaluate_folds.evaluate_folds(str(run), external=others, samples=SAMPLES, examples=False)
     external = json.loads((run / "evaluation" / "metrics.json").read_text())["external"]
     text = text_of(run / "report.html")
     part = text[text.index("Another cohort") : text.index("Example cases")]
@@ -131,9 +136,8 @@ def test_another_cohort_has_all_figures_and_pictures(runs, tmp_path) -> None:
     assert pictures == len(external["figures"]) == 5
 
 
-def test_missing_runs_tell_how_to_make_them(runs, tmp_path) -> None:
-    tool.report_experiment(str(runs["surv"]), out=str(tmp_path / "page.html"), predict=False)
-    text = text_of(tmp_path / "page.html")
+def test_missing_runs_tell_how_to_make_them(runs) -> None:
+    text = write_page(runs["surv"])
     assert "No cross-validation (protocol partial or full) was given" in text
     assert "Not drawn: not a task of this model" in text
     assert "None: no case has both a true and a predicted mask" in text
@@ -144,9 +148,9 @@ def test_real_data_are_not_called_phantoms(runs, tmp_path) -> None:
     path = run / "evaluation" / "metrics.json"
     report = json.loads(path.read_text()) | {"data": "90 cases of 3 centres; research use only"}
     path.write_text(json.dumps(report))
-    tool.report_experiment(str(run), predict=False)
-    assert "PHANTOMS" not in text_of(run / "report.html")
-    assert "For research only" in text_of(run / "report.html")
+    text = write_page(run)
+    assert "PHANTOMS" not in text
+    assert "For research only" in text
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_what_cannot_be_reported_is_refused(runs, tmp_path, name, change, messag
     else:
         (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | change))
     with pytest.raises(ExperimentError, match=message):
-        tool.report_experiment(str(run))
+        tool.read_evaluated(run)
 
 
 def test_an_experiment_on_another_cohort_is_refused(runs, tmp_path) -> None:
@@ -174,9 +178,8 @@ def test_an_experiment_on_another_cohort_is_refused(runs, tmp_path) -> None:
     record["cohort"]["fingerprint"] = "other"
     (run / "experiment.json").write_text(json.dumps(record))
     with pytest.raises(ExperimentError, match="another cohort"):
-        tool.report_experiment(str(runs["partial"]), str(run))
-    tool.report_experiment(str(run), predict=False)
-    assert "The cohort has changed since the folds were trained" in text_of(run / "report.html")
+        write_page(runs["partial"], run)
+    assert "The cohort has changed since the folds were trained" in write_page(run)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,6 @@ def test_examples_are_predicted_by_the_network_that_had_not_seen_them(
     record["folds"]["1"]["status"] = "failed"
     (run / "experiment.json").write_text(json.dumps(record))
     evaluate_folds.evaluate_folds(str(run), samples=SAMPLES)
-    tool.report_experiment(str(run))
     masks = sorted((run / "evaluation" / "examples" / "fold_0").rglob("*__tumour.nii.gz"))
     held_out = set(cases.loc[(cases["fold"] == 0) & cases["dice"].notna(), "PatientID"])
     assert {path.parent.name for path in masks} == held_out
@@ -214,13 +216,12 @@ def test_examples_are_predicted_by_the_network_that_had_not_seen_them(
     assert "has no predicted outline" not in text
     assert "fold 1 of 2 is not finished" in text
     monkeypatch.setattr(tool, "bundle_command", lambda *_: pytest.fail("masks that are there are predicted again"))
-    tool.report_experiment(str(run))
+    write_page(run, examples=True)
 
 
 def test_an_inference_that_fails_is_said_on_the_page(runs, tmp_path, monkeypatch) -> None:
     run = Path(shutil.copytree(runs["all"], tmp_path / "run"))
     fails = [sys.executable, "-c", "import sys; sys.exit('these are no weights')"]
     monkeypatch.setattr(tool, "bundle_command", lambda *_: fails)
-    tool.report_experiment(str(run))
     expected = "has no predicted outline: inference of fold 0 ended with exit code 1: these are no weights"
-    assert expected in text_of(run / "report.html")
+    assert expected in write_page(run, examples=True)
