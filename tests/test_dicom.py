@@ -12,11 +12,16 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 from dicom_study import AXIAL, SECRETS, pet_header, write_series
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import JPEGLSLossless, RLELossless
 
 from scripts.dicom.choice import choose_pet_ct, studies_of
 from scripts.dicom.examinations import find_examinations
@@ -25,12 +30,6 @@ from scripts.dicom.series import find_series, read_headers, read_series
 from scripts.dicom.sr import PRIVATE_CODES, Findings, write_sr
 from scripts.dicom.suv import suv_of
 from scripts.dicom.tags import DicomError
-
-pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
-hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.dataset import Dataset  # noqa: E402
-from pydicom.sr.codedict import codes  # noqa: E402
-from pydicom.uid import JPEGLSLossless, RLELossless  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")

@@ -12,8 +12,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_study import SECRETS, slice_dataset, write_series
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
@@ -21,14 +28,6 @@ from scripts.dicom.examinations import find_examinations, pair_examination
 from scripts.dicom.series import find_series, people_differ, read_headers, read_series
 from scripts.dicom.tags import DicomError, lenient
 from scripts.prediction.inputs import find_cases
-
-pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.uid import (  # noqa: E402
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    RLELossless,
-)
 
 FEATURES = ("age", "gender", "m_stage")
 SLICES = 12

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import highdicom as hd
 import numpy as np
+import pydicom
 import pytest
 from dicom_study import write_series
+from pydicom.config import disable_value_validation
 
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import find_examinations
@@ -12,10 +15,6 @@ from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.series import find_series
 from scripts.dicom.sr import Findings, write_sr
 from scripts.dicom.tags import DicomError
-
-pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
-hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.config import disable_value_validation  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_study import pet_header, pet_tags, write_series
+from pydicom.dataset import Dataset
 
 from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
@@ -17,9 +18,6 @@ from scripts.dicom.tags import DicomError
 from scripts.dicom.tracer import FDG, tracer_of
 from scripts.imaging.quality import CheckQualityd, checks_from_json
 from scripts.imaging.transforms import LoadScansd, LocaliseBoxd
-
-pydicom = pytest.importorskip("pydicom", reason="DICOM needs pip install pydicom highdicom")
-from pydicom.dataset import Dataset  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from scripts.imaging import images
 from scripts.imaging.images import ImageReadError, image_suffix, read_grid, read_image, read_scan, write_mask

@@ -17,7 +17,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 from dicom_study import SECRETS, write_pet_ct
 from tiny_model import TRAINED_ON, write_model
 

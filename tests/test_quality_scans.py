@@ -176,14 +176,14 @@ def test_the_body_is_found_in_any_field_of_view_and_noise(make: Callable[[], Sca
 
 @pytest.mark.parametrize("mm", [(60, 0, 0), (0, -60, 0)], ids=["x", "y"])
 @pytest.mark.parametrize("make", [case for case in SOUND if case.id != "no_air"])  # there the outlines leave the view
-def test_a_PET_that_lies_elsewhere_is_still_rejected(make: Callable[[], Scans], mm: tuple[float, ...]) -> None:  # noqa: N802
+def test_a_pet_that_lies_elsewhere_is_still_rejected(make: Callable[[], Scans], mm: tuple[float, ...]) -> None:
     assert check(moved(make(), *mm))["misalignment"].verdict == "reject"
 
 
 @needs_sts
 @pytest.mark.parametrize("air", [0.01, 0.05])
 @pytest.mark.parametrize("patient", ["STS-004", "STS-010", "STS-034"])
-def test_a_real_CT_with_a_painted_PET_is_not_taken_for_misaligned(patient: str, air: float) -> None:  # noqa: N802
+def test_a_real_ct_with_a_painted_pet_is_not_taken_for_misaligned(patient: str, air: float) -> None:
     scans = painted(patient, air)
     assert doubts(scans) == {}
     assert 0.5 < check(scans)["pet_body"].value < 0.85

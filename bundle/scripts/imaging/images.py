@@ -201,7 +201,7 @@ def _nifti_bytes(mask: np.ndarray, affine: np.ndarray, notice: str, compress: bo
 
 
 def _write_itk(path: str, mask: np.ndarray, affine: np.ndarray, notice: str) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     lps = LPS_TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
