@@ -35,7 +35,7 @@ HELP = ("-h", "--help")
 
 
 class UsageError(ValueError):
-    """A command line that cannot be meant; the message says what to give instead."""
+    """An invalid command line; the message says what to give instead."""
 
 
 def run_tool(
@@ -307,7 +307,7 @@ READERS: dict[Any, Callable[[str], Any]] = {str: str, int: _whole, float: _numbe
 
 
 def described(function: Callable[..., None]) -> tuple[str, dict[str, str]]:
-    """What a docstring says before its ``Args:``, and there of each parameter; without the marks of Sphinx."""
+    """The text of a docstring before ``Args:``, and the description of each parameter, without Sphinx markup."""
     text = re.sub(r":\w+:`([^`]*)`", r"\1", inspect.getdoc(function) or "").replace("``", "")
     about, _, rest = text.partition("\nArgs:\n")
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", rest, re.MULTILINE)

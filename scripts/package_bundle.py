@@ -132,7 +132,7 @@ def check_directory(folder: Path, schema: Path | None, run_code: bool) -> None:
 
 
 def bundle_files(source: Path) -> list[str]:
-    """Files of the bundle relative to ``source``, sorted; what does not belong in one is left behind.
+    """Files of the bundle relative to ``source``, sorted, without stray files.
 
     Raises:
         PackageError: there are none.
@@ -145,7 +145,7 @@ def bundle_files(source: Path) -> list[str]:
 
 
 def packaged_metadata(source: Path, version: str, changelog: str) -> dict[str, Any]:
-    """The metadata with the version that is asked for.
+    """The metadata with the requested version.
 
     Raises:
         PackageError: version or changelog disagree with it, or it is no version.
@@ -158,7 +158,7 @@ def packaged_metadata(source: Path, version: str, changelog: str) -> dict[str, A
     if changelog:
         known = metadata.get("changelog", {})
         if known.get(version, changelog) != changelog:
-            raise PackageError(f"the changelog in {METADATA} says of {version} already: {known[version]}")
+            raise PackageError(f"the changelog in {METADATA} already has {version}: {known[version]}")
         # The newest first, as the zoo's bundles have it.
         return {**metadata, "version": version, "changelog": {version: changelog, **known}}
     if metadata.get("version") != version:
@@ -167,12 +167,12 @@ def packaged_metadata(source: Path, version: str, changelog: str) -> dict[str, A
             "changelog, or give that line with --changelog"
         )
     if version not in metadata.get("changelog", {}):
-        raise PackageError(f"the changelog in {METADATA} says nothing of {version}: give it with --changelog")
+        raise PackageError(f"the changelog in {METADATA} has no entry for {version}: give it with --changelog")
     return metadata
 
 
 def version_problems(metadata: Mapping[str, Any], requirements: Path) -> list[str]:
-    """Where the metadata's package versions are not those that are required and installed, a line each."""
+    """Package versions in the metadata that differ from the required or installed ones, a line each."""
     named = {canonicalize_name(name): number for name, number in package_versions(metadata).items()}
     required = read_requirements(requirements)
     problems = [f"{name} is required and not named" for name in required if name not in named]
@@ -211,10 +211,9 @@ def read_requirements(path: Path) -> dict[str, Requirement]:
 
 @contextmanager
 def written_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill that takes the name ``target`` when the block ends well, and is gone otherwise.
+    """A directory to fill that is renamed to ``target`` when the block succeeds, and removed otherwise.
 
-    Meanwhile it lies in a hidden folder beside ``target`` and has the same last name, since what a bundle's directory
-    is called matters to its checks.
+    Until then it is in a hidden folder beside ``target``, under the same last name, which the checks depend on.
     """
     partial = target.parent / f".{os.getpid()}.{target.name}"
     building = partial / target.name
@@ -227,7 +226,7 @@ def written_directory(target: Path) -> Iterator[Path]:
 
 
 def copy_files(source: Path, files: list[str], metadata: Mapping[str, Any], building: Path) -> None:
-    """Copy the files, with the metadata in the place of the source's."""
+    """Copy the files; the metadata replace those of the source."""
     for name in files:
         (building / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, building / name)
@@ -236,7 +235,7 @@ def copy_files(source: Path, files: list[str], metadata: Mapping[str, Any], buil
 
 
 def write_as_the_zoo(building: Path) -> None:
-    """Write configs and code in the zoo's style, which its checks ask for.
+    """Format configs and code in the zoo's style.
 
     Raises:
         PackageError: a file is no JSON or no Python.
@@ -246,11 +245,11 @@ def write_as_the_zoo(building: Path) -> None:
             write_text(file, styled_json(file.read_text(encoding="utf-8")) + "\n")
         style_code(building / CODE)
     except ValueError as error:
-        raise PackageError(f"the files cannot be written in the zoo's style: {error}") from error
+        raise PackageError(f"the files cannot be formatted in the zoo's style: {error}") from error
 
 
 def name_repository(building: Path, address: str) -> list[str]:
-    """Say in every guide that describes tools of the repository that they are not in the package, and where they are.
+    """Add a note to every guide that mentions commands of the repository, which are not in the package.
 
     Returns:
         Names of the guides.

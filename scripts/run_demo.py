@@ -1,6 +1,6 @@
-"""The main job on a cohort of phantoms: make the cohort, train briefly, evaluate, predict, and say what came out.
+"""Demonstration on phantoms: make a cohort, train briefly, evaluate, predict, and print the results.
 
-Every step is the command a user would type for real data; this tool prints each before it runs it.
+Every step is the command that a user would type for real data; it is printed before it runs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def run_demo(
     epochs: int = 24,
     seed: int = 0,
 ) -> None:
-    """Make phantoms, train one fold, evaluate it on the held-out phantoms, predict all, and print the figures.
+    """Make phantoms, train one fold, evaluate it on the held-out phantoms, predict all, and print the metrics.
 
     Args:
-        cohort_dir: where the phantoms go (kept, and used again if they are there).
-        output_dir: where everything else goes; a run that was broken off is continued.
-        cases: phantoms; a third of them are held out.
+        cohort_dir: folder of the phantoms; existing ones are used again.
+        output_dir: folder for everything else; an interrupted run is resumed.
+        cases: number of phantoms; a third of them are held out.
         epochs: of training.
         seed: of the cohort, of the folds and of the training.
     """
@@ -59,7 +59,7 @@ def _step(title: str, command: list[str]) -> None:
     print(f"\n== {title}\n   (in {BUNDLE.name}/)  python {shown}", flush=True)
     code = subprocess.run([sys.executable, *command], cwd=BUNDLE, check=False).returncode
     if code:
-        print(f"step '{title}' ended with exit code {code}; the lines above say why", file=sys.stderr)
+        print(f"step '{title}' ended with exit code {code}; see the messages above", file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -94,7 +94,7 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
             "",
             "Where to look next:",
             f"  {picture}   a held-out phantom of median Dice, true and predicted outline",
-            f"  {output / 'predictions' / 'predictions.csv'}   one row a patient; the masks lie beside it",
+            f"  {output / 'predictions' / 'predictions.csv'}   one row per patient; the masks are in the same folder",
             f"  {output / 'evaluation' / 'cases.csv'}   the held-out cases one by one",
             f"  tensorboard --logdir {output / 'tensorboard'}   the training curves",
             "  README.md, 'Train on your data': the same commands on a HECKTOR folder",

@@ -1,8 +1,8 @@
 """Train and evaluate every fold of an experiment with the bundle's own commands, and keep the out-of-fold predictions.
 
 ``python scripts/train_folds.py --dataset_dir DIR`` writes the files of :mod:`experiments.experiment`. Each fold is
-trained by ``python -m monai.bundle run training`` and judged by ``... run evaluating``, in processes of their own.
-What was broken off is continued by the same command, what is finished is left alone.
+trained by ``python -m monai.bundle run training`` and evaluated by ``... run evaluating``, in processes of their own.
+If interrupted, rerun the same command to resume from the last complete epoch; finished folds are kept.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Failure:
     """How a fold failed.
 
     Attributes:
-        step: what was being done.
+        step: the step that failed.
         exit_code: of the command; negative for the signal that ended it.
-        log: file with all that was said.
+        log: file with its output.
         last_lines: the end of it.
     """
 
@@ -72,7 +72,7 @@ class Failure:
 
 
 class FoldRun:
-    """One fold on its way through its steps.
+    """The steps of one fold, run one after another.
 
     Args:
         plan: of the experiment.
@@ -97,11 +97,11 @@ class FoldRun:
 
     @property
     def step(self) -> str:
-        """What is being done."""
+        """Title of the running step."""
         return self.steps[self.number][0]
 
     def is_over(self) -> bool:
-        """Look after the fold; True once its last step ended, or one failed."""
+        """Start the next step if one has ended; True once the last step has ended or a step has failed."""
         code = self.process.poll()
         if code is None:
             return False
@@ -117,17 +117,17 @@ class FoldRun:
         return True
 
     def _start(self) -> subprocess.Popen:
-        """Start the present step; every process of the fold holds the lock."""
+        """Start the current step; every process of the fold holds the lock."""
         command = [*self.steps[self.number][1], *self.device]
         log = self.folder / LOG_FILE
         return start_logged(command, log, self.step, self.environment, BUNDLE, [self.lock.fileno()])
 
 
 def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
-    """An open file whose lock says that a process is at this fold; closing it, or ending, gives it back.
+    """Lock the folder of a fold; the lock is released when the returned file is closed or the processes end.
 
     Raises:
-        ExperimentError: it stays with another process.
+        ExperimentError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
@@ -138,14 +138,14 @@ def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.close()
-                raise ExperimentError(f"another process is at {folder}: wait for it or end it") from None
+                raise ExperimentError(f"another process uses {folder}: wait for it or end it") from None
             time.sleep(0.2)
         else:
             return file
 
 
 def parse_devices(devices: Any) -> list[str]:
-    """Devices to share out: ``cpu``, or numbers of GPUs.
+    """Devices for the folds: ``cpu``, or numbers of GPUs.
 
     Raises:
         ExperimentError: for anything else.
@@ -174,13 +174,13 @@ def environment_of(device: str | None, jobs: int) -> dict[str, str]:
 
 
 def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str]) -> list[FoldRun]:
-    """Run the folds of a plan that are not finished, ``jobs`` at once.
+    """Run the unfinished folds of a plan, ``jobs`` in parallel.
 
     Returns:
         Those that failed.
 
     Raises:
-        ExperimentError: another process is at one of the folds; none is run then.
+        ExperimentError: another process uses one of the folds; none is run then.
     """
     waiting = [fold for fold in plan.folds if not is_finished(plan, fold)]
     failed: list[FoldRun] = []
@@ -214,8 +214,7 @@ def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[s
 class Display:
     """One line on which folds are at which epoch, and the time left.
 
-    On a terminal the line is written over; elsewhere there is a new one when a fold comes to another step, and once
-    a minute.
+    On a terminal the line is overwritten; elsewhere a line is printed at each new step of a fold and once a minute.
 
     Args:
         plan: of the experiment.
@@ -233,7 +232,7 @@ class Display:
         self.reported = -REPORT_SECONDS
 
     def show(self, runs: Sequence[FoldRun]) -> None:
-        """Show where the folds are."""
+        """Show epoch or step of each fold."""
         for run in runs:
             trained = run.step != TRAINING
             self.done[run.fold] = self.plan.epochs if trained else epochs_done(self.plan.folder, run.fold)
@@ -253,13 +252,13 @@ class Display:
         self._write(f"{where} | {100 * done // max(1, self.total)} % of all epochs | {left}")
 
     def end(self, run: FoldRun) -> None:
-        """Tell that a fold came to its end."""
+        """Print that a fold has ended."""
         self.done[run.fold] = self.plan.epochs
         self.close()
         print(f"fold {run.fold}: {f'failed in {run.failure.step}' if run.failure else FINISHED}", file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the line free."""
+        """Clear the line."""
         if self.over_write:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -278,7 +277,7 @@ def epochs_done(run: Path, fold: int) -> int:
 
 
 def time_left(seconds: float, done: int, left: int) -> str:
-    """Time that ``left`` epochs will take when ``done`` took ``seconds``, in words.
+    """Remaining time for ``left`` epochs if ``done`` epochs took ``seconds``, as text.
 
     Example:
         >>> time_left(60.0, 4, 8), time_left(60.0, 1, 300), time_left(5.0, 0, 8)
@@ -293,7 +292,7 @@ def time_left(seconds: float, done: int, left: int) -> str:
 
 
 def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
-    """Metrics of each fold and their mean, what is missing, and where the files are."""
+    """Metrics of each fold and their mean, missing cases, and the folder, as text."""
     names = {"c_index": "C-index", "dice": "Dice", "balanced_accuracy": "HPV bal. acc."}
     lines = [f"{'':<8}" + "".join(f"{title:>15}" for title in ("cases", "events", *names.values()))]
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -322,7 +321,7 @@ def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
 
 
 def report_failure(run: FoldRun) -> str:
-    """What a reader needs to see of a fold that failed."""
+    """Step, exit code and end of the log of a failed fold."""
     assert run.failure is not None  # only such folds come here
     said = "\n".join(f"    {line}" for line in run.failure.last_lines)
     return (
@@ -334,7 +333,7 @@ def report_failure(run: FoldRun) -> str:
 
 
 def command_line(arguments: Mapping[str, Any]) -> str:
-    """The command that a reader types for the same experiment.
+    """The command for the same experiment.
 
     Example:
         >>> command_line({"dataset_dir": "data", "epochs": 3, "tasks": None})
@@ -366,21 +365,21 @@ def train_folds(
     epochs: int | None = None,
     **overrides: Any,
 ) -> None:
-    """Train and evaluate the folds of an experiment; started again, it goes on.
+    """Train and evaluate the folds of an experiment. If interrupted, rerun the same command to resume.
 
     Args:
         dataset_dir: folder in one of HECKTOR's layouts.
-        protocol: ``partial`` (every case is dealt over the folds), ``full`` (only those with mask and HPV status),
+        protocol: ``partial`` (all cases), ``full`` (only cases with mask and HPV status),
             ``ablation`` (one split 60/30/10; 100 epochs, validated every 10) or ``leave_one_centre_out``.
         num_folds: 3 for ``partial``, 5 for ``full``, the number of centres for ``leave_one_centre_out``.
-        leave_one_centre_out: the same as that protocol.
-        folds: some of the folds, such as 0,2; all if not given.
+        leave_one_centre_out: short for ``--protocol leave_one_centre_out``.
+        folds: folds to run, such as 0,2; all if not given.
         tasks: such as surv or seg,surv.
         config_files: overlays to add to ``configs/train.json``, such as configs/paper.json.
-        output_dir: where it all goes; ``runs/<cohort>_<protocol>`` with the tasks if not given.
-        jobs: folds at once; 0: one for each of ``devices``.
+        output_dir: folder of the experiment; ``runs/<cohort>_<protocol>`` with the tasks if not given.
+        jobs: number of folds in parallel; 0: one for each of ``devices``.
         devices: ``cpu`` or numbers of GPUs; the bundle's own choice if not given.
-        epochs: most epochs of a fold.
+        epochs: maximum number of epochs.
         **overrides: any other id of the configs.
     """
     given = {"num_folds": num_folds, "tasks": tasks, "epochs": epochs}
@@ -393,7 +392,7 @@ def train_folds(
         protocol = "leave_one_centre_out"
     places = parse_devices(devices)
     if jobs < 0:
-        raise ExperimentError(f"--jobs is the number of folds at once; got {jobs}")
+        raise ExperimentError(f"--jobs is the number of folds in parallel; got {jobs}")
     if places and "device" in overrides:
         raise ExperimentError("give --devices or --device, not both")
     plan = make_plan(dataset_dir, protocol, config_files, folds, output_dir, overrides, command)

@@ -215,7 +215,7 @@ def test_a_changelog_on_the_command_line_goes_into_the_package(source: Path, tmp
         pytest.param({"version": "9.9.0"}, "has version 9.8.7, not 9.9.0", id="other_version"),
         pytest.param({"version": "new"}, "'new' is no version", id="no_version"),
         pytest.param({"version": 0.1}, "0.1 is no version", id="number"),
-        pytest.param({"version": "9.8.7", "changelog": "else"}, "says of 9.8.7 already: a test", id="other_changelog"),
+        pytest.param({"version": "9.8.7", "changelog": "else"}, "already has 9.8.7: a test", id="other_changelog"),
         pytest.param({"version": "9.8.7", "bundle": "."}, "is no bundle", id="no_bundle"),
     ],
 )

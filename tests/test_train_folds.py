@@ -353,7 +353,7 @@ def test_two_commands_do_not_train_the_same_fold(fake, tmp_path, tiny_cohort, mo
     (tmp_path / "run" / "fold_1").mkdir(parents=True)
     with (tmp_path / "run" / "fold_1" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ExperimentError, match=r"another process is at .*fold_1"):
+        with pytest.raises(ExperimentError, match=r"another process uses .*fold_1"):
             train_folds.train_folds(**run)
         assert not (fake / "calls.txt").exists()
         train_folds.train_folds(**run, folds=0)
@@ -495,7 +495,7 @@ def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):
         pytest.param({"folds": (0, 3)}, r"folds are \[0, 3\]; this experiment has the folds 0 to 2", id="folds"),
         pytest.param({"devices": "gpu"}, "'cpu' or numbers of GPUs", id="devices"),
         pytest.param({"devices": 0, "device": "cpu"}, "not both", id="device_twice"),
-        pytest.param({"jobs": -1}, "number of folds at once; got -1", id="jobs"),
+        pytest.param({"jobs": -1}, "number of folds in parallel; got -1", id="jobs"),
         pytest.param(
             {"leave_one_centre_out": True, "protocol": "full"}, "leave out --protocol full", id="two_protocols"
         ),

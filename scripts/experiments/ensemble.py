@@ -97,7 +97,7 @@ def finished_folds(runs: str | Path, record: Mapping[str, Any], allow_missing: b
 
 
 def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
-    """An ensemble of one fold that has learnt nothing, for these settings (:meth:`.to_dict`)."""
+    """An untrained ensemble of one fold with these settings (:meth:`.to_dict`)."""
     spec = ModelSpec.read(settings, "the folds")
     return FoldEnsemble(spec.network(), spec)
 
@@ -108,7 +108,7 @@ def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
 def provenance(
     runs: str | Path, record: Mapping[str, Any], folds: Sequence[int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a later reader needs to know of the weights, as plain Python.
+    """The provenance of the weights, as plain Python.
 
     Args:
         runs: folder of the experiment.

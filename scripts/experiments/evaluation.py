@@ -100,7 +100,7 @@ def evaluate(run: str, compare: str | None, external: str | None, samples: int) 
 
 
 def describe(run: Run, samples: int) -> dict[str, Any]:
-    """What ``metrics.json`` says before any metric."""
+    """Data, protocol and methods, the first entries of ``metrics.json``."""
     record = run.record
     return {
         "run": run.folder.name,
@@ -121,7 +121,7 @@ def describe(run: Run, samples: int) -> dict[str, Any]:
 
 
 def case_table(run: Run, cases: pd.DataFrame) -> pd.DataFrame:
-    """The cases with risk group and two-year survival, where these can be had."""
+    """The cases with risk group and two-year survival, where these are defined."""
     if "risk" not in cases:
         return cases
     cuts = cuts_of(cases, run.calibrations)
@@ -142,7 +142,7 @@ def histories(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def roc_curves(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`scripts.evaluation.plots.roc_figure` takes: all cases, then each fold that has both classes."""
+    """ROC curves of all cases and of each fold with both classes, for :func:`scripts.evaluation.plots.roc_figure`."""
     parts = {"pooled": (run.cases, report["pooled"])}
     parts |= {name: (run.cases[run.cases["fold"] == block["fold"]], block) for name, block in report["folds"].items()}
     aucs = {name: (rows, block["metrics"]["hpv_auc"]) for name, (rows, block) in parts.items()}
@@ -150,7 +150,7 @@ def roc_curves(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forest_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """C-index of all cases, of each fold and centre, of clinical values alone and of the truth, where there is one."""
+    """C-index of all cases, of each fold and centre, of clinical values alone and of the true risk of phantoms."""
     rows = [{"name": "pooled out-of-fold", **report["pooled"]["metrics"]["c_index"]}]
     rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["folds"].items()]
     if report["protocol"] != "leave_one_centre_out":
@@ -160,7 +160,7 @@ def forest_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_figures(run: Run, report: Mapping[str, Any], folder: Path) -> dict[str, dict[str, str]]:
-    """Draw what can be drawn, and tell the file of each picture or why there is none."""
+    """Write the figures; gives the file of each, or the reason why it could not be drawn."""
     forest, curves = forest_rows(report), histories(run)
     drawn: dict[str, Drawn] = {
         "training": (training_figure(curves), curves),

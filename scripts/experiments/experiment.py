@@ -7,7 +7,7 @@
     runs/NAME/cache/            preprocessed cases, shared by the folds
     runs/NAME/fold_0/           the bundle's output_dir: models/model.pt, history.json, evaluation/cases.csv ...
     runs/NAME/fold_0/fold.json  how the fold ended, and its metrics
-    runs/NAME/fold_0/log.txt    what the bundle's commands said
+    runs/NAME/fold_0/log.txt    output of the bundle's commands
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
     "ablation": {"num_folds": 1, "epochs": 100, "val_interval": 10, **DEEP},  # as in the paper's Table 1
     "leave_one_centre_out": {},  # as many folds as centres
 }
-"""What a protocol brings along unless the command line or an overlay says otherwise."""
+"""Settings of a protocol, unless the command line or an overlay sets them."""
 
 TEXT_IDS = ("dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "tracking", "device")
 """Ids of the configs that are names or paths, even where they look like numbers."""
 SET_HERE = ("output_dir", "ckpt_dir", "bundle_root", "fold", "checkpoint", "evaluate_on", "evaluation_dir")
-"""Ids of the configs that this tool sets for each fold."""
+"""Ids of the configs that train_folds sets for each fold."""
 OPTIONS = ("leave_one_centre_out", "folds", "config_files", "jobs", "devices")
 """Options of train_folds that are no ids of the configs."""
 NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", "num_workers", "fold")
-"""Ids of the configs that may differ when an experiment is continued: where and how, not what."""
+"""Ids of the configs that may differ when an experiment is resumed: they do not change its results."""
 
 
 class ExperimentError(ValueError):
-    """An experiment that cannot be run, continued or read; the message says why and what to do."""
+    """An experiment that cannot be run, resumed or read; the message says why and what to do."""
 
 
 # --- what is to be run --------------------------------------------------------------------------------------------
@@ -73,18 +73,18 @@ class ExperimentError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment, before any of it is run.
+    """An experiment to be run.
 
     Attributes:
-        folder: where it goes.
-        config_files: of the training, as the bundle is told in its own folder.
+        folder: of the experiment.
+        config_files: of the training, relative to the bundle's folder or absolute.
         overrides: ids of the configs and their values, the same for every fold.
         config: the merged configs with the overrides, as :func:`config_of` gives them.
-        epochs: most epochs of a fold.
+        epochs: maximum number of epochs of a fold.
         cohort: the cases.
         splits: of every fold.
         folds: those to run now.
-        command: that says the same.
+        command: for the same experiment.
     """
 
     folder: Path
@@ -104,11 +104,11 @@ class Plan:
 
     @property
     def parts(self) -> list[str]:
-        """Parts to evaluate; the training part last, which tells where a network's log hazards lie."""
+        """Parts to evaluate; the training part, last, gives mean and deviation of the network's log hazards."""
         return [VALIDATION, *([TEST] if self.splits[0].test else []), TRAINING]
 
     def steps(self, fold: int) -> list[tuple[str, list[str]]]:
-        """What to call each step of a fold, and its command."""
+        """Title and command of each step of a fold."""
         overrides = {**self.overrides, "output_dir": str(fold_folder(self.folder, fold)), "fold": fold}
         steps = [(TRAINING, bundle_command("training", self.config_files, overrides))]
         overrides.pop("tracking", None)
@@ -176,7 +176,7 @@ def make_plan(
         protocol: a key of :data:`PROTOCOL_SETTINGS`.
         config_files: overlays on ``configs/train.json``.
         folds: numbers of the folds to run; None for all.
-        output_dir: folder of the experiment; None for one in ``runs/`` with a name that says what it is.
+        output_dir: folder of the experiment; None for one in ``runs/`` named by cohort, protocol and tasks.
         overrides: ids of the configs and their values.
         command: to record.
 
@@ -251,7 +251,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def find_config(name: str) -> str:
-    """A config file as the bundle is told: relative to its folder if it lies there, else absolute.
+    """Path of a config file: relative to the bundle's folder if it is in there, else absolute.
 
     Raises:
         ExperimentError: there is no such file, or it is not for this tool.
@@ -266,7 +266,7 @@ def find_config(name: str) -> str:
 
 
 def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser, options: Sequence[str] = OPTIONS) -> None:
-    """Refuse what MONAI would take in silence: ids that no config has, or that this tool sets itself.
+    """Refuse overrides that MONAI accepts silently: ids that no config has, or that train_folds sets.
 
     Args:
         overrides: ids and their values.
@@ -299,7 +299,7 @@ def default_name(dataset_dir: str, protocol: str, overrides: Mapping[str, Any]) 
 
 
 def new_record(plan: Plan) -> dict[str, Any]:
-    """What ``experiment.json`` says before any fold is trained."""
+    """Content of ``experiment.json`` before any fold is trained."""
     return {
         "command": plan.command,
         "dataset_dir": plan.overrides["dataset_dir"],
@@ -316,7 +316,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The merged configs without what may differ when an experiment is continued."""
+    """The merged configs without the ids that may differ when an experiment is resumed."""
     return {name: value for name, value in config.items() if name not in NOT_SETTINGS and not name.startswith("_")}
 
 
@@ -326,7 +326,7 @@ def hash_file(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Versions of the packages that affect the results."""
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8"))
     return {
         "bundle": metadata["version"],
@@ -365,7 +365,7 @@ def counts(cases: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def clinical_statistics(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many cases have each clinical value, with mean and standard deviation (None where nobody has it)."""
+    """How many cases have each clinical value, with mean and standard deviation (None if no case has it)."""
     statistics: dict[str, dict[str, Any]] = {}
     for name in cases[0][keys.CLINICAL]:
         known = [case[keys.CLINICAL][name] for case in cases if case[keys.CLINICAL][name] is not None]
@@ -386,7 +386,7 @@ def voxel_limits(cohort: Cohort) -> dict[str, dict[str, float]]:
 
 
 def claim_folder(plan: Plan) -> dict[str, Any]:
-    """The record of an experiment in its folder, new or continued.
+    """The record of an experiment in its folder, new or resumed.
 
     Raises:
         ExperimentError: the folder holds another experiment (each difference is named), or folds without a record.
@@ -425,7 +425,7 @@ def read_experiment(run: str | Path) -> dict[str, Any]:
 
 
 def read_fold(run: str | Path, fold: int) -> dict[str, Any]:
-    """What became of a fold; ``{"status": "pending"}`` before it came to an end."""
+    """``fold.json`` of a fold; ``{"status": "pending"}`` before it has ended."""
     path = fold_folder(run, fold) / FOLD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fold": fold, "status": PENDING}
 
@@ -469,7 +469,7 @@ def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None
 
 
 def gather(plan: Plan, record: dict[str, Any]) -> pd.DataFrame:
-    """Pool the held-out cases of the finished folds in ``out_of_fold.csv``, and bring the record up to date."""
+    """Pool the held-out cases of the finished folds in ``out_of_fold.csv``, and update the record."""
     record["folds"] = {str(fold): read_fold(plan.folder, fold) for fold in range(len(plan.splits))}
     write_record(plan.folder, record)
     tables = []

@@ -1,4 +1,4 @@
-"""Another cohort, judged by the ensemble of an experiment's folds."""
+"""Evaluation of the ensemble of an experiment on another cohort."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from scripts.evaluation.survival_metrics import ensemble_survival
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
-    """Join the folds and let the bundle's ``evaluating`` predict every case of another cohort.
+    """Join the folds and predict every case of another cohort with the bundle's ``evaluating``.
 
     Args:
         run: whose folds.
@@ -50,7 +50,7 @@ def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
     options |= {"ckpt_dir": str(model.parent.resolve()), "evaluate_on": "all"}
     code = subprocess.run(bundle_command("evaluating", list(run.record["configs"]), options), cwd=BUNDLE).returncode
     if code:
-        raise ExperimentError(f"evaluating {dataset_dir} ended with exit code {code}: the lines above say why")
+        raise ExperimentError(f"evaluating {dataset_dir} ended with exit code {code}: see the messages above")
     return folder / "evaluation_all" / CASES_FILE
 
 
@@ -87,7 +87,7 @@ def read_external(run: Run, path: Path) -> pd.DataFrame:
 
 
 def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int) -> dict[str, Any]:
-    """Every figure of another cohort, of all its cases and of each centre, and ``figures``, what could be drawn.
+    """All metrics of another cohort and of each of its centres, and ``figures``.
 
     ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
     common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
@@ -123,9 +123,9 @@ def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int)
 
 
 def compare_external(run: Run, cases: pd.DataFrame, path: Path, seed: int, samples: int) -> dict[str, Any]:
-    """What clinical values alone tell of another cohort, and the phantoms' truth, as far as the cohort can be read.
+    """References on another cohort: models of the clinical values alone and the true risk of phantoms.
 
-    Its folder is named in the ``metrics.json`` beside the table ``path``.
+    The folder of the cohort is read from ``metrics.json`` in the folder of the table ``path``.
     """
     try:
         place = json.loads((path.parent / METRICS_FILE).read_text(encoding="utf-8"))["dataset_dir"]

@@ -219,12 +219,12 @@ def counted_cell(row: Mapping[str, Any]) -> str:
 
 
 def is_phantom(experiment: Experiment) -> bool:
-    """Whether the cohort says of itself that it holds phantoms."""
+    """Whether the cohort describes itself as phantoms."""
     return "phantom" in experiment.report["data"].lower()
 
 
 def comparator_rows(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[Any]]:
-    """What clinical values alone tell of the same cases, the paired differences, and the phantoms' truth."""
+    """Rows of the references: clinical values alone, the paired differences, the true risk of phantoms."""
     clinical = report["clinical_only"]
     rows: list[list[Any]] = [comparator_row("C-index of clinical values alone", clinical["c_index"], clinical)]
     if "model_minus_clinical" in clinical:
@@ -320,14 +320,14 @@ def clinical_row(name: str, cases: Sequence[Case]) -> Row:
 
 
 def listed(main: Experiment, name: str) -> pd.DataFrame:
-    """The rows of a list that the evaluation of each fold left beside its figures."""
+    """The rows of a table that the evaluation of each fold wrote."""
     folders = [evaluation_folder(main.folder, fold, main.report["held_out"]) for fold in main.report["folds_evaluated"]]
     tables = [pd.read_csv(folder / name, dtype=str) for folder in folders if (folder / name).is_file()]
     return pd.concat(tables) if tables else pd.DataFrame()
 
 
 def unreadable_cases(main: Experiment) -> list[str]:
-    """What kept held-out cases from being judged, one line a reason."""
+    """Why held-out cases were not evaluated, a line for each reason."""
     count = len(listed(main, EXCLUSIONS_FILE))
     lines = [f"{count} could not be read: see fold_*/evaluation*/{EXCLUSIONS_FILE}"] if count else []
     missing = main.record["num_folds"] - len(main.report["folds_evaluated"])
@@ -507,7 +507,7 @@ def predict_masks(main: Experiment, cases: Sequence[Case], fold: int, output: Pa
         output: receives ``<PatientID>/<PatientID>__tumour.nii.gz``.
 
     Raises:
-        ExperimentError: the command failed; the message has the end of what it said.
+        ExperimentError: the command failed; the message has the last line of its output.
     """
     wanted = [case for case in cases if not mask_file(output, case[keys.PATIENT_ID]).is_file()]
     if not wanted:

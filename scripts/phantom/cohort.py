@@ -108,7 +108,7 @@ def _c_index(truth: pd.DataFrame) -> float:
 
 
 def describe(folder: Path) -> str:
-    """What a finished cohort holds, from its ``cohort.json``, for people."""
+    """Summary of a complete cohort, from its ``cohort.json``, to print."""
     record = json.loads((folder / RECORD_FILE).read_text())
     if record["oracle_c_index"] is None:
         oracle = "not defined (no two patients can be compared; make more cases)"
@@ -151,7 +151,7 @@ def clinical_row(patient: Patient) -> dict[str, Any]:
 
 
 def truth_row(patient: Patient) -> dict[str, Any]:
-    """What was simulated for a patient, known to the records or not (``*_known`` says which)."""
+    """The simulated values of a patient; ``*_known`` says whether the tables contain them."""
     return {
         "PatientID": patient.patient_id,
         "CenterID": patient.centre.center_id,
@@ -184,7 +184,7 @@ def image_paths(folder: Path, patient: Patient) -> dict[str, Path]:
 
 
 def write_case(folder: Path, seed: int, index: int, scale: str) -> None:
-    """Scan a patient and write the images, each of which appears only when whole."""
+    """Scan a patient and write the images; each appears only when complete."""
     patient = draw_patient(seed, index)
     scan = scan_patient(patient, seed, index, scale)
     images = {

@@ -61,7 +61,7 @@ Run = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
 class ExportError(RuntimeError):
-    """The model cannot be exported, or the export is not the model; the message says why."""
+    """The model cannot be exported, or the exported file differs from it; the message says why."""
 
 
 class AllHeads(nn.Module):
@@ -103,7 +103,7 @@ class AllHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A prepared case and what PyTorch says of it.
+    """A preprocessed case and its outputs in PyTorch.
 
     Attributes:
         name: for the report.
@@ -213,7 +213,7 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case
     Raises:
         ExportError: there is none; the reasons are named.
     """
-    # Scans that are too poor to say something about a patient still show whether two runtimes agree.
+    # Scans that quality control rejects can still be used to compare two runtimes.
     parser = inference_config(model, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
     for case in parser.get_parsed_content("cases"):
@@ -234,7 +234,7 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case
 
 
 def about(ensemble: FoldEnsemble) -> dict[str, str]:
-    """What a file says of itself, as names and texts."""
+    """Name, version, notice, settings and provenance that are stored in a file."""
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8"))
     return {
         "name": NAME,
@@ -332,7 +332,7 @@ FORMATS: dict[str, tuple[str, Write, Callable[[Path], Run]]] = {
 
 
 def compare(case: Case, run: Run) -> Difference:
-    """An exported model beside PyTorch on one case."""
+    """Compare an exported model with PyTorch on one case."""
     found = run(case.image, case.clinical)
     wrong = [f"no {name}" for name in case.expected if name not in found]
     dice, voxels = None, 0
@@ -389,10 +389,10 @@ def report(name: str, path: Path, size: int, differences: Sequence[Difference]) 
 
 
 def refuse_if_wrong(name: str, differences: Sequence[Difference]) -> None:
-    """Raise ExportError, which keeps the file from its name, where a case came out otherwise than in PyTorch."""
+    """Raise ExportError if a case differs from PyTorch, so that the file is discarded."""
     wrong = [f"{row.case}: {', '.join(row.wrong)}" for row in differences if row.wrong]
     if wrong:
-        raise ExportError(f"the {name} file does not give what PyTorch gives and is not kept: {'; '.join(wrong)}")
+        raise ExportError(f"the {name} file differs from PyTorch and is not kept: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":
