@@ -142,7 +142,7 @@ def test_a_folder_without_a_usable_case_is_an_error(tmp_path: Path) -> None:
     cohort = make_tiny_cohort(tmp_path / "cohort", patients=1)
     next(cohort.rglob("*__PT.nii.gz")).unlink()
     with pytest.raises(ExportError, match="no case to compare on: CHUM-001: no PET found"):
-        export.prepare(make_ensemble(), tmp_path / "model.pt", str(cohort), "real case")
+        export.prepare(make_ensemble(), tmp_path / "model.pt", str(cohort), "real case", tables=False)
 
 
 # --- TensorRT: what can be seen without a GPU ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import ChoiceLoader, FileSystemLoader
+from jinja2 import FileSystemLoader
 
 from command_line import BUNDLE
 
@@ -36,6 +36,7 @@ from scripts.evaluation.case_metrics import LESIONS, MEASURES, PAPER_MEASURES
 from scripts.evaluation.survival import DAYS_PER_YEAR
 from scripts.prediction.figures import save_case_figure
 from scripts.prediction.outputs import folder_name
+from scripts.prediction.pages import TEMPLATES as PAGE_TEMPLATES
 from scripts.prediction.pages import Words, environment
 from scripts.training.sampling import DOUBTS_FILE, EXCLUSIONS_FILE
 
@@ -126,8 +127,7 @@ def write_page(run: Path, others: Sequence[Experiment], examples: bool) -> Path:
         raise ExperimentError(
             f"{', '.join(different)} is on another cohort: its metrics cannot be compared with {run}'s"
         )
-    pages = environment()
-    pages = pages.overlay(loader=ChoiceLoader([FileSystemLoader(TEMPLATES), pages.loader]))
+    pages = environment().overlay(loader=FileSystemLoader([TEMPLATES, PAGE_TEMPLATES]))
     path = run / PAGE_FILE
     write_text(path, pages.get_template("experiment.html").render(page_values(main, others, examples)))
     return path
@@ -140,9 +140,8 @@ def page_values(main: Experiment, others: Sequence[Experiment], examples: bool) 
     metrics = pooled["metrics"]
     cohort, reason = read_cohort(main)
     masks = [name for name in MEASURES if name.startswith(("dice", "surface", "volume", "false", *LESIONS))]
-    settings = [
-        [name, Words(json.dumps(record["settings"][name]))] for name in SHOWN_SETTINGS if name in record["settings"]
-    ]
+    shown = {name: record["settings"][name] for name in SHOWN_SETTINGS if name in record["settings"]}
+    settings: list[Row] = [[name, Words(json.dumps(value))] for name, value in shown.items()]
     return {
         "title": f"Head-and-neck PET/CT: {main.folder.resolve().name}",
         "sortable": False,

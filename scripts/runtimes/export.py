@@ -33,7 +33,10 @@ from command_line import BUNDLE, ROOT, run_tool
 
 from phantom.cohort import write_cohort
 from scripts import keys
+from scripts.cohorts.cohort import cases_to_predict, inference_cases
 from scripts.cohorts.files import in_config, written_whole
+from scripts.cohorts.scans import find_scans
+from scripts.cohorts.tables import read_tables
 from scripts.cohorts.thresholds import above
 from scripts.model.ensemble import (
     CheckpointError,
@@ -199,15 +202,15 @@ def comparison_cases(ensemble: FoldEnsemble, model: Path, folder: str = "") -> l
     """
     with tempfile.TemporaryDirectory() as phantoms:
         write_cohort(Path(phantoms), cases=1)
-        prepared = [prepare(ensemble, model, phantoms, "phantom")]
+        prepared = [prepare(ensemble, model, phantoms, "phantom", tables=True)]
     if folder or REAL_CASES.is_dir():
-        prepared.append(prepare(ensemble, model, folder or str(REAL_CASES), "real case"))
+        prepared.append(prepare(ensemble, model, folder or str(REAL_CASES), "real case", tables=bool(folder)))
     else:
         print(f"  no real case at {REAL_CASES}: compared on a phantom alone (--cases names a folder)")
     return prepared
 
 
-def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case:
+def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str, tables: bool) -> Case:
     """The first case of a folder that can be prepared.
 
     Raises:
@@ -216,7 +219,7 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case
     # Scans that quality control rejects can still be used to compare two runtimes.
     parser = inference_config(model, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
-    for case in parser.get_parsed_content("cases"):
+    for case in cases_in(folder, parser.get_parsed_content("clinical_features"), tables):
         patient = case[keys.PATIENT_ID]
         if case[keys.PROBLEM]:
             reasons.append(f"{patient}: {case[keys.PROBLEM]}")
@@ -231,6 +234,14 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str) -> Case
             expected = EnsembleInferer(amp=False)(image, ensemble, clinical)
         return Case(f"{kind} {patient}", image, clinical, {k: expected[k] for k in OUTPUTS if k in expected})
     raise ExportError(f"{folder}: no case to compare on: {'; '.join(reasons[:3]) or 'it is empty'}")
+
+
+def cases_in(folder: str, features: Sequence[str], tables: bool) -> list[dict[str, Any]]:
+    """The cases of a folder; without ``tables``, those beside the scans are not read and all values are missing."""
+    if tables:
+        return inference_cases(folder, None, features)
+    scans = find_scans(folder)[0]
+    return cases_to_predict(sorted(scans), scans, read_tables([], features), features, folder)
 
 
 def about(ensemble: FoldEnsemble) -> dict[str, str]:
