@@ -9,13 +9,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
 
 from conftest import BUNDLE, make_tiny_cohort
 from experiments.ensemble import empty_ensemble
 from runtimes import export
-from runtimes.export import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare, inference_config
+from runtimes.export import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare
+from runtimes.inference import inference_config
 from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.runtimes import trt
 from scripts.training.engine import EnsembleInferer
@@ -154,7 +156,7 @@ def test_without_tensorrt_the_overlay_says_so_in_one_line(tmp_path: Path) -> Non
 
 
 def test_the_overlay_compiles_after_the_weights_are_loaded() -> None:
-    parser = export.ConfigParser()
+    parser = ConfigParser()
     configs = BUNDLE / "configs"
     parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
     steps = parser["initialize"]

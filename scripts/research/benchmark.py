@@ -30,6 +30,7 @@ from command_line import run_tool
 
 from research import benchmark_profile
 from research import benchmark_stages as at
+from research.machine import cores, cpu_name
 from scripts.cohorts.files import write_text
 
 PLAIN, PRODUCT = "plain", "bundle"
@@ -166,7 +167,7 @@ def benchmark(
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"no stage {unknown[0]!r}; stages are {', '.join(known)}")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(workdir or temporary).resolve() / ("quick" if quick else "full")
@@ -311,7 +312,7 @@ def machine(threads: int) -> dict[str, Any]:
     capabilities = torch.cpu.get_capabilities()
     kinds = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "vector_units": [kind for kind in kinds if capabilities.get(kind)],
@@ -335,11 +336,6 @@ def matmul_gflops(dtype: torch.dtype, threads: int, size: int = 1536) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(result: Mapping[str, Any]) -> str:

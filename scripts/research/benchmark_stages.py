@@ -7,6 +7,7 @@ whole volumes, and the same network without what makes it fast: float32, torch's
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import time
@@ -17,15 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from torch import nn
 
 from command_line import BUNDLE
 
 import phantom
-import predict
 from experiments.experiment import DEEP
-from make_cohort import make_cohort
+from phantom.cohort import write_cohort
+from runtimes.inference import inference_config
 from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.cohorts.files import in_config, written_whole
@@ -161,14 +163,10 @@ def _grid(
     return phantom.Grid((x, y, z), (dx, dy, dz), (float(origin[0]), float(origin[1]), float(origin[2])))
 
 
-def bundle(setup: Setup, folds: int = 1, **options: Any) -> Any:
-    """``inference.json`` as ``scripts/predict.py`` sets it up, with the one patient and a model of so many folds."""
-    parser = predict.load_bundle(str(setup.folder / "predictions"), str(setup.models(folds)), force=True)
-    cases = predict.gather_cases(str(setup.folder / "cohort"), DEFAULT_FEATURES, None, {})
-    parser["cases"] = predict.CaseList(cases)
-    for name, value in {**setup.forced, **options}.items():
-        parser[name] = value
-    return parser
+def bundle(setup: Setup, folds: int = 1, **options: Any) -> ConfigParser:
+    """``inference.json`` for the one patient and a model of so many folds."""
+    places = {"dataset_dir": str(setup.folder / "cohort"), "output_dir": str(setup.folder / "predictions")}
+    return inference_config(setup.models(folds) / "model.pt", **{**places, "force": True, **setup.forced, **options})
 
 
 # --- preprocessing -----------------------------------------------------------------------------------------------
@@ -457,17 +455,21 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
     """The bundle over copies of the patient; ``loader`` replaces entries of the config's data loader."""
 
     def make(setup: Setup) -> Run:
-        parser = bundle(setup, **{f"dataloader#{name}": value for name, value in loader.items()})
-        (case,) = parser["cases"]
-        parser["cases"] = predict.CaseList({**case, keys.PATIENT_ID: f"P-{n:03d}"} for n in range(setup.cohort))
-        parser["output_dir"] = in_config(str(setup.folder / "cohort_predictions"))
+        folder = setup.folder / "copies"
+        for name, kind in itertools.product((f"P-{n:03d}" for n in range(setup.cohort)), ("CT", "PT")):
+            link = folder / "images" / name / f"{name}__{kind}.nii.gz"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(setup.scan(kind))
+        places = {"dataset_dir": str(folder), "output_dir": str(setup.folder / "cohort_predictions")}
+        parser = bundle(setup, **places, **{f"dataloader#{name}": value for name, value in loader.items()})
         parser.get_parsed_content("initialize")
         evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
 
         def run() -> Answer:
             with open_silence():
                 evaluator.run()
-            rows = [writer.rows[case[keys.PATIENT_ID]] for case in parser["cases"]]
+            rows = [writer.rows[name] for name in sorted(writer.rows)]
             return {keys.LOG_HAZARD: np.array([row["log_hazard"] for row in rows], dtype=float)}
 
         return run
@@ -488,8 +490,6 @@ def training(**options: Any) -> Callable[[Setup], Run]:
     """A step as ``train.json`` sets it up, on random images; dropout is off, so that the loss can be compared."""
 
     def make(setup: Setup) -> Run:
-        from monai.bundle import ConfigParser
-
         from scripts.training import engine
 
         parser = ConfigParser()
@@ -565,10 +565,9 @@ def trace_loading(setup: Setup, cases: int = 12, epochs: int = 3) -> dict[str, f
     Runs ``train.json`` on phantoms, and asks the trainer when it starts and ends to fetch a batch.
     """
     from ignite.engine import Events
-    from monai.bundle import ConfigParser
 
     data, out = setup.folder / "training_cohort", setup.folder / "training"
-    make_cohort(str(data), cases=cases, seed=SEED, scale="small", jobs=1)
+    write_cohort(data, cases, SEED)
     shutil.rmtree(out, ignore_errors=True)
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "train.json"))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from command_line import BUNDLE, run_tool
 
 from experiments.experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override
 from experiments.processes import STOP_SECONDS, last_lines, signals_as_exit, start_logged, stop
+from research.machine import cores, cpu_name
 from research.study import VARIANTS, Study, check_run, check_variants, run_name
 from research.study_report import RUN_FILE, as_markdown, join, make_report
 from scripts import keys
@@ -83,19 +83,11 @@ class ActiveRun:
         """Note where it ran and how long; whether it failed."""
         failed = self.process.returncode != 0
         if not failed:
-            about = {"minutes": round(self.minutes, 1), "threads": self.threads, **machine()}
+            about = {"minutes": round(self.minutes, 1), "threads": self.threads}
+            about |= {"cpu": cpu_name(), "cores": cores()}
             about["command"] = shlex.join(self.study.training(self.variant, self.seed))
             write_text(self.study.run_folder(self.variant, self.seed) / RUN_FILE, json.dumps(about, indent=1))
         return failed
-
-
-def machine() -> dict[str, Any]:
-    """Processor and number of cores that this process may use."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores}
 
 
 def run_study(study: Study, jobs: int, threads: int) -> list[str]:

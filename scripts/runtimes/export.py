@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from command_line import BUNDLE, ROOT, run_tool
 
 from phantom.cohort import write_cohort
+from runtimes.inference import inference_config
 from scripts import keys
 from scripts.cohorts.cohort import cases_to_predict, inference_cases
-from scripts.cohorts.files import in_config, written_whole
+from scripts.cohorts.files import written_whole
 from scripts.cohorts.scans import find_scans
 from scripts.cohorts.tables import read_tables
 from scripts.cohorts.thresholds import above
@@ -174,19 +174,8 @@ def export(
 
 def load_model(path: Path) -> FoldEnsemble:
     """The ensemble of a checkpoint, on CPU in float32, as ``inference.json`` builds it."""
-    parser = inference_config(path)
+    parser = inference_config(path, device="cpu", amp=False)
     return load_weights(parser.get_parsed_content("network_def"), path).eval()
-
-
-def inference_config(model: Path, **changes: Any) -> ConfigParser:
-    """The bundle's ``inference.json`` for a checkpoint, on CPU in full precision."""
-    parser = ConfigParser()
-    parser.read_config(str(BUNDLE / "configs" / "inference.json"))
-    parser.read_meta(str(BUNDLE / "configs" / "metadata.json"))
-    own = {"bundle_root": str(BUNDLE), "checkpoint": str(model.resolve()), "device": "cpu", "amp": False}
-    values = {**own, **changes}
-    parser.update({name: in_config(value) if isinstance(value, str) else value for name, value in values.items()})
-    return parser
 
 
 def comparison_cases(ensemble: FoldEnsemble, model: Path, folder: str = "") -> list[Case]:
@@ -217,7 +206,7 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str, tables:
         ExportError: there is none; the reasons are named.
     """
     # Scans that quality control rejects can still be used to compare two runtimes.
-    parser = inference_config(model, dataset_dir=folder, force=True)
+    parser = inference_config(model, device="cpu", amp=False, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
     for case in cases_in(folder, parser.get_parsed_content("clinical_features"), tables):
         patient = case[keys.PATIENT_ID]
