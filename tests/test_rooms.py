@@ -125,3 +125,26 @@ def test_faults_are_found(source: str, fault: str) -> None:
 )
 def test_what_is_allowed_is_no_fault(source: str) -> None:
     assert faults("low/this.py", source, ALLOWED) == []
+
+
+COMMANDS = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"command_line"}
+MOST_COMMANDS = 10
+USES = {  # rooms that start a command for a user
+    "runtimes/grand_challenge.py": {"predict"},
+    "runtimes/check.py": {"serve"},
+    "experiments/comparators.py": {"compare_clinical"},
+}
+
+
+def test_there_are_few_commands() -> None:
+    assert len(COMMANDS) <= MOST_COMMANDS, COMMANDS
+
+
+def test_rooms_import_no_command() -> None:
+    found = {}
+    for path in (ROOT / "scripts").glob("*/*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found[path.relative_to(ROOT / "scripts").as_posix()] = names & COMMANDS
+    assert {name: used for name, used in found.items() if used - USES.get(name, set())} == {}

@@ -1,10 +1,9 @@
-"""Measure each stage of training and prediction beside a plain one: ``python scripts/research benchmark``.
+"""Measure each stage of training and prediction against a plain implementation: ``python scripts/research benchmark``.
 
-Every stage runs twice or more: as the bundle does it, and plainly (stock MONAI over whole volumes, the same network in
-float32 with torch's own choices). Each way has a process of its own, which tells its peak memory; their runs take
-turns, so that what else happens on the machine meets all of them, and medians are compared. Before any time counts, the
-answers are held together; where they differ, the benchmark ends with an error. See ``benchmark_stages.py`` for what is
-run, ``bundle/docs/speed.md`` for results.
+The plain implementation is MONAI without changes over whole volumes, and the same network in float32 with torch's
+defaults. Each implementation has its own process, whose peak memory is measured; their runs alternate, so that other
+load on the machine affects all of them, and medians are compared. The results are compared first; if they differ, the
+benchmark ends with an error. The stages are in ``benchmark_stages.py``, results in ``bundle/docs/speed.md``.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ class Stage:
 
     Attributes:
         title: what is measured.
-        ways: name of each way -> what sets it up; the plain one first.
-        check: holds the answers of the plain way and of another together; tells how well they agree.
-        reach: the factor that is aimed at, for the way ``bundle`` (see bundle/docs/speed.md); None where there is none.
-        runs: timed runs of each way.
-        rehearse: whether a run goes before them that does not count; not where one of them takes half a minute.
-        together: whether the ways' processes live at the same time and take turns; no where memory forbids it.
+        ways: name of each implementation -> its set-up; the plain one first.
+        check: compares the results of the plain implementation and of another; describes their agreement.
+        reach: target speedup of ``bundle`` (see bundle/docs/speed.md); None without a target.
+        runs: timed runs of each implementation.
+        rehearse: whether a run that is not timed goes first.
+        together: whether the processes alternate; False if the memory does not suffice for all of them.
     """
 
     title: str
@@ -148,19 +147,19 @@ def benchmark(
     amp: bool | None = None,
     workdir: str = "",
 ) -> None:
-    """Measure, print a table and write it as JSON. About ten minutes on two cores.
+    """Measure, print a table and write it as JSON; about ten minutes on two cores.
 
     Args:
         out: the JSON file.
         stages: some of preprocessing, network, ensemble, mask, patient, cohort, training (64 voxels an edge),
-            training_large (128), loading, startup; all of these by default. And where the time of one run goes:
-            profile_patient, profile_network, profile_training.
-        cohort: patients of the cohort; 50 for a figure that leaves start-up out.
-        quick: small images, few runs: to try the tool itself.
-        threads: of torch and of what it calls; 0 for as many as there are cores.
-        compiled: measure compiled networks, too: six minutes more, most of them for the compiler.
-        amp: compute in bfloat16 or not, instead of what the configs choose on this machine.
-        workdir: keeps the made scans for the next run; a temporary folder if none is given.
+            training_large (128), loading, startup; all of these by default. Profiles of one run: profile_patient,
+            profile_network, profile_training.
+        cohort: number of patients of the stage cohort.
+        quick: small images and few runs, for a quick test.
+        threads: of torch; 0: one for each core.
+        compiled: also measure compiled networks: six minutes more, most of them for compilation.
+        amp: compute in bfloat16 or not; by default as the configs choose on this machine.
+        workdir: folder that keeps the generated scans for the next run; by default a temporary one.
     """
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
     known = (*DEFAULT, *PROFILES)
@@ -187,13 +186,13 @@ def benchmark(
 
 
 def of_size(setup: at.Setup, stage: str) -> at.Setup:
-    """The setup for a stage: training at half the edge, too, which is quick enough to repeat."""
+    """The setup for a stage: the stage training uses half the edge, which is fast enough to repeat."""
     return replace(setup, roi=setup.roi // 2) if stage == "training" and setup.roi >= 64 else setup
 
 
 # --- one stage ---------------------------------------------------------------------------------------------------
 def measure(stage: Stage, setup: at.Setup, quick: bool, compiled: bool = False) -> dict[str, Any]:
-    """Check a stage's answers, then time its ways in turns.
+    """Compare the results of a stage, then time its implementations alternately.
 
     Returns:
         title, agreement (text), and for each way seconds and cpu_seconds (lists), median_s, peak_mib, times_plain.
@@ -241,7 +240,7 @@ def measure(stage: Stage, setup: at.Setup, quick: bool, compiled: bool = False) 
 
 
 class Worker:
-    """A process that sets one way up and runs it whenever asked."""
+    """A process that sets up one implementation and runs it on request."""
 
     def __init__(self, make: Callable[[at.Setup], at.Run], setup: at.Setup) -> None:
         self.way = next((s, w) for s, stage in STAGES.items() for w, of in stage.ways.items() if of is make)
@@ -252,10 +251,10 @@ class Worker:
         theirs.close()
 
     def run(self, answer: bool = False) -> tuple[dict[str, float], at.Answer]:
-        """Seconds, CPU seconds and peak memory of one run; and what it answered, if wanted.
+        """Seconds, CPU seconds and peak memory of one run, and its results if ``answer``.
 
         Raises:
-            RuntimeError: with the traceback of what went wrong over there.
+            RuntimeError: the run failed; with the traceback of the process.
         """
         self.pipe.send(answer)
         try:
@@ -275,7 +274,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, stage: str, way: str, setup: at.Setup) -> None:
-    """Main of a worker's process: the answer to the first run holds whatever setting up raises."""
+    """Main function of a worker's process; an error of the set-up is the reply to the first run."""
     try:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         run = STAGES[stage].ways[way](setup)
@@ -296,7 +295,7 @@ def _serve(pipe: Connection, stage: str, way: str, setup: at.Setup) -> None:
 def peak_mib() -> float:
     """Largest resident memory of this process so far.
 
-    Linux tells it of the process itself; ``getrusage`` would begin with that of the parent.
+    On Linux from /proc; ``getrusage`` would include the parent's.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -308,7 +307,7 @@ def peak_mib() -> float:
 
 # --- what is said ------------------------------------------------------------------------------------------------
 def machine(threads: int) -> dict[str, Any]:
-    """What was measured on."""
+    """Hardware and versions of the measurement."""
     capabilities = torch.cpu.get_capabilities()
     kinds = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
     return {
@@ -327,7 +326,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def matmul_gflops(dtype: torch.dtype, threads: int, size: int = 1536) -> float:
-    """What the machine reaches where nothing but arithmetic counts: no convolution is quicker than this."""
+    """GFLOP/s of a matrix product, an upper limit for convolutions."""
     torch.set_num_threads(threads)
     a, b = (torch.rand((size, size)).to(dtype) for _ in range(2))
     best = float("inf")

@@ -1,7 +1,7 @@
-"""What ``benchmark.py`` measures: of each stage the bundle's own path and a plain one, and how they must agree.
+"""The stages of ``benchmark.py``: the bundle's implementation, a plain one, and the criterion for equal results.
 
-The bundle's path is what ``inference.json`` and ``train.json`` set up, nothing else. The plain one is stock MONAI over
-whole volumes, and the same network without what makes it fast: float32, torch's own choice of kernels and of memory.
+The bundle's implementation is the one of ``inference.json`` and ``train.json``. The plain one is MONAI without changes
+over whole volumes, and the same network in float32 with torch's default kernels and memory.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ Run = Callable[[], Answer]
 
 
 class DisagreementError(AssertionError):
-    """The bundle's path and the plain one do not give the same answer."""
+    """The bundle's implementation and the plain one give different results."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the inputs of a benchmark lie, and how large they are.
+    """Folder and sizes of the inputs of a benchmark.
 
     Attributes:
         folder: of inputs and outputs.
         roi: voxels along an edge of the network's box.
-        shrink: by how much voxels are larger than a clinical scan's, 1 for clinical size.
-        cohort: patients of the cohort's stage.
-        amp: whether the bundle's way computes in bfloat16; None for what the configs choose on this machine.
+        shrink: factor of the voxel size to that of a clinical scan.
+        cohort: number of patients of the stage cohort.
+        amp: whether the bundle computes in bfloat16; None: as the configs choose on this machine.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Setup:
 
 # --- inputs ------------------------------------------------------------------------------------------------------
 def make_inputs(setup: Setup) -> None:
-    """Write the pair of scans and the models, where they are not there yet: neither is of, or for, a patient."""
+    """Write the pair of scans and the models, unless they exist."""
     for folds in (1, FOLDS):
         path = setup.models(folds) / "model.pt"
         if not path.is_file():
@@ -103,7 +103,7 @@ def make_inputs(setup: Setup) -> None:
 
 
 def random_ensemble(setup: Setup, folds: int) -> FoldEnsemble:
-    """Networks with random weights and random statistics of their batch norms, which folding has to respect."""
+    """Networks with random weights and random statistics of the batch norms."""
     torch.manual_seed(SEED)
     settings = {
         "tasks": list(keys.TASKS),
@@ -184,7 +184,7 @@ def preprocess(setup: Setup) -> Run:
 
 
 def preprocess_plainly(setup: Setup) -> Run:
-    """Stock MONAI: load, orient and resample both whole volumes, then crop; the box's centre is given."""
+    """MONAI without changes: load, orient and resample both whole volumes, then crop around the bundle's box centre."""
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd, SpatialCrop
 
     names = [keys.CT, keys.PET]
@@ -212,13 +212,13 @@ def preprocess_plainly(setup: Setup) -> Run:
 
 
 def box_of(setup: Setup) -> Grid:
-    """Where the bundle puts the network's box."""
+    """The network's box as placed by the bundle."""
     item = bundle(setup).get_parsed_content("dataset")[0]
     return Grid((setup.roi,) * 3, np.asarray(item[keys.BOX_AFFINE]))
 
 
 def check_preprocessing(setup: Setup, plain: Answer, product: Answer) -> str:
-    """The bundle's interpolation, on the plain path's grid, gives its values; and the box is where it is said to be."""
+    """The bundle's interpolation on the plain grid gives the same values, and both boxes are at the same place."""
     said = []
     for key, name, unit, tolerance in ((keys.CT, "CT", "HU", 1.0), (keys.PET, "PT", "SUV", 0.01)):
         array, affine = read_image(setup.scan(name))
@@ -289,7 +289,7 @@ def random_image(setup: Setup, cases: int = 1) -> tuple[torch.Tensor, torch.Tens
 
 
 def check_network(setup: Setup, plain: Answer, product: Answer) -> str:
-    """float32: the same numbers; bfloat16: nearly the same mask and scores (random weights are the worst case)."""
+    """float32: the same results; bfloat16: similar mask and scores (random weights are the worst case)."""
     half = parser_amp(setup)
     dice = _dice(above(plain[keys.SEG_PROB]), above(product[keys.SEG_PROB]))
     hazard = float(np.abs(plain[keys.LOG_HAZARD] - product[keys.LOG_HAZARD]).max())
@@ -370,7 +370,7 @@ def write_plainly(mask: np.ndarray, affine: np.ndarray, path: Path) -> None:
 
 
 def check_mask(setup: Setup, plain: Answer, product: Answer) -> str:
-    """The same voxels, but for those that a rounding error decides."""
+    """The same voxels, except for rounding errors."""
     dice = _dice(plain["mask"], product["mask"])
     _hold(dice >= 0.9999, f"masks agree with Dice {dice:.6f} (allowed 0.9999)")
     return f"Dice {dice:.6f}"
@@ -478,7 +478,7 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
 
 
 def check_cohort(setup: Setup, plain: Answer, product: Answer) -> str:
-    """Every patient has the same answer, one after another or overlapping."""
+    """Every patient has the same results, sequentially or overlapping."""
     _hold(len(plain[keys.LOG_HAZARD]) == setup.cohort, "not every patient was predicted")
     worst = float(np.abs(plain[keys.LOG_HAZARD] - product[keys.LOG_HAZARD]).max())
     _hold(worst <= 1e-5, f"log hazard differs by {worst:.2g}")

@@ -1,10 +1,10 @@
-"""How much of the tumour the network's box holds, by each rule and by their combination, on digital phantoms.
+"""Share of the tumour inside the network's box, by each rule and by their combination, on digital phantoms.
 
 ``python scripts/research measure_localisation --checkpoint MODEL.pt`` draws patients of the demonstration cohort in
 every position and with every fault of :data:`SCENARIOS`, places the box without their masks, and writes
 ``localisation.json`` (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row a box). Scans have the
 hospitals' extents with voxels of 4 and 5 mm, which is what localisation looks with; ``demonstration`` is the cohort as
-``make_cohort`` makes it. Phantoms say how the rules behave, not how often a real scan is difficult.
+``make_cohort`` makes it. Phantoms show how the rules behave, not how often a real scan is difficult.
 """
 
 from __future__ import annotations
@@ -166,19 +166,17 @@ def measure_localisation(
     cases_each: int = 20,
     seed: int = 0,
     scenarios: Sequence[str] | str | None = None,
-    coarse_spacing_mm: float | None = None,
     jobs: int = 0,
 ) -> None:
     """Place the box on phantoms, write what share of their tumours it holds, and print the table.
 
     Args:
-        checkpoint: model whose coarse pass is measured beside the rules; None for the rules alone.
+        checkpoint: model whose coarse pass is measured in addition to the rules; None: the rules alone.
         out: folder for ``localisation.json``, ``localisation.md`` and ``cases.csv``.
         cases: patients of the demonstration cohort as it is.
         cases_each: patients in each other scenario.
         seed: of the cohort.
         scenarios: names from :data:`SCENARIOS`, a list or separated by commas; None for all.
-        coarse_spacing_mm: smallest voxel size of the coarse pass; None for its default.
         jobs: processes; 0 = one for each core.
 
     Raises:
@@ -192,12 +190,11 @@ def measure_localisation(
     if min(cases, cases_each) < 1:
         raise MeasureError("--cases and --cases_each are whole numbers, 1 or more")
     tasks = [(name, index) for name in names for index in range(cases if name == DEFAULT else cases_each)]
-    spacing = COARSE_SPACING_MM if coarse_spacing_mm is None else coarse_spacing_mm
-    proposer = None if checkpoint is None else CoarsePass(checkpoint, ALWAYS, spacing)
+    proposer = None if checkpoint is None else CoarsePass(checkpoint, ALWAYS, COARSE_SPACING_MM)
     rows = _run(partial(measure_case, proposer, seed), tasks, jobs or os.cpu_count() or 1)
     table = pd.DataFrame(rows)
     summary = summarise(table)
-    model = None if checkpoint is None else {"file": Path(checkpoint).name, "coarse_spacing_mm": spacing}
+    model = None if checkpoint is None else {"file": Path(checkpoint).name, "coarse_spacing_mm": COARSE_SPACING_MM}
     record = {"notice": NOTICE, "seed": seed, "cases": cases, "cases_each": cases_each, "model": model}
     folder = Path(out)
     text = as_markdown(summary)
@@ -210,7 +207,7 @@ def measure_localisation(
 
 
 def measure_case(proposer: CoarsePass | None, seed: int, task: tuple[str, int]) -> list[dict[str, Any]]:
-    """One row for each crop size and rule: method, flag, share of the primary and of all tumour, seconds."""
+    """A row for each crop size and rule: method, flag, share of the primary and of all tumours, seconds."""
     name, index = task
     torch.set_num_threads(1)
     patient = phantom.draw_patient(seed, index)
@@ -232,7 +229,7 @@ def measure_case(proposer: CoarsePass | None, seed: int, task: tuple[str, int]) 
 
 
 def answers(scans: Scans, proposer: CoarsePass | None) -> dict[str, Answer]:
-    """What each rule says, and what they say together."""
+    """The result of each rule and of their combinations."""
     ct, ct_grid, pet, pet_grid = scans
     top, top_seconds = _timed(anchor_at_body_top, ct, ct_grid)
     rules, rules_seconds = _timed(find_anchor, *scans)
@@ -291,7 +288,7 @@ def draw_scene(scenario: Scenario, patient: Patient, seed: int, index: int, demo
 
 
 def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each scenario, crop and rule: cases, those without an answer, mean and worst shares, and those that lost."""
+    """For each scenario, crop and rule: numbers of cases, mean and lowest shares, processor time."""
     summary = []
     for (scenario, crop, rule), group in rows.groupby(["scenario", "crop", "rule"], sort=False):
         answered = group.dropna(subset="tumour")

@@ -1,6 +1,6 @@
-"""What the study of learning compares: the variants of the training, and where the runs of a study lie.
+"""The variants of the training that the study of learning compares, and the runs of a study.
 
-A run is one variant with one seed, made by ``train_folds.py``; :func:`check_run` sees that it is what its name says.
+A run is one variant with one seed, made by ``train_folds.py``; :func:`check_run` checks its settings.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Variant:
     """A way to train.
 
     Attributes:
-        what: how it differs, for readers.
+        what: description of the difference.
         overrides: ids of the configs and their values.
         config_files: overlays on ``configs/train.json``.
-        against: the variant that it differs from as ``what`` says, and is compared with.
+        against: the variant that it is compared with.
     """
 
     what: str
@@ -107,12 +107,12 @@ VARIANTS = {
     "low_l2": deep("weight of the L2 term 0.001 instead of 0.1", l2_weight=0.001),
     "long": deep("three times as many epochs", epochs=72, val_interval=12, lr_milestones=[48, 63]),
 }
-"""What is compared; the order is that in which they are run unless told otherwise."""
+"""The variants, in the order in which they are run by default."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be run or reported.
+    """Runs to make or to report.
 
     Attributes:
         folder: of all runs.
@@ -122,7 +122,7 @@ class Study:
         seeds: of folds, initial weights and batches.
         folds: of each run.
         overrides: ids of the configs for every run.
-        test_dir: folder of another cohort to judge the networks by; None: by the cases that each held out.
+        test_dir: folder of another cohort to evaluate the networks on; None: the held-out cases of each network.
     """
 
     folder: Path
@@ -217,7 +217,7 @@ def check_variants(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_run(study: Study, variant: str, seed: int) -> None:
-    """See that a run on disk is what its name says.
+    """Check that a run on disk has the settings of its variant.
 
     A run may lack an id that came later: it was run with what was done then (:func:`.complete`), else
     with the default of ``configs/train.json``.

@@ -1,17 +1,17 @@
-"""Does it learn? The same experiment in variants and with several seeds, and one table of what came out.
+"""Study of learning: the same experiment in variants and with several seeds, and a table of the results.
 
 ``python scripts/research study_learning --dataset_dir COHORT --output_dir STUDY`` runs ``train_folds.py`` for every
-variant and seed; started again it goes on. With ``--report`` it trains nothing and gathers what is finished ::
+variant and seed. If interrupted, rerun the same command to resume. With ``--report`` it reports the finished runs ::
 
     STUDY/flow_s1/          a run: variant "flow", seed 1, as train_folds.py leaves it
     STUDY/flow_s1/run.json  where it ran and how long it took
-    STUDY/logs/flow_s1.txt  what train_folds.py said
+    STUDY/logs/flow_s1.txt  output of train_folds.py
     STUDY/cache/            preprocessed cases, shared by the runs
     STUDY/flow_s1/fold_0/evaluation_others/   with --test_dir: the network on another cohort
-    STUDY/study.json        the report: every figure with its interval and its counts
-    STUDY/study.md          the same as a table to read
+    STUDY/study.json        the report: every metric with its interval and counts
+    STUDY/study.md          the same as tables
 
-The runs take their code from the folder of this file: run it from a clone that nobody edits.
+The runs import their code from this repository: do not edit it while they run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ POLL_SECONDS = 1.0
 
 
 class ActiveRun:
-    """A run on its way.
+    """A run in progress.
 
     Args:
         study: that it is of.
@@ -70,7 +70,7 @@ class ActiveRun:
 
     @property
     def minutes(self) -> float:
-        """Since it began."""
+        """Minutes since the start."""
         return (time.monotonic() - self.start) / 60
 
     def is_over(self) -> bool:
@@ -80,7 +80,7 @@ class ActiveRun:
         return self.process.poll() is not None
 
     def end(self) -> bool:
-        """Note where it ran and how long; whether it failed."""
+        """Record machine and duration; gives whether the run failed."""
         failed = self.process.returncode != 0
         if not failed:
             about = {"minutes": round(self.minutes, 1), "threads": self.threads}
@@ -91,10 +91,10 @@ class ActiveRun:
 
 
 def run_study(study: Study, jobs: int, threads: int) -> list[str]:
-    """Run what is not finished, ``jobs`` runs at once.
+    """Run what is not finished, ``jobs`` runs in parallel.
 
     Returns:
-        Names of the runs that failed; the others go on.
+        Names of the runs that failed; the others are continued.
     """
     waiting = []
     for variant, seed in study.runs:
@@ -143,21 +143,21 @@ def study_learning(
     test_dir: str | None = None,
     **overrides: Any,
 ) -> None:
-    """Run variants of the training with several seeds, or report what came out.
+    """Run variants of the training with several seeds, or report the results.
 
     Args:
         dataset_dir: folder of the cohort.
-        output_dir: folder of the study; the same for running, going on and reporting.
+        output_dir: folder of the study.
         variants: names of :data:`VARIANTS`, the most important first; all if not given.
         seeds: one or more; every variant is run with the first before any with the second.
         folds: of each run.
-        jobs: runs at once.
+        jobs: number of runs in parallel.
         threads: of each run.
         report: train nothing, write ``study.json`` and ``study.md`` of what is finished.
         samples: draws of the bootstrap.
-        test_dir: folder of another cohort, none of whose patients is in the first: networks are judged by it instead of
-            by the cases that each held out. Networks that are finished are not trained again for it.
-        **overrides: ids of the configs for every run, such as ``epochs``; a variant's own go before them.
+        test_dir: folder of another cohort without patients of the first, to evaluate the networks on instead of the
+            held-out cases. Finished networks are not trained again for it.
+        **overrides: ids of the configs for every run, such as ``epochs``; a variant's own settings take precedence.
     """
     if jobs < 1 or threads < 1:
         raise ExperimentError(f"--jobs and --threads are 1 or more; got {jobs} and {threads}")
@@ -186,7 +186,7 @@ def study_learning(
 
 
 def check_others(cohort: Cohort, others: Cohort) -> None:
-    """See that two cohorts have no patient in common, however the ids are spelled.
+    """Check that two cohorts have no patient in common, in any spelling of the ids.
 
     Raises:
         ExperimentError: they have; some are named.
