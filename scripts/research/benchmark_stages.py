@@ -461,8 +461,9 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(setup.scan(kind))
-        places = {"dataset_dir": str(folder), "output_dir": str(setup.folder / "cohort_predictions")}
-        parser = bundle(setup, **places, **{f"dataloader#{name}": value for name, value in loader.items()})
+        changes: dict[str, Any] = {f"dataloader#{name}": value for name, value in loader.items()}
+        changes |= {"dataset_dir": str(folder), "output_dir": str(setup.folder / "cohort_predictions")}
+        parser = bundle(setup, **changes)
         parser.get_parsed_content("initialize")
         evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
 

@@ -83,7 +83,7 @@ class ActiveRun:
         """Record machine and duration; gives whether the run failed."""
         failed = self.process.returncode != 0
         if not failed:
-            about = {"minutes": round(self.minutes, 1), "threads": self.threads}
+            about: dict[str, Any] = {"minutes": round(self.minutes, 1), "threads": self.threads}
             about |= {"cpu": cpu_name(), "cores": cores()}
             about["command"] = shlex.join(self.study.training(self.variant, self.seed))
             write_text(self.study.run_folder(self.variant, self.seed) / RUN_FILE, json.dumps(about, indent=1))
