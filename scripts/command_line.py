@@ -1,8 +1,8 @@
-"""The command line of a tool, made from the tool's one function: ``run_tool(function, its errors ...)``.
+"""The command line of a command, generated from its function: ``run_tool(function, its errors ...)``.
 
-Every parameter is an option ``--name``, read as its annotation says; nothing is guessed from how a word looks, so that
-``2024_001`` stays the name of a folder. Words without an option's name are the parameters without a default, in their
-order. What cannot be read, and an option that there is not, ends the program before anything is done.
+Every parameter is an option ``--name``, parsed by its annotation and not by its looks, so that ``2024_001`` stays the
+name of a folder. Words without an option's name are the parameters without a default, in their order. An invalid value
+or an unknown option ends the program before anything is done.
 
 Every command imports this module before the bundle's package ``scripts``, which it makes importable.
 """
@@ -74,43 +74,46 @@ def run_tool(
 
 
 def run_room(room: str, *commands: str) -> None:
-    """Run one of a room's commands, whose name was typed first: ``python scripts/ROOM COMMAND [options]``.
+    """Run a command of a room, by the first word of the command line: ``python scripts/ROOM COMMAND [options]``.
 
     Args:
         room: folder in ``scripts/``, a package.
         *commands: its modules that call :func:`run_tool` when they are run. Another name ends the program with code 2.
     """
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in commands:
-        usage = f"python scripts/{room} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
-        if name in HELP:
-            print(f"usage: {usage}; COMMAND --help lists its options")
-            return
-        print(f"{room}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
-        raise SystemExit(2)
-    del sys.argv[1]
+    name = typed_command(room, commands)
     runpy.run_module(f"{room}.{name}", run_name="__main__", alter_sys=True)
 
 
 def run_commands(commands: Mapping[str, tuple[Callable[..., None], Sequence[type[Exception]]]]) -> None:
-    """Run one of a file's commands, whose name was typed first: ``python scripts/FILE.py COMMAND [options]``.
+    """Run a command of a file, by the first word of the command line: ``python scripts/FILE.py COMMAND [options]``.
 
     Args:
         commands: name to its function and to the errors that it raises for people, as for :func:`run_tool`. Another
             name ends the program with code 2.
     """
-    file, name = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in commands:
-        usage = f"python scripts/{file} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
-        if name in HELP:
-            print(f"usage: {usage}; COMMAND --help lists its options")
-            return
-        print(f"{Path(file).stem}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
-        raise SystemExit(2)
-    del sys.argv[1]
+    name = typed_command(Path(sys.argv[0]).name, commands)
     function, errors = commands[name]
     vars(function)["command"] = name
     run_tool(function, *errors)
+
+
+def typed_command(place: str, commands: Iterable[str]) -> str:
+    """The first word of the command line, removed from ``sys.argv``.
+
+    Args:
+        place: file or room in ``scripts/``.
+        commands: names; another word ends the program with code 2, ``--help`` with 0.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        usage = f"python scripts/{place} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
+        if name in HELP:
+            print(f"usage: {usage}; COMMAND --help lists its options")
+            raise SystemExit
+        print(f"{Path(place).stem}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
+        raise SystemExit(2)
+    del sys.argv[1]
+    return name
 
 
 def start_of(function: Callable[..., None]) -> str:

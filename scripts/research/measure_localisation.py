@@ -134,12 +134,8 @@ SCENARIOS: dict[str, Scenario] = {
     DEFAULT: Scenario("the demonstration cohort as made by make_cohort (0.3 m, 6 to 7 mm voxels)"),
     "native": Scenario("each hospital's extents, 0.3 to 0.9 m long"),
     "whole_body": Scenario("1.1 m: skull to pelvis, with heart, kidneys and bladder", DOWN, DOWN),
-    "head_at_low_index": Scenario(
-        "slices stored from the head down", finish=partial(turned, axes=(0, 1, 2), signs=(1, 1, -1))
-    ),
-    "axes_permuted": Scenario(
-        "sagittal slices, stored backwards", finish=partial(turned, axes=(2, 0, 1), signs=(-1, 1, -1))
-    ),
+    "head_at_low_index": Scenario("slices stored from the head down", finish=FLIPPED),
+    "axes_permuted": Scenario("sagittal slices, stored backwards", finish=PERMUTED),
     "oblique": Scenario("voxel grid at 12 degrees to the patient", tilt_deg=12.0),
     "brain_cut_off": Scenario("scan starts in the middle of the brain", (-140, 125), (-140, 125)),
     "no_brain_in_view": Scenario("scan starts below the brain", (-250, 50), (-250, 50)),
