@@ -493,7 +493,7 @@ def test_nothing_but_rubbish_is_no_patient(tmp_path):
     (tmp_path / "P1" / "CT").write_bytes(b"")
     (tmp_path / "P2").symlink_to("gone")
     with pytest.raises(
-        ValueError, match=r"holds no scan: .*2 files: .*2 that cannot be used; P2: a link .*; CT: empty"
+        ValueError, match=r"holds no scan: .*2 files: .*2 that cannot be used; P2: a broken link; .*; CT: empty"
     ):
         find_cases(tmp_path, FEATURES)
 
