@@ -109,7 +109,7 @@ def typed_command(place: str, commands: Iterable[str]) -> str:
         usage = f"python scripts/{place} COMMAND [options]; COMMAND is one of {', '.join(commands)}"
         if name in HELP:
             print(f"usage: {usage}; COMMAND --help lists its options")
-            raise SystemExit
+            raise SystemExit(0)
         print(f"{Path(place).stem}: {f'no command {name!r}' if name else 'which command?'}; {usage}", file=sys.stderr)
         raise SystemExit(2)
     del sys.argv[1]
