@@ -78,7 +78,7 @@ def test_tables_of_other_patients_are_refused(change, message: str) -> None:
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        pytest.param(cases(*simulate(20)).assign(event=False), "does not exist", id="no_events"),
+        pytest.param(cases(*simulate(20)).assign(event=False), "is undefined", id="no_events"),
         pytest.param(cases(*simulate(20)).iloc[:0], "no patients", id="nobody"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_broken_off_run_ends_as_an_unbroken_one(trained: Path, tiny_cohort: Pa
     arguments = ["--dataset_dir", str(tiny_cohort), "--output_dir", str(tmp_path), *SMALL_RUN]
     run_bundle("training", "--config_file", TRAIN, *arguments, "--epochs", "1")
     result = run_bundle("run", "--config_file", TRAIN, *arguments)
-    assert "going on after epoch 1" in result.stdout + result.stderr
+    assert "resuming after epoch 1" in result.stdout + result.stderr
     broken, unbroken = (json.loads((p / "history.json").read_text()) for p in (tmp_path, trained))
     assert [row["epoch"] for row in broken] == [1, 2]
     for a, b in zip(broken, unbroken, strict=True):

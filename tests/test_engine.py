@@ -152,7 +152,7 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(
     monkeypatch.setattr(MultitaskNet, "compile", broken)
     with caplog.at_level(logging.WARNING):
         speed_up(ensemble, inferer, compiled=True)
-    assert "compile: no space left for the compiler; the network runs without" in caplog.text
+    assert "compile: no space left for the compiler; the network runs uncompiled" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(inferer(image, ensemble), expected, atol=5e-4, rtol=1e-3)
 
@@ -173,7 +173,9 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(
             "Traceback",
             id="loading_process_killed",
         ),
-        pytest.param("raise KeyboardInterrupt", "interrupted; the same command resumes", "Traceback", id="ctrl_c"),
+        pytest.param(
+            "raise KeyboardInterrupt", "interrupted: rerun the same command to resume", "Traceback", id="ctrl_c"
+        ),
     ],
 )
 def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -> None:

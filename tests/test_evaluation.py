@@ -202,7 +202,9 @@ def test_an_ensemble_cuts_risk_groups_and_is_seen_to_be_calibrated(tmp_path: Pat
 @pytest.mark.parametrize(
     ("keep_epoch", "part", "fitted", "words"),
     [
-        pytest.param("best", "validation", ["epoch"], "best on these cases: the figures are too good", id="best"),
+        pytest.param(
+            "best", "validation", ["epoch"], "selected on these cases: the metrics are too optimistic", id="best"
+        ),
         pytest.param("last", "validation", [], "nothing was fitted", id="last"),
         pytest.param("best", "test", [], "nothing was fitted", id="test_cases"),
         pytest.param("last", "training", ["weights"], "trained on these cases", id="training_cases"),

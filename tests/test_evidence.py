@@ -60,7 +60,9 @@ def test_it_is_said_where_the_epoch_was_chosen_on_the_cases(cohort, tmp_path, pr
     said = evidence.selection_of(judged.record)
     assert (said["keep_epoch"], said["judged"]) == (settings["keep_epoch"], judged.record["held_out"])
     assert said["fitted_to_these_cases"] == fitted
-    assert [note for note in judged.notes if "the figures are too good" in note] == [said["statement"]] * len(fitted)
+    assert [note for note in judged.notes if "the metrics are too optimistic" in note] == [said["statement"]] * len(
+        fitted
+    )
 
 
 def test_without_training_predictions_the_scale_is_of_the_held_out_cases_and_says_so(copy):

@@ -239,7 +239,7 @@ def test_a_damaged_state_falls_back_to_the_epoch_before(tmp_path, caplog, damage
     state, epoch = resumed(tmp_path)
     assert epoch == 2 and state.best == pytest.approx(0.2)
     assert [row["epoch"] for row in json.loads((tmp_path / "history.json").read_text())] == [1, 2]
-    assert (f"the epoch before is taken instead: {last}" in caplog.text) == (damage is not Path.unlink)
+    assert (f"resuming from the epoch before: {last}" in caplog.text) == (damage is not Path.unlink)
     assert "weights_only" not in caplog.text, "torch's advice to load without its safety check is not passed on"
 
 

@@ -90,7 +90,7 @@ def test_curves_groups_and_log_rank_are_those_of_lifelines() -> None:
     assert [curve["group"] for curve in figures["curves"]] == ["low", "high"]
 
 
-def test_calibration_figures_of_a_right_and_of_an_extreme_model() -> None:
+def test_calibration_metrics_of_a_right_and_of_an_extreme_model() -> None:
     calibration, _, train = fitted(1000, 1)
     risk, test = simulate(700, 2)
     right = survival_metrics(train, test, risk, calibration, samples=50)["calibration_2y"]

@@ -41,7 +41,7 @@ from scripts.evaluation.survival import (
     fit_calibration,
     normalise_out_of_fold,
 )
-from scripts.evaluation.survival_metrics import FigureUnavailableError
+from scripts.evaluation.survival_metrics import MetricUnavailableError
 
 EVALUATION_FOLDER, METRICS_FILE, CASES_FILE = "evaluation", "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
@@ -130,8 +130,8 @@ def selection_of(record: Mapping[str, Any], judged: str | None = None) -> dict[s
     if "epoch" in (selection["fitted_to_these_cases"] or []):
         selection["statement"] = (
             "each network is of the epoch that was best on the cases that judge it, and calibration, cut points and "
-            "HPV threshold come from cases of other folds, on which their epochs were chosen: the figures are too good "
-            "(keep_epoch: best)"
+            "HPV threshold come from cases of other folds, on which their epochs were chosen: the metrics are too "
+            "optimistic (keep_epoch: best)"
         )
     return selection
 
@@ -227,7 +227,7 @@ def survival_of(cases: pd.DataFrame, calibrations: Mapping[int, Calibration | st
         for fold in np.unique(folds):
             calibration = calibrations[fold]
             if isinstance(calibration, str):
-                raise FigureUnavailableError(f"no absolute risk: {calibration}")
+                raise MetricUnavailableError(f"no absolute risk: {calibration}")
             result[folds == fold] = calibration.survival(risk[folds == fold], days)
         return result
 

@@ -1,4 +1,4 @@
-"""Intervals over patients drawn with replacement, of one statistic and of the difference between two models."""
+"""Bootstrap intervals of a statistic, and of its difference between two models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval of ``statistic`` over patients drawn with replacement.
 
-    Draws for which the statistic does not exist (no comparable pair, one class) are left out.
+    Draws in which the statistic is undefined (no comparable pair, one class) are left out.
 
     Args:
         statistic: function of a table of cases.
@@ -28,7 +28,7 @@ def bootstrap_interval(
         seed: of the draws.
 
     Returns:
-        The 2.5 % and the 97.5 % quantile; NaN where no draw had a value.
+        The 2.5 % and the 97.5 % quantile; NaN if the statistic is undefined in every draw.
 
     Reference:
         Efron B., Tibshirani R. An Introduction to the Bootstrap. Chapman & Hall, 1993, chapter 13.
@@ -51,10 +51,10 @@ def paired_bootstrap(
 ) -> dict[str, Any]:
     """Difference of a statistic between two models on the same patients.
 
-    Both tables are drawn alike, so that what makes a patient hard for both cancels out.
+    Each draw takes the same patients from both tables.
 
     Args:
-        statistic: function of a table of cases; NaN where it does not exist.
+        statistic: function of a table of cases; NaN where it is undefined.
         cases_a: one row a patient, as in ``cases.csv``.
         cases_b: the same patients, in any order where both have a column ``PatientID``.
         samples: number of draws.
@@ -66,7 +66,7 @@ def paired_bootstrap(
         draws on either side of 0 (an inversion of the percentile interval), at least 2 / (samples + 1).
 
     Raises:
-        ValueError: where the patients or their labels differ.
+        ValueError: the patients or their labels differ.
 
     Reference:
         Efron B., Tibshirani R. An Introduction to the Bootstrap. Chapman & Hall, 1993, chapters 13 and 15.
@@ -79,7 +79,7 @@ def paired_bootstrap(
         return {"value": None, "reason": "no patients", **head}
     value_a, value_b = statistic(first), statistic(second)
     if math.isnan(value_a) or math.isnan(value_b):
-        return {"value": None, "reason": "the statistic does not exist for these patients", **head}
+        return {"value": None, "reason": "the statistic is undefined for these patients", **head}
     found: list[float] = []
 
     def difference(rows: pd.DataFrame) -> float:
@@ -91,7 +91,7 @@ def paired_bootstrap(
     differences = np.array(found)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
-        return {"value": None, "reason": "the statistic exists in no bootstrap draw", **head}
+        return {"value": None, "reason": "the statistic is undefined in every bootstrap draw", **head}
     tails = (int((differences <= 0).sum()), int((differences >= 0).sum()))
     return {
         "value": float(value_a - value_b),

@@ -1,7 +1,7 @@
-"""Figures of a table of cases: the paper's metrics and others, with bootstrap intervals, counts, or why there is none.
+"""Metrics of a table of cases: the paper's and others, with bootstrap intervals, counts, or why one is undefined.
 
-A table has a row a patient, as :class:`.CaseTable` writes it; NaN where a label is unknown. scikit-learn is slow to
-import and loaded where it is used.
+A table has one row for each patient, as :class:`.CaseTable` writes it; NaN where a label is unknown. scikit-learn is
+slow to import and imported where it is used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES, bootstrap_interval
 from scripts.training.concordance import concordance_index
 
 SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
-"""Below so many, an interval of one centre would say no more than that there is none."""
+"""Smallest counts for which metrics of one centre are reported: below, the intervals are too wide to be useful."""
 
 LESIONS = {"lesion": "lesions", "primary": "primaries", "node": "nodes"}
-"""What is looked for in the true masks, one of it and several: anything, GTVp, GTVn."""
+"""Structures of the true masks, singular and plural: any, GTVp, GTVn."""
 
 Statistic = Callable[[pd.DataFrame], float]
 
@@ -35,7 +35,7 @@ def c_index(cases: pd.DataFrame) -> float:
 
 
 def hpv_calls(cases: pd.DataFrame, threshold: float = HALF) -> np.ndarray:
-    """(N,) bool, whether HPV is called positive: ``hpv_prob`` is above the row's ``hpv_threshold``, else above that."""
+    """(N,) bool, whether HPV is called positive: ``hpv_prob`` above the row's ``hpv_threshold``, else ``threshold``."""
     limit = cases["hpv_threshold"].to_numpy() if "hpv_threshold" in cases else threshold
     return above(cases["hpv_prob"].to_numpy(), limit)
 
@@ -68,7 +68,7 @@ def confusion(cases: pd.DataFrame, threshold: float = HALF) -> dict[str, int]:
 
 
 def roc_auc(cases: pd.DataFrame) -> float:
-    """Area under the ROC curve of columns ``hpv`` and ``hpv_prob``: how often a positive case has the higher one."""
+    """Area under the ROC curve of columns ``hpv`` and ``hpv_prob``."""
     from sklearn.metrics import auc  # of the curve: half the time of roc_auc_score, which a bootstrap would notice
 
     if not _two_classes(_hpv_status(cases)):
@@ -81,11 +81,10 @@ def roc_curve(cases: pd.DataFrame) -> pd.DataFrame:
     """Points of the ROC curve of columns ``hpv`` and ``hpv_prob``, from the strictest threshold to the loosest.
 
     Returns:
-        Columns ``threshold`` (the lowest probability that is called positive), ``false_positive_rate``,
-        ``true_positive_rate``.
+        Columns ``threshold`` (the lowest probability called positive), ``false_positive_rate``, ``true_positive_rate``.
 
     Raises:
-        ValueError: where only one class is there.
+        ValueError: only one class is present.
     """
     from sklearn import metrics
 
@@ -101,7 +100,7 @@ def average_precision(cases: pd.DataFrame) -> float:
 
     .. math:: AP = \sum_n (R_n - R_{n-1}) P_n
 
-    over the distinct probabilities from the highest, with recall R and precision P. Chance is the share of positives.
+    over the distinct probabilities from the highest, with recall R and precision P. Chance level: share of positives.
     """
     from sklearn.metrics import average_precision_score
 
@@ -122,8 +121,6 @@ def aggregated_dice(cases: pd.DataFrame) -> float:
 
     .. math:: DSC_{agg} = \frac{2 \sum_i |P_i \cap G_i|}{\sum_i (|P_i| + |G_i|)}
 
-    Large tumours weigh more; an empty mask cannot bring a case to 0 or 1 at one voxel.
-
     Reference:
         Andrearczyk V. et al. Overview of the HECKTOR challenge at MICCAI 2022. LNCS 13626, 2023.
     """
@@ -132,35 +129,31 @@ def aggregated_dice(cases: pd.DataFrame) -> float:
 
 
 def without_surfaces(cases: pd.DataFrame) -> pd.Series:
-    """(N,) bool, the cases whose true and predicted mask are both empty: right, and without a surface to measure."""
+    """(N,) bool, whether true and predicted mask are both empty: correct, but no surface distance exists."""
     return (cases["volume_ml"] == 0) & (cases["true_volume_ml"] == 0)
 
 
 def surface_distance(cases: pd.DataFrame) -> float:
-    """Median of ``surface_distance_mm`` over the cases in which there are two surfaces."""
+    """Median of ``surface_distance_mm`` over the cases in which both masks have a surface."""
     values = cases["surface_distance_mm"].to_numpy()
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else math.nan
 
 
-def volume_error(cases: pd.DataFrame) -> float:
-    """Mean absolute difference between ``volume_ml`` and ``true_volume_ml``."""
-    return float(np.abs(cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
-
-
-def volume_bias(cases: pd.DataFrame) -> float:
-    """Mean of ``volume_ml`` less ``true_volume_ml``; above 0 the prediction is too large."""
-    return float((cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()).mean())
+def volume_errors(cases: pd.DataFrame) -> np.ndarray:
+    """(N,) predicted less true volume, ml; above 0 the prediction is too large."""
+    return cases["volume_ml"].to_numpy() - cases["true_volume_ml"].to_numpy()
 
 
 def relative_volume_error(cases: pd.DataFrame) -> float:
-    """Median absolute difference of the volumes as a share of the true one, over the cases that have a tumour."""
-    volume, true = cases["volume_ml"].to_numpy(), cases["true_volume_ml"].to_numpy()
-    return float(np.median(np.abs(volume - true)[true > 0] / true[true > 0])) if (true > 0).any() else math.nan
+    """Median absolute difference of the volumes relative to the true one, over the cases with a tumour."""
+    true = cases["true_volume_ml"].to_numpy()
+    errors = np.abs(volume_errors(cases))[true > 0] / true[true > 0]
+    return float(np.median(errors)) if len(errors) else math.nan
 
 
 def sensitivity(cases: pd.DataFrame, of: str) -> float:
-    """Share of all true lesions that were found: of columns ``true_<of>`` and ``found_<of>``."""
+    """Share of all true lesions that were found, from columns ``true_<of>`` and ``found_<of>``."""
     true = cases[f"true_{of}"].sum()
     return float(cases[f"found_{of}"].sum() / true) if true else math.nan
 
@@ -170,13 +163,13 @@ def sensitivity(cases: pd.DataFrame, of: str) -> float:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a table of cases.
+    """A metric of a table of cases.
 
     Attributes:
-        title: its name for readers, with its unit.
-        columns: what it reads; a case counts where none of them is NaN. A table without the first one is of a model
+        title: display name, with unit.
+        columns: required columns; a case counts where none of them is NaN. A table without the first one is of a model
             that lacks the task.
-        statistic: function of a table of the cases that count; NaN where it does not exist.
+        statistic: function of a table of the cases that count; NaN where it is undefined.
         why_not: the reason then; ``{events}`` and other counts are filled in.
         digits: decimals to show.
     """
@@ -200,8 +193,10 @@ MEASURES = {
     "surface_distance_mm": Measure(
         "surface distance, mm", ("surface_distance_mm",), surface_distance, "{missed} of {patients} are missed", 1
     ),
-    "volume_error_ml": Measure("volume error, ml", _VOLUMES, volume_error, _NO_MASKS, 1),
-    "volume_bias_ml": Measure("volume bias, ml", _VOLUMES, volume_bias, _NO_MASKS, 1),
+    "volume_error_ml": Measure(
+        "volume error, ml", _VOLUMES, lambda c: float(np.abs(volume_errors(c)).mean()), _NO_MASKS, 1
+    ),
+    "volume_bias_ml": Measure("volume bias, ml", _VOLUMES, lambda c: float(volume_errors(c).mean()), _NO_MASKS, 1),
     "volume_error_relative": Measure("volume error, relative", _VOLUMES, relative_volume_error, _NO_TUMOUR),
     **{
         f"{name}_sensitivity": Measure(
@@ -213,7 +208,7 @@ MEASURES = {
         "false lesions a case", ("false_lesions",), lambda c: float(c["false_lesions"].mean()), _NO_MASKS, 2
     ),
 }
-"""What :func:`summarise` gives; the paper's three metrics first."""
+"""Metrics of :func:`summarise`; the paper's three first."""
 PAPER_MEASURES = ("c_index", "dice", "balanced_accuracy")
 
 
@@ -224,34 +219,34 @@ def summarise(
     least: Mapping[str, int] | None = None,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of a table of cases, each with interval, counts, or why there is none.
+    """Metrics of a table of cases, each with interval and counts, or the reason why it is undefined.
 
     Args:
-        cases: columns of :class:`CaseTable`; NaN where a label is unknown. A column ``hpv_threshold`` is used where
-            there is one, else 0.5.
+        cases: columns of :class:`CaseTable`; NaN where a label is unknown. HPV is called positive above the column
+            ``hpv_threshold``, or above 0.5 without it.
         seed: of the bootstrap.
         measures: keys of :data:`MEASURES`.
-        least: counts (``patients``, ``events``, ...) below which no figure is given, such as :data:`SMALL_GROUP`.
-        samples: draws of the bootstrap.
+        least: counts (``patients``, ``events``, ...) below which no metric is reported, such as :data:`SMALL_GROUP`.
+        samples: number of bootstrap draws.
 
     Returns:
-        metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``. The figure
-        ``balanced_accuracy`` also has ``confusion`` and ``thresholds``, the distinct ones that were used.
+        metric name to ``{"value", "low", "high", "patients", ...}`` or ``{"value": None, "reason", ...}``.
+        ``balanced_accuracy`` also has ``confusion`` and ``thresholds``, the distinct ones in use.
     """
-    return {name: _figure(cases, MEASURES[name], name, seed, least, samples) for name in measures}
+    return {name: _metric(cases, MEASURES[name], name, seed, least, samples) for name in measures}
 
 
 def centre_groups(cases: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Name and cases of each centre, sorted by name; none where the table does not tell."""
+    """Name and cases of each centre, sorted by name; none without a column of centres."""
     groups = cases.groupby(keys.CENTRE, sort=True) if keys.CENTRE in cases else ()
     return [(str(centre), group) for centre, group in groups]
 
 
 def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
-    """Why a group is too small for a figure, or nothing.
+    """The reason why a group is too small for a metric; empty where it is large enough.
 
     Args:
-        counts: ``patients``, ``events``, ...; one that is not there is not asked for.
+        counts: ``patients``, ``events``, ...; one that is missing is not checked.
         least: such as :data:`SMALL_GROUP`.
 
     Example:
@@ -262,7 +257,7 @@ def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
     return f"too few: {', '.join(few)}" if few else ""
 
 
-def _figure(
+def _metric(
     cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int] | None, samples: int
 ) -> dict[str, Any]:
     if name == "surface_distance_mm" and {"surface_distance_mm", *_VOLUMES} <= set(cases):
@@ -286,15 +281,15 @@ def _figure(
     if few := too_few(head, least):
         return {"value": None, "reason": few, **head}
     low, high = bootstrap_interval(measure.statistic, known, samples, seed)
-    figure: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
+    metric: dict[str, Any] = {"value": value, "low": low, "high": high, **head}
     if name == "balanced_accuracy":
         thresholds = known["hpv_threshold"] if "hpv_threshold" in known else pd.Series([HALF])
-        figure |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}
-    return figure
+        metric |= {"confusion": confusion(known), "thresholds": sorted({float(value) for value in thresholds})}
+    return metric
 
 
 def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
-    """What besides patients is counted beside a figure."""
+    """Counts reported with a metric, besides patients."""
     if name == "c_index":
         return {"events": int(known["event"].sum()) if "event" in known else 0}
     if "hpv" in known:
@@ -309,7 +304,7 @@ def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
 
 
 def _empty_masks(name: str, cases: pd.DataFrame) -> dict[str, int]:
-    """Cases without any tumour, true or predicted, beside figures that such cases have no or the best value of."""
+    """Number of cases with both masks empty, for metrics in which these are undefined or perfect."""
     if name not in ("dice", "surface_distance_mm") or not set(_VOLUMES) <= set(cases):
         return {}
     count = int(without_surfaces(cases).sum())
@@ -317,7 +312,7 @@ def _empty_masks(name: str, cases: pd.DataFrame) -> dict[str, int]:
 
 
 def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Table of :func:`summarise` to read."""
+    """Text table of :func:`summarise`."""
     lines = []
     for name, row in summary.items():
         title, digits = MEASURES[name].title, MEASURES[name].digits

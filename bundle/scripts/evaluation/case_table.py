@@ -1,6 +1,6 @@
-"""Evaluation of a split: one row a case, the paper's metrics and others with bootstrap intervals, written as files.
+"""Evaluation of a split, written as files: a table with one row for each case, metrics with intervals, plots.
 
-Every figure comes with the number of patients behind it, and a figure that cannot be had says why.
+Every metric is reported with the number of patients, or with the reason why it is undefined.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above
-from scripts.evaluation.case_metrics import (
-    SMALL_GROUP,
-    centre_groups,
-    confusion,
-    format_summary,
-    roc_curve,
-)
+from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, confusion, format_summary, roc_curve
 from scripts.evaluation.judge import judge
 from scripts.evaluation.survival import Outcomes
 from scripts.evaluation.survival_metrics import ensemble_survival
@@ -54,22 +48,19 @@ NO_CUT_POINTS = (
 class CaseTable:
     """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
 
-    Figures are of all cases and of each centre, of small ones (:data:`SMALL_GROUP`) with the reason only.
-
-    Where the network tells its deep features they go to ``features.npz`` (see :func:`read_features`), from which
-    an ensemble learns what its training cases look like.
+    Metrics are of all cases and of each centre; for centres below :data:`SMALL_GROUP` only the reason is given. Deep
+    features, where the network returns them, are written to ``features.npz`` (:func:`read_features`); an ensemble
+    takes the distribution of its training cases from there.
 
     Args:
-        output_dir: folder for the files; the plots go to ``figures/`` in it.
-        dataset_dir: stated in ``metrics.json``: no figure without its data.
-        checkpoint: stated in ``metrics.json``.
+        output_dir: folder of the files; the plots are in ``figures/`` in it.
+        dataset_dir: written to ``metrics.json``.
+        checkpoint: written to ``metrics.json``.
         seed: of the bootstrap.
-        training_cases: cases (:mod:`scripts.cohorts.cohort`) whose follow-up weights the survival figures of
-            :func:`.survival_metrics`: those that the network was trained on, or those judged
-            where it was trained elsewhere; None leaves these figures out.
-        ensemble: the network, where the cohort is one that it has not learnt from: HPV is then called at the threshold
-            that it carries, and its calibration gives absolute risk, which is judged too.
-        part: of the split that is judged, as ``evaluate_on`` names it; stated with what was fitted to its cases.
+        training_cases: cases (:mod:`scripts.cohorts.cohort`) whose follow-up weights the survival metrics: those the
+            network was trained on, or those evaluated if it was trained elsewhere; None leaves survival metrics out.
+        ensemble: the network, for a cohort it was not trained on: its HPV threshold and calibration are then used.
+        part: evaluated part of the split (``evaluate_on``); reported with what was fitted to its cases.
     """
 
     def __init__(
@@ -117,11 +108,9 @@ class CaseTable:
         kept = getattr(getattr(engine, "network", None), "provenance", {}).get(KEEP_EPOCH)
         report = {**self.about, "selection": describe_selection(kept, self.part), **self._judge(cases)}
         report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
-        if keys.SEG_INSIDE in cases and cases[keys.SEG_INSIDE].notna().any():
-            report["tumour_inside_box"] = {
-                "mean": float(cases[keys.SEG_INSIDE].mean()),
-                "minimum": float(cases[keys.SEG_INSIDE].min()),
-            }
+        inside = cases.get(keys.SEG_INSIDE, pd.Series(dtype=float)).dropna()
+        if len(inside):
+            report["tumour_inside_box"] = {"mean": float(inside.mean()), "minimum": float(inside.min())}
         report["figures"] = self._draw(cases, report)
         write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
         logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
@@ -141,7 +130,7 @@ class CaseTable:
         return Outcomes(np.array(time, dtype=float), np.array(event, dtype=float))
 
     def _draw(self, cases: pd.DataFrame, report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """Write what can be drawn, and tell the file of each picture or why there is none."""
+        """Write the plots; the file of each, or the reason why there is none."""
         from scripts.evaluation.plots import save_plots, survival_figures  # matplotlib is slow to import
 
         no_groups = self._carried("calibration").get("reason", NO_CUT_POINTS)
@@ -150,20 +139,20 @@ class CaseTable:
         return save_plots(self.output_dir / "figures", drawn, self.about["dataset_dir"])
 
     def _carried(self, name: str) -> Mapping[str, Any]:
-        """What the ensemble carries under this name, or nothing."""
+        """Entry of the ensemble's provenance; empty without one."""
         return {} if self.ensemble is None else self.ensemble.provenance.get(name) or {}
 
 
 def describe_selection(keep_epoch: str | None, part: str) -> dict[str, Any]:
-    """What of a network was fitted to the cases that judge it, for ``metrics.json``.
+    """Whether weights or epoch were selected on the evaluated cases, for ``metrics.json``.
 
     Args:
-        keep_epoch: which epoch's weights were kept, ``best`` on the validation cases or ``last``; None: not recorded.
+        keep_epoch: epoch whose weights were kept, ``best`` on the validation cases or ``last``; None: not recorded.
         part: the cases: ``training``, ``validation``, ``test`` or ``all`` of another cohort.
 
     Returns:
-        ``keep_epoch``, ``judged`` (the part), ``fitted_to_these_cases`` (of ``weights`` and ``epoch``; None where it is
-        not known) and ``statement``, in words.
+        ``keep_epoch``, ``judged`` (the part), ``fitted_to_these_cases`` (of ``weights`` and ``epoch``; None if unknown)
+        and ``statement``, in words.
 
     Example:
         >>> describe_selection("best", "validation")["fitted_to_these_cases"]
@@ -172,15 +161,20 @@ def describe_selection(keep_epoch: str | None, part: str) -> dict[str, Any]:
     fitted: list[str] | None = []
     statement = "nothing was fitted to these cases"
     if part == "training":
-        fitted, statement = ["weights"], "the network was trained on these cases: the figures say how well it fits them"
+        fitted, statement = (
+            ["weights"],
+            "the network was trained on these cases: the metrics show how well it fits them",
+        )
     elif part == "all":
         statement = "nothing was fitted to these cases, unless the network was made on some of them"
     elif part != "test" and keep_epoch == BEST:
         fitted = ["epoch"]
-        statement = "the epoch is the one that was best on these cases: the figures are too good (keep_epoch: best)"
+        statement = "the epoch was selected on these cases: the metrics are too optimistic (keep_epoch: best)"
     elif part != "test" and keep_epoch != LAST:
         fitted = None
-        statement = "whether the epoch was chosen on these cases is not recorded; if so, the figures are too good"
+        statement = (
+            "whether the epoch was selected on these cases is not recorded; if so, the metrics are too optimistic"
+        )
     return {"keep_epoch": keep_epoch, "judged": part, "fitted_to_these_cases": fitted, "statement": statement}
 
 
@@ -191,10 +185,10 @@ def write_features(folder: Path, patients: Sequence[str], features: np.ndarray) 
 
 
 def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
-    """Patients (N) and their deep features (N, K, F) that an evaluation left in ``folder``.
+    """Patients (N) and their deep features (N, K, F) from the evaluation in ``folder``.
 
     Raises:
-        FileNotFoundError: where there are none; the message says how to get them.
+        FileNotFoundError: there are none; the message says how to compute them.
     """
     path = Path(folder) / FEATURES_FILE
     if not path.is_file():
@@ -204,11 +198,11 @@ def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
 
 
 def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Drawn]:
-    """ROC curve of HPV status and Dice of each case, as :func:`scripts.evaluation.plots.save_plots` takes them.
+    """ROC curve of HPV status and Dice of each case, for :func:`scripts.evaluation.plots.save_plots`.
 
     Args:
-        cases: as :func:`.summarise` takes it.
-        summary: what it gave.
+        cases: table of cases.
+        summary: of :func:`.summarise`.
     """
     from scripts.evaluation.plots import dice_figure, roc_figure  # matplotlib is slow to import
 
@@ -225,12 +219,7 @@ def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) 
 
 
 def roc_data(cases: pd.DataFrame, auc: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`.roc_figure` takes: the curve, its area and the point at the threshold in use.
-
-    Args:
-        cases: columns as :func:`balanced_accuracy`; rows without a known status are left out.
-        auc: figure of the area.
-    """
+    """Curve, area (``auc``) and point at the threshold in use, for :func:`.roc_figure`; unknown cases left out."""
     known = cases.dropna(subset=["hpv", "hpv_prob"])
     curve, counts = roc_curve(known), confusion(known)
     negative = counts["false_positive"] + counts["true_negative"]
@@ -254,10 +243,10 @@ def dice_groups(cases: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """One row a case of a collated ``batch`` and its prediction; NaN where a label is unknown.
+    """One row for each case of a collated ``batch`` and its prediction; NaN where a label is unknown.
 
-    Dice (8), surface distance and lesions are taken on the network's grid; the share of the true mask outside the
-    box (``1 - seg_inside``) is beside them, since they cannot see that part.
+    Dice (8), surface distance and lesions are computed on the network's grid, without the part of the true mask
+    outside the box; its share is ``1 - seg_inside``.
     """
     columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
     if keys.LOG_HAZARD in pred:
@@ -309,7 +298,7 @@ def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm
         spacing_mm: edge lengths of a voxel.
 
     Returns:
-        mm; NaN where both masks are empty and there is nothing to measure, infinite where one is.
+        mm; NaN if both masks are empty, infinite if one is.
     """
     filled = bool(predicted.any()), bool(truth.any())
     if not all(filled):
@@ -328,11 +317,11 @@ def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm
 
 
 def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
-    """Lesions, which are connected components (26 neighbours), of a predicted mask and a true one.
+    """Numbers of lesions, which are connected components (26 neighbours), of a predicted mask and a true one.
 
-    A true lesion is found where the prediction covers at least 30 % of it; a predicted one is false where it touches
-    no true one. Among all lesions a primary tumour and a node that touch are one; counted apart they are two. The
-    network does not say which of its lesions are nodes, so that nodes can be missed but not be false.
+    A true lesion is found if the prediction covers at least 30 % of it; a predicted one is false if it overlaps no
+    true one. A primary tumour and a node that touch are one of the ``lesions``. The network does not distinguish
+    nodes, so there are no false nodes.
 
     Args:
         predicted: (X, Y, Z) bool.
@@ -352,7 +341,7 @@ def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
 
 
 def found_of(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
-    """How many connected components ``truth`` (X, Y, Z) bool has, and how many ``predicted`` covers by 30 %."""
+    """Number of connected components of ``truth`` (X, Y, Z) bool, and of those that ``predicted`` covers by 30 %."""
     labels, count = cc3d.connected_components(truth, connectivity=26, return_N=True)
     size = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     covered = np.bincount(labels[predicted].ravel(), minlength=count + 1)[1:]

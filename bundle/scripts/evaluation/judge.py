@@ -1,4 +1,4 @@
-"""All metrics of a table of cases: of a fold, all folds, a centre or another cohort."""
+"""All metrics of a table of cases: a fold, all folds, a centre or another cohort."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def judge(
     Args:
         cases: columns of ``cases.csv``; its log hazards are of one network or on one scale.
         train: patients whose follow-up weights the survival metrics; None leaves these out.
-        absolute_risk: function of the cases with known survival that gives the arguments of
-            :func:`.survival_metrics` for them: ``log_hazard``, and ``calibration`` or ``survival`` and ``cuts``.
-        least: counts below which no metric is given, such as :data:`.SMALL_GROUP`.
+        absolute_risk: function of the cases with known survival that returns arguments of :func:`.survival_metrics`:
+            ``log_hazard``, and ``calibration`` or ``survival`` and ``cuts``.
+        least: counts below which no metric is reported, such as :data:`.SMALL_GROUP`.
         seed: of the bootstrap.
-        samples: its draws.
+        samples: number of bootstrap draws.
 
     Returns:
         ``cases`` (their number), ``metrics`` by :func:`.summarise` and, with ``train``, ``survival`` by
@@ -42,22 +42,19 @@ def judge(
     if train is None:
         return report
     known = cases.dropna(subset=[keys.TIME])
-    if reason := _why_no_survival(known, train, least):
+    if "log_hazard" not in known:
+        reason = "survival is not a task of this model"
+    elif not len(known) or not train.patients:
+        reason = "no case with known survival"
+    else:
+        reason = too_few({"patients": len(known), "events": int(known[keys.EVENT].sum())}, least)
+    if reason:
         return report | {"survival": {"reason": reason}}
-    figures = survival_metrics(train, outcomes_of(known), **absolute_risk(known), seed=seed, samples=samples)
-    return report | {"survival": figures}
+    survival = survival_metrics(train, outcomes_of(known), **absolute_risk(known), seed=seed, samples=samples)
+    return report | {"survival": survival}
 
 
 def outcomes_of(cases: pd.DataFrame) -> Outcomes:
     """Outcomes of the cases whose survival is known."""
     known = cases.dropna(subset=[keys.TIME])
     return Outcomes(known[keys.TIME].to_numpy(), known[keys.EVENT].to_numpy())
-
-
-def _why_no_survival(known: pd.DataFrame, train: Outcomes, least: Mapping[str, int] | None) -> str:
-    """Why there are no survival metrics of these cases; empty where there are."""
-    if "log_hazard" not in known:
-        return "survival is not a task of this model"
-    if not len(known) or not train.patients:
-        return "no case with known survival"
-    return too_few({"patients": len(known), "events": int(known[keys.EVENT].sum())}, least)

@@ -1,7 +1,7 @@
-"""Statistical plots: Kaplan-Meier curves, calibration, ROC, Dice, training curves, intervals side by side.
+"""Statistical plots: Kaplan-Meier curves, calibration, ROC, Dice, training curves, forest plots.
 
-Each takes the plain data that stand in ``metrics.json`` or ``history.json`` and gives a figure of its own canvas;
-:func:`save_plots` writes the pictures with the data they show. What cannot be drawn is said inside the picture.
+Each function takes data of ``metrics.json`` or ``history.json`` and returns a matplotlib figure; :func:`save_plots`
+writes figures with their data. If nothing can be drawn, the figure contains the reason.
 """
 
 from __future__ import annotations
@@ -19,27 +19,22 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from scripts.cohorts.files import write_text, written_whole
+from scripts.evaluation.survival import DAYS_PER_YEAR
 
 COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#999933", "#555555")  # Okabe and Ito
 GREY = "#8a8a8a"
 GROUP_COLOURS = {"low": COLOURS[0], "intermediate": COLOURS[1], "high": COLOURS[2]}  # of the risk
-DAYS_PER_YEAR = 365.25
 DPI = 110
+CHANCE = 0.5  # C-index of a random order
 Drawn = tuple[Figure | None, Any]  # a picture and the plain data that it shows, or None and the reason
 
-LEAST_AT_RISK = 10  # curves of fewer patients are steps of single patients: not shown
+LEAST_AT_RISK = 10  # with fewer patients each step of a curve is a single patient: not shown
 LOSSES = {"loss": "loss", "seg": "segmentation loss", "hpv": "HPV loss", "surv": "survival loss"}
 VALIDATION = {"val_c_index": "C-index", "val_dice": "Dice", "val_balanced_accuracy": "HPV balanced accuracy"}
 
 
 def save_plot(path: str | Path, figure: Figure, data: Any = None) -> None:
-    """Write ``figure`` as a PNG, and beside it ``data`` as JSON under the same name.
-
-    Args:
-        path: of the PNG.
-        figure: to write.
-        data: what it shows, as plain Python without NaN; None for no second file.
-    """
+    """Write ``figure`` as a PNG to ``path``, and its ``data`` (without NaN), if given, as JSON beside it."""
     path = Path(path)
     as_written(figure)
     with written_whole(path) as partial:
@@ -49,21 +44,21 @@ def save_plot(path: str | Path, figure: Figure, data: Any = None) -> None:
 
 
 def as_written(figure: Figure) -> None:
-    """Let a figure show its texts as they are: what a patient or a centre is called is no formula between ``$``."""
+    """Show all texts of a figure literally: names of patients and centres may contain ``$``, which starts a formula."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
 
 
 def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str, dict[str, str]]:
-    """Write the pictures of an evaluation, each with the data it shows; those of an earlier one do not stay.
+    """Write the figures of an evaluation, each with its data, and remove those of an earlier one.
 
     Args:
         folder: for ``<name>.png`` and ``<name>.json``.
         drawn: by name.
-        data: what the pictures are of, in words.
+        data: name of the data, written to the JSON files.
 
     Returns:
-        by name ``{"file": where it is, from the folder above}``, or ``{"reason": why there is none}``.
+        by name ``{"file": path from the parent folder}``, or ``{"reason": why there is none}``.
     """
     entries = {}
     for name, (figure, content) in drawn.items():
@@ -80,8 +75,8 @@ def survival_figures(survival: Mapping[str, Any], no_groups: str) -> dict[str, D
     """Kaplan-Meier curves of the risk groups, and calibration at two years.
 
     Args:
-        survival: as :func:`.survival_metrics` gives it, or ``{"reason": why there is none}``.
-        no_groups: why there are no risk groups, where it has none.
+        survival: of :func:`.survival_metrics`, or ``{"reason": why there is none}``.
+        no_groups: reason for missing risk groups.
 
     Returns:
         ``kaplan_meier_median``, ``kaplan_meier_tertiles``, ``calibration_2y``.
@@ -105,8 +100,8 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
     """Recurrence-free survival of risk groups with 95 % intervals, censored patients and numbers at risk.
 
     Args:
-        groups: one entry of ``risk_groups`` of :func:`scripts.evaluation.survival_metrics.survival_metrics`.
-        title: above the picture.
+        groups: one entry of ``risk_groups`` of :func:`.survival_metrics`.
+        title: of the figure.
     """
     curves = groups["curves"]
     figure = _figure(6.4, 4.2 + 0.22 * len(curves))
@@ -120,15 +115,10 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
         if curve["days"]:
             censored = np.array(curve["censored_days"])
             rows = np.searchsorted(curve["days"], censored, side="right") - 1
-            panel.plot(
-                censored / DAYS_PER_YEAR,
-                np.array(curve["survival"])[rows],
-                linestyle="none",
-                marker="|",
-                color=colour,
-                markersize=5,
-            )
-    end = _last_year(groups)
+            heights = np.array(curve["survival"])[rows]
+            panel.plot(censored / DAYS_PER_YEAR, heights, linestyle="none", marker="|", color=colour, markersize=5)
+    followed = np.sum([curve["at_risk"] for curve in curves], axis=0)
+    end = float(max([1.0, *np.array(groups["at_risk_days"])[followed >= LEAST_AT_RISK] / DAYS_PER_YEAR]))
     panel.set(xlim=(0, end * 1.02), ylim=(0, 1.03), ylabel="recurrence-free survival")
     panel.set_title(title, loc="left")
     panel.set_title(_log_rank_text(groups["log_rank"]), loc="right", fontsize=9)
@@ -136,13 +126,6 @@ def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
     panel.legend(title="predicted risk", loc="lower left", framealpha=0.75, edgecolor="none", fontsize=9)
     _at_risk_table(table, groups, end)
     return figure
-
-
-def _last_year(groups: Mapping[str, Any]) -> float:
-    """The last whole year at which enough patients are followed, at least 1."""
-    followed = np.sum([curve["at_risk"] for curve in groups["curves"]], axis=0)
-    years = np.array(groups["at_risk_days"])[followed >= LEAST_AT_RISK] / DAYS_PER_YEAR
-    return float(max([1.0, *years]))
 
 
 def _at_risk_table(panel: Axes, groups: Mapping[str, Any], end: float) -> None:
@@ -153,15 +136,9 @@ def _at_risk_table(panel: Axes, groups: Mapping[str, Any], end: float) -> None:
     panel.text(0, -1.0, "at risk", fontsize=9, ha="left", va="center")
     for row, (colour, curve) in enumerate(zip(_group_colours(len(curves)), curves, strict=True)):
         for column in shown:
-            panel.text(
-                years[column],
-                row,
-                str(curve["at_risk"][column]),
-                color=colour,
-                fontsize=9,
-                ha="left" if years[column] == 0 else "center",
-                va="center",
-            )
+            side = "left" if years[column] == 0 else "center"
+            count = str(curve["at_risk"][column])
+            panel.text(years[column], row, count, color=colour, fontsize=9, ha=side, va="center")
     panel.set_axis_off()
 
 
@@ -172,13 +149,8 @@ def _log_rank_text(log_rank: Mapping[str, Any]) -> str:
     return "log-rank p < 0.001" if value < 0.001 else f"log-rank p = {value:.3f}"
 
 
-def calibration_figure(calibration: Mapping[str, Any], title: str = "") -> Figure:
-    """Observed (Kaplan-Meier) against predicted survival of risk groups at one horizon.
-
-    Args:
-        calibration: ``calibration_2y`` of :func:`scripts.evaluation.survival_metrics.survival_metrics`.
-        title: above the picture.
-    """
+def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
+    """Observed (Kaplan-Meier) against predicted survival of risk groups, from ``calibration_2y`` of the metrics."""
     figure = _figure(4.6, 4.4)
     panel = figure.subplots()
     years = calibration["days"] / DAYS_PER_YEAR
@@ -187,38 +159,25 @@ def calibration_figure(calibration: Mapping[str, Any], title: str = "") -> Figur
     for colour, group in zip(_group_colours(len(drawn)), drawn, strict=True):
         value = group["value"]
         low, high = (value if group[name] is None else group[name] for name in ("low", "high"))
-        panel.errorbar(
-            group["predicted"],
-            value,
-            yerr=[[value - low], [high - value]],
-            marker="o",
-            capsize=3,
-            color=colour,
-            linestyle="none",
-            label=f"{group['group']} risk ({group['patients']})",
-        )
+        errors = [[value - low], [high - value]]
+        style: dict[str, Any] = {"marker": "o", "capsize": 3, "color": colour, "linestyle": "none"}
+        label = f"{group['group']} risk ({group['patients']})"
+        panel.errorbar(group["predicted"], value, yerr=errors, label=label, **style)
     notes = [_named("observed - predicted", calibration["difference"], 3), _named("slope", calibration["slope"], 2)]
     panel.text(0.03, 0.97, "\n".join(notes), transform=panel.transAxes, va="top", fontsize=9, wrap=True)
-    panel.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        xlabel=f"predicted survival at {years:g} years",
-        ylabel="observed survival (Kaplan-Meier, 95 %)",
-        title=title,
-        aspect="equal",
-    )
+    panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    panel.set(xlabel=f"predicted survival at {years:g} years", ylabel="observed survival (Kaplan-Meier, 95 %)")
     panel.legend(loc="lower right", frameon=False, fontsize=9)
     return figure
 
 
 def roc_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
-    """ROC curves; the first is drawn strongly, the others (folds) thinly.
+    """ROC curves; the first with a thick line, the others (folds) with thin ones.
 
     Args:
-        curves: name to ``false_positive_rate`` and ``true_positive_rate`` (lists) and ``auc``, such as a figure of
-            :func:`.summarise`. Optionally ``point``: the false and the true positive rate at the
-            threshold in use.
-        title: above the picture.
+        curves: name to ``false_positive_rate`` and ``true_positive_rate`` (lists), ``auc`` (a metric of
+            :func:`.summarise`) and optionally ``point``, the two rates at the threshold in use.
+        title: of the figure.
     """
     figure = _figure(4.6, 4.4)
     panel = figure.subplots()
@@ -233,31 +192,24 @@ def roc_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figu
             panel.plot(*curve["point"], marker="o", color=colour, markersize=6, linestyle="none")
     if not curves:
         _say(panel, "no ROC curve: no patients of both classes")
-    panel.set(
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-        xlabel="1 - specificity",
-        ylabel="sensitivity",
-        title=title,
-        aspect="equal",
-    )
+    panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    panel.set(xlabel="1 - specificity", ylabel="sensitivity", title=title)
     if curves:
         panel.legend(loc="lower right", frameon=False, fontsize=8)
     return figure
 
 
-def dice_figure(groups: Mapping[str, Sequence[float]], title: str = "", seed: int = 0) -> Figure:
-    """Dice of every case, a column a group, with median and quartiles.
+def dice_figure(groups: Mapping[str, Sequence[float]], title: str = "") -> Figure:
+    """Dice of every case, one column for each group that has cases, with median and quartiles.
 
     Args:
-        groups: name to the values of its cases; a group without any is left out.
-        title: above the picture.
-        seed: of the sideways scatter.
+        groups: name to the values of its cases.
+        title: of the figure.
     """
     filled = {name: np.asarray(values, dtype=float) for name, values in groups.items() if len(values)}
     figure = _figure(max(4.0, 1.1 + 0.75 * len(filled)), 3.8)
     panel = figure.subplots()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # of the horizontal scatter
     for place, values in enumerate(filled.values()):
         panel.scatter(place + rng.uniform(-0.22, 0.22, len(values)), values, s=9, alpha=0.5, color=COLOURS[0])
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
@@ -272,18 +224,17 @@ def dice_figure(groups: Mapping[str, Sequence[float]], title: str = "", seed: in
     return figure
 
 
-def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "", chance: float | None = 0.5) -> Figure:
-    """Values with their intervals, one below the other; the reason in words where there is no value.
+def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Forest plot: one row for each value with its interval, or the reason for a missing value.
 
     Args:
         rows: ``{"name", "value", "low", "high", "patients", ...}`` or with ``value`` None and ``reason``.
-        title: above the picture.
-        chance: where a dashed line goes; None for none.
+        title: of the figure.
     """
     figure = _figure(6.6, 1.1 + 0.32 * max(1, len(rows)))
     panel = figure.subplots()
     values = [row[name] for row in rows for name in ("value", "low", "high") if row.get(name) is not None]
-    lowest, highest = min([*values, *([] if chance is None else [chance])], default=0.0), max(values, default=1.0)
+    lowest, highest = min([*values, CHANCE]), max(values, default=1.0)
     margin = 0.06 * max(highest - lowest, 0.1)
     for place, row in enumerate(rows):
         counts = ", ".join(f"{row[name]} {name}" for name in ("patients", "events") if name in row)
@@ -294,8 +245,7 @@ def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "", chance: fl
         panel.plot([low, high], [place, place], color=COLOURS[0], linewidth=1.6)
         panel.plot(row["value"], place, marker="s", color=COLOURS[0], markersize=5)
         _beside(panel, place, f"{row['value']:.3f}  ({counts})", "black")
-    if chance is not None:
-        panel.axvline(chance, color=GREY, linestyle="--", linewidth=1)
+    panel.axvline(CHANCE, color=GREY, linestyle="--", linewidth=1)
     panel.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=9)
     panel.set(xlim=(lowest - margin, highest + margin), ylim=(len(rows) - 0.4, -0.6), title=title)
     return figure
@@ -303,24 +253,16 @@ def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "", chance: fl
 
 def _beside(panel: Axes, place: int, text: str, colour: str) -> None:
     """Text to the right of the axes, in the row ``place``."""
-    panel.annotate(
-        text,
-        (1.02, place),
-        xycoords=("axes fraction", "data"),
-        annotation_clip=False,
-        va="center",
-        fontsize=8,
-        color=colour,
-    )
+    style: dict[str, Any] = {"va": "center", "fontsize": 8, "color": colour, "annotation_clip": False}
+    panel.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), **style)
 
 
 def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8.0) -> None:
-    """Recurrence-free survival as predicted for one patient: the curve, the spread of the folds, the given years.
+    """Predicted recurrence-free survival of one patient: the curve, the range of the folds, the reported years.
 
     Args:
-        panel: to draw into.
-        survival: the entry ``survival`` of a prediction (see :mod:`scripts.prediction.description`), with its
-        ``curve``.
+        panel: axes to draw into.
+        survival: the entry ``survival`` of a prediction, with its ``curve``.
         size: of the text, in points.
     """
     curve = survival["curve"]
@@ -342,13 +284,8 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
     panel.grid(alpha=0.25)
 
 
-def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> Figure:
-    """Training losses and validation metrics by epoch, a line a fold.
-
-    Args:
-        histories: name of the fold to its ``history.json``.
-        title: above the picture.
-    """
+def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Training losses and validation metrics by epoch, one line for each fold (name to its ``history.json``)."""
     named = {**LOSSES, **VALIDATION}
     rows = [row for history in histories.values() for row in history]
     shown = {key: name for key, name in named.items() if any(row.get(key) is not None for row in rows)}
@@ -371,7 +308,6 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title:
         panels[0].legend(frameon=False, fontsize=8)
     else:
         _say(panels[0], "no epoch is complete")
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -382,7 +318,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _group_colours(groups: int) -> tuple[str, ...]:
-    """From calm to warm, as many as there are risk groups."""
+    """A colour for each risk group, from blue to red."""
     return (COLOURS[0], COLOURS[2]) if groups == 2 else COLOURS[:groups]
 
 

@@ -1,11 +1,8 @@
 """Absolute risk from a log hazard: calibration, survival, risk groups.
 
-A network's log hazard only ranks patients. :func:`fit_calibration` turns it into recurrence-free survival with a Cox
-slope and a Breslow baseline, both fitted to pooled out-of-fold log hazards, each put on a common scale by the
-statistics of its own fold. How well rank and probability do on other patients:
-:mod:`scripts.evaluation.survival_metrics`.
-
-Throughout, ``time`` is in days, ``event`` True = relapse, and a higher log hazard means an earlier relapse.
+A network's log hazard only ranks patients. :func:`fit_calibration` converts it to recurrence-free survival with a Cox
+slope and a Breslow baseline, fitted to out-of-fold log hazards on a common scale. ``time`` is in days, ``event`` True =
+relapse, and a higher log hazard means an earlier relapse. Metrics: :mod:`scripts.evaluation.survival_metrics`.
 """
 
 from __future__ import annotations
@@ -20,24 +17,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-__all__ = [
-    "DAYS_PER_YEAR",
-    "HORIZON_YEARS",
-    "Calibration",
-    "CalibrationError",
-    "FoldScale",
-    "HorizonError",
-    "Outcomes",
-    "SurvivalInterval",
-    "cox_slope",
-    "cut_points",
-    "fit_calibration",
-    "group_names",
-    "normalise_out_of_fold",
-    "risk_groups",
-    "scored",
-]
-
 DAYS_PER_YEAR = 365.25
 HORIZON_YEARS = (1.0, 2.0, 3.0, 5.0)
 MIN_EVENTS = 10  # ten events a fitted coefficient (Peduzzi et al. 1995)
@@ -50,14 +29,14 @@ SurvivalFunction = Callable[[np.ndarray], np.ndarray]  # days (D,) -> survival (
 
 
 class CalibrationError(ValueError):
-    """Absolute risk cannot be had from these patients, or a stored calibration cannot be read."""
+    """Absolute risk cannot be estimated from these patients, or a stored calibration cannot be read."""
 
 
 class HorizonError(ValueError):
     """Survival was asked for beyond the training follow-up.
 
     Attributes:
-        last_day: the last day that can be asked for.
+        last_day: the last day with an estimate.
     """
 
     def __init__(self, days: float, last_day: float) -> None:
@@ -70,14 +49,14 @@ class HorizonError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What became of some patients.
+    """Follow-up of some patients.
 
     Args:
         time: (N,) days to the relapse or to the last visit, not negative.
         event: (N,) bool or 0/1, True = relapse.
 
     Raises:
-        ValueError: for lengths that differ, a time that is negative, NaN or infinite, an event that is not 0/1.
+        ValueError: lengths that differ, a time that is negative, NaN or infinite, an event that is not 0/1.
     """
 
     time: np.ndarray
@@ -96,33 +75,30 @@ class Outcomes:
 
     @property
     def patients(self) -> int:
-        """How many there are."""
+        """Number of patients."""
         return len(self.time)
 
     @property
     def events(self) -> int:
-        """How many of them relapsed."""
+        """Number of relapses."""
         return int(self.event.sum())
 
     @property
     def last_day(self) -> float:
-        """The longest time; 0 where there is no patient."""
+        """The longest time; 0 without patients."""
         return float(self.time.max(initial=0.0))
 
     def __getitem__(self, rows: np.ndarray) -> Outcomes:
         return Outcomes(self.time[rows], self.event[rows])
 
 
-# --- absolute risk ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FoldScale:
-    """Where the log hazards of one fold's network lie: networks trained apart have no common zero or unit.
+    """Location and scale of one network's log hazards: networks trained separately have no common zero or unit.
 
     Attributes:
-        centre: what is subtracted.
-        scale: what is divided by, above 0.
+        centre: subtracted from the log hazard.
+        scale: by which it is then divided; above 0.
     """
 
     centre: float = 0.0
@@ -144,7 +120,7 @@ class FoldScale:
         """
         values = _vector("log_hazard", log_hazard)
         if not len(values):
-            raise CalibrationError("no log hazards to take a fold's centre and scale from")
+            raise CalibrationError("a fold has no log hazards: its centre and scale are undefined")
         if np.ptp(values) == 0:
             raise CalibrationError(f"the fold gives all {len(values)} patients the same log hazard")
         return cls(float(values.mean()), float(values.std()))
@@ -156,20 +132,18 @@ def normalise_out_of_fold(log_hazard: ArrayLike, folds: ArrayLike, scales: Seque
     .. math:: z_i = (h_i - c_{k(i)}) / s_{k(i)}
 
     Args:
-        log_hazard: (N,) each from the network that did not see the patient.
+        log_hazard: (N,) each from the network that was not trained on the patient.
         folds: (N,) number k of that network, in the order of ``scales``.
-        scales: of each network, from the patients it was trained on (:meth:`FoldScale.of`): those held out would tell
-            it about the patients it is tested on.
+        scales: of each network, from the patients it was trained on (:meth:`FoldScale.of`), not from those it is
+            tested on.
 
     Returns:
         (N,) float64.
 
     Raises:
-        ValueError: for a fold without a scale, or lengths that differ.
+        ValueError: a fold without a scale, or lengths that differ.
 
     Example:
-        What is an affine function of the same risk in each fold becomes the same:
-
         >>> scales = [FoldScale(10.0, 2.0), FoldScale(-1.0, 0.5)]
         >>> normalise_out_of_fold([12.0, -0.5], [0, 1], scales)
         array([1., 1.])
@@ -186,10 +160,10 @@ def normalise_out_of_fold(log_hazard: ArrayLike, folds: ArrayLike, scales: Seque
 
 @dataclass(frozen=True, eq=False)
 class SurvivalInterval:
-    """Recurrence-free survival by an ensemble, and how far its members differ.
+    """Recurrence-free survival by an ensemble, and its range over the folds.
 
-    ``low`` and ``high`` are the least and the greatest among the folds: a spread of models. They are no confidence
-    interval, they do not hold the truth with any stated probability, and with one fold they equal the estimate.
+    ``low`` and ``high`` are the smallest and the largest value of any fold. This is not a confidence interval; with one
+    fold both equal the estimate.
 
     Attributes:
         days: (D,) horizons.
@@ -212,7 +186,7 @@ class Calibration:
 
     .. math:: S(t | z) = \exp(-H_0(t) \exp(\beta z))
 
-    Made by :func:`fit_calibration`; plain Python, so that it can be stored with the weights.
+    Made by :func:`fit_calibration`; stored with the weights.
 
     Attributes:
         slope: beta, not negative.
@@ -220,11 +194,11 @@ class Calibration:
         slope_error: its standard error.
         fold_centres: (K,) subtracted from the log hazard of each member of the ensemble.
         fold_scales: (K,) by which it is then divided.
-        baseline_days: (T,) rising days with a relapse.
+        baseline_days: (T,) increasing days with a relapse.
         baseline_hazard: (T,) H_0 from that day on.
         baseline_at_risk: (T,) patients still followed on that day.
-        last_day: longest follow-up; nothing is said beyond it.
-        quantiles: rising normalised log hazards of the training patients (all, or evenly spaced quantiles of them).
+        last_day: longest follow-up; there is no estimate beyond it.
+        quantiles: sorted normalised log hazards of the training patients (all, or evenly spaced quantiles of them).
         cut_points: name to the normalised log hazards at which risk groups are cut.
         patients: that it was fitted to.
         events: relapses among them.
@@ -248,7 +222,7 @@ class Calibration:
     events: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, numbers and strings, as ``torch.load(weights_only=True)`` and JSON take them."""
+        """Lists, numbers and strings only, for ``torch.load(weights_only=True)`` and JSON."""
         return asdict(self)
 
     @classmethod
@@ -256,12 +230,12 @@ class Calibration:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            CalibrationError: for names that are missing or unknown, and lists that do not belong together.
+            CalibrationError: names that are missing or unknown, or lists of different lengths.
         """
         names = {item.name for item in fields(cls)}
         if set(stored) != names:
-            wrong = [f"without {sorted(names - set(stored))}"] if names - set(stored) else []
-            wrong += [f"with unknown {sorted(set(stored) - names)}"] if set(stored) - names else []
+            differences = (("without", names - set(stored)), ("with unknown", set(stored) - names))
+            wrong = [f"{how} {sorted(which)}" for how, which in differences if which]
             raise CalibrationError(f"stored calibration {' and '.join(wrong)}: was it written by another version?")
         calibration = cls(**stored)
         if len(calibration.fold_centres) != len(calibration.fold_scales):
@@ -275,7 +249,7 @@ class Calibration:
 
     @property
     def doubt(self) -> str:
-        """Why the absolute risk may not depend on the patient, to be shown beside it; empty where it does."""
+        """A warning to show beside the absolute risk where it may not depend on the patient; else empty."""
         low, high = (self.fitted_slope + sign * NORMAL_95 * self.slope_error for sign in (-1, 1))
         if low > 0:
             return ""
@@ -300,7 +274,7 @@ class Calibration:
         return (values - np.asarray(self.fold_centres)) / np.asarray(self.fold_scales)
 
     def survival(self, log_hazard: ArrayLike, days: ArrayLike) -> np.ndarray:
-        """Probability to be without a relapse at ``days``.
+        """Probability of no relapse until ``days``.
 
         Args:
             log_hazard: any shape S, normalised (:meth:`normalise`).
@@ -310,8 +284,8 @@ class Calibration:
             Of shape S + D.
 
         Raises:
-            HorizonError: for a day beyond the training follow-up; nothing is extrapolated.
-            ValueError: for a negative day, or a number that is not finite.
+            HorizonError: a day beyond the training follow-up; nothing is extrapolated.
+            ValueError: a negative day, or a number that is not finite.
         """
         days, risk = np.asarray(days, dtype=float), np.asarray(log_hazard, dtype=float)
         if not np.isfinite(days).all() or (days < 0).any():
@@ -326,36 +300,27 @@ class Calibration:
             return np.exp(-np.exp(np.add.outer(self.slope * risk, np.log(hazard))))
 
     def survival_interval(self, fold_log_hazards: ArrayLike, days: ArrayLike) -> SurvivalInterval:
-        """Survival by the whole ensemble, with the range over its members (no confidence interval).
+        """Survival by the whole ensemble, with the range over its members.
+
+        The slope was fitted to single networks. The mean of several varies less between patients, so its survival is
+        slightly too close to the average.
 
         Args:
-            fold_log_hazards: (..., K) as the members give them, not normalised.
+            fold_log_hazards: (..., K) of the members, not normalised.
             days: (D,) from 0 to ``last_day``.
 
         Raises:
-            HorizonError: for a day beyond the training follow-up.
+            HorizonError: a day beyond the training follow-up.
             ValueError: as :meth:`normalise` and :meth:`survival`.
-
-        Note:
-            The slope was fitted to single networks. The mean of several varies less between patients, so its survival
-            is a little closer to the average than it would have to be.
         """
         risk = self.normalise(fold_log_hazards)
         mean = risk.mean(axis=-1)
         days = np.asarray(days, dtype=float)
-        return SurvivalInterval(
-            days=days,
-            survival=self.survival(mean, days),
-            low=self.survival(risk.max(axis=-1), days),
-            high=self.survival(risk.min(axis=-1), days),
-            log_hazard=mean,
-        )
+        survival, low, high = (self.survival(z, days) for z in (mean, risk.max(axis=-1), risk.min(axis=-1)))
+        return SurvivalInterval(days, survival, low, high, mean)
 
     def percentile(self, log_hazard: ArrayLike) -> np.ndarray:
-        """Share of the training patients with a lower normalised log hazard, in percent; equal ones count half.
-
-        Theirs are out-of-fold, each by one network; the mean of an ensemble varies a little less between patients.
-        """
+        """Share of the training patients with a lower (out-of-fold) log hazard, in percent; equal ones count half."""
         lower = np.searchsorted(self.quantiles, log_hazard, side="left")
         not_higher = np.searchsorted(self.quantiles, log_hazard, side="right")
         return 50.0 * (lower + not_higher) / len(self.quantiles)
@@ -370,27 +335,25 @@ def fit_calibration(
 ) -> Calibration:
     r"""Cox slope and Breslow baseline of pooled out-of-fold log hazards.
 
-    The slope is that of Cox's partial likelihood (Efron's for ties; lifelines) under the condition that it is not
-    negative: where the log hazard orders relapses the wrong way everybody gets the average curve. The baseline is
+    The slope maximises Cox's partial likelihood (lifelines; Efron's for ties) and is at least 0: where the log hazard
+    orders relapses the wrong way, every patient gets the average curve. The baseline is
 
     .. math:: H_0(t) = \sum_{t_i \le t} d_i / \sum_{j: t_j \ge t_i} \exp(\beta z_j)
 
     Args:
-        log_hazard: (N,) as :func:`normalise_out_of_fold` gives them.
+        log_hazard: (N,) of :func:`normalise_out_of_fold`.
         time: (N,) days.
         event: (N,) bool or 0/1.
-        scales: that they were normalised with, in the order of the ensemble's members.
-        min_events: least number of relapses.
-
-    Returns:
-        The calibration.
+        scales: used for normalising, in the order of the ensemble's members.
+        min_events: smallest number of relapses.
 
     Raises:
-        CalibrationError: for too few relapses, log hazards that are all the same or that separate the relapses
-            completely, so that no finite slope exists.
-        ValueError: for values that are no times or events.
+        CalibrationError: too few relapses, log hazards that are all the same or that separate the relapses completely,
+            so that no finite slope exists.
+        ValueError: values that are no times or events.
     """
-    risk, outcomes = scored(log_hazard, Outcomes(np.asarray(time), np.asarray(event)))
+    outcomes = Outcomes(np.asarray(time), np.asarray(event))
+    risk = checked_risk(log_hazard, outcomes)
     if outcomes.events < max(1, min_events):
         raise CalibrationError(
             f"{outcomes.events} relapses among {outcomes.patients} patients: absolute risk needs {max(1, min_events)}"
@@ -421,13 +384,13 @@ def fit_calibration(
 
 
 def cut_points(log_hazard: ArrayLike) -> dict[str, list[float]]:
-    """Where risk groups are cut: at the median, and at the tertiles, of these (training) log hazards."""
+    """Limits of the risk groups: the median, and the tertiles, of these (training) log hazards."""
     values = _vector("log_hazard", log_hazard)
     return {"median": [float(np.median(values))], "tertiles": np.quantile(values, [1 / 3, 2 / 3]).tolist()}
 
 
 def risk_groups(log_hazard: ArrayLike, cuts: Sequence[float]) -> np.ndarray:
-    """Number of the risk group, 0 the lowest; a log hazard on a cut belongs below it.
+    """Number of the risk group, 0 the lowest; a log hazard equal to a cut point belongs to the lower group.
 
     Example:
         >>> risk_groups([-2.0, 0.0, 0.1], cuts=[0.0])
@@ -437,7 +400,7 @@ def risk_groups(log_hazard: ArrayLike, cuts: Sequence[float]) -> np.ndarray:
 
 
 def group_names(groups: int) -> tuple[str, ...]:
-    """Names of so many risk groups, lowest risk first.
+    """Names of the risk groups, lowest risk first.
 
     Example:
         >>> group_names(3)
@@ -450,7 +413,7 @@ def cox_slope(covariate: np.ndarray, outcomes: Outcomes) -> tuple[float, float]:
     """Coefficient of a Cox model of one covariate and its standard error.
 
     Raises:
-        CalibrationError: where there is no finite one.
+        CalibrationError: no finite one exists.
     """
     from lifelines import CoxPHFitter
     from lifelines.exceptions import ConvergenceError, ConvergenceWarning
@@ -484,7 +447,7 @@ def _breslow(risk: np.ndarray, outcomes: Outcomes, slope: float) -> tuple[np.nda
 
 
 def _thinned(days: np.ndarray, hazard: np.ndarray) -> np.ndarray:
-    """Rows of the baseline to keep: evenly spaced in survival, and all that the horizons read."""
+    """Rows of the baseline to keep: evenly spaced in survival, and those of the horizons."""
     if len(days) <= BASELINE_POINTS:
         return np.arange(len(days))
     lost = -np.expm1(-hazard)
@@ -507,13 +470,13 @@ def _vector(name: str, values: ArrayLike) -> np.ndarray:
     return vector
 
 
-def scored(log_hazard: ArrayLike, outcomes: Outcomes) -> tuple[np.ndarray, Outcomes]:
-    """(N,) finite log hazards and the outcomes of the same number of patients.
+def checked_risk(log_hazard: ArrayLike, outcomes: Outcomes) -> np.ndarray:
+    """(N,) float64 log hazards.
 
     Raises:
-        ValueError: they are none.
+        ValueError: a log hazard that is not finite, or another number of patients than in ``outcomes``.
     """
     risk = _vector("log_hazard", log_hazard)
     if len(risk) != outcomes.patients:
         raise ValueError(f"{len(risk)} log hazards but {outcomes.patients} outcomes")
-    return risk, outcomes
+    return risk

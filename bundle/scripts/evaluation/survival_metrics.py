@@ -1,8 +1,6 @@
-"""Evidence for survival predictions: concordance, AUC, Brier score, calibration and risk groups, with intervals.
+"""Metrics of survival predictions: concordance, AUC, Brier score, calibration and risk groups, with intervals.
 
-:func:`survival_metrics` measures how well log hazards rank patients and how right absolute risk is
-(:mod:`scripts.evaluation.survival`). ``time`` is in days, ``event`` True = relapse, a higher log hazard means an
-earlier relapse.
+``time`` is in days, ``event`` True = relapse, a higher log hazard means an earlier relapse.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,24 +26,22 @@ from scripts.evaluation.survival import (
     HorizonError,
     Outcomes,
     SurvivalFunction,
+    checked_risk,
     cox_slope,
     group_names,
     risk_groups,
-    scored,
 )
 from scripts.training.concordance import comparable_pairs, concordance_index, resampled_concordance
 
 if TYPE_CHECKING:  # torch, torchsurv and lifelines are imported where they are used
     import torch
 
-__all__ = ["FigureUnavailableError", "ensemble_survival", "survival_metrics"]
-
 CALIBRATION_YEARS = 2.0
 BRIER_POINTS = 100
 
 
-class FigureUnavailableError(ValueError):
-    """A figure cannot be had from these patients; the message is the reason to print beside it."""
+class MetricUnavailableError(ValueError):
+    """A metric is undefined for these patients; the message is the reason to print instead of it."""
 
 
 def survival_metrics(
@@ -60,84 +57,92 @@ def survival_metrics(
     seed: int = 0,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> dict[str, Any]:
-    """All that is said about survival predictions, each figure with its interval and counts or why there is none.
+    """All metrics of survival predictions, each with its interval and counts, or the reason why it is undefined.
 
-    A figure is ``{"value", "low", "high", "patients", "events", "samples", ...}`` or ``{"value": None, "reason",
-    "patients", "events"}``. Intervals are 95 % percentiles over patients of ``test`` drawn with replacement (the same
-    draws as :func:`.bootstrap_interval` makes); the training patients, the model and its calibration
-    are held fixed. ``samples`` counts the draws in which the figure exists; without any, low and high are None. All is
-    plain Python.
+    A metric is ``{"value", "low", "high", "patients", "events", "samples", ...}`` or ``{"value": None, "reason",
+    "patients", "events"}``. Intervals are 95 % percentiles over patients of ``test`` drawn with replacement (the draws
+    of :func:`.bootstrap_interval`); the training patients, the model and its calibration stay fixed. ``samples`` counts
+    the draws in which the metric exists; without any, low and high are None.
 
     Args:
         train: patients the model was trained on: their censoring distribution weights the test patients, their
             Kaplan-Meier curve is the null model.
-        test: patients to judge on.
+        test: patients to evaluate on.
         log_hazard: (N,) of the test patients, normalised.
         calibration: gives survival and cut points where these are not given.
-        survival: function of days (D,) that gives (N, D).
+        survival: function of days (D,) that returns (N, D).
         cuts: name to cut points, found on training patients.
-        horizons_years: for the AUC.
-        tau: days up to which Uno's C and the Brier score look; None = the longest horizon within the follow-up of both
-            (where there is none, the last observed day within it).
+        horizons_years: of the AUC.
+        tau: days up to which Uno's C and the Brier score are computed; None = the longest horizon within the follow-up
+            of both sets (without one, the last observed day within it).
         seed: of the bootstrap.
-        samples: its draws.
+        samples: number of bootstrap draws.
 
     Returns:
         - ``about``: patients and events of both sets, follow-up, tau, seed, samples;
         - ``c_index`` (Harrell), ``uno_c_index`` (Uno's, with inverse probability of censoring weights, up to tau);
         - ``auc_<years>y``: cumulative/dynamic AUC, with its number of cases and controls;
-        - ``integrated_brier``, ``integrated_brier_null`` (training Kaplan-Meier curve for everybody) and
-          ``brier_skill`` = 1 - the first / the second: above 0 is better than knowing nothing of the patient;
-        - ``calibration_2y``: ``difference`` (observed - predicted survival, 0 is right), ``slope`` (Cox model of the
-          predictions; 1 is right, below 1 too extreme; Wald interval) and ``groups``, observed against predicted;
-        - ``risk_groups``: for each way to cut, Kaplan-Meier ``curves`` with numbers at risk, and ``log_rank``.
+        - ``integrated_brier``, ``integrated_brier_null`` (training Kaplan-Meier curve for all patients) and
+          ``brier_skill`` = 1 - the first / the second, above 0 where the model is better than the null model;
+        - ``calibration_2y``: ``difference`` (observed - predicted survival; 0 is ideal), ``slope`` (Cox model of the
+          predictions; 1 is ideal, below 1 too extreme; Wald interval) and ``groups``, observed against predicted;
+        - ``risk_groups``: for each set of cut points, Kaplan-Meier ``curves`` with numbers at risk, and ``log_rank``.
 
     Raises:
-        ValueError: for arguments that do not belong together.
+        ValueError: arguments of different lengths, or predicted survival outside 0 to 1.
 
     Reference:
         Harrell F. E. et al. JAMA 247, 1982. Uno H. et al. Stat. Med. 30, 2011 (C) and J. Am. Stat. Assoc. 102, 2007
         (AUC). Graf E. et al. Stat. Med. 18, 1999 (Brier score). van Houwelingen H. C. Stat. Med. 19, 2000
         (calibration slope).
     """
-    risk, test = scored(log_hazard, test)
+    risk = checked_risk(log_hazard, test)
     if survival is None and calibration is not None:
-        survival = _survival_of(calibration, risk)
+        survival = partial(calibration.survival, risk)
     if cuts is None:
         cuts = calibration.cut_points if calibration is not None else {}
     horizons = np.array(sorted(horizons_years), dtype=float) * DAYS_PER_YEAR
     tau = _default_tau(train, test, horizons) if tau is None else float(tau)
     judged = _Judged(train, test, risk, tau, _draws(test.patients, samples, seed), survival)
-    figures: dict[str, Any] = {
-        "about": _about(judged, seed, samples),
-        "c_index": _figure(judged, _harrell),
-        "uno_c_index": _figure(judged, _uno),
+    metrics: dict[str, Any] = {
+        "about": {
+            **judged.counts,
+            "last_day": test.last_day,
+            "train_patients": train.patients,
+            "train_events": train.events,
+            "train_last_day": train.last_day,
+            "tau_days": tau,
+            "seed": seed,
+            "samples": samples,
+        },
+        "c_index": _metric(judged, _harrell),
+        "uno_c_index": _metric(judged, _uno),
     }
     for days in horizons:
-        figures[f"auc_{days / DAYS_PER_YEAR:g}y"] = _figure(judged, _auc, days)
+        metrics[f"auc_{days / DAYS_PER_YEAR:g}y"] = _metric(judged, _auc, days)
     for name in ("integrated_brier", "integrated_brier_null", "brier_skill"):
-        figures[name] = _figure(judged, _brier, name)
-    figures[f"calibration_{CALIBRATION_YEARS:g}y"] = _calibration_figures(judged, cuts)
-    figures["risk_groups"] = {name: _group_figures(judged, points) for name, points in cuts.items()}
-    return figures
+        metrics[name] = _metric(judged, _brier, name)
+    metrics[f"calibration_{CALIBRATION_YEARS:g}y"] = _calibration_metrics(judged, cuts)
+    metrics["risk_groups"] = {name: _group_metrics(judged, points) for name, points in cuts.items()}
+    return metrics
 
 
 def ensemble_survival(cases: pd.DataFrame, stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What :func:`survival_metrics` needs of an ensemble's predictions of patients that it has not learnt from.
+    """Arguments of :func:`survival_metrics` for an ensemble's predictions of patients it was not trained on.
 
     Args:
-        cases: columns ``log_hazard`` and, for several members, ``log_hazard_fold_<k>``, as ``cases.csv`` has them.
+        cases: columns ``log_hazard`` and, for several members, ``log_hazard_fold_<k>``, as in ``cases.csv``.
         stored: :meth:`Calibration.to_dict` that the ensemble carries, ``{"reason": why it has none}``, or None.
 
     Returns:
         ``log_hazard``: the mean of the members' normalised ones, and the ``calibration``; without a calibration the
-        mean as it is, and a ``survival`` function that raises :class:`FigureUnavailableError` with the reason.
+        mean as it is, and a ``survival`` function that raises :class:`MetricUnavailableError` with the reason.
     """
     if stored is None or "reason" in stored:
         why = "no calibration was stored with the weights" if stored is None else str(stored["reason"])
 
         def unavailable(days: np.ndarray) -> np.ndarray:
-            raise FigureUnavailableError(f"no absolute risk: {why}")
+            raise MetricUnavailableError(f"no absolute risk: {why}")
 
         return {"log_hazard": cases["log_hazard"].to_numpy(), "survival": unavailable}
     calibration = Calibration.from_dict(stored)
@@ -152,7 +157,7 @@ def ensemble_survival(cases: pd.DataFrame, stored: Mapping[str, Any] | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Judged:
-    """Patients to judge on, and all that the figures share. ``draws`` (B, N) counts each patient in each draw."""
+    """Patients to evaluate on, and what all metrics share. ``draws`` (B, N) counts each patient in each draw."""
 
     train: Outcomes
     test: Outcomes
@@ -168,20 +173,13 @@ class _Judged:
     def predicted(self, days: np.ndarray) -> np.ndarray:
         """(N, D) predicted survival, checked."""
         if self.survival is None:
-            raise FigureUnavailableError("the model gives no absolute risk")
+            raise MetricUnavailableError("the model gives no absolute risk")
         predicted = np.asarray(self.survival(days), dtype=float)
         if predicted.shape != (self.test.patients, len(days)):
             raise ValueError(f"predicted survival has shape {predicted.shape}, not {(self.test.patients, len(days))}")
         if not ((predicted >= 0) & (predicted <= 1)).all():
             raise ValueError("a predicted survival is not between 0 and 1")
         return predicted
-
-
-def _survival_of(calibration: Calibration, risk: np.ndarray) -> SurvivalFunction:
-    def survival(days: np.ndarray) -> np.ndarray:
-        return calibration.survival(risk, days)
-
-    return survival
 
 
 def _draws(patients: int, samples: int, seed: int) -> np.ndarray:
@@ -202,29 +200,16 @@ def _default_tau(train: Outcomes, test: Outcomes, horizons: np.ndarray) -> float
     return common
 
 
-def _about(judged: _Judged, seed: int, samples: int) -> dict[str, Any]:
-    return {
-        **judged.counts,
-        "last_day": judged.test.last_day,
-        "train_patients": judged.train.patients,
-        "train_events": judged.train.events,
-        "train_last_day": judged.train.last_day,
-        "tau_days": judged.tau,
-        "seed": seed,
-        "samples": samples,
-    }
-
-
 Computed = tuple[float, np.ndarray | None, dict[str, Any]]  # value, its value in each draw, what else belongs to it
 
 
-def _figure(judged: _Judged, compute: Callable[..., Computed], *arguments: Any) -> dict[str, Any]:
-    """The figure that ``compute`` gives, or the reason why there is none."""
+def _metric(judged: _Judged, compute: Callable[..., Computed], *arguments: Any) -> dict[str, Any]:
+    """The metric that ``compute`` returns, or the reason why it is undefined."""
     try:
         if not judged.test.patients:
-            raise FigureUnavailableError("no labelled case")
+            raise MetricUnavailableError("no labelled case")
         value, draws, extra = compute(judged, *arguments)
-    except (FigureUnavailableError, HorizonError) as reason:
+    except (MetricUnavailableError, HorizonError) as reason:
         return {"value": None, "reason": str(reason), **judged.counts}
     if draws is None:  # the interval is not by bootstrap and comes with the rest
         return {"value": float(value), **judged.counts, **extra}
@@ -243,7 +228,7 @@ def _harrell(judged: _Judged) -> Computed:
     test = judged.test
     value = concordance_index(test.time, test.event, judged.risk)
     if math.isnan(value):
-        raise FigureUnavailableError(f"no comparable pair ({test.events} events)")
+        raise MetricUnavailableError(f"no comparable pair ({test.events} events)")
     return value, _pair_draws(judged.draws, comparable_pairs(test.time, test.event), judged.risk), {}
 
 
@@ -252,11 +237,11 @@ def _uno(judged: _Judged) -> Computed:
 
     test, tau = judged.test, judged.tau
     if tau > min(judged.train.last_day, test.last_day):
-        raise FigureUnavailableError(_beyond(judged, "tau", tau))
+        raise MetricUnavailableError(_beyond(judged, "tau", tau))
     used = test.event & (test.time < tau)
     pairs = comparable_pairs(test.time, test.event)
     if not pairs[used].any():
-        raise FigureUnavailableError(f"no comparable pair before tau, day {tau:g} ({int(used.sum())} events)")
+        raise MetricUnavailableError(f"no comparable pair before tau, day {tau:g} ({int(used.sum())} events)")
     weight = np.where(used, _censoring_weights(judged.train, test.time), 0.0)
     value = ConcordanceIndex()(*_tensors(judged.risk, test), weight=_tensor(weight), instate=False).item()
     draws = _pair_draws(judged.draws, pairs * np.square(weight)[:, None], judged.risk)
@@ -270,7 +255,7 @@ def _auc(judged: _Judged, days: float) -> Computed:
     _check_horizon(judged, days)
     case, control = test.event & (test.time <= days), test.time > days
     if not case.any():
-        raise FigureUnavailableError(f"no relapse up to day {days:g}")
+        raise MetricUnavailableError(f"no relapse up to day {days:g}")
     weight = _censoring_weights(judged.train, test.time)
     value = Auc()(
         *_tensors(judged.risk, test),
@@ -287,22 +272,20 @@ def _brier(judged: _Judged, name: str) -> Computed:
     from lifelines import KaplanMeierFitter
 
     if not judged.test.events or judged.test.patients < 2:
-        raise FigureUnavailableError("no events" if not judged.test.events else "one patient only")
+        raise MetricUnavailableError("no events" if not judged.test.events else "one patient only")
     _check_horizon(judged, judged.tau)
     days = np.linspace(judged.tau / BRIER_POINTS, judged.tau, BRIER_POINTS)
     extra = {"tau_days": judged.tau}
     if name != "integrated_brier_null":
         value, draws = _integrated_brier(judged, days, judged.predicted(days))
-    if name != "integrated_brier":
-        fitter = KaplanMeierFitter().fit(judged.train.time, judged.train.event)
-        curve = fitter.survival_function_at_times(days).to_numpy()
-        null, null_draws = _integrated_brier(judged, days, np.tile(curve, (judged.test.patients, 1)))
-    if name == "integrated_brier_null":
-        return null, null_draws, extra
     if name == "integrated_brier":
         return value, draws, extra
+    curve = KaplanMeierFitter().fit(judged.train.time, judged.train.event).survival_function_at_times(days).to_numpy()
+    null, null_draws = _integrated_brier(judged, days, np.tile(curve, (judged.test.patients, 1)))
+    if name == "integrated_brier_null":
+        return null, null_draws, extra
     if null == 0:
-        raise FigureUnavailableError("the Kaplan-Meier null makes no error")
+        raise MetricUnavailableError("the Kaplan-Meier null makes no error")
     ratio = np.divide(draws, null_draws, out=np.full(len(draws), np.nan), where=null_draws > 0)
     return 1 - value / null, 1 - ratio, extra
 
@@ -326,11 +309,11 @@ def _integrated_brier(judged: _Judged, days: np.ndarray, predicted: np.ndarray) 
 
 
 def _check_horizon(judged: _Judged, days: float) -> None:
-    """Raise where nothing can be said about ``days``: nobody followed beyond it, in training or test."""
+    """Raise where no training or no test patient was followed beyond ``days``."""
     if not judged.train.events:
-        raise FigureUnavailableError(f"no events among the {judged.train.patients} training patients")
+        raise MetricUnavailableError(f"no events among the {judged.train.patients} training patients")
     if days >= min(judged.train.last_day, judged.test.last_day):
-        raise FigureUnavailableError(_beyond(judged, "the horizon", days))
+        raise MetricUnavailableError(_beyond(judged, "the horizon", days))
 
 
 def _beyond(judged: _Judged, name: str, days: float) -> str:
@@ -346,7 +329,7 @@ def _censoring_weights(train: Outcomes, days: np.ndarray) -> np.ndarray:
     from torchsurv.stats.ipcw import get_ipcw
 
     if not train.events:
-        raise FigureUnavailableError(f"no events among the {train.patients} training patients")
+        raise MetricUnavailableError(f"no events among the {train.patients} training patients")
     return get_ipcw(*_tensors(train.time, train)[1:], new_time=_tensor(days)).double().numpy()
 
 
@@ -367,10 +350,10 @@ def _tensors(risk: np.ndarray, outcomes: Outcomes) -> tuple[torch.Tensor, torch.
 # --- calibration and risk groups --------------------------------------------------------------------------------------
 
 
-def _calibration_figures(judged: _Judged, cuts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _calibration_metrics(judged: _Judged, cuts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Observed against predicted survival at two years: on the whole, by a Cox model, and by group."""
     days = CALIBRATION_YEARS * DAYS_PER_YEAR
-    difference = _figure(judged, _observed_minus_predicted, days)
+    difference = _metric(judged, _observed_minus_predicted, days)
     groups = []
     if difference["value"] is not None and "tertiles" in cuts:
         predicted = judged.predicted(np.array([days]))[:, 0]
@@ -379,14 +362,14 @@ def _calibration_figures(judged: _Judged, cuts: Mapping[str, Sequence[float]]) -
     return {
         "days": days,
         "difference": difference,
-        "slope": _figure(judged, _calibration_slope, days),
+        "slope": _metric(judged, _calibration_slope, days),
         "groups": groups,
     }
 
 
 def _observed_minus_predicted(judged: _Judged, days: float) -> Computed:
     if days >= judged.test.last_day:
-        raise FigureUnavailableError(_beyond(judged, "the horizon", days))
+        raise MetricUnavailableError(_beyond(judged, "the horizon", days))
     predicted = judged.predicted(np.array([days]))[:, 0]
     every = np.ones((1, judged.test.patients))
     observed = _kaplan_meier_draws(judged.test, every, days)[0]
@@ -411,13 +394,13 @@ def _calibration_slope(judged: _Judged, days: float) -> Computed:
     """Cox coefficient of log(-log S), which for proportional hazards is the log hazard but for a constant."""
     predicted = judged.predicted(np.array([days]))[:, 0]
     if not judged.test.events:
-        raise FigureUnavailableError("no events")
+        raise MetricUnavailableError("no events")
     if not ((predicted > 0) & (predicted < 1)).all():
-        raise FigureUnavailableError("a predicted survival is exactly 0 or 1")
+        raise MetricUnavailableError("a predicted survival is exactly 0 or 1")
     try:
         slope, error = cox_slope(np.log(-np.log(predicted)), judged.test)
     except CalibrationError as reason:
-        raise FigureUnavailableError(str(reason)) from reason
+        raise MetricUnavailableError(str(reason)) from reason
     return slope, None, {"low": slope - NORMAL_95 * error, "high": slope + NORMAL_95 * error, "interval": "Wald"}
 
 
@@ -438,7 +421,7 @@ def _observed(outcomes: Outcomes, days: float, predicted: np.ndarray) -> dict[st
     return {"value": value, "low": _number(low), "high": _number(high), **head}
 
 
-def _group_figures(judged: _Judged, cuts: Sequence[float]) -> dict[str, Any]:
+def _group_metrics(judged: _Judged, cuts: Sequence[float]) -> dict[str, Any]:
     """Kaplan-Meier curves of the risk groups, numbers at risk at whole years, and the log-rank test."""
     ticks = np.arange(0, judged.test.last_day + 1, DAYS_PER_YEAR)
     curves = []

@@ -1,10 +1,8 @@
 """Masked losses of the paper: segmentation (eq. 2-5), HPV status (eq. 4, 5), survival (eq. 6), and their sum (eq. 1).
 
-A label has a flag of its own. Every loss *selects* the cases whose label is known and never multiplies by a mask, so a
-case without the label gives nothing, in value and in gradient, whatever its outputs hold. A batch with nothing to
-learn from gives an exact, finite zero that still has a graph (the sum of an empty selection), so ``backward`` works.
-
-Half precision is computed in float32; float64 stays.
+Each label has a "known" flag. Every loss *selects* the known cases instead of multiplying by a mask, so a case without
+the label contributes exactly nothing to value and gradient. A batch without known labels gives an exact zero with a
+graph (the sum of an empty selection), so ``backward`` works. Half precision is computed in float32; float64 stays.
 """
 
 from __future__ import annotations
@@ -18,25 +16,8 @@ from monai.losses import DiceLoss
 from monai.losses.focal_loss import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from scripts.keys import (
-    EVENT,
-    HPV,
-    HPV_KNOWN,
-    HPV_LOGIT,
-    LOG_HAZARD,
-    SEG,
-    SEG_KNOWN,
-    SEG_LOGITS,
-    SURV_KNOWN,
-    TASK_HPV,
-    TASK_SEG,
-    TASK_SURV,
-    TASKS,
-    TIME,
-)
+from scripts import keys
 from scripts.model.networks import checked_tasks
-
-__all__ = ["CoxLoss", "HPVLoss", "MultitaskLoss", "SegmentationLoss"]
 
 ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive class
 GAMMA = 2.0
@@ -55,15 +36,15 @@ class SegmentationLoss(nn.Module):
         + \frac{1}{V} \sum_v FL(p_v, g_v) \Big)
 
     where K are the cases with ``known``, p the sigmoid of ``logits``, g the ``mask``, V the voxels of the box and s
-    MONAI's smoothing of 1e-5. The Dice is that of each case, then averaged, so that a small tumour counts as much as a
-    large one and an empty mask is a case like any other (the paper leaves smoothing and averaging open).
+    MONAI's smoothing of 1e-5. The Dice is computed for each case and then averaged, so that small tumours count as much
+    as large ones (the paper specifies neither smoothing nor averaging).
 
     Args:
         alpha: focal weight of tumour voxels; background has 1 - alpha.
         gamma: focal exponent.
 
     Example:
-        A case without a mask changes nothing, even where its logits are not numbers:
+        A case without a mask contributes nothing, even if its logits are NaN:
 
         >>> logits, mask = torch.randn(2, 1, 4, 4, 4), torch.rand(2, 1, 4, 4, 4).round()
         >>> alone = SegmentationLoss()(logits[:1], mask[:1])
@@ -83,11 +64,11 @@ class SegmentationLoss(nn.Module):
 
         Args:
             logits: (B, 1, R, R, R) tumour logits.
-            mask: (B, 1, R, R, R) in {0, 1}; anything where unknown.
-            known: (B,) bool; None where every mask is known.
+            mask: (B, 1, R, R, R) in {0, 1}; any value where unknown.
+            known: (B,) bool; None if every mask is known.
 
         Raises:
-            ValueError: where the shapes do not belong together.
+            ValueError: the shapes differ.
         """
         check_same_shape("tumour logits", logits, "mask", mask)
         logits, mask = select(known, logits, mask)
@@ -122,11 +103,11 @@ class HPVLoss(nn.Module):
 
         Args:
             logit: (B,) HPV logits.
-            hpv: (B,) in {0, 1}; anything where unknown.
-            known: (B,) bool; None where every status is known.
+            hpv: (B,) in {0, 1}; any value where unknown.
+            known: (B,) bool; None if every status is known.
 
         Raises:
-            ValueError: where the shapes do not belong together.
+            ValueError: the shapes differ.
         """
         check_same_shape("HPV logits", logit, "HPV labels", hpv)
         logit, hpv = select(known, logit, hpv)
@@ -142,15 +123,13 @@ class CoxLoss(nn.Module):
 
     .. math:: L = -\frac{1}{\sum_i d_i} \sum_{i: d_i = 1} \Big( h_i - \log \sum_{j \in R_i} e^{h_j} \Big)
 
-    which is Breslow's treatment of tied events. Cases may come in any order; the sums are log-sum-exps, so log hazards
-    of +-100 are finite in value and gradient.
+    which is Breslow's treatment of tied events. The order of cases is arbitrary. Sums are log-sum-exps, so log hazards
+    of +-100 have finite value and gradient.
 
     References:
         Cox, "Regression models and life-tables", 1972; Breslow, "Covariance analysis of censored survival data", 1974.
 
     Example:
-        Shifting all log hazards changes nothing:
-
         >>> h, time, event = torch.randn(6), torch.tensor([3.0, 1.0, 3.0, 2.0, 5.0, 1.0]), torch.arange(6) % 2 == 0
         >>> torch.testing.assert_close(CoxLoss()(h + 50, time, event), CoxLoss()(h, time, event))
     """
@@ -160,12 +139,12 @@ class CoxLoss(nn.Module):
 
         Args:
             log_hazard: (B,) float, higher is worse.
-            time: (B,) days to the event or to the last visit; anything where unknown.
+            time: (B,) days to the event or to the last visit; any value where unknown.
             event: (B,) bool, True = relapse.
-            known: (B,) bool; None where every outcome is known.
+            known: (B,) bool; None if every outcome is known.
 
         Raises:
-            ValueError: where the shapes do not belong together.
+            ValueError: the shapes differ.
         """
         check_same_shape("log hazards", log_hazard, "times", time)
         check_same_shape("log hazards", log_hazard, "events", event)
@@ -180,33 +159,30 @@ class MultitaskLoss(nn.Module):
 
     where W are the fully connected weights of the survival branch (sum of squares, as Keras' ``l2``; no biases).
 
-    **Learned weights.** With ``task_weights="uncertainty"`` each task has a log variance s that is learned with the
-    network, and gives
+    **Learned weights.** With ``task_weights="uncertainty"`` each task has a log variance s, learned with the network:
 
     .. math:: e^{-s} L_{task} + \frac{s}{2}
 
-    which for a fixed loss is least at :math:`s = \log 2 L`: small losses are weighed up, and none can be weighed down
-    to nothing. Weights start at 1. A task that is exactly 0 in a batch (nothing known, no event) leaves its log
-    variance alone. In evaluation mode these weights count as 1, so that the validation losses of two epochs can be
-    compared. Each rank learns its own; the checkpoint keeps the first rank's. Weights that are given, and that of the
-    L2 term, are constants.
+    which for a fixed loss is minimal at :math:`s = \log 2 L`. Weights start at 1. A task whose loss is exactly 0 in a
+    batch (no known label, no event) does not change its log variance. In evaluation mode the weights are 1, so that
+    validation losses of different epochs are comparable. Each rank learns its own; the checkpoint holds the first
+    rank's. Given weights, and that of the L2 term, are constant.
 
     Args:
         tasks: any of "seg", "hpv", "surv".
-        survival_weights: ``MultitaskNet.survival_weights()``; none leaves the L2 term out. They stay the network's:
-            they are not parameters of the loss.
+        survival_weights: ``MultitaskNet.survival_weights()``; none leaves the L2 term out. They are not registered as
+            parameters of the loss.
         l2_weight: weight of the L2 term.
-        task_weights: weight by task name, 1 where not named, that of a task which is not trained has no effect; or
-            "uncertainty".
+        task_weights: weight by task name, by default 1 (no effect for tasks that are not trained); or "uncertainty".
         hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
         hpv_gamma: of :class:`HPVLoss`.
 
     Attributes:
-        parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached; with learned
-            weights these too ("weight_seg", ...).
+        parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached, and learned
+            weights ("weight_seg", ...).
 
     Raises:
-        ValueError: for unknown tasks or weights.
+        ValueError: unknown tasks or weights.
 
     References:
         Kendall, Gal, Cipolla, "Multi-task learning using uncertainty to weigh losses for scene geometry and
@@ -215,7 +191,7 @@ class MultitaskLoss(nn.Module):
 
     def __init__(
         self,
-        tasks: Sequence[str] = TASKS,
+        tasks: Sequence[str] = keys.TASKS,
         survival_weights: Sequence[nn.Parameter] = (),
         l2_weight: float = 0.1,
         task_weights: Mapping[str, float] | str | None = None,
@@ -229,8 +205,8 @@ class MultitaskLoss(nn.Module):
         learned = self.tasks if task_weights == UNCERTAINTY else ()
         self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
         weights = {} if isinstance(task_weights, str) else dict(task_weights or {})
-        if not set(weights) <= set(TASKS):
-            raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(TASKS)}")
+        if not set(weights) <= set(keys.TASKS):
+            raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(keys.TASKS)}")
         self.weights = {task: float(weights.get(task, 1.0)) for task in self.tasks} | {L2: float(l2_weight)}
         self.survival_weights = tuple(survival_weights)  # a tuple, so that they are not registered here
         self.segmentation = SegmentationLoss()
@@ -247,24 +223,23 @@ class MultitaskLoss(nn.Module):
         return torch.stack([self._weighted(name, value) for name, value in components.items()]).sum()
 
     def _weighted(self, name: str, value: Tensor) -> Tensor:
-        """A term with its weight, and what a learned weight costs."""
+        """A term with its weight, and the penalty s / 2 of a learned weight."""
         if name not in self.log_variances or not self.training:
             return self.weights[name] * value
         log_variance = self.log_variances[name].to(value)
-        # Without this a task that is silent in many batches would gain weight by its silence.
+        # Without this, the weight of a task without labels in many batches would grow in those batches.
         cost = torch.where(value.detach() != 0, log_variance / 2, 0.0)
         return torch.exp(-log_variance) * value + cost
 
     def parameter_groups(self, network: nn.Module, task_weights_rate: float) -> list[dict[str, Any]]:
-        """What an optimiser has to learn: the network, and at rates of their own what its rate would move too slowly.
+        """Parameter groups of the optimiser, with separate learning rates for parameters that need a higher one.
 
         Args:
-            network: learned at the optimiser's rate, but for its clinical term
-                (:class:`scripts.model.branches.ClinicalTerm`), which is learned at 0.01.
-            task_weights_rate: of the log variances.
+            network: at the optimiser's rate, except its :class:`scripts.model.branches.ClinicalTerm`, at 0.01.
+            task_weights_rate: learning rate of the log variances.
 
         Returns:
-            One to three groups, as far as there are such parameters.
+            One to three groups, without empty ones.
         """
         term = [p for name, p in network.named_parameters() if CLINICAL_TERM in name.split(".")]
         others = [p for name, p in network.named_parameters() if CLINICAL_TERM not in name.split(".")]
@@ -283,23 +258,27 @@ class MultitaskLoss(nn.Module):
             targets: by the keys of :mod:`scripts.keys`: each task's labels and their "known" flag.
 
         Raises:
-            KeyError: for an output or a label that a task needs and that is missing.
-            ValueError: where shapes do not belong together.
+            KeyError: an output or a label of a task is missing.
+            ValueError: shapes differ.
         """
         terms: dict[str, Tensor] = {}
-        if TASK_SEG in self.tasks:
-            terms[TASK_SEG] = self.segmentation(outputs[SEG_LOGITS], targets[SEG], targets[SEG_KNOWN])
-        if TASK_HPV in self.tasks:
-            terms[TASK_HPV] = self.hpv(outputs[HPV_LOGIT], targets[HPV], targets[HPV_KNOWN])
-        if TASK_SURV in self.tasks:
-            terms[TASK_SURV] = self.cox(outputs[LOG_HAZARD], targets[TIME], targets[EVENT], targets[SURV_KNOWN])
+        if keys.TASK_SEG in self.tasks:
+            terms[keys.TASK_SEG] = self.segmentation(
+                outputs[keys.SEG_LOGITS], targets[keys.SEG], targets[keys.SEG_KNOWN]
+            )
+        if keys.TASK_HPV in self.tasks:
+            terms[keys.TASK_HPV] = self.hpv(outputs[keys.HPV_LOGIT], targets[keys.HPV], targets[keys.HPV_KNOWN])
+        if keys.TASK_SURV in self.tasks:
+            terms[keys.TASK_SURV] = self.cox(
+                outputs[keys.LOG_HAZARD], targets[keys.TIME], targets[keys.EVENT], targets[keys.SURV_KNOWN]
+            )
         if self.survival_weights:
             terms[L2] = torch.stack([at_least_float32(w).square().sum() for w in self.survival_weights]).sum()
         return terms
 
 
 def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """The formula of :class:`CoxLoss` for cases that are all known.
+    """The formula of :class:`CoxLoss` for known cases.
 
     Args:
         log_hazard: (N,) float32 or float64.
@@ -307,11 +286,9 @@ def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Ten
         event: (N,) bool.
 
     Returns:
-        A scalar; an exact zero with a graph where there is no event. Time and memory are O(events * N).
+        A scalar; an exact zero with a graph if there is no event. Time and memory are O(events * N).
 
     Example:
-        Two cases of equal hazard, one event: the event is one of two at risk.
-
         >>> negative_log_partial_likelihood(torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([True, False])).exp()
         tensor(2.)
     """
@@ -329,10 +306,10 @@ def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def select(known: Tensor | None, output: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
-    """The known cases of an output (in float32 at least) and of its labels.
+    """The known cases of an output (at least in float32) and of its labels.
 
     Raises:
-        ValueError: where ``known`` is not one flag a case.
+        ValueError: ``known`` does not have one flag for each case.
     """
     output, *rest = (without_metadata(tensor) for tensor in (output, *labels))
     output = at_least_float32(output)
@@ -345,7 +322,7 @@ def select(known: Tensor | None, output: Tensor, *labels: Tensor) -> tuple[Tenso
 
 
 def without_metadata(tensor: Tensor) -> Tensor:
-    """The tensor without MONAI's metadata, which would otherwise follow every operation."""
+    """The tensor without MONAI's metadata."""
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
 
 
@@ -355,6 +332,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ValueError where two tensors that belong together differ in shape."""
+    """Raise ValueError if the shapes differ."""
     if tensor.shape != other.shape:
         raise ValueError(f"{name} have shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}")

@@ -1,8 +1,8 @@
-"""What moved the risk: contributions of the clinical values and of the places in the images to the log hazard.
+"""Explanation of the risk: contributions of clinical values and image voxels to the log hazard.
 
 Integrated gradients (captum) of the log hazard, averaged over the folds, from an empty scan without clinical values to
-the patient's own: the contributions of all inputs add up to the difference between the two log hazards, and how well
-they do is reported. They describe the computation of one model, not causes.
+the patient's data. The contributions add up to the difference of the two log hazards; the error of the sum is reported.
+They describe the computation of one model, not causes.
 
 Reference:
     Sundararajan M., Taly A., Yan Q. Axiomatic attribution for deep networks. ICML 2017.
@@ -34,10 +34,10 @@ from scripts.model.networks import MultitaskNet
 logger = logging.getLogger(__name__)
 
 EXPLANATION_FILE = "explanation.json"
-# Points of the Gauss-Legendre rule. A point takes, per fold, 0.1 s of one CPU core for a box of 32 voxels and 9 s for
-# one of 128, for which fewer are taken unless there is a GPU: 6 minutes for five folds on one core.
+# Points of the Gauss-Legendre rule. On one CPU core a point takes, per fold, 0.1 s for a box of 32 voxels and 9 s for
+# one of 128, for which fewer points are used without a GPU: 6 minutes for five folds.
 STEPS, STEPS_SLOW = 24, 8
-VOXELS_AT_ONCE = 64**3  # of points computed side by side; a point of more voxels is computed alone
+VOXELS_AT_ONCE = 64**3  # batch size in voxels; a point with more is computed alone
 SMOOTH_MM = 5.0  # standard deviation; single voxels of a gradient are noise
 ACCEPTED_ERROR = 0.1
 CHANNELS = ("ct", "pet")
@@ -45,7 +45,7 @@ BASELINE = "an empty scan (air without uptake: 0 in both channels) and no clinic
 
 
 class ExplainError(ValueError):
-    """A model whose risk cannot be explained; the message says why and what to do."""
+    """The risk of this model cannot be explained; the message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,9 @@ class Explanation:
         tumour: (X, Y, Z) bool, the predicted tumour; None without the segmentation task.
         grid: of the network's box.
         steps: points of the integration rule.
-        folds: averaged.
-        seconds: it took.
-        trained_on: what the model was trained on, in words.
+        folds: number of folds.
+        seconds: computing time.
+        trained_on: description of the model's training data.
     """
 
     patient_id: str
@@ -80,7 +80,7 @@ class Explanation:
 
     @property
     def smooth(self) -> np.ndarray:
-        """(X, Y, Z) contributions of CT and PET together, smoothed to be looked at."""
+        """(X, Y, Z) contributions of CT and PET together, smoothed for display."""
         both = self.image.sum(axis=0, dtype=np.float32)
         return ndimage.gaussian_filter(both, SMOOTH_MM / self.grid.spacing, mode="constant")
 
@@ -91,19 +91,19 @@ class Explanation:
 
     @property
     def expected(self) -> float:
-        """What they should add up to."""
+        """Ideal sum: the difference of the two log hazards."""
         return self.log_hazard - self.baseline_log_hazard
 
     @property
     def relative_error(self) -> float:
-        """Error of the sum, as a share of what was moved up and down by the images and each clinical value."""
+        """Error of the sum, relative to the sum of absolute contributions of CT, PET and each clinical value."""
         moved = [float(channel.sum(dtype=np.float64)) for channel in self.image]
         moved += [value for _, _, value in self.clinical]
         scale = max(abs(self.expected), sum(map(abs, moved)))
         return abs(self.total - self.expected) / scale if scale > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, as JSON can hold them."""
+        """All numbers, for JSON."""
         channels = {name: float(self.image[k].sum(dtype=np.float64)) for k, name in enumerate(CHANNELS)}
         size = np.abs(self.image).sum(axis=0, dtype=np.float64)
         largest = float(size.sum()) or 1.0
@@ -145,13 +145,13 @@ class Explanation:
         }
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``explanation.json`` into a folder, whole or not at all."""
+        """Write ``explanation.json`` to a folder, atomically."""
         path = Path(folder) / EXPLANATION_FILE
         write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         return path
 
     def _inside(self, share: np.ndarray) -> dict[str, Any]:
-        """Sums inside and outside the tumour, and the part of all that is moved up or down that lies inside."""
+        """Sums inside and outside the tumour, and the share of absolute contributions inside."""
         names = ("inside", "outside", "inside_share", "inside_volume_share")
         if self.tumour is None or not self.tumour.any():
             why = "segmentation is not a task of this model" if self.tumour is None else "no tumour found"
@@ -163,17 +163,15 @@ class Explanation:
 
 
 class RiskExplainer:
-    """Says of a patient what moved the risk.
-
-    Where the contributions do not add up within :data:`ACCEPTED_ERROR`, it is done again with twice the points, once.
+    """Explains the risk of a patient; once more with twice the points if the error exceeds :data:`ACCEPTED_ERROR`.
 
     Args:
         network: the ensemble, whose settings name the clinical values.
-        steps: points of the integration rule, each a pass forward and back through every fold; None: :data:`STEPS`,
-            or :data:`STEPS_SLOW` for boxes of more than :data:`VOXELS_AT_ONCE` on a CPU.
+        steps: points of the integration rule, each a forward and backward pass through every fold; None:
+            :data:`STEPS`, or :data:`STEPS_SLOW` for boxes of more than :data:`VOXELS_AT_ONCE` on a CPU.
 
     Raises:
-        ExplainError: for a model without the survival task.
+        ExplainError: a model without the survival task.
     """
 
     def __init__(self, network: FoldEnsemble, steps: int | None = None) -> None:
@@ -181,11 +179,9 @@ class RiskExplainer:
         self.network, self.steps = network, steps
 
     def __call__(self, result: Mapping[str, Any]) -> Explanation:
-        """Explain a patient's risk.
+        """Explanation of an item after the network: ``image``, ``clinical``, ``box_affine`` and, if any, ``seg_prob``.
 
-        Args:
-            result: an item after the network, without a batch axis: ``image``, ``clinical``, ``box_affine`` and
-                ``seg_prob`` where there is one.
+        The item has no batch axis.
         """
         image = torch.as_tensor(result[keys.IMAGE]).detach()[None]
         clinical = result.get(keys.CLINICAL)
@@ -217,20 +213,20 @@ def explain_risk(
 
     .. math:: a_i = x_i \int_0^1 \partial_i f(s x) ds, \quad \sum_i a_i = f(x) - f(0)
 
-    with x the image and the clinical vector together. The probability map that the HPV branch reads is differentiated,
-    too, whatever ``mask_gradient`` is: the contributions would not add up otherwise.
+    with x the image and the clinical vector. Gradients flow through the probability map to the HPV branch, whatever
+    ``mask_gradient`` is; otherwise the contributions would not add up.
 
     Args:
-        network: the ensemble; left as it is.
+        network: the ensemble; not changed.
         image: (1, 2, X, Y, Z), channel 0 CT, channel 1 PET.
-        clinical: (1, F) coded; None where all are missing.
+        clinical: (1, F) coded; None if all are missing.
         tumour: (X, Y, Z) bool, or None without the segmentation task.
         grid: of the image.
         steps: points of the Gauss-Legendre rule.
-        patient_id: to be told.
+        patient_id: of the patient.
 
     Raises:
-        ExplainError: for a model without the survival task.
+        ExplainError: a model without the survival task.
     """
     from captum.attr import IntegratedGradients  # only needed here
 
@@ -286,7 +282,7 @@ def _check_task(fold: MultitaskNet) -> None:
 
 @contextmanager
 def _open_to_gradients(fold: MultitaskNet) -> Iterator[Any]:
-    """The log hazard of a fold as a function of image and clinical vector; afterwards the fold is as it was."""
+    """The log hazard of a fold as a function of image and clinical vector; restores the fold afterwards."""
     training, gradient = fold.training, fold.mask_gradient
     wanted = [parameter.requires_grad for parameter in fold.parameters()]
     fold.eval()

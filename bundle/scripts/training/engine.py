@@ -1,4 +1,4 @@
-"""How a batch meets the network: batch preparation, inferers, evaluators, learning-rate schedule."""
+"""Batch preparation, inferers, evaluators, learning-rate schedule, speed and error messages of the workflows."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ TARGET_KEYS = (keys.SEG, keys.SEG_KNOWN, keys.HPV, keys.HPV_KNOWN, keys.TIME, ke
 
 
 def plain_errors() -> None:
-    """Let a program that runs a config end with one line for an error that this package raised on purpose.
+    """Print one line instead of a traceback for errors raised by this package.
 
-    MONAI wraps what goes wrong in a config expression several times, and the message that says what to do would
-    stand in the middle of a long traceback. So do an interruption (Ctrl-C) and a loading process that was killed. Other
-    errors, and all errors with ``TRACEBACK=1`` in the environment, keep theirs. Exceptions themselves are unchanged:
-    who calls the workflow from Python catches what was raised.
+    MONAI wraps errors in config expressions several times, which hides the message in a long traceback. An interruption
+    (Ctrl-C) and a killed loading process also get one line. Other errors, and all errors with ``TRACEBACK=1`` in the
+    environment, keep their traceback. Exceptions themselves are unchanged.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -50,7 +49,9 @@ def plain_errors() -> None:
         if os.environ.get("TRACEBACK"):
             sys.__excepthook__(kind, error, trace)
         elif isinstance(error, KeyboardInterrupt):
-            print("interrupted; the same command resumes a training from its last complete epoch", file=sys.stderr)
+            print(
+                "interrupted: rerun the same command to resume training from the last complete epoch", file=sys.stderr
+            )
         elif isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
             print(f"error: {' '.join(str(cause).split())} {WORKER_KILLED}", file=sys.stderr)
         elif ours and isinstance(cause, ValueError | RuntimeError | OSError):
@@ -62,17 +63,17 @@ def plain_errors() -> None:
 
 
 def default_amp(device: torch.device | str) -> bool:
-    """Whether bfloat16 pays on ``device``: on every GPU that has it, on a CPU only with matrix units for it (AMX)."""
+    """Whether bfloat16 is faster on ``device``: on GPUs that support it, on CPUs with AMX matrix units."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_amx_tile_supported())
 
 
 def tune_allocator() -> None:
-    """Keep big activations in the heap instead of mapping and faulting them in anew on every operation.
+    """Keep large activations in the heap instead of mapping them anew in every operation (glibc's ``mallopt``).
 
-    About 1.7 times faster in float32 on CPU for more resident memory (glibc's ``mallopt``; nothing happens with
-    another C library). Call before the first large allocation.
+    About 1.7 times faster in float32 on CPU, for more resident memory. No effect with another C library. Call before
+    the first large allocation.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return
@@ -86,18 +87,17 @@ def tune_allocator() -> None:
 def speed_up(
     network: FoldEnsemble, inferer: NetworkInferer | None = None, compiled: bool = False, checkpointing: bool = False
 ) -> None:
-    """Make an ensemble quick at what it does from now on, in place; what it answers stays the same.
+    """Optimise an ensemble for speed or memory, in place; its outputs stay the same.
 
-    For inference, batch norms are folded into the convolutions before them, after which it has other weights than its
-    file. With ``compiled``, torch compiles each fold: it takes a minute or more at the first batch, and again for a
-    batch of another size, so it pays for cohorts and training only. Where that cannot be done a warning says why, and
-    the network runs as it is.
+    For inference, batch norms are folded into the convolutions before them, which changes the weights. With
+    ``compiled``, torch compiles each fold: this takes a minute or more at the first batch and for each new batch size,
+    so it is worthwhile for cohorts and training only. If it fails, a warning says why and the network runs uncompiled.
 
     Args:
-        network: the ensemble; its weights are loaded, it is on its device.
-        inferer: what will call it, for inference; None for training.
+        network: the ensemble, with its weights, on its device.
+        inferer: used for inference; None for training.
         compiled: whether to compile.
-        checkpointing: train in less memory instead, and more time.
+        checkpointing: use gradient checkpointing: less memory, more time.
     """
     set_checkpointing(network, checkpointing)
     if inferer is not None:
@@ -106,7 +106,7 @@ def speed_up(
         return
     device = next(network.parameters()).device
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        logger.warning("compile: there is no C++ compiler (install g++); the network runs without, and slower")
+        logger.warning("compile: there is no C++ compiler (install g++); the network runs uncompiled, which is slower")
         return
     for fold in network.folds:
         fold.compile(options={"freezing": True} if inferer is not None else None)
@@ -117,8 +117,8 @@ def speed_up(
     try:
         with torch.no_grad():
             inferer(image, network, clinical=clinical)
-    except Exception as error:  # whatever the compiler of this machine stumbles over
-        logger.warning("compile: %s; the network runs without, and slower", reason(error))
+    except Exception as error:  # compilers raise many kinds
+        logger.warning("compile: %s; the network runs uncompiled, which is slower", reason(error))
         for fold in network.folds:
             fold._compiled_call_impl = None
 
@@ -142,10 +142,7 @@ def learning_rate_schedule(
 def prepare_batch(
     batch: Mapping[str, Any], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor | None]]:
-    """Image, targets and the clinical vector of a batch, on ``device``, in the order a MONAI engine expects.
-
-    Targets hold those of :data:`TARGET_KEYS` that the batch has: none of them at prediction.
-    """
+    """Image, targets (of :data:`TARGET_KEYS`, if present) and clinical vector of a batch, as MONAI engines expect."""
 
     def move(value: torch.Tensor) -> torch.Tensor:
         value = value.as_tensor() if hasattr(value, "as_tensor") else value
@@ -158,10 +155,9 @@ def prepare_batch(
 
 
 class NetworkInferer(Inferer):
-    """Calls a :class:`scripts.model.networks.MultitaskNet` in bfloat16 where wanted and returns float32.
+    """Calls a :class:`scripts.model.networks.MultitaskNet`, in bfloat16 with ``amp``, and returns float32.
 
-    Args:
-        amp: run convolutions in bfloat16 (no gradient scaling is needed for its range).
+    bfloat16 has the range of float32, so no gradient scaling is needed.
     """
 
     def __init__(self, amp: bool = False) -> None:
@@ -193,11 +189,10 @@ class EnsembleInferer(NetworkInferer):
 
 
 class PatientEvaluator(SupervisedEvaluator):
-    """Evaluator for prediction in which a patient that fails is reported and the next one goes on.
+    """Evaluator for prediction that reports a patient who fails and continues with the next.
 
-    Batches hold one patient. A patient that cannot be prepared arrives from
-    :class:`scripts.training.sampling.GuardedDataset` as ``{patient_id, "error"}``; one that fails later (network, post
-    transforms, writing) is caught here. Either way ``state.failures`` gets ``patient_id -> reason``.
+    Batches hold one patient. ``state.failures`` maps patient ids to reasons: of errors during preparation, which
+    :class:`scripts.training.sampling.GuardedDataset` passes on as ``{patient_id, "error"}``, and of later ones.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,8 +1,4 @@
-"""Ignite handlers: metrics under masks, the choice of the best checkpoint, resuming, gradient warm-up, progress.
-
-Metric handlers are thin: they select from the engine's output and leave the arithmetic to
-:mod:`scripts.training.metrics`.
-"""
+"""Ignite handlers: validation metrics, selection of the best checkpoint, resuming, progress bar."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ LOST_DICE = 0.5  # share of the highest Dice below which an epoch's masks are of
 
 # --- metrics -------------------------------------------------------------------------------------------------
 def nan_where_unknown(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """``values`` (B, ...) as float with the rows of unlabelled cases NaN, as the metrics want them."""
+    """``values`` (B, ...) as float, with NaN for the cases without a label."""
     mask = known.bool().reshape(-1, *[1] * (values.ndim - 1))
     return torch.where(mask, values.float(), torch.full_like(values.float(), math.nan))
 
@@ -90,10 +86,10 @@ def mean_loss(loss: torch.nn.Module) -> Average:
 
 
 def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
-    """Name of the metric that picks the best checkpoint, by what ``cases`` (the validation set) can tell.
+    """Name of the metric that selects the best checkpoint.
 
-    The C-index where two cases can be ordered by survival, else Dice where a case has a mask, else the loss. The
-    choice is logged with its reason.
+    The C-index if ``cases`` (the validation set) have a comparable pair, else Dice if a case has a mask, else the
+    loss. The choice is logged with its reason.
     """
     known = [c for c in cases if c[keys.SURV_KNOWN]]
     events = sum(bool(c[keys.EVENT]) for c in known)
@@ -132,7 +128,7 @@ def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Mod
 
 
 def is_better(value: float, best: float | None, metric: str) -> bool:
-    """Whether ``value`` of ``metric`` beats ``best``; NaN never does, anything beats ``None``.
+    """Whether ``value`` of ``metric`` is better than ``best``: NaN never is, any other number is better than ``None``.
 
     >>> is_better(0.7, 0.6, "c_index"), is_better(0.7, 0.6, "loss"), is_better(math.nan, None, "dice")
     (True, False, False)
@@ -146,15 +142,16 @@ def is_better(value: float, best: float | None, metric: str) -> bool:
 
 # --- best checkpoint, early stopping, resuming ------------------------------------------------------------------
 class TrainingState:
-    """Keeps a run on disk: the weights to use, and after every epoch all that is needed to go on from there.
+    """Checkpoints, early stopping and resuming of a run.
 
-    Attach *after* the validation handler. At the end of each epoch it compares the validation metric, writes
-    ``<ckpt_dir>/model.pt`` when it is the best so far (or always, see ``keep``), ``<ckpt_dir>/resume/last.pt``, and
-    ``<output_dir>/history.json``; each file appears under its name only when whole. At the start it continues from
-    ``last.pt``, or from ``previous.pt``, the epoch before, where ``last.pt`` cannot be read. Each epoch's random
-    numbers follow from ``(seed, epoch)``, so that a run that was killed ends with the metrics of an unbroken one.
+    Attach *after* the validation handler. At the end of each epoch it compares the validation metric and writes
+    ``<ckpt_dir>/model.pt`` if it is the best so far (or always, see ``keep``), ``<ckpt_dir>/resume/last.pt``, and
+    ``<output_dir>/history.json``, all atomically. At the start it resumes from ``last.pt``, or from ``previous.pt``,
+    the epoch before, if ``last.pt`` cannot be read. Random numbers depend on ``(seed, epoch)`` only, so that a resumed
+    run ends with the metrics of an uninterrupted one.
 
-    (MONAI's ``CheckpointSaver`` does not write atomically, and forgets the best metric on resuming.)
+    (MONAI's ``CheckpointSaver`` does not write atomically and forgets the best metric on resuming. ignite's
+    ``EarlyStopping`` takes NaN for an improvement. Neither falls back from a damaged file or refuses another run's.)
 
     Args:
         ensemble: :class:`scripts.model.ensemble.FoldEnsemble` around the trained network; written as ``model.pt``.
@@ -164,19 +161,18 @@ class TrainingState:
         sampler: batches of the training loader.
         evaluator: validation engine, already run by a ``ValidationHandler`` every ``val_interval`` epochs.
         val_interval: epochs between validations; the last epoch is always validated.
-        ckpt_dir: where ``model.pt`` goes.
-        output_dir: where ``history.json`` goes.
+        ckpt_dir: folder of ``model.pt``.
+        output_dir: folder of ``history.json``.
         settings: what defines the run (:func:`.describe_run`); a ``last.pt`` of another one is
             refused.
         seed: of the run.
         patience: validations without improvement after which training stops; 0 to never stop early.
         keep: ``"best"``: ``model.pt`` is of the epoch with the best validation metric, as in the paper; ``"last"``: of
-            the last validated one. The C-index of some 20 events is so uncertain that the best of several epochs is
-            picked by chance; with a learning rate that runs out the last one is the best trained, and its validation
-            figures are not flattered by the choice.
+            the last validated one. The C-index of some 20 events is so uncertain that the best epoch is largely chance;
+            the metrics of the last one are not biased by selection.
 
     Raises:
-        ValueError: for another ``keep``, or early stopping, which needs the best, with ``"last"``.
+        ValueError: another ``keep``, or early stopping with ``"last"``.
     """
 
     def __init__(
@@ -228,7 +224,7 @@ class TrainingState:
 
     # -- events ------------------------------------------------------------------------------------------------
     def resume(self, engine: Workflow) -> None:
-        """Go on from the last complete epoch if there is one.
+        """Resume from the last complete epoch, if any.
 
         Raises:
             RuntimeError: the state on disk cannot be read, or is of another run.
@@ -250,10 +246,10 @@ class TrainingState:
             logger.info("the run of %s %s after epoch %d: nothing to do", self.last_path, why, state["epoch"])
             engine.terminate()
         else:
-            logger.info("going on after epoch %d of %s", state["epoch"], self.last_path)
+            logger.info("resuming after epoch %d of %s", state["epoch"], self.last_path)
 
     def begin_epoch(self, engine: Workflow) -> None:
-        """Choose the epoch's batches and random numbers."""
+        """Seed the epoch's batches and random numbers."""
         self.sampler.set_epoch(engine.state.epoch)
         seed_epoch(self.seed, engine.state.epoch)
         self._losses = []
@@ -265,12 +261,12 @@ class TrainingState:
         self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})
 
     def end_epoch(self, engine: Workflow) -> None:
-        """Judge and save the epoch; stop the run when it has not improved for long."""
+        """Validate if due, save the epoch, and stop the run after ``patience`` validations without improvement."""
         epoch = engine.state.epoch
-        validated = epoch % self.val_interval == 0
-        if not validated and epoch == engine.state.max_epochs:
+        due, last = epoch % self.val_interval == 0, epoch == engine.state.max_epochs
+        if last and not due:  # else the ValidationHandler has run it
             self.evaluator.run(epoch)
-            validated = True
+        validated = due or last
         row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"], **self._mean_losses()}
         self.parts["scheduler"].step()
         improved = False
@@ -290,9 +286,9 @@ class TrainingState:
         if validated:
             self._report(row)
         if self.stopped_early:
-            logger.info("no better %s for %d validations: stopping", self._key, self.stale)
+            logger.info("no improvement of %s in %d validations: training stops early", self._key, self.stale)
             engine.terminate()
-        if self.stopped_early or epoch == engine.state.max_epochs:
+        if self.stopped_early or last:
             self._warn_of_lost_tumours()
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -315,7 +311,7 @@ class TrainingState:
         return {name: sum(row[name] for row in self._losses) / len(self._losses) for name in names}
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The state of the last epoch whose file is whole; None where no epoch was completed."""
+        """State of the last epoch with a readable file; None before the first complete epoch."""
         faults = []
         for path in (self.last_path, self.previous_path):
             if not path.is_file():
@@ -324,12 +320,12 @@ class TrainingState:
                 state = load_checkpoint(path)
                 missing = [name for name in self._state(0) if name not in state]
                 if missing:
-                    raise CheckpointError(f"{path} is no state of a training: {', '.join(missing)} missing")
+                    raise CheckpointError(f"{path} is not a training state: {', '.join(missing)} missing")
             except (CheckpointError, OSError) as error:
                 faults.append(str(error))
                 continue
             for fault in faults:
-                logger.warning("cannot be read, the epoch before is taken instead: %s", fault)
+                logger.warning("cannot be read, resuming from the epoch before: %s", fault)
             return state
         if not faults:
             return None
@@ -361,7 +357,7 @@ class TrainingState:
         )
 
     def _warn_of_lost_tumours(self) -> None:
-        """Warn where the epoch kept, by the C-index say, finds far less of the tumours than another one."""
+        """Warn if the kept epoch (selected by C-index, for example) has a far lower Dice than another one."""
         dice = {int(row["epoch"]): row["val_dice"] for row in self.history if row.get("val_dice") is not None}
         best = max((epoch for epoch in dice if not math.isnan(dice[epoch])), key=lambda epoch: dice[epoch], default=0)
         kept = dice.get(self.best_epoch, math.nan)
@@ -382,22 +378,22 @@ class TrainingState:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the only one, or the first of several: the one that writes files."""
+    """Whether this process writes files: the only one, or the first of several."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
-    """``row`` with null for what does not exist: NaN is not JSON."""
+    """``row`` with null for NaN, which JSON lacks."""
     return {name: None if math.isnan(value) else value for name, value in row.items()}
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
 class Progress:
-    """One bar over all iterations of a run with the time left.
+    """Progress bar over all iterations of a run, with the time left (ignite's restarts at every epoch).
 
     Args:
-        desc: what is being done.
-        unit: what an iteration is.
+        desc: label of the bar.
+        unit: of an iteration.
     """
 
     def __init__(self, desc: str, unit: str = "batch") -> None:

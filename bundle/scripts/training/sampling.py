@@ -1,7 +1,7 @@
-"""Datasets and batches: which case is read when, with which random numbers.
+"""Datasets, loaders and batches.
 
-Everything random about an epoch follows from ``(seed, epoch)`` alone, so that a run which was killed and goes on
-draws what the unbroken run would have drawn, whatever the number of workers.
+All random numbers of an epoch depend on ``(seed, epoch)`` only, so that a resumed run draws the same as an
+uninterrupted one, with any number of workers.
 """
 
 from __future__ import annotations
@@ -36,24 +36,23 @@ logger = logging.getLogger(__name__)
 
 ERROR = "error"
 EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
-SHARED_MEMORY = Path("/dev/shm")  # through which Linux passes batches from loading processes
+SHARED_MEMORY = Path("/dev/shm")  # of loading processes on Linux
 
 
 class Draw(NamedTuple):
-    """One case of one epoch: its place in the datalist and the seed of its augmentation."""
+    """One case of one epoch: its index in the datalist and the seed of its augmentation."""
 
     case: int
     seed: int
 
 
 class CaseDataset(PersistentDataset):
-    """MONAI's disk-cached dataset whose augmentation is seeded by the sampler.
+    """MONAI's disk-cached dataset, with augmentation seeded by the sampler.
 
-    The deterministic part of ``transform`` (up to its first random transform) is computed once and kept in
-    ``cache_dir``; the name of a cached file is a hash of the case and of the transforms with their parameters, so a
-    change of either is never served from an old file. A file that cannot be read is made again; where none can be
-    written (full disk) the case is prepared every time it is needed. (MONAI's own cache raises for a truncated or
-    empty file and for a full disk, and does not move a file from another disk in one step.)
+    The deterministic part of ``transform`` (up to its first random transform) is computed once and cached in
+    ``cache_dir``, under a hash of the case and of the transforms with their parameters. A file that cannot be read is
+    computed again; if none can be written (full disk), the case is prepared each time. (MONAI's own cache raises for a
+    truncated file and for a full disk, and does not write atomically across disks.)
 
     Args:
         data: datalist of :mod:`scripts.cohorts.cohort`.
@@ -103,10 +102,10 @@ class CaseDataset(PersistentDataset):
 
 
 class CaseLoader(DataLoader):
-    """MONAI's loader with no more processes than shared memory has room for.
+    """MONAI's loader with no more processes than fit in shared memory.
 
-    Loading processes pass their batches on through ``/dev/shm``. Where it is full (Docker gives 64 MB unless told
-    otherwise) the system kills them, or they wait for ever. Batches do not depend on the number of processes.
+    Loading processes return their batches through ``/dev/shm``. If it is full (Docker's default is 64 MB), the system
+    kills them, or they wait forever. Batches do not depend on the number of processes.
 
     Args:
         dataset: of cases, each a dictionary.
@@ -131,7 +130,7 @@ class CaseLoader(DataLoader):
         return super().__iter__()
 
     def _bytes_in_flight(self, workers: int) -> int:
-        """Bytes of the batches that so many processes keep ready, and of the one in use and the one being made."""
+        """Bytes of the batches prefetched by the workers, of the one in use and of the one being collated."""
         sampler = self.batch_sampler if self.batch_size is None else self
         batch = int(getattr(sampler, "batch_size", None) or 1)
         return self._case_bytes * batch * (workers * (self.prefetch_factor or 2) + 2)
@@ -143,14 +142,13 @@ class CaseLoader(DataLoader):
 
 
 class GuardedDataset(Dataset):
-    """Dataset that turns a case which cannot be prepared into ``{patient_id, "error"}`` instead of raising.
+    """Dataset that returns ``{patient_id, "error"}`` for a case that cannot be prepared, instead of raising.
 
-    One unreadable patient must not cost the others their prediction; :class:`scripts.training.engine.PatientEvaluator`
-    reports the marker.
+    :class:`scripts.training.engine.PatientEvaluator` reports it, and the other patients are predicted.
     """
 
     def __getitem__(self, index: Any) -> Any:
-        """Prepared case ``index`` or its failure."""
+        """Prepared case ``index``, or its error."""
         case = self.data[index]
         if case.get(keys.PROBLEM):
             return {keys.PATIENT_ID: case[keys.PATIENT_ID], ERROR: case[keys.PROBLEM]}
@@ -161,9 +159,9 @@ class GuardedDataset(Dataset):
 
 
 def collate_one(items: Sequence[Mapping]) -> Any:
-    """MONAI's ``list_data_collate`` for a batch of one patient, whose images get a batch axis and are not copied.
+    """MONAI's ``list_data_collate`` for a batch of one patient, without copying images.
 
-    Stacking would copy the native PET, in the order of a file, voxel by voxel: as long as everything else together.
+    Stacking would copy the native PET voxel by voxel, which takes as long as all other steps together.
     """
     (item,) = items
     images = {key: value for key, value in item.items() if isinstance(value, MetaTensor)}
@@ -176,33 +174,32 @@ def collate_one(items: Sequence[Mapping]) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line: the innermost cause, without MONAI's wrapping of transform errors."""
+    """One-line message of the innermost cause, without MONAI's wrapping of transform errors."""
     cause = innermost(error)
     return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The exception at the start of a chain of ``raise ... from ...`` that stands for the others."""
+    """The first exception of a chain of ``raise ... from ...``, as far as RuntimeErrors wrap it."""
     while error.__cause__ is not None and isinstance(error, RuntimeError):
         error = error.__cause__
     return error
 
 
 class EventBatchSampler(Sampler[list[Draw]]):
-    """Shuffled batches of equal size, half of each with an event if wanted.
+    """Shuffled batches of equal size, optionally with a fixed share of events.
 
-    With ``event_fraction`` 0.5 and ``batch_size`` 4 every batch holds two relapses, as in the paper: a Cox loss over
-    four cases of which none relapsed teaches nothing. Events and other cases come from two shuffled streams; a
-    stream that runs out starts again, so that within an epoch no case comes twice before all of its kind came once.
+    With ``event_fraction`` 0.5 and ``batch_size`` 4 every batch holds two relapses, as in the paper: the Cox loss of a
+    batch without relapses is zero. Events and other cases are two shuffled streams, each reshuffled when exhausted.
 
     Args:
         cases: datalist with ``event`` and ``surv_known``.
-        batch_size: cases a batch and rank; cut to the number of cases.
+        batch_size: cases for each batch and rank; at most the number of cases.
         seed: of the run.
         event_fraction: share of each batch with a known event; ``None`` for plain shuffling.
 
     Raises:
-        ValueError: fewer than two cases (batch normalisation has nothing to average over).
+        ValueError: fewer than two cases, which batch normalisation needs.
     """
 
     def __init__(
@@ -221,16 +218,13 @@ class EventBatchSampler(Sampler[list[Draw]]):
         self.groups: list[tuple[np.ndarray, int]] = [(np.arange(len(cases)), self.batch_size)]
         if event_fraction is not None and has_event.any() and not has_event.all():
             events = min(max(1, round(self.batch_size * event_fraction)), self.batch_size - 1)
-            self.groups = [
-                (np.flatnonzero(has_event), events),
-                (np.flatnonzero(~has_event), self.batch_size - events),
-            ]
+            self.groups = [(np.flatnonzero(has_event), events), (np.flatnonzero(~has_event), self.batch_size - events)]
         elif event_fraction is not None:
             logger.info("batches are not balanced: %d of %d cases have an event", has_event.sum(), len(cases))
         self.num_batches = max(1, len(cases) // (self.batch_size * _world_size()))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -247,7 +241,7 @@ class EventBatchSampler(Sampler[list[Draw]]):
 
 
 def _stream(indices: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """``length`` items of ``indices``, each pass over them in a new order."""
+    """``length`` items of ``indices``, reshuffled at each pass."""
     passes = -(-length // len(indices))
     return np.concatenate([rng.permutation(indices) for _ in range(passes)])[:length]
 
@@ -261,20 +255,19 @@ def _rank() -> int:
 
 
 def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_progress: bool = True) -> None:
-    """Read and preprocess every case once, fill the cache, and take out the cases that cannot be read.
+    """Preprocess every case once, fill the cache, and remove the cases that cannot be read.
 
-    A case that fails is removed from its dataset, logged, and listed in ``<output_dir>/exclusions.csv``: it neither
-    stops the cohort nor disappears silently. What quality control doubts of the others is listed in
-    ``<output_dir>/quality.csv`` and counted in the log, but for voxel sizes, of which the cohort itself sets the range.
-    A list that would be empty is not written. Ranks of one training share what they found.
+    A case that fails is logged and listed in ``<output_dir>/exclusions.csv``. Doubtful cases are kept, listed in
+    ``<output_dir>/quality.csv`` and counted in the log; voxel sizes are not checked, since the cohort defines their
+    range. Empty lists are not written. All ranks of a training share the result.
 
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
-        output_dir: where the lists go.
-        show_progress: draw a bar.
+        output_dir: folder of the lists.
+        show_progress: show a progress bar.
 
     Raises:
-        RuntimeError: nothing is left of a dataset.
+        RuntimeError: a dataset is empty, or none of its cases can be read.
     """
     excluded: list[dict[str, Any]] = []
     doubtful: list[dict[str, Any]] = []
@@ -288,11 +281,11 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
             logger.warning("%s: left out of the %s set: %s", patient, name, why)
             excluded.append({"PatientID": patient, "set": name, "reason": why})
         doubts = {patient: checks for patient, checks in doubts.items() if patient not in failures}
-        for patient, checks in doubts.items():
-            who = {"PatientID": patient, "set": name}
-            doubtful += [
-                {**who, "check": check.name, "value": check.value, "message": check.message} for check in checks
-            ]
+        doubtful += [
+            {"PatientID": patient, "set": name, "check": check.name, "value": check.value, "message": check.message}
+            for patient, checks in doubts.items()
+            for check in checks
+        ]
         if doubts:
             counts = Counter(check.name for checks in doubts.values() for check in checks)
             shown = ", ".join(f"{check} {count}" for check, count in counts.most_common())
@@ -307,7 +300,7 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
 
 
 def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
-    """What all ranks found, by patient id; of what several found the first rank's."""
+    """Results of all ranks by patient id; the first rank's where several have one."""
     if _world_size() == 1:
         return found
     gathered: list[dict[str, Any]] = [{} for _ in range(_world_size())]
@@ -316,7 +309,7 @@ def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[str, str], dict[str, list[Check]]]:
-    """Id of every patient of ``dataset`` who cannot be prepared and why, and of every other who is in doubt."""
+    """By patient id: the errors of cases that cannot be prepared, and the doubts about others."""
 
     def attempt(index: int) -> str | list[Check]:
         try:
@@ -326,7 +319,7 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
         checks = checks_from_json(item.get(keys.QUALITY, "[]"))
         return [check for check in checks if check.verdict != OK and check.name not in VOXEL_SIZES]
 
-    # Threads suffice: decompression and matrix products leave the interpreter lock.
+    # Threads suffice: decompression and matrix products release the interpreter lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         bar = tqdm(
             pool.map(attempt, range(len(dataset))),
@@ -341,7 +334,7 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table; without rows there is none, and one of an earlier run goes."""
+    """Write a table; without rows, remove that of an earlier run."""
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -352,5 +345,5 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
-    """Seed what is random inside the network (dropout) for one epoch of one rank."""
+    """Seed torch (dropout) for one epoch of one rank."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, _rank()]).generate_state(1)[0]))
