@@ -235,7 +235,7 @@ def test_other_times_are_refused():
 def test_no_pass_without_segmentation(tmp_path):
     settings = {**FIXED, "tasks": ["surv"]}
     save_weights(FoldEnsemble(MultitaskNet(3, tasks=["surv"]), settings), tmp_path / "model.pt")
-    with pytest.raises(NoCoarsePass, match="not learnt to segment"):
+    with pytest.raises(NoCoarsePass, match="not trained for segmentation"):
         CoarsePass(tmp_path / "model.pt")(*scans())
 
 

@@ -1,4 +1,4 @@
-"""What reads images, tumour probability map and features: HPV status and the hazard of relapse.
+"""Branches of the network for HPV status and log hazard.
 
 Shapes: ``B`` cases, ``R`` voxels along an edge of the box, ``C`` channels, ``F`` clinical values.
 """
@@ -25,7 +25,7 @@ BURDEN_FLOOR = 0.1  # permille of the box; about 1 ml in a box of 22 to 26 cm
 
 
 class NormReLUConv(nn.Sequential):
-    """Batch norm, ReLU, convolution: the unit a DenseNet is made of."""
+    """Batch norm, ReLU, convolution: the unit of a DenseNet."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bn: tuple[float, float]) -> None:
         super().__init__(
@@ -36,7 +36,7 @@ class NormReLUConv(nn.Sequential):
 
 
 class DenseLayer(nn.Module):
-    """A bottleneck of 64 channels, 16 new channels, dropout; the input is kept beside them."""
+    """A bottleneck of 64 channels, 16 new channels, dropout; concatenated to the input."""
 
     def __init__(self, in_channels: int, dropout: float, bn: tuple[float, float]) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class DenseLayer(nn.Module):
 
 
 class DenseStage(nn.Module):
-    """A dense block and its transition, and where wanted a summary of what comes out.
+    """A dense block with its transition and, optionally, a summary of the output.
 
     Args:
         in_channels: channels of the input.
         layers: dense layers of the block.
         out_channels: channels after the transition.
-        summary: whether the output also goes, normalised and averaged, into ``z2`` or the HPV logit.
+        summary: whether to return the normalised and averaged output, for ``z2`` or the HPV logit.
         dropout: of the dense layers.
         bn: momentum and epsilon of the batch norms.
     """
@@ -80,11 +80,9 @@ class DenseStage(nn.Module):
 class HPVBranch(nn.Module):
     """A 3D DenseNet on [PET, CT, tumour probability]: the HPV logit and ``z2``.
 
-    The linear unit reads the last stage's summary, so that logit and ``z2`` share it.
-
     Args:
         in_channels: channels of the input.
-        z2: whether ``z2`` is wanted; without, only the last stage has a summary.
+        z2: whether to compute ``z2``; otherwise only the last stage has a summary, which the logit reads.
         dropout: of the dense layers.
         bn: momentum and epsilon of the batch norms.
     """
@@ -102,7 +100,7 @@ class HPVBranch(nn.Module):
         self.logit = FullPrecisionLinear(TRANSITION_CHANNELS[-1], 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, R, R, R) -> HPV logit (B,) and z2 (B, 112; the last 64 where it is not wanted)."""
+        """(B, C, R, R, R) -> HPV logit (B,) and z2 (B, 112; the last 64 without ``z2``)."""
         x = functional.max_pool3d(self.stem(x), kernel_size=3, stride=2, padding=1)
         summaries: list[Tensor] = []
         for k, stage in enumerate(self.stages):
@@ -115,15 +113,15 @@ class HPVBranch(nn.Module):
 
 
 class ClinicalTerm(nn.Module):
-    r"""A logistic regression in the network: what the clinical values ``z3`` add to the HPV logit.
+    r"""A logistic regression on the clinical values ``z3``, added to the HPV logit.
 
     .. math:: \sum_j v_j k_j + w_j \frac{z_j - c_j k_j}{s_j}, \qquad k_j = \min(z_j / a_j, 1)
 
-    A value that is missing (coded 0) adds nothing: k says whether it is known. For a category of two levels (coded 1
-    and 2) that is a weight for each level, as in :func:`.code_indicators`. All weights start at zero.
+    A missing value (coded 0) adds nothing: k is 1 for known values. A category of two levels (coded 1 and 2) has a
+    weight for each level, as in :func:`.code_indicators`. All weights start at zero.
 
     Args:
-        scales: (a, c, s) of each value: from where on it counts as known, a usual value, a usual difference.
+        scales: (a, c, s) of each value: threshold from which it is known, typical value, typical difference.
     """
 
     def __init__(self, scales: Sequence[Sequence[float]]) -> None:
@@ -175,24 +173,24 @@ class SurvivalBranch(nn.Module):
 
 
 def tumour_burden(probability: Tensor, pet: Tensor, floor: float = BURDEN_FLOOR) -> Tensor:
-    r"""How large the tumour is and how much it takes up, from its probability map p over the N voxels of the box.
+    r"""Volume and uptake of the tumour, from its probability map p over the N voxels of the box.
 
     .. math:: \ln\Bigl(\frac{1000}{N} \sum p + 0.1\Bigr), \qquad \frac{\sum p \cdot PET}{1 + \sum p}, \qquad
               \max p \cdot PET
 
-    that is the logarithm of its volume (in permille of the box, so that boxes of different voxels agree), and, in the
-    network's units of PET, its mean and its highest uptake. No tumour is a small one without uptake.
+    that is the logarithm of its volume (in permille of the box, which does not depend on the voxel size), and its mean
+    and highest uptake in the network's units of PET. Without a tumour, volume and uptake are at their minimum.
 
     Args:
         probability: (B, R, R, R).
         pet: (B, R, R, R).
-        floor: permille of the box, below which sizes no longer differ.
+        floor: volume added before the logarithm, in permille of the box.
 
     Returns:
         (B, 3) float32.
 
     Example:
-        A thousandth of the box is tumour, with uptake of 0.5:
+        No tumour, then a thousandth of the box with an uptake of 0.5:
 
         >>> p = torch.zeros(1, 10, 10, 10)
         >>> tumour_burden(p, torch.full_like(p, 0.5))
@@ -209,13 +207,13 @@ def tumour_burden(probability: Tensor, pet: Tensor, floor: float = BURDEN_FLOOR)
 
 
 class BurdenBranch(nn.Module):
-    """A Cox regression in the network: burden of the tumour, HPV probability and ``z3`` to the log hazard.
+    """A Cox regression on tumour burden, HPV probability and ``z3``.
 
-    Batch norm, then one linear unit that starts at zero, so that all patients start alike. A few values with a known
-    meaning leave little room to learn chance, where relapses are few.
+    Batch norm, then one linear unit that starts at zero. Few inputs with a known meaning overfit less where relapses
+    are few.
 
     Args:
-        burden_features: what is known of the tumour.
+        burden_features: number of values that describe the tumour.
         clinical_features: number F of clinical values.
         bn: momentum and epsilon of the batch norm.
     """
@@ -228,7 +226,7 @@ class BurdenBranch(nn.Module):
         self.clinical = FullPrecisionLinear(clinical_features, 1) if clinical_features else None
 
     def forward(self, burden: Tensor, clinical: Tensor) -> Tensor:
-        """What is known of the tumour (B, burden_features) and z3 (B, F) -> log hazard (B,)."""
+        """Burden (B, burden_features) and z3 (B, F) -> log hazard (B,)."""
         x = self.norm(torch.cat([burden, clinical.to(burden.dtype)], dim=1))
         log_hazard = self.burden(x[:, : self.burden_features])
         if self.clinical is not None:
@@ -236,10 +234,10 @@ class BurdenBranch(nn.Module):
         return log_hazard.squeeze(1)
 
     def start_at_zero(self) -> None:
-        """The same hazard for everybody."""
-        for parameter in (*self.burden.parameters(), *self.held_down()):
+        """Set all weights to zero: the same hazard for all patients."""
+        for parameter in (*self.burden.parameters(), *self.regularised_weights()):
             nn.init.zeros_(parameter)
 
-    def held_down(self) -> list[nn.Parameter]:
-        """Weights of the clinical values, which the L2 term holds down; those of the burden itself are free."""
+    def regularised_weights(self) -> list[nn.Parameter]:
+        """Weights in the L2 term: those of the clinical values, not those of the burden."""
         return [] if self.clinical is None else [p for p in self.clinical.parameters() if p.ndim == 2]

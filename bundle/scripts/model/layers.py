@@ -1,4 +1,4 @@
-"""Layers that the parts of the network share, and what is done to all of them: initialising, folding batch norms."""
+"""Layers shared by the parts of the network, their initialisation, and folding of batch norms."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class SafeConv3d(nn.Conv3d):
-    """A convolution that keeps clear of two faults of torch 2.13 on CPU.
+    """A convolution that avoids two faults of torch 2.13 on CPU.
 
-    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16) leaves the gradient of a 3x3x3 weight unwritten on maps of depth 2:
-    it is whatever the memory held. Such maps are tiny, so in training they are computed in the weight's own precision.
+    oneDNN's bfloat16 kernel for AVX-512 (jit_bf16) does not write the gradient of a 3x3x3 weight on maps of depth 2. In
+    training such maps, which are tiny, are computed in the weight's precision.
 
-    At inference in float32, torch gives a single small map (and on one thread every 1x1x1 kernel) to a kernel of its
-    own that takes several times as long as oneDNN's; here all of them go to oneDNN.
+    At inference in float32, torch uses a kernel several times slower than oneDNN's for a single small map (and on one
+    thread for every 1x1x1 convolution); here all use oneDNN.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def onednn_alone(x: Tensor) -> bool:
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast leaves alone.
 
-    The layers here are tiny, so half precision would gain nothing, and a log hazard of three digits ties patients
-    that differ. Written as a product and a sum, which autocast does not touch and which export and script alike.
+    Half precision would not be faster for such small layers, and would give patients tied log hazards. Product and sum
+    are not autocast, and can be exported and scripted.
 
     Example:
         >>> layer = FullPrecisionLinear(3, 2)

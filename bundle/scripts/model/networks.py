@@ -1,18 +1,15 @@
-"""The multitask network: tumour segmentation, HPV status and the hazard of relapse from one PET/CT.
+"""The multitask network: tumour segmentation, HPV status and log hazard of relapse from one PET/CT.
 
-Parts of :mod:`scripts.model.unet` and :mod:`scripts.model.branches` meet in :class:`MultitaskNet`:
-
-* :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions, give the tumour probability map, and
-  the encoder's five levels give ``z1`` (:class:`LevelSummaries`, 124 features);
-* :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map, gives the HPV logit and ``z2``
-  (112 features); where wanted, :class:`ClinicalTerm` adds what the clinical values tell of HPV status;
-* :class:`SurvivalBranch` turns ``z1``, ``z2`` and the clinical values ``z3`` into the log hazard; instead of it
-  :class:`BurdenBranch` does so from few values: the burden of the tumour that was found, the HPV probability and
-  ``z3``.
+* :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions: tumour probability map, and from the
+  encoder's five levels ``z1`` (:class:`LevelSummaries`, 124 features);
+* :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map: HPV logit and ``z2`` (112 features);
+  optionally :class:`ClinicalTerm` adds a logistic regression on the clinical values to the logit;
+* :class:`SurvivalBranch`: log hazard from ``z1``, ``z2`` and the clinical values ``z3``; or :class:`BurdenBranch`: log
+  hazard from volume and uptake of the segmented tumour, the HPV probability and ``z3``.
 
 Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
-(HECKTOR 2025), but for the burden and the clinical term, which are ours. Shapes below: ``B`` cases, ``R`` voxels along
-an edge of the box, ``C`` channels, ``F`` clinical values.
+(HECKTOR 2025); burden and clinical term are additions. Shapes: ``B`` cases, ``R`` voxels along an edge of the box,
+``C`` channels, ``F`` clinical values.
 """
 
 from __future__ import annotations
@@ -35,8 +32,6 @@ from scripts.model.branches import (
 from scripts.model.layers import fuse, initialise
 from scripts.model.unet import ROI_FACTOR, Decoder, Encoder, LevelSummaries, ResidualConv
 
-__all__ = ["HPV_INPUTS", "MASK_GRADIENTS", "SURVIVAL_INPUTS", "MultitaskNet"]
-
 MASK_GRADIENTS = ("stop", "flow")
 SURVIVAL_INPUTS = ("deep", "burden")
 HPV_INPUTS = ("image", "clinical")
@@ -46,25 +41,21 @@ LEVEL_SCALE = (1.0, 1.0, 1.0)  # of a clinical value that is a level, coded 1, 2
 class MultitaskNet(nn.Module):
     """Segmentation, HPV status and log hazard from one PET/CT and the clinical values.
 
-    Any non-empty subset of the tasks builds the network without the missing branches: without ``seg`` there is no
-    decoder, the HPV branch reads PET and CT alone and no tumour can be measured; without ``hpv`` survival has neither
-    ``z2`` nor HPV probability; without ``surv`` there are neither ``z1`` nor a survival branch; ``("hpv",)`` has no
-    encoder.
-
-    In training mode survival normalises over the batch, so it needs at least two cases at a time.
+    Branches of missing tasks are not built: without ``seg`` there is no decoder, and the HPV branch reads PET and CT
+    only; without ``hpv`` survival has neither ``z2`` nor HPV probability; without ``surv`` there is no ``z1``;
+    ``("hpv",)`` has no encoder. In training mode survival normalises over the batch and needs at least two cases.
 
     Args:
         clinical_features: number F of clinical values.
         tasks: any of "seg", "hpv", "surv".
-        mask_gradient: "stop" keeps the gradients of the HPV and survival losses from reaching the segmentation
-            through its probability map, and that of the survival loss from reaching the HPV branch through its
-            probability; "flow" is the published setting. May be changed between steps.
-        survival_inputs: what the log hazard is made of beside the clinical values: "deep" (``z1`` and ``z2``, the
-            paper's :class:`SurvivalBranch`) or "burden" (:class:`BurdenBranch`, needs the segmentation).
-        hpv_inputs: what the HPV logit is made of: "image" (the paper's :class:`HPVBranch`) alone, or with "clinical"
-            (:class:`ClinicalTerm`) on top.
-        clinical_scales: of each clinical value for :class:`ClinicalTerm`, as
-            :func:`scripts.cohorts.clinical.clinical_scales` gives them; None where all are levels.
+        mask_gradient: "stop" detaches the probability map from the HPV and survival losses, and the HPV probability
+            from the survival loss; "flow" is the published setting. May be changed between steps.
+        survival_inputs: inputs of the log hazard besides the clinical values: "deep" (``z1`` and ``z2``, the paper's
+            :class:`SurvivalBranch`) or "burden" (:class:`BurdenBranch`, needs the segmentation).
+        hpv_inputs: inputs of the HPV logit: "image" (the paper's :class:`HPVBranch`), or with "clinical"
+            (:class:`ClinicalTerm`) added.
+        clinical_scales: of each clinical value for :class:`ClinicalTerm`, of
+            :func:`scripts.cohorts.clinical.clinical_scales`; None if all are levels.
         in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
         bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
@@ -72,12 +63,12 @@ class MultitaskNet(nn.Module):
         dense_dropout: dropout of the HPV branch's dense layers.
 
     Raises:
-        ValueError: for unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are
-            unknown or that the tasks cannot give, ``hpv_inputs`` that are unknown or lack the image, or
-            ``clinical_scales`` of another number of values.
+        ValueError: unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are unknown or
+            need another task, ``hpv_inputs`` that are unknown or lack the image, or ``clinical_scales`` of another
+            number of values.
 
     Example:
-        Missing clinical values are zeros, so ``None`` and zeros are the same patient:
+        Missing clinical values are coded as zeros:
 
         >>> net = MultitaskNet().eval()
         >>> image = torch.rand(2, 2, 32, 32, 32)
@@ -141,19 +132,18 @@ class MultitaskNet(nn.Module):
 
     @torch.jit.unused
     def forward(self, image: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
-        """All that the tasks give for a batch.
+        """Outputs of all tasks for a batch.
 
         Args:
             image: (B, 2, R, R, R), channel 0 CT, channel 1 PET; R (each edge) divisible by 16.
-            clinical: (B, F) coded clinical values, 0 where missing; None where all are missing.
+            clinical: (B, F) coded clinical values, 0 where missing; None if all are missing.
 
         Returns:
-            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), those of absent tasks absent; with
-            the log hazard ``features`` (B, ...), without a gradient: z1, z2 and burden as far as they are computed
-            (236 for the paper's network).
+            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), each only with its task; with
+            ``surv`` also ``features`` (B, ...), detached: z1, z2 and burden, if computed (236 for the paper's network).
 
         Raises:
-            ValueError: for an image or clinical values of the wrong shape, or a single case in training mode.
+            ValueError: image or clinical values of the wrong shape, or a single case in training mode.
         """
         self.check_shapes(image, clinical)
         seg_logits, hpv_logit, log_hazard, features = self.heads(image, clinical)
@@ -163,7 +153,7 @@ class MultitaskNet(nn.Module):
     def heads(
         self, image: Tensor, clinical: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """:meth:`forward` as a tuple, None where a task is absent: what exporters can trace."""
+        """:meth:`forward` as a tuple, None without the task; can be traced by exporters."""
         maps = self.encode(image)
         seg_logits = self.decode(maps)
         probability = self.probability(seg_logits)
@@ -181,7 +171,7 @@ class MultitaskNet(nn.Module):
         return seg_logits, hpv_logit, log_hazard, torch.cat(features, dim=1).detach().float()
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The encoder's five feature maps; none where no task needs them."""
+        """The encoder's five feature maps; empty if no task needs them."""
         if self.encoder is None:
             return []
         return self.encoder(image)
@@ -199,7 +189,7 @@ class MultitaskNet(nn.Module):
         return self.passed_on(torch.sigmoid(seg_logits))
 
     def passed_on(self, estimate: Tensor) -> Tensor:
-        """One task's estimate for another task: with a gradient or, where ``mask_gradient`` is "stop", without."""
+        """One task's estimate for another task, detached if ``mask_gradient`` is "stop"."""
         if self._mask_gradient_flows:
             return estimate
         return estimate.detach()
@@ -219,7 +209,7 @@ class MultitaskNet(nn.Module):
         return logit, z2
 
     def summarise(self, maps: list[Tensor], z2: Tensor | None) -> list[Tensor]:
-        """The deep features: z1 (B, 124), where the survival branch reads it, and z2, where there is an HPV branch."""
+        """The deep features: z1 (B, 124), if the survival branch reads it, and z2, if there is an HPV branch."""
         deep: list[Tensor] = []
         if self.summaries is not None:
             deep.append(self.summaries(maps))
@@ -228,7 +218,7 @@ class MultitaskNet(nn.Module):
         return deep
 
     def measure(self, image: Tensor, probability: Tensor, hpv_logit: Tensor | None) -> Tensor:
-        """What the burden branch reads: :func:`tumour_burden` and the HPV probability, (B, 4; 3 without HPV task)."""
+        """Input of the burden branch: :func:`tumour_burden` and the HPV probability, (B, 4; 3 without HPV task)."""
         burden = tumour_burden(probability[:, 0], image[:, 1])
         if hpv_logit is None:
             return burden
@@ -246,9 +236,10 @@ class MultitaskNet(nn.Module):
         return torch.sigmoid(logits.float())
 
     def survival_weights(self) -> list[nn.Parameter]:
-        """The weights that the L2 term of eq. 1 holds down.
+        """The weights in the L2 term of eq. 1.
 
-        All fully connected ones of the survival branch (three; two without z2), or :meth:`BurdenBranch.held_down`.
+        All fully connected ones of the survival branch (three; two without z2), or
+        :meth:`BurdenBranch.regularised_weights`.
 
         Example:
             >>> [tuple(weight.shape) for weight in MultitaskNet().survival_weights()]
@@ -258,15 +249,12 @@ class MultitaskNet(nn.Module):
         """
         if self.survival is not None:
             return [weight for weight in self.survival.parameters() if weight.ndim == 2]
-        return [] if self.burden is None else self.burden.held_down()
+        return [] if self.burden is None else self.burden.regularised_weights()
 
     def check_shapes(self, image: Tensor, clinical: Tensor | None) -> None:
-        """Raise ValueError, saying what would be right, for inputs that the network cannot read."""
-        if (
-            image.ndim != 5
-            or image.shape[1] != self.in_channels
-            or any(n % ROI_FACTOR or not n for n in image.shape[2:])
-        ):
+        """Raise ValueError, with the expected shape, for inputs of the wrong shape."""
+        edges_fit = all(n and n % ROI_FACTOR == 0 for n in image.shape[2:])
+        if image.ndim != 5 or image.shape[1] != self.in_channels or not edges_fit:
             raise ValueError(
                 f"the image's shape is {tuple(image.shape)}; the network reads (batch, {self.in_channels}, x, y, z) "
                 f"with x, y and z multiples of {ROI_FACTOR} (set roi_size accordingly)"
@@ -285,9 +273,7 @@ class MultitaskNet(nn.Module):
 
 
 def fold_norms(network: nn.Module) -> None:
-    """Fold each batch norm that follows a convolution directly into it, in place, for inference alone.
-
-    Where an activation lies between the two, or a sum, nothing changes. It does no harm to do it again.
+    """Fold each batch norm that directly follows a convolution into it, in place, for inference; repeatable.
 
     Example:
         >>> net, image = MultitaskNet().eval(), torch.rand(1, 2, 32, 32, 32)
@@ -310,29 +296,29 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks in their fixed order.
 
     Raises:
-        ValueError: where there are none, unknown or repeated ones.
+        ValueError: no, unknown or repeated tasks.
 
     Example:
         >>> checked_tasks(["surv", "seg"])
         ('seg', 'surv')
     """
-    chosen = [tasks] if isinstance(tasks, str) else list(tasks)
+    chosen = _listed(tasks)
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(TASKS):
         raise ValueError(f"tasks is {chosen}; it must name one or more of {', '.join(TASKS)}, each once")
     return tuple(task for task in TASKS if task in chosen)
 
 
 def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
-    """What the log hazard is made of.
+    """Inputs of the log hazard.
 
     Raises:
-        ValueError: where it is not exactly one known input, or a burden that no task measures.
+        ValueError: not exactly one known input, or "burden" without the segmentation.
 
     Example:
         >>> checked_inputs(["burden"], ("seg", "surv"))
         ('burden',)
     """
-    chosen = [survival_inputs] if isinstance(survival_inputs, str) else list(survival_inputs)
+    chosen = _listed(survival_inputs)
     if len(chosen) != 1 or chosen[0] not in SURVIVAL_INPUTS:
         raise ValueError(f"survival_inputs is {chosen}; it must be ['deep'] or ['burden'], not both")
     if "burden" in chosen and TASK_SEG not in tasks:
@@ -344,26 +330,26 @@ def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tupl
 
 
 def checked_hpv_inputs(hpv_inputs: Sequence[str]) -> tuple[str, ...]:
-    """What the HPV logit is made of, in its fixed order.
+    """Inputs of the HPV logit, in their fixed order.
 
     Raises:
-        ValueError: where it is unknown or repeated, or the image is not among it.
+        ValueError: unknown or repeated inputs, or no image.
 
     Example:
         >>> checked_hpv_inputs(["clinical", "image"])
         ('image', 'clinical')
     """
-    chosen = [hpv_inputs] if isinstance(hpv_inputs, str) else list(hpv_inputs)
+    chosen = _listed(hpv_inputs)
     if "image" not in chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(HPV_INPUTS):
         raise ValueError(f"hpv_inputs is {chosen}; it must be ['image'] or ['image', 'clinical']")
     return tuple(name for name in HPV_INPUTS if name in chosen)
 
 
 def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: int) -> list[Sequence[float]]:
-    """The scale of each clinical value, that of a level where none are given.
+    """The scale of each clinical value; by default that of a level.
 
     Raises:
-        ValueError: where they are not three positive numbers for each value.
+        ValueError: not three positive numbers for each value.
     """
     checked: list[Sequence[float]] = [LEVEL_SCALE] * clinical_features if scales is None else list(scales)
     if len(checked) != clinical_features or any(len(s) != 3 or min(s) <= 0 for s in checked):
@@ -371,3 +357,7 @@ def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: 
             f"clinical_scales is {scales}; it must give three positive numbers for each of {clinical_features} values"
         )
     return checked
+
+
+def _listed(names: Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

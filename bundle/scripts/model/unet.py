@@ -1,4 +1,4 @@
-"""The segmentation path: a 3D U-Net of residual convolutions, and what its levels tell survival.
+"""The segmentation path: a 3D U-Net of residual convolutions, and summaries of its levels for survival.
 
 Shapes: ``B`` cases, ``R`` voxels along an edge of the box, ``C`` channels.
 """
@@ -26,7 +26,7 @@ ROI_FACTOR = 2 ** (len(LEVEL_CHANNELS) - 1)
 class ResidualConv(nn.Module):
     """Convolution 3x3x3, batch norm, ReLU, plus the input itself.
 
-    Where the number of channels changes, the input comes through a 1x1x1 convolution instead.
+    If the number of channels changes, a 1x1x1 convolution of the input is added instead.
 
     Args:
         in_channels: channels of the input.
@@ -45,7 +45,7 @@ class ResidualConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, r, r, r) -> (B, C_out, r, r, r)."""
         y = functional.relu(self.norm(self.conv(x)), inplace=True)
-        # maps at full resolution cost memory traffic more than arithmetic; autograd still needs the sum's operands
+        # in place where possible: memory traffic dominates at full resolution; autograd needs the operands
         return y + self.shortcut(x) if torch.is_grad_enabled() else y.add_(self.shortcut(x))
 
 
@@ -53,7 +53,7 @@ class ResidualLevel(nn.Sequential):
     """One level of the U-Net: ``convolutions`` residual convolutions, the first from ``in_channels``.
 
     Attributes:
-        checkpointing: keep none of its maps for the backward pass, which computes them again: less memory, more time.
+        checkpointing: recompute the maps in the backward pass instead of storing them: less memory, more time.
     """
 
     def __init__(self, in_channels: int, channels: int, convolutions: int, bn: tuple[float, float]) -> None:
@@ -62,7 +62,7 @@ class ResidualLevel(nn.Sequential):
         self.checkpointing = False
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, C_in, r, r, r) -> (B, C, r, r, r); with ``skip`` (B, C, r, r, r) x comes from below at half the size."""
+        """(B, C_in, r, r, r) -> (B, C, r, r, r); with ``skip`` (B, C, r, r, r) x has half the size."""
         if not torch.jit.is_scripting():
             frugal = self.checkpointing and torch.is_grad_enabled()
             if frugal:
@@ -80,13 +80,13 @@ class ResidualLevel(nn.Sequential):
 
 
 def norms_seen_once(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a forward pass and of its repetition, in which running statistics stay as they are."""
+    """Contexts of a forward pass and of its repetition; the latter does not update running statistics."""
     return nullcontext(), norms_at_rest(module)
 
 
 @contextmanager
 def norms_at_rest(module: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode normalise as ever, and learn nothing of the batch."""
+    """Batch norms in training mode do not update their running statistics."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -99,7 +99,7 @@ def norms_at_rest(module: nn.Module) -> Iterator[None]:
 
 
 def set_checkpointing(network: nn.Module, checkpointing: bool) -> None:
-    """Whether every level of the U-Net trains in less memory and more time (see :class:`ResidualLevel`)."""
+    """Set gradient checkpointing of every level of the U-Net (see :class:`ResidualLevel`)."""
     for module in network.modules():
         if isinstance(module, ResidualLevel):
             module.checkpointing = checkpointing

@@ -1,8 +1,7 @@
-"""A coarse look of the network itself over a scan: where it sees tumour, for :mod:`scripts.imaging.localise` to judge.
+"""Coarse pass: the network's segmentation of a scan at low resolution, for :mod:`scripts.imaging.localise`.
 
-The network was trained on boxes of the head and neck. What it answers elsewhere (bladder, heart, an injection site) is
-not to be believed, so that it is asked only where the anatomy leaves room for a tumour of the head and neck; where
-nothing is known of the anatomy, that is the whole scan.
+The network was trained on boxes of the head and neck and is unreliable elsewhere (bladder, heart, an injection site).
+It is applied only where, by the anatomy, a tumour of the head and neck is possible; without anatomy, to the whole scan.
 """
 
 from __future__ import annotations
@@ -31,34 +30,32 @@ from scripts.model.unet import ROI_FACTOR
 IN_DOUBT, ALWAYS = "in_doubt", "always"
 COARSE_SPACING_MM = 4.0
 WINDOW_OVERLAP = 0.25
-CONTEXT_MM = 40.0  # what is looked at around the bounds of interest: a tumour at their edge, and what lies about it
-# A box of the head and neck holds no higher uptake: an injection site must not take the whole range of a network that
-# scales by the box's maximum.
+CONTEXT_MM = 40.0  # margin around the bounds, for tumours at their edge
+# Highest uptake in a box of the head and neck: an injection site would compress the range of a network that scales by
+# the box's maximum.
 HIGHEST_SUV = 30.0
 FIRST_FOLD = "folds.0."
 
 
 class CoarsePass:
-    """Where the first fold of a model sees tumour in a scan, at low resolution.
+    """Tumour candidates of a model's first fold in a scan, at low resolution.
 
-    The common field of view of CT and PET, within given bounds, is resampled to ``spacing_mm``, or to the network's own
-    voxels where these are larger, and the segmentation path reads it in windows of at most ``roi_size`` voxels, each
-    scaled as a box is. The weights are read from the file at the first scan, whatever else has loaded them; a pickled
-    copy leaves them behind and carries the file's size and time instead, so that a cache keyed by it knows new weights.
+    The common field of view of CT and PET, within given bounds, is resampled to ``spacing_mm``, or to the network's
+    voxel size if larger, and segmented in windows of at most ``roi_size`` voxels, with the intensity scaling of a box.
+    The weights are read from the file at the first scan. A pickled copy holds the file's size and time instead of the
+    weights, so that a cache keyed by it is invalidated by new weights.
 
     Args:
         checkpoint: file of a :class:`scripts.model.ensemble.FoldEnsemble`.
-        when: ``"in_doubt"`` to look only where the anatomy is doubtful (anything but a whole brain in the PET), or
+        when: ``"in_doubt"`` to run only if the anatomy is doubtful (anything but a whole brain in the PET), or
             ``"always"``.
-        spacing_mm: smallest voxel size to look with, in mm.
-        device: what runs the network; the worker processes of a data loader take the CPU.
+        spacing_mm: smallest voxel size, in mm.
+        device: of the network; the worker processes of a data loader use the CPU.
 
     Raises:
-        ValueError: for another ``when``.
+        ValueError: another ``when``.
 
     Example:
-        Without weights there is no pass, and it says why:
-
         >>> grid = Grid((8, 8, 8), np.eye(4))
         >>> CoarsePass("no_such_model.pt")(np.zeros(grid.shape), grid, np.zeros(grid.shape), grid)
         Traceback (most recent call last):
@@ -73,7 +70,7 @@ class CoarsePass:
         device: str | torch.device = "cpu",
     ) -> None:
         if when not in (IN_DOUBT, ALWAYS):
-            raise ValueError(f"the coarse pass looks {IN_DOUBT!r} or {ALWAYS!r}, not {when!r}")
+            raise ValueError(f"the coarse pass runs {IN_DOUBT!r} or {ALWAYS!r}, not {when!r}")
         self.when = when
         self.checkpoint, self.spacing_mm, self.device = str(checkpoint), float(spacing_mm), torch.device(device)
         self._loaded: tuple[MultitaskNet, dict[str, Any]] | None = None
@@ -81,18 +78,17 @@ class CoarsePass:
     def __call__(
         self, ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid, anchor: Anchor | None = None
     ) -> list[Candidate] | None:
-        """Candidates in a scan, heaviest first; None where it need not look.
+        """Candidates in a scan, largest first; None if the pass is not needed.
 
         Args:
             ct: (X, Y, Z) CT in HU.
             ct_grid: its grid.
             pet: (X, Y, Z) PET in SUV, on a grid of its own.
             pet_grid: the PET's grid.
-            anchor: the anatomy, which says where to look; None for the whole scan.
+            anchor: the anatomy, which limits the region; None for the whole scan.
 
         Raises:
-            NoCoarsePass: without weights, without the segmentation task, where CT and PET do not overlap, or with
-                values that are not finite.
+            NoCoarsePass: no weights, no segmentation task, CT and PET do not overlap, or values are not finite.
         """
         if anchor is not None and self.when == IN_DOUBT and not anchor.doubtful:
             return None
@@ -110,7 +106,7 @@ class CoarsePass:
                 raise NoCoarsePass(f"no weights at {self.checkpoint}")
             state, settings = read_state(self.checkpoint), saved_settings(self.checkpoint)
             if TASK_SEG not in settings["tasks"]:
-                raise NoCoarsePass(f"the model at {self.checkpoint} has not learnt to segment")
+                raise NoCoarsePass(f"the model at {self.checkpoint} was not trained for segmentation")
             network = MultitaskNet(tasks=[TASK_SEG], bn_eps=settings["bn_eps"])
             names = network.state_dict().keys()
             network.load_state_dict({name: state[FIRST_FOLD + name] for name in names})
@@ -118,7 +114,7 @@ class CoarsePass:
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Parameters and the weights' file by size and time: all that decides an answer."""
+        """Parameters, and size and time of the weights' file: all that the result depends on."""
         file = Path(self.checkpoint)
         stat = file.stat() if file.is_file() else None
         weights = None if stat is None else (stat.st_size, stat.st_mtime_ns)
@@ -142,23 +138,23 @@ def see_tumour(
     """Tumour probability on a grid, in windows as large as the network's box.
 
     Args:
-        network: its ``tumour_probability`` reads (1, 2, X, Y, Z), edges multiples of 16, scaled as a box is.
+        network: its ``tumour_probability`` reads (1, 2, X, Y, Z), edges multiples of 16, intensities as in a box.
         settings: the network's ``roi_size``, ``ct_window`` and ``pet_window``.
-        look: where to look, as :func:`look_grid` gives it.
+        look: grid of :func:`look_grid`.
         ct: (X, Y, Z) CT in HU.
         ct_grid: its grid.
         pet: (X, Y, Z) PET in SUV, on a grid of its own.
         pet_grid: the PET's grid.
 
     Returns:
-        The grid, grown at its upper ends to whole windows, and the probability on it, float32.
+        The grid, enlarged at its upper ends to whole windows, and the probability on it, float32.
     """
     size = np.minimum(look.shape, settings["roi_size"])
     window = [int(n) for n in -(-size // ROI_FACTOR) * ROI_FACTOR]
     look = look.crop([slice(0, max(n, w)) for n, w in zip(look.shape, window, strict=True)])
     suv = np.minimum(resample(pet, pet_grid, look, fill=PET_FILL), HIGHEST_SUV)
     image = torch.from_numpy(np.stack([resample(ct, ct_grid, look, fill=CT_FILL), suv]))
-    if not bool(torch.isfinite(image).all()):  # quality control will say so, and of which patient
+    if not bool(torch.isfinite(image).all()):  # quality control reports it, with the patient
         raise NoCoarsePass("CT or PET holds values that are not finite numbers")
     scale = ScaleIntensityPETCTd(settings["ct_window"], settings["pet_window"])
 
@@ -179,7 +175,7 @@ def look_grid(ct_grid: Grid, pet_grid: Grid, spacing_mm: float, bounds: np.ndarr
     """Axis-aligned grid over the common field of view of CT and PET, or over the part around ``bounds`` (2, 3) in mm.
 
     Raises:
-        NoCoarsePass: where there is none.
+        NoCoarsePass: there is none.
     """
     low = np.maximum(ct_grid.bounds[0], pet_grid.bounds[0])
     high = np.minimum(ct_grid.bounds[1], pet_grid.bounds[1])
@@ -192,12 +188,7 @@ def look_grid(ct_grid: Grid, pet_grid: Grid, spacing_mm: float, bounds: np.ndarr
 
 
 def find_candidates(probability: np.ndarray, grid: Grid) -> list[Candidate]:
-    """Connected regions of tumour on a grid of an axis-aligned box, heaviest first.
-
-    Args:
-        probability: (X, Y, Z) tumour probability.
-        grid: where it is.
-    """
+    """Connected regions of tumour in a probability map (X, Y, Z) on an axis-aligned grid, largest mass first."""
     labels, count = ndimage.label(above(probability))
     found = []
     for number, window in enumerate(ndimage.find_objects(labels, count), start=1):

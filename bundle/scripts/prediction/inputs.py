@@ -1,7 +1,6 @@
-"""What somebody points at, as cases to predict: a folder, a list of cases, a pair of scans, DICOM; and clinical values.
+"""Cases to predict from a folder, a list of cases, a pair of scans or DICOM; and their clinical values.
 
-Every function gives cases as :func:`.inference_cases` does: what keeps a patient from being predicted
-stands in the case, and the others go on.
+The reason why a patient cannot be predicted is stored in the case; the other patients are predicted.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _COLUMNS = {
 
 
 class NoScanError(CohortError):
-    """Nothing in a place is named as scans are; two files may be there all the same."""
+    """No file has the name of a scan; there may still be two image files."""
 
 
 def find_cases(
@@ -49,13 +48,13 @@ def find_cases(
     """The cases in a folder of images, in a folder of DICOM, or in a list.
 
     Args:
-        source: a folder in one of the layouts of :func:`scripts.cohorts.scans.find_scans`; a folder with DICOM files in
-            any order; or a CSV or JSON list of cases, see :func:`listed_cases`.
+        source: a folder in a layout of :func:`scripts.cohorts.scans.find_scans`; a folder of DICOM files; or a CSV or
+            JSON list of cases (:func:`listed_cases`).
         features: names of the clinical values to read, in the network's order.
-        clinical: a table of clinical values (CSV or JSON); None: found beside the scans.
+        clinical: a table of clinical values (CSV or JSON); None: searched beside the scans.
 
     Raises:
-        CohortError: there is nothing to predict, or a table cannot be read at all.
+        CohortError: there is nothing to predict, or a table cannot be read.
     """
     cases = _find_cases(Path(source).expanduser(), features, clinical)
     twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
@@ -90,10 +89,10 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
 def listed_cases(
     path: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
 ) -> list[Case]:
-    """The cases of a list: one row (CSV) or object (JSON) a patient with ``patient_id``, ``ct`` and ``pet``.
+    """The cases of a list: one row (CSV) or object (JSON) for each patient with ``patient_id``, ``ct`` and ``pet``.
 
-    Further columns may hold clinical values, by the same names as in any table. Relative paths start at the list's own
-    folder. A path may also be a folder that holds the DICOM series.
+    Further columns may hold clinical values. Paths are relative to the list's folder, or absolute; a path may also be a
+    folder with the DICOM series.
 
     Args:
         path: the list.
@@ -101,7 +100,7 @@ def listed_cases(
         clinical: another table with clinical values.
 
     Raises:
-        CohortError: it is no such list, or a fault concerns no single patient.
+        CohortError: not such a list, or an error that concerns no single patient.
     """
     path = Path(path)
     records = cohort_tables.read_records(path)
@@ -136,16 +135,16 @@ def listed_cases(
 def pair_case(
     ct: str | Path, pet: str | Path, features: Sequence[str] = DEFAULT_FEATURES, patient_id: str | None = None
 ) -> Case:
-    """The case of one CT and one PET, without clinical values but what DICOM tells.
+    """The case of one CT and one PET, with clinical values from the DICOM header only.
 
     Args:
         ct: image file, or a folder with the DICOM series.
         pet: likewise.
         features: names of the clinical values, in the network's order.
-        patient_id: what to call the patient; None: as the CT's file name or the DICOM header says.
+        patient_id: id of the patient; None: from the CT's file name or the DICOM header.
 
     Raises:
-        CohortError: a path is not there, or one is a folder and the other a file.
+        CohortError: a path does not exist, or one is a folder and the other a file.
         scripts.dicom.tags.DicomError: a folder holds no DICOM.
     """
     paths = {"CT": Path(ct).expanduser(), "PET": Path(pet).expanduser()}
@@ -169,12 +168,12 @@ def pair_case(
 
 
 def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source: str) -> None:
-    """Give the values to the only case there is; what a case knows already yields to them.
+    """Set clinical values of a single case, replacing known ones.
 
     Args:
-        cases: changed in place.
-        values: raw values by feature name or column name; None and what the model does not read are left out.
-        source: where they come from, for messages and the output.
+        cases: one case, changed in place.
+        values: raw values by feature name or column name; None and values the model does not read are ignored.
+        source: of the values, for messages and the output.
 
     Raises:
         CohortError: there are several patients.
@@ -198,10 +197,10 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
 
 
 def clinical_object(path: str | Path) -> dict[str, Any] | None:
-    """The content of a JSON file that describes one patient and does not name it (``ehr.json``); None for a table.
+    """The content of a JSON file of one patient without an id (``ehr.json``); None for a table.
 
     Raises:
-        CohortError: the file cannot be read, is no valid JSON, or names no clinical value that is known.
+        CohortError: the file cannot be read, is not valid JSON, or has no known clinical value.
     """
     if Path(path).suffix.lower() != ".json":
         return None
@@ -218,7 +217,7 @@ def clinical_object(path: str | Path) -> dict[str, Any] | None:
 def _with_dicom_beside(
     cases: Sequence[Case], features: Sequence[str], clinical: str | Path | None, folder: Path
 ) -> list[Case]:
-    """Cases of image files and those of DICOM in the same folder; DICOM within a patient's folder is left alone."""
+    """Cases of image files and those of DICOM in the same folder, except DICOM within a patient's folder."""
     files = [Path(case[kind]) for case in cases for kind in (keys.CT, keys.PET) if case[kind]]
     own = {file.parent for file in files} - {folder, *containers(folder)}
     having = {patient_key(case[keys.PATIENT_ID]) for case in cases if case[keys.CT] or case[keys.PET]}
@@ -243,7 +242,7 @@ def _dicom_cases(
     folder: Path,
     table_alone: bool = True,
 ) -> list[Case]:
-    """Cases of DICOM examinations; ``table_alone``: also of patients whom only a table in the folder has."""
+    """Cases of DICOM examinations; with ``table_alone`` also of patients who are only in a table of the folder."""
     ids = {patient_key(each.patient_id or UNNAMED) for each in found}
     paths = [clinical] if clinical else cohort_tables.find_tables(folder, ids)
     tables = cohort_tables.read_tables(paths, features)
@@ -268,7 +267,7 @@ def _dicom_cases(
 
 
 def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -> None:
-    """Put the chosen series into a case, and the age and sex that nothing else has told; log what was chosen."""
+    """Set the selected series of a case, and age and sex if not known otherwise; log the selection."""
     case[keys.CT] = case[keys.PET] = None
     patient = case[keys.PATIENT_ID]
     for series in examination.passed_over:
@@ -282,7 +281,7 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
     case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
     for line in examination.choice.describe().splitlines():
         logger.info("%s: %s", patient, line)
-    if examination.name != examination.patient_id:  # the name alone does not tell whose it is
+    if examination.name != examination.patient_id:  # the name alone does not identify the patient
         logger.info("%s: CT from %s", patient, examination.choice.ct.paths[0].parent)
     if examination.sharing:
         logger.warning("%s: several people have this PatientID, by %s", patient, examination.sharing)
