@@ -267,7 +267,7 @@ def _metric(
     known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
     if any(column not in cases for column in measure.columns[1:]):  # nobody has the label
         known = known.iloc[:0]
-    head = {"patients": len(known), **_class_counts(name, known), **_empty_masks(name, cases)}
+    head = _counts(name, known, cases)
     if measure.columns[0] not in cases:
         counted_later = measure.columns[0].startswith("found_") and "dice" in cases
         reason = "not counted by the version that judged these cases" if counted_later else "not a task of this model"
@@ -288,27 +288,24 @@ def _metric(
     return metric
 
 
-def _class_counts(name: str, known: pd.DataFrame) -> dict[str, int]:
-    """Counts reported with a metric, besides patients."""
+def _counts(name: str, known: pd.DataFrame, cases: pd.DataFrame) -> dict[str, int]:
+    """Counts reported with a metric: of its ``known`` cases, and of all ``cases`` those with both masks empty."""
+    nothing = pd.Series(dtype=float)
+    counts = {"patients": len(known)}
     if name == "c_index":
-        return {"events": int(known["event"].sum()) if "event" in known else 0}
-    if "hpv" in known:
-        positive = int(known["hpv"].sum())
-        return {"positive": positive, "negative": len(known) - positive}
-    if name.endswith("_sensitivity"):
+        counts["events"] = int(known.get("event", nothing).sum())
+    elif "hpv" in known:
+        counts["positive"] = int(known["hpv"].sum())
+        counts["negative"] = len(known) - counts["positive"]
+    elif name.endswith("_sensitivity"):
         of = LESIONS[name.removesuffix("_sensitivity")]
-        return {of: int(known[f"true_{of}"].sum()) if f"true_{of}" in known else 0}
-    if name == "surface_distance_mm":
-        return {"missed": int(np.isinf(known["surface_distance_mm"]).sum()) if "surface_distance_mm" in known else 0}
-    return {}
-
-
-def _empty_masks(name: str, cases: pd.DataFrame) -> dict[str, int]:
-    """Number of cases with both masks empty, for metrics in which these are undefined or perfect."""
-    if name not in ("dice", "surface_distance_mm") or not set(_VOLUMES) <= set(cases):
-        return {}
-    count = int(without_surfaces(cases).sum())
-    return {"both_empty": count} if count else {}
+        counts[of] = int(known.get(f"true_{of}", nothing).sum())
+    elif name == "surface_distance_mm":
+        counts["missed"] = int(np.isinf(known.get(name, nothing)).sum())
+    if name in ("dice", "surface_distance_mm") and set(_VOLUMES) <= set(cases):  # undefined or perfect in these
+        both_empty = int(without_surfaces(cases).sum())
+        counts |= {"both_empty": both_empty} if both_empty else {}
+    return counts
 
 
 def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ NO_CUT_POINTS = (
 )
 
 
+@dataclass(eq=False, repr=False)
 class CaseTable:
     """Handler that writes ``cases.csv``, ``metrics.json`` and plots of an evaluation and logs the metrics.
 
@@ -63,22 +65,17 @@ class CaseTable:
         part: evaluated part of the split (``evaluate_on``); reported with what was fitted to its cases.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        dataset_dir: str,
-        checkpoint: str,
-        seed: int = 0,
-        training_cases: Sequence[Mapping[str, Any]] | None = None,
-        ensemble: FoldEnsemble | None = None,
-        part: str = "",
-    ) -> None:
-        self.output_dir = Path(output_dir)
-        self.about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint)}
-        self.seed = seed
-        self.training_cases = training_cases
-        self.ensemble = ensemble
-        self.part = part
+    output_dir: str
+    dataset_dir: str
+    checkpoint: str
+    seed: int = 0
+    training_cases: Sequence[Mapping[str, Any]] | None = None
+    ensemble: FoldEnsemble | None = None
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output_dir)
+        self.about = {"dataset_dir": str(self.dataset_dir), "checkpoint": str(self.checkpoint)}
         self.rows: list[dict[str, Any]] = []
         self.features: list[np.ndarray] = []
 
@@ -102,9 +99,9 @@ class CaseTable:
         threshold = self._carried("hpv_threshold").get("value")
         if threshold is not None and "hpv_prob" in cases:
             cases["hpv_threshold"] = threshold
-        write_text(self.output_dir / "cases.csv", cases.to_csv(index=False))
+        write_text(self.folder / "cases.csv", cases.to_csv(index=False))
         if self.features:
-            write_features(self.output_dir, cases["PatientID"], np.concatenate(self.features))
+            write_features(self.folder, cases["PatientID"], np.concatenate(self.features))
         kept = getattr(getattr(engine, "network", None), "provenance", {}).get(KEEP_EPOCH)
         report = {**self.about, "selection": describe_selection(kept, self.part), **self._judge(cases)}
         report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
@@ -112,10 +109,10 @@ class CaseTable:
         if len(inside):
             report["tumour_inside_box"] = {"mean": float(inside.mean()), "minimum": float(inside.min())}
         report["figures"] = self._draw(cases, report)
-        write_text(self.output_dir / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
+        write_text(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
         logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
         logger.info("%s", report["selection"]["statement"])
-        logger.info("written: %s, with metrics.json and figures/ beside it", self.output_dir / "cases.csv")
+        logger.info("written: %s, with metrics.json and figures/ beside it", self.folder / "cases.csv")
 
     def _judge(self, cases: pd.DataFrame, least: Mapping[str, int] | None = None) -> dict[str, Any]:
         stored = self._carried("calibration") or None
@@ -136,7 +133,7 @@ class CaseTable:
         no_groups = self._carried("calibration").get("reason", NO_CUT_POINTS)
         drawn = case_figures(cases, report["metrics"])
         drawn |= survival_figures(report.get("survival", {"reason": "survival is not judged here"}), no_groups)
-        return save_plots(self.output_dir / "figures", drawn, self.about["dataset_dir"])
+        return save_plots(self.folder / "figures", drawn, self.about["dataset_dir"])
 
     def _carried(self, name: str) -> Mapping[str, Any]:
         """Entry of the ensemble's provenance; empty without one."""

@@ -70,8 +70,7 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        check_same_shape("tumour logits", logits, "mask", mask)
-        logits, mask = select(known, logits, mask)
+        logits, mask = select(known, "tumour logits", logits, mask=mask)
         if not len(logits):
             return logits.sum()
         mask = mask.to(logits.dtype)
@@ -109,8 +108,7 @@ class HPVLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        check_same_shape("HPV logits", logit, "HPV labels", hpv)
-        logit, hpv = select(known, logit, hpv)
+        logit, hpv = select(known, "HPV logits", logit, **{"HPV labels": hpv})
         if not len(logit):
             return logit.sum()
         return sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, self.alpha).mean()
@@ -146,9 +144,7 @@ class CoxLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        check_same_shape("log hazards", log_hazard, "times", time)
-        check_same_shape("log hazards", log_hazard, "events", event)
-        log_hazard, time, event = select(known, log_hazard, time, event)
+        log_hazard, time, event = select(known, "log hazards", log_hazard, times=time, events=event)
         return negative_log_partial_likelihood(log_hazard, time, event.bool())
 
 
@@ -305,13 +301,16 @@ def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.unsqueeze(0), -torch.inf).logsumexp(dim=1)
 
 
-def select(known: Tensor | None, output: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+def select(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) -> tuple[Tensor, ...]:
     """The known cases of an output (at least in float32) and of its labels.
 
     Raises:
-        ValueError: ``known`` does not have one flag for each case.
+        ValueError: a label has another shape, or ``known`` does not have one flag for each case.
     """
-    output, *rest = (without_metadata(tensor) for tensor in (output, *labels))
+    for label, values in labels.items():
+        if values.shape != output.shape:
+            raise ValueError(f"{name} have shape {tuple(output.shape)} but {label} {tuple(values.shape)}")
+    output, *rest = (without_metadata(tensor) for tensor in (output, *labels.values()))
     output = at_least_float32(output)
     if known is None:
         return (output, *rest)
@@ -329,9 +328,3 @@ def without_metadata(tensor: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ValueError if the shapes differ."""
-    if tensor.shape != other.shape:
-        raise ValueError(f"{name} have shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}")

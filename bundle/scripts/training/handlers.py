@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def is_better(value: float, best: float | None, metric: str) -> bool:
 
 
 # --- best checkpoint, early stopping, resuming ------------------------------------------------------------------
+@dataclass(eq=False, repr=False)
 class TrainingState:
     """Checkpoints, early stopping and resuming of a run.
 
@@ -175,39 +177,34 @@ class TrainingState:
         ValueError: another ``keep``, or early stopping with ``"last"``.
     """
 
-    def __init__(
-        self,
-        ensemble: FoldEnsemble,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        loss: torch.nn.Module,
-        sampler: EventBatchSampler,
-        evaluator: Evaluator,
-        val_interval: int,
-        ckpt_dir: str,
-        output_dir: str,
-        settings: Mapping[str, Any],
-        seed: int = 0,
-        patience: int = 0,
-        keep: str = BEST,
-    ) -> None:
-        if keep not in (BEST, LAST):
-            raise ValueError(f"keep_epoch is '{BEST}' or '{LAST}'; got {keep!r}")
-        if keep == LAST and patience:
-            raise ValueError(f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {patience}")
-        self.keep = keep
-        self.ensemble = ensemble
-        self.parts: dict[str, Any] = {"network": ensemble, "optimizer": optimizer, "scheduler": scheduler, "loss": loss}
-        self.sampler = sampler
-        self.evaluator = evaluator
-        self.val_interval = val_interval
-        self.best_path = Path(ckpt_dir) / "model.pt"
-        self.last_path = Path(ckpt_dir) / "resume" / "last.pt"
+    ensemble: FoldEnsemble
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loss: torch.nn.Module
+    sampler: EventBatchSampler
+    evaluator: Evaluator
+    val_interval: int
+    ckpt_dir: str
+    output_dir: str
+    settings: Mapping[str, Any]
+    seed: int = 0
+    patience: int = 0
+    keep: str = BEST
+
+    def __post_init__(self) -> None:
+        if self.keep not in (BEST, LAST):
+            raise ValueError(f"keep_epoch is '{BEST}' or '{LAST}'; got {self.keep!r}")
+        if self.keep == LAST and self.patience:
+            raise ValueError(
+                f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {self.patience}"
+            )
+        self.parts: dict[str, Any] = {"network": self.ensemble}
+        self.parts |= {"optimizer": self.optimizer, "scheduler": self.scheduler, "loss": self.loss}
+        self.best_path = Path(self.ckpt_dir) / "model.pt"
+        self.last_path = Path(self.ckpt_dir) / "resume" / "last.pt"
         self.previous_path = self.last_path.with_name("previous.pt")
-        self.history_path = Path(output_dir) / "history.json"
-        self.settings = json.loads(json.dumps(dict(settings), default=str))
-        self.seed = seed
-        self.patience = patience
+        self.history_path = Path(self.output_dir) / "history.json"
+        self.settings = json.loads(json.dumps(dict(self.settings), default=str))
         self.best: float | None = None
         self.best_epoch = 0
         self.stale = 0
