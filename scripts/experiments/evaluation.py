@@ -43,7 +43,7 @@ from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups
 from scripts.evaluation.case_table import case_figures, roc_data
 from scripts.evaluation.plots import Drawn, forest_figure, roc_figure, save_plots, survival_figures, training_figure
 from scripts.evaluation.survival import DAYS_PER_YEAR, HorizonError, risk_groups
-from scripts.evaluation.survival_metrics import FigureUnavailableError
+from scripts.evaluation.survival_metrics import MetricUnavailableError
 
 FIGURES_FOLDER = "figures"
 EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"
@@ -130,7 +130,7 @@ def case_table(run: Run, cases: pd.DataFrame) -> pd.DataFrame:
         table["risk_group"] = risk_groups(cases["risk"], cuts["tertiles"])
     try:
         table["survival_2y"] = survival_of(cases, run.calibrations)(np.array([2 * DAYS_PER_YEAR]))[:, 0]
-    except (FigureUnavailableError, HorizonError) as error:
+    except (MetricUnavailableError, HorizonError) as error:
         run.notes.append(f"no two-year survival in {CASES_FILE}: {error}")
     return table
 
