@@ -163,7 +163,7 @@ def describe_selection(keep_epoch: str | None, part: str) -> dict[str, Any]:
             "the network was trained on these cases: the metrics show how well it fits them",
         )
     elif part == "all":
-        statement = "nothing was fitted to these cases, unless the network was made on some of them"
+        statement = "nothing was fitted to these cases, unless the network was trained on some of them"
     elif part != "test" and keep_epoch == BEST:
         fitted = ["epoch"]
         statement = "the epoch was selected on these cases: the metrics are too optimistic (keep_epoch: best)"

@@ -467,7 +467,7 @@ def _curve(outcomes: Outcomes) -> dict[str, list]:
 
 
 def _log_rank(judged: _Judged, groups: np.ndarray) -> dict[str, Any]:
-    """The p value that the groups relapse alike; it has no interval."""
+    """Log-rank test of equal survival of the groups: p value, statistic, degrees of freedom."""
     from lifelines.statistics import multivariate_logrank_test
 
     filled = len(np.unique(groups))
@@ -477,7 +477,7 @@ def _log_rank(judged: _Judged, groups: np.ndarray) -> dict[str, Any]:
         return {"value": None, "reason": "no events", **judged.counts}
     result = multivariate_logrank_test(judged.test.time, groups, judged.test.event)
     if math.isnan(result.p_value):
-        return {"value": None, "reason": "nobody is at risk together", **judged.counts}
+        return {"value": None, "reason": "no time at which patients of several groups are at risk", **judged.counts}
     return {
         "value": float(result.p_value),
         "statistic": float(result.test_statistic),

@@ -1,6 +1,6 @@
-"""Concordance of a risk with survival: which pairs of patients are comparable, and how many the risk orders rightly.
+"""Concordance of a risk with survival: comparable pairs of patients, and the share that the risk orders correctly.
 
-Needs NumPy only.
+lifelines has the same index, but raises without a comparable pair, loops in Python and has no weighted pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PAIRS_AT_ONCE = 2**24  # bounds the memory of concordance_index
 
 
 def concordance_index(time: Any, event: Any, risk: Any) -> float:
-    r"""Harrell's concordance index: the share of comparable pairs that the risk orders rightly (eq. 7).
+    r"""Harrell's concordance index: the share of comparable pairs that the risk orders correctly (eq. 7).
 
     .. math:: C = \frac{\sum_{(i, j)} 1[r_i > r_j] + \frac{1}{2} 1[r_i = r_j]}{\sum_{(i, j)} 1}
 
@@ -25,13 +25,13 @@ def concordance_index(time: Any, event: Any, risk: Any) -> float:
         risk: (N,) any score, higher = earlier event.
 
     Returns:
-        A number in [0, 1]; 0.5 is chance; NaN where no pair is comparable.
+        A number in [0, 1]; 0.5 is chance; NaN without a comparable pair.
 
     Raises:
-        ValueError: where the lengths differ or a value is NaN.
+        ValueError: the lengths differ or a value is NaN.
 
     Example:
-        Turning the risk round turns the index round:
+        The indices of a risk and of its negative add up to 1:
 
         >>> time, event, risk = [5, 3, 8, 1], [1, 0, 0, 1], [0.2, 0.9, 0.1, 0.4]
         >>> concordance_index(time, event, risk) + concordance_index(time, event, [-r for r in risk])
@@ -54,7 +54,7 @@ def concordance_index(time: Any, event: Any, risk: Any) -> float:
 
 
 def comparable_pairs(time: np.ndarray, event: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Whether patient i had the event while j was still without one.
+    """Whether patient i had the event before j, or before j was censored.
 
     That is ``time_i < time_j``, or ``time_i = time_j`` and j is censored. Two events at one time are not comparable.
 
@@ -75,12 +75,12 @@ def resampled_concordance(draws: np.ndarray, pairs: np.ndarray, risk: np.ndarray
 
     .. math:: \sum_{ij} n_i n_j w_{ij} r_{ij} \quad \text{and} \quad \sum_{ij} n_i n_j w_{ij}
 
-    A draw only changes how often a patient counts, so that all draws are two products of matrices.
+    A draw only changes the counts of patients, so all draws are computed with two matrix products.
 
     Args:
         draws: (B, N) counts n.
-        pairs: (N, N) weights w, 0 where i and j cannot be compared.
-        risk: (N,); r is 1 where i has the higher one, 1/2 where both have the same.
+        pairs: (N, N) weights w, 0 where i and j are not comparable.
+        risk: (N,); r is 1 where i has the higher risk, 1/2 where the risks are equal.
 
     Returns:
         (B,) and (B,); their ratio is the concordance.
@@ -92,7 +92,7 @@ def resampled_concordance(draws: np.ndarray, pairs: np.ndarray, risk: np.ndarray
 
 
 def _order(risk: np.ndarray, rows: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """(R, N) bool twice: whether each patient of ``rows`` has a higher risk than j, and whether the same."""
+    """(R, N) bool twice: whether each patient of ``rows`` has a higher risk than j, and whether an equal one."""
     first = risk[rows, None]
     return first > risk, first == risk
 

@@ -1,8 +1,8 @@
 """Dice (eq. 8) and balanced accuracy (eq. 9) as functions; these and the C-index (eq. 7) as MONAI metrics.
 
-The metrics collect a row a case over an epoch, gather the rows of all ranks, and compute once. A case whose label is
-unknown (NaN) counts nowhere; where nothing is known the result is NaN, never an exception. Every rank must call
-``aggregate``, also one that saw no case.
+The metrics collect one row for each case of an epoch, gather the rows of all ranks, and compute once. Cases with an
+unknown label (NaN) are left out; without known labels the result is NaN. Every rank must call ``aggregate``, also one
+without cases.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def dice_scores(prediction: Tensor, mask: Tensor) -> Tensor:
         mask: (B, 1, ...) in {0, 1}.
 
     Returns:
-        (B, 1); 1 where both are empty, 0 where only the mask is.
+        (B, 1); 1 if both are empty, 0 if only the mask is.
 
     Raises:
-        ValueError: where the shapes differ or the prediction is not binary.
+        ValueError: the shapes differ or the prediction is not binary.
 
     Example:
         >>> empty, full = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
@@ -55,13 +55,13 @@ def balanced_accuracy(probability: Tensor, label: Tensor, threshold: float = HAL
         threshold: above which it is called positive.
 
     Returns:
-        A number in [0, 1]; NaN where one of the classes is absent.
+        A number in [0, 1]; NaN if one of the classes is absent.
 
     Raises:
-        ValueError: where the shapes differ or a probability is NaN.
+        ValueError: the shapes differ or a probability is NaN.
 
     Example:
-        Calling everything positive is chance, however many are:
+        Calling all cases positive is chance:
 
         >>> balanced_accuracy(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.0]))
         0.5
