@@ -90,7 +90,8 @@ def package_bundle(
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise PackageError(f"needs {', '.join(missing)}: pip install -r tests/requirements.txt")
     source, folder = Path(bundle).resolve(), Path(out).resolve()
-    released = name_of_release(NAME, saved_provenance(source / WEIGHTS, {}))
+    provenance = saved_provenance(source / WEIGHTS) if (source / WEIGHTS).is_file() else {}
+    released = name_of_release(NAME, provenance)
     target, archive = folder / NAME, folder / f"{released}_v{version}.zip"
     for path in (target, archive):
         if path.exists():

@@ -104,7 +104,7 @@ def predict(
     configure_log()
     require_writable(str(output))
     parser = load_bundle(str(output), ckpt_dir, device, force)
-    features = parser.get_parsed_content("clinical_features")
+    features = parser.get_parsed_content("spec").clinical_features
     if input is not None:
         cases = gather_cases(str(input), features, clinical, values)
     else:
@@ -159,7 +159,7 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
 
     if device is not None:
         check_device(device)
-    read_state(Path(ckpt_dir) / "model.pt")  # the config itself would go on with default settings for a while
+    read_state(Path(ckpt_dir) / "model.pt")
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
     for name, place in (("bundle_root", BUNDLE), ("output_dir", output), ("ckpt_dir", ckpt_dir)):
@@ -227,8 +227,8 @@ def run_cases(
     """
     from scripts.prediction.dicom_results import write_dicom_results
 
-    parser["cases"] = CaseList(cases)
-    writer = parser.get_parsed_content("writer")
+    parser["dataset#data"] = CaseList(cases)
+    writer = parser.get_parsed_content("handlers#0")
     wanted = [*(["report", "report_pdf"] if report or explain else []), *(["explanation"] if explain else [])]
     done = finished(parser, writer, cases, wanted) if resume else set()
     todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)

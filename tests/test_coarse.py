@@ -243,11 +243,12 @@ def test_no_pass_without_segmentation(tmp_path):
 
 
 def parsed(*files: str, **changes) -> object:
-    """The localising transform of a config of the bundle."""
+    """The proposer in a config of the bundle."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / "configs" / name) for name in files])
     parser.update(changes)
-    return parser.get_parsed_content("transforms#box_on_head_and_neck").proposer
+    preprocessing = "preprocessing" if "inference.json" in files else "validate#preprocessing"
+    return parser.get_parsed_content(preprocessing).transforms[1].proposer
 
 
 def test_inference_and_evaluation_look_alike_and_training_not_at_all(model):

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jsonschema
@@ -24,7 +24,9 @@ from conftest import BUNDLE, TINY, make_tiny_cohort
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.imaging.images import read_image
-from scripts.imaging.transforms import LoadScansd
+from scripts.imaging.transforms import EVALUATION_KEYS, INFERENCE_KEYS, TRAINING_KEYS, LoadScansd
+from scripts.model.preprocessing import Preprocessing
+from scripts.model.spec import ModelSpec
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -39,38 +41,82 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 # --- what they promise each other -----------------------------------------------------------------------------
-def test_training_and_inference_define_the_same_network() -> None:
-    train, inference = config("train.json"), config("inference.json")
-    assert train["spec"] == inference["spec"]
-    built = [ConfigParser({**c, "saved": c["default_settings"]}) for c in (train, inference)]
-    one, other = (parser.get_parsed_content("network_def").state_dict() for parser in built)
-    assert {name: getattr(value, "shape", value) for name, value in one.items()} == {
-        name: getattr(value, "shape", value) for name, value in other.items()
+LIMITS = {
+    "train.json": (40, 25),
+    "inference.json": (25, 12),
+    "evaluate.json": (14, 10),
+    "multi_gpu_train.json": (9, 12),
+    "inference_trt.json": (4, 1),
+    "label.json": (3, 0),
+    "label_train.json": (8, 3),
+    "paper.json": (20, 0),
+    "demo.json": (15, 0),
+}
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((BUNDLE / "configs").glob("*.json"))])
+def test_configs_stay_short_and_without_logic(name: str) -> None:
+    """Ids at the top and expressions, at most so many."""
+    if name == "metadata.json":
+        return
+    ids, expressions = LIMITS[name]
+    assert len(config(name)) <= ids
+    assert (BUNDLE / "configs" / name).read_text().count('"$') <= expressions
+
+
+def test_training_and_inference_define_the_same_network(trained: Path) -> None:
+    """In both, ``network`` is the ensemble on the device."""
+    assert config("train.json")["network"] == config("inference.json")["network"]
+    inference = ConfigParser(config("inference.json"))
+    inference.update({"checkpoint": str(trained / "models" / "model.pt"), "device": "cpu"})
+    train = ConfigParser(config("train.json"))
+    train.update({"roi_size": 32, "spacing_mm": 8.0, "device": "cpu"})
+    one, other = (parser.get_parsed_content("network") for parser in (train, inference))
+    assert one.settings == other.settings
+    assert {name: getattr(value, "shape", None) for name, value in one.state_dict().items()} == {
+        name: getattr(value, "shape", None) for name, value in other.state_dict().items()
     }
 
 
-def test_training_and_inference_preprocess_alike() -> None:
-    train, inference = config("train.json"), config("inference.json")
-    first, *others = inference["preprocessing"]["transforms"]
-    assert first == "@transforms#request"  # of a server; a case passes it unchanged
-    assert train["validate"]["preprocessing"]["transforms"] == others
-    for name in ("load", "box_on_head_and_neck", "resample", "intensity", "clinical"):
-        assert train["transforms"][name] == inference["transforms"][name]
+@pytest.mark.parametrize(
+    ("purpose", "keys_kept", "use_mask"),
+    [
+        pytest.param("training", TRAINING_KEYS, True, id="training"),
+        pytest.param("evaluation", EVALUATION_KEYS, False, id="evaluation"),
+        pytest.param("inference", INFERENCE_KEYS, False, id="inference"),
+    ],
+)
+def test_training_evaluation_and_inference_preprocess_alike(purpose: str, keys_kept: tuple, use_mask: bool) -> None:
+    spec = ModelSpec(["seg"], ["m_stage", "age"], 32, 4.0, [-100, 900], [0, 20], 1e-5)
+    load, box, quality, resample, scale, clinical, select, *rest = Preprocessing(spec, purpose).transforms
+    assert isinstance(load, LoadScansd)
+    assert (box.roi_size, box.spacing_mm, box.use_mask) == ((32, 32, 32), 4.0, use_mask)
+    assert quality.roi_size == resample.roi_size == (32, 32, 32)
+    assert (scale.ct_window, scale.pet_window) == ((-100, 900), (0, 20))
+    assert clinical.features == ("m_stage", "age")
+    assert select.keys == keys_kept
+    assert len(rest) == (purpose == "training")
 
 
-def test_inference_defaults_are_those_of_training() -> None:
-    train = config("train.json")
-    assert config("inference.json")["default_settings"] == train["default_settings"]
-    assert set(train["default_settings"]) == set(train["spec"]) - {"_target_"}
+@pytest.mark.parametrize(
+    ("purpose", "augmentation"), [pytest.param("predict", (), id="unknown"), pytest.param("inference", [abs], id="aug")]
+)
+def test_preprocessing_for_another_purpose_is_refused(purpose: str, augmentation: Sequence) -> None:
+    spec = ModelSpec(["seg"], [], 32, 4.0, [-1000, 1000], None, 1e-5)
+    with pytest.raises(ValueError, match="purpose is one of training, evaluation, inference"):
+        Preprocessing(spec, purpose, augmentation=augmentation)
 
 
-@pytest.mark.parametrize("overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json"])
+@pytest.mark.parametrize(
+    "overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json", "label_train.json"]
+)
 def test_overlays_change_only_what_exists(overlay: str) -> None:
     """An id that train.json does not have would be ignored in silence."""
     parser = ConfigParser(config("train.json"))
     own = {
-        "evaluate.json": {"+imports", "checkpoint", "evaluating", "evaluate_on", "evaluation_dir", "evaluation_cache"},
-        "multi_gpu_train.json": {"backend", "local_rank"},
+        "evaluate.json": {"checkpoint", "proposer", "evaluating", "evaluate_on", "evaluation_dir", "finalize"},
+        "multi_gpu_train.json": {"backend", "local_rank", "finalize"},
+        "label_train.json": {"finalize"},
     }
     unknown = [key for key in config(overlay) if key not in parser and key not in own.get(overlay, set())]
     assert not unknown

@@ -80,6 +80,7 @@ def test_a_switch_is_true_or_false() -> None:
         check_numbers(merged(*INFERENCE, force="maybe").get())
 
 
+AUGMENTATION = "train#preprocessing#augmentation"
 FLIP = [{"_target_": "RandFlipd", "keys": ["image", "seg"]}]
 
 
@@ -87,14 +88,18 @@ FLIP = [{"_target_": "RandFlipd", "keys": ["image", "seg"]}]
     ("files", "changes"),
     [
         pytest.param(TRAIN, {"epochs": 1, "roi_size": 64, "train#trainer#amp": True}, id="known"),
-        pytest.param(TRAIN, {"task_weights": {"hpv": 10.0}}, id="parts_of_a_value"),
+        pytest.param(TRAIN, {"train#loss#task_weights": {"hpv": 10.0}}, id="parts_of_a_value"),
         pytest.param(EVALUATE, {"checkpoint": "x", "epochs": 3, "evaluate_on": "all"}, id="of_an_overlay"),
-        pytest.param(TRAIN, {"mine": 0.3, "hpv_alpha": "@mine"}, id="referred_to"),
-        pytest.param(TRAIN, {"mine": {"a": 0.3}, "hpv_alpha": "$@mine['a'] / 2"}, id="referred_to_as_a_whole"),
-        pytest.param(TRAIN, {"mine": {"a": {"b": 3}}, "hpv_alpha": "@mine#a#b"}, id="referred_to_in_part"),
-        pytest.param(TRAIN, {"mine": FLIP, "augmentation": "%mine"}, id="copied_by_a_macro"),
+        pytest.param(TRAIN, {"mine": 0.3, "train#loss#hpv_alpha": "@mine"}, id="referred_to"),
+        pytest.param(
+            TRAIN, {"mine": {"a": 0.3}, "train#loss#hpv_alpha": "$@mine['a'] / 2"}, id="referred_to_as_a_whole"
+        ),
+        pytest.param(TRAIN, {"mine": {"a": {"b": 3}}, "train#loss#hpv_alpha": "@mine#a#b"}, id="referred_to_in_part"),
+        pytest.param(TRAIN, {"mine": FLIP, AUGMENTATION: "%mine"}, id="copied_by_a_macro"),
         pytest.param(TRAIN, {"look": ["$print(@epochs)"]}, id="expressions_to_run"),
-        pytest.param(TRAIN, {"loss": {"_target_": "torch.nn.L1Loss"}}, id="own_ids_that_nothing_refers_to_any_more"),
+        pytest.param(
+            TRAIN, {"train#loss": {"_target_": "torch.nn.L1Loss"}}, id="own_ids_that_nothing_refers_to_any_more"
+        ),
         pytest.param(TRAIN, {"tracking_uri": "x", "experiment_name": "y", "run_name": "z"}, id="tracking"),
         pytest.param(INFERENCE, {"force": True, "proposer#when": "always"}, id="inference"),
     ],
@@ -109,12 +114,12 @@ def test_ids_that_mean_something(files: tuple[str, ...], changes: dict[str, Any]
         pytest.param(TRAIN, "epoch", 1, "no config has the id 'epoch'.*'epochs' meant", id="epoch"),
         pytest.param(TRAIN, "learningrate", 0.1, "'learning_rate' meant", id="learning_rate"),
         pytest.param(TRAIN, "checkpoint", "x.pt", "no config has the id 'checkpoint'", id="of_a_config_not_in_use"),
-        pytest.param(TRAIN, "augmentations", [], "'augmentation' meant", id="list"),
+        pytest.param(TRAIN, "train#datasets", [], "'train#dataset' meant", id="list"),
         pytest.param(TRAIN, "train#epochs", 1, "no config has the id 'train#epochs'.*'epochs' meant", id="nested"),
-        pytest.param(TRAIN, "transforms#box", {}, "'transforms#box", id="nested_dictionary"),
+        pytest.param(TRAIN, "validate#preprocess", {}, "'validate#preprocessing'", id="nested_dictionary"),
         pytest.param(TRAIN, "xyzzy", 1, "see the ids in configs", id="like_nothing"),
         pytest.param(EVALUATE, "evaluate_with", "all", "'evaluate_on' meant", id="evaluating"),
-        pytest.param(INFERENCE, "spacing", 2.0, "'spacing_mm' meant", id="inference"),
+        pytest.param(INFERENCE, "forced", True, "'force' meant", id="inference"),
         pytest.param(INFERENCE, "epochs", 2, "no config has the id 'epochs'", id="of_training"),
     ],
 )
@@ -219,7 +224,7 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
 
     def run(cohort: Path, *overlays: str, **changes: Any) -> dict[str, Any]:
         where = {"dataset_dir": str(cohort), "output_dir": str(tmp_path / "out")}
-        return merged("train.json", *overlays, **{**where, **SMALL, **changes}).get_parsed_content("run_settings")
+        return merged("train.json", *overlays, **{**where, **SMALL, **changes}).get_parsed_content("train#settings")
 
     return run
 
@@ -229,15 +234,19 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
     [
         pytest.param({"fold": 1}, "fold: 0 there, 1 now", id="fold"),
         pytest.param({"lr_milestones": [1, 2, 3]}, "lr_milestones#0: 100 there, 1 now", id="milestones"),
-        pytest.param({"bn_momentum": 0.01}, "bn_momentum: 0.1 there, 0.01 now", id="batch_norm"),
-        pytest.param({"augmentation#1#prob": 0.9}, "augmentation#1#prob: 0.5 there, 0.9 now", id="augmentation"),
-        pytest.param({"augmentation": []}, "augmentation#0#_target_: 'RandFlipd' there", id="no_augmentation"),
+        pytest.param({"network_def#network#bn_momentum": 0.01}, "bn_momentum: 0.1 there, 0.01 now", id="batch_norm"),
+        pytest.param(
+            {f"{AUGMENTATION}#1#prob": 0.9},
+            "augmentation#1#prob: 0.5 there, 0.9 now",
+            id="augmentation",
+        ),
+        pytest.param({AUGMENTATION: []}, "augmentation#0#_target_: 'RandFlipd' there", id="no_augmentation"),
         pytest.param({"train#trainer#amp": True}, "train#trainer#amp: '(absent)' there, True now", id="nested"),
-        pytest.param({"optimizer#_target_": "torch.optim.SGD"}, "torch.optim.SGD' now", id="optimizer"),
+        pytest.param({"train#optimizer#_target_": "torch.optim.SGD"}, "torch.optim.SGD' now", id="optimizer"),
         pytest.param({"early_stop_patience": 3}, "early_stop_patience: 20 there, 3 now", id="patience"),
         pytest.param({"val_interval": 1}, "val_interval: 5 there, 1 now", id="validations"),
         pytest.param({"roi_size": 48}, "roi_size: 32 there, 48 now", id="box"),
-        pytest.param({"advisory_checks": []}, "advisory_checks#0", id="quality"),
+        pytest.param({"train#preprocessing#advisory": []}, "advisory#0", id="quality"),
         pytest.param({"seed": 1}, "seed: 0 there, 1 now", id="seed"),
     ],
 )

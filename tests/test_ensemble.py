@@ -31,7 +31,7 @@ from scripts.model.ensemble import (
     read_facts,
     read_state,
     save_weights,
-    saved_settings,
+    saved_spec,
 )
 from scripts.model.networks import MultitaskNet
 
@@ -181,8 +181,8 @@ def test_weights_older_than_a_setting_load_as_what_they_were(tmp_path):
     torch.manual_seed(0)
     path, old = tmp_path / "model.pt", FoldEnsemble(MultitaskNet(2), OLD)
     save_weights(old, path)
-    assert saved_settings(path) == {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"]}
-    new = load_weights(FoldEnsemble(MultitaskNet(2), saved_settings(path)), path).eval()
+    assert saved_spec(path).to_dict() == {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"]}
+    new = load_weights(FoldEnsemble(MultitaskNet(2), saved_spec(path)), path).eval()
     image = torch.rand(1, 2, 32, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(new.predict(image), old.eval().predict(image))
@@ -207,7 +207,7 @@ def test_a_file_is_read_once_until_it_is_another(path, monkeypatch):
     save_weights(ensemble(1), path)
     first = read_state(path)
     first.pop(EXTRA_STATE)  # the caller's own dictionary
-    assert EXTRA_STATE in read_state(path) and saved_settings(path) == SETTINGS and len(loads) == 1
+    assert EXTRA_STATE in read_state(path) and saved_spec(path).to_dict() == SETTINGS and len(loads) == 1
     load_weights(ensemble(1), path)
     assert read_facts(path)[1] == 1 and len(loads) == 1
     save_weights(ensemble(2), path)
@@ -234,7 +234,7 @@ def test_checkpoints_of_several_objects(path, key):
     state = ensemble(2).state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3}, path)
     assert len(load_weights(ensemble(1), path).folds) == 2
-    assert saved_settings(path, {}) == SETTINGS
+    assert saved_spec(path).to_dict() == SETTINGS
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -273,10 +273,11 @@ def test_copies(duplicate, image):
 # --- settings ----------------------------------------------------------------------------------------------
 
 
-def test_settings_are_found_in_a_file_or_default(path):
-    assert saved_settings(path, {"spacing_mm": 1.0}) == {"spacing_mm": 1.0}
+def test_settings_are_found_in_a_file_alone(path):
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        saved_spec(path)
     save_weights(ensemble(1), path)
-    assert saved_settings(path, {"spacing_mm": 1.0}) == SETTINGS
+    assert saved_spec(path).to_dict() == SETTINGS
 
 
 def test_tuples_and_whole_floats_are_the_same_settings():
@@ -366,7 +367,7 @@ def write_list(path):
 def test_files_of_something_else_are_refused(write, message, path):
     path.parent.mkdir()
     write(path)
-    for call in (lambda: load_weights(ensemble(1), path), lambda: saved_settings(path, {})):
+    for call in (lambda: load_weights(ensemble(1), path), lambda: saved_spec(path)):
         with pytest.raises(CheckpointError, match=message) as error:
             call()
         assert str(path) in str(error.value)

@@ -12,12 +12,14 @@ import torch
 from monai.bundle import ConfigParser
 from monai.networks.trt_compiler import unroll_input
 from monai.networks.utils import convert_to_onnx
+from tiny_model import SETTINGS
 
 from conftest import BUNDLE, make_tiny_cohort
 from experiments.ensemble import empty_ensemble
 from runtimes import export
 from runtimes.export import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare
 from runtimes.inference import inference_config
+from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.runtimes import trt
 from scripts.training.engine import EnsembleInferer
@@ -27,8 +29,7 @@ BOX = (16, 16, 16)
 
 def make_ensemble(tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 1) -> FoldEnsemble:
     torch.manual_seed(0)
-    settings = json.loads((BUNDLE / "configs" / "inference.json").read_text())["default_settings"]
-    settings |= {"roi_size": list(BOX), "spacing_mm": 8.0, "tasks": list(tasks)}
+    settings = {**SETTINGS, "clinical_features": list(DEFAULT_FEATURES), "roi_size": list(BOX), "tasks": list(tasks)}
     settings["survival_inputs"] = ["burden"] if "seg" in tasks else ["deep"]
     ensemble = empty_ensemble(settings)
     if "hpv" in tasks:
@@ -160,10 +161,9 @@ def test_the_overlay_compiles_after_the_weights_are_loaded() -> None:
     configs = BUNDLE / "configs"
     parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
     steps = parser["initialize"]
-    assert "compile_folds(@network, @trt_dir, @trt_precision, @checkpoint)" in steps[-1]
-    assert any("load_weights(@network, @checkpoint)" in step for step in steps[:-1])
-    assert "$import scripts.runtimes.trt as trt" in parser["imports"]
-    assert "$import torch" in parser["imports"]
+    targets = [step["_target_"] for step in steps[1:]]
+    assert targets[-1] == "scripts.runtimes.trt.compile_folds"
+    assert "scripts.training.configuration.load_model" in targets[:-1]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch would rather have its newer exporter used

@@ -305,7 +305,7 @@ def test_comparison(metric, value, best, better) -> None:
     assert is_better(value, best, metric) is better
 
 
-OPTIONS = ["--mask_gradient", "flow", "--task_weights", "uncertainty"]
+OPTIONS = ["--network_def#network#mask_gradient", "flow", "--train#loss#task_weights", "uncertainty"]
 
 
 def test_a_run_with_flowing_gradient_and_learned_weights_ends_alike_when_broken_off(

@@ -24,6 +24,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 import serve
@@ -32,11 +33,11 @@ from runtimes import check
 from scripts import keys
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
-from scripts.imaging.transforms import ToNetworkItemd
-from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, save_weights
+from scripts.model.ensemble import FoldEnsemble, load_weights, save_weights
 from scripts.model.networks import MultitaskNet
 from scripts.runtimes import label, label_guard, label_web
 from scripts.runtimes.label_guard import RequestError
+from scripts.training.configuration import check_ids
 from scripts.training.engine import EnsembleInferer
 
 NAME = "head_neck_pet_ct_multitask"
@@ -80,17 +81,7 @@ def ct_of(cohort: Path, number: int) -> Path:
     return cohort / "Task 1" / f"CHUM-{number:03d}" / f"CHUM-{number:03d}__CT.nii.gz"
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label, "serving", lambda: True)
-
-
 # --- requests ----------------------------------------------------------------------------------------------------
-def test_a_case_passes_unchanged() -> None:
-    case = {keys.CT: "ct", keys.PET: "pet", keys.CLINICAL: {"age": 3}}
-    assert label.TakeRequestd(FEATURES)(case) == case
-
-
 def test_a_request_finds_the_pet_and_the_clinical_values(tiny_cohort: Path) -> None:
     request = {"image": str(ct_of(tiny_cohort, 2)), "device": "cpu", "Age": "72", "M-stage": "M1"}
     case = label.TakeRequestd(FEATURES)(request)
@@ -480,11 +471,40 @@ def make_item() -> dict[str, Any]:
     return {keys.PATIENT_ID: "P-1", keys.IMAGE: image, keys.CLINICAL: torch.arange(7.0), "other": 3}
 
 
-def test_an_item_without_a_request_is_the_networks_item() -> None:
-    names = (keys.PATIENT_ID, keys.IMAGE, keys.CLINICAL)
-    kept, plain = label.KeepRequestd(names)(make_item()), ToNetworkItemd(names)(make_item())
-    assert list(kept) == list(plain) == list(names)
-    assert keys.CLINICAL not in kept[keys.IMAGE].meta
+@pytest.mark.parametrize(
+    ("names", "changed"),
+    [
+        pytest.param(("inference.json", "label.json"), {"preprocessing", "inferer", "postprocessing"}, id="prediction"),
+        pytest.param(
+            ("train.json", "label_train.json"),
+            {"dataset_dir", "output_dir", "spec", "split", "network_def", "train", "validate", "finalize"},
+            id="training",
+        ),
+    ],
+)
+def test_the_overlays_change_only_what_a_server_needs(names: tuple[str, str], changed: set[str]) -> None:
+    parsers = [ConfigParser(), ConfigParser()]
+    for parser, used in zip(parsers, (names[:1], names), strict=True):
+        parser.read_config([str(BUNDLE / "configs" / name) for name in used])
+    alone, served = (parser.get() for parser in parsers)
+    assert {name for name in served if served[name] != alone.get(name)} - {"_meta_"} == changed
+    check_ids(served)
+
+
+def test_a_request_is_prepared_as_a_case_is(tiny_cohort: Path, tmp_path: Path) -> None:
+    save_weights(make_ensemble(1), tmp_path / "model.pt")
+    items = []
+    for names in (("inference.json",), ("inference.json", "label.json")):
+        parser = ConfigParser()
+        parser.read_config([str(BUNDLE / "configs" / name) for name in names])
+        parser.update({"checkpoint": str(tmp_path / "model.pt"), "device": "cpu", "dataset_dir": str(tiny_cohort)})
+        preprocessing = parser.get_parsed_content("preprocessing")
+        case = parser.get_parsed_content("dataset#data")[0]
+        items.append(preprocessing({"image": case[keys.CT]} if len(names) > 1 else case))
+    plain, served = items
+    assert torch.equal(plain[keys.IMAGE].as_tensor(), served[keys.IMAGE].as_tensor())
+    assert torch.equal(plain[keys.CLINICAL], served[keys.CLINICAL])
+    assert set(served) == {*plain, "latencies"}
 
 
 def test_a_server_gets_its_request_back_and_the_clinical_values_reach_the_network() -> None:
@@ -534,60 +554,59 @@ def test_without_a_table_an_edited_mask_is_all_that_is_known(tiny_cohort: Path, 
     assert (case[keys.SEG_KNOWN], case[keys.HPV_KNOWN], case[keys.SURV_KNOWN]) == (True, False, False)
 
 
-def test_a_dataset_of_cases_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    cases = [{keys.PATIENT_ID: "A"}, {keys.PATIENT_ID: "B"}]
-    assert list(label.case_dataset(cases, lambda x: x, None, FEATURES).data) == cases
-    assert len(label.case_dataset([], lambda x: x, None, FEATURES, label.CaseDataset(cases, lambda x: x))) == 0
-
-
-@pytest.mark.usefixtures("served")
-def test_without_validation_cases_label_chooses_by_the_training_cases(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_validation_cases_label_selects_by_the_training_cases(caplog: pytest.LogCaptureFixture) -> None:
     training = label.CaseDataset([{keys.PATIENT_ID: "A"}], lambda x: x)
-    assert list(label.case_dataset([], lambda x: x, None, FEATURES, training).data) == training.data
+    assert list(label.edited_dataset([], lambda x: x, None, FEATURES, training).data) == training.data
     assert "no case is set apart for validation" in caplog.text
 
 
+def make_started(seed: int = 2) -> label.StartedEnsemble:
+    started = label.StartedEnsemble(make_ensemble(1, seed).folds[0], SETTINGS)
+    started.provenance = {"trained_on": "5 cases"}
+    return started
+
+
 def test_further_training_starts_from_the_first_fold_of_an_ensemble(tmp_path: Path) -> None:
-    shipped, fresh = make_ensemble(3, seed=1), make_ensemble(1, seed=2)
-    fresh.provenance = {"trained_on": "5 cases"}
+    shipped, fresh = make_ensemble(3, seed=1), make_started()
+    shipped.provenance["feature_statistics"] = [{"reason": "a test"}] * 3
     save_weights(shipped, tmp_path / "model.pt", half=True)
     state = torch.load(tmp_path / "model.pt", weights_only=True)
-    label.accept_ensembles(fresh)
-    fresh.folds[0].load_state_dict(state, strict=False)  # what MONAI's CheckpointLoader does
+    fresh.load_state_dict(state, strict=False)  # what MONAI's CheckpointLoader does
+    assert len(fresh.folds) == 1
     for name, value in shipped.folds[0].state_dict().items():
         assert torch.allclose(fresh.folds[0].state_dict()[name].float(), value.float(), atol=1e-2), name
     assert fresh.provenance["trained_on"] == "5 cases; started from weights trained on nothing at all"
     assert "trained further" in fresh.provenance["calibration"]["reason"]
     assert fresh.provenance["hpv_threshold"]["value"] is None
-    fresh.load_state_dict(fresh.state_dict())  # resuming a run is as it was
+    provenance = dict(fresh.provenance)
+    fresh.load_state_dict(fresh.state_dict())
+    assert fresh.provenance == provenance  # it has started already
 
 
-def test_weights_of_other_settings_are_refused() -> None:
-    fresh = make_ensemble(1)
-    fresh.settings = {**SETTINGS, "spacing_mm": 2.0}
-    label.accept_ensembles(fresh)
-    with pytest.raises(SettingsMismatch, match=r"spacing_mm: weights 8\.0, config 2\.0"):
-        fresh.folds[0].load_state_dict(make_ensemble(2).state_dict(), strict=False)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda state: state["_extra_state"]["settings"].update(spacing_mm=2.0),
+            r"spacing_mm: weights 2\.0, config 8\.0",
+            id="settings",
+        ),
+        pytest.param(lambda state: state.pop("folds.1.decoder.logits.bias"), "1 weights are missing", id="weights"),
+        pytest.param(
+            lambda state: state["_extra_state"]["provenance"].update(trained_on=["x"]), "trained_on is", id="provenance"
+        ),
+    ],
+)
+def test_weights_that_training_cannot_start_from_are_refused(change: Callable, message: str) -> None:
+    fresh, state = make_started(), make_ensemble(2).state_dict()
+    before = {name: value.clone() for name, value in fresh.folds[0].state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        fresh.load_state_dict(state, strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.folds[0].state_dict().items())
+    assert fresh.provenance == {"trained_on": "5 cases"}
 
 
-def test_outside_of_monai_label_training_installs_nothing(tmp_path: Path) -> None:
-    (tmp_path / "run" / "cache").mkdir(parents=True)
-    (tmp_path / "run" / "model.pt").write_text("new")
-    label.install_weights(str(tmp_path / "run"), str(tmp_path), str(tmp_path / "run" / "cache"))
-    assert not (tmp_path / "models").exists()
-    assert (tmp_path / "run" / "cache").exists()
-    assert label.output_dir("/b") == "/b/output"
-    save_weights(make_ensemble(1), tmp_path / "shipped.pt")
-    assert label.training_settings(str(tmp_path / "shipped.pt"), {"roi_size": 3}) == {"roi_size": 3}
-
-
-@pytest.mark.usefixtures("served")
-def test_training_from_monai_label_has_the_settings_of_its_weights(tmp_path: Path) -> None:
-    save_weights(make_ensemble(1), tmp_path / "shipped.pt")
-    assert label.training_settings(str(tmp_path / "shipped.pt"), {"roi_size": 3}) == SETTINGS
-
-
-@pytest.mark.usefixtures("served")
 def test_new_weights_keep_a_copy_of_the_old_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run" / "cache").mkdir(parents=True)
     (tmp_path / "models").mkdir()
@@ -605,10 +624,10 @@ def test_new_weights_keep_a_copy_of_the_old_ones(tmp_path: Path, caplog: pytest.
     assert not (tmp_path / "run" / "cache").exists()
 
 
-@pytest.mark.usefixtures("served")
 def test_a_training_of_monai_label_says_what_it_was_trained_on(tiny_cohort: Path, tmp_path: Path) -> None:
     case = {keys.CT: str(ct_of(tiny_cohort, 1)), keys.CENTRE: "CHUM"}
-    cohort = label.load_cohort("studies", None, FEATURES)
+    cohort = label.LabelCohort("studies", [])
+    assert cohort.split("partial", 3, 0, 0).training == []
     assert cohort.statement([case]) == (
         "1 cases of 1 centre (CHUM); research use only, not for clinical use; masks edited in MONAI Label"
     )

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.version import Version
+from tiny_model import SETTINGS
 
 import package_bundle
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
@@ -51,9 +52,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle with tiny weights, metadata of its own version, and what a working copy leaves lying about."""
     bundle = tmp_path_factory.mktemp("source") / "bundle"
     shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("output", "data", "*.pt", "__pycache__"))
-    settings = json.loads((bundle / "configs" / "inference.json").read_text())["default_settings"]
-    settings |= {"roi_size": [32, 32, 32], "spacing_mm": 8.0}
-    ensemble = empty_ensemble(settings)
+    ensemble = empty_ensemble(SETTINGS)
     ensemble.provenance = {"trained_on": "0 digital phantoms: a test"}
     save_weights(ensemble, bundle / "models" / "model.pt", half=True)
     change_metadata(bundle, version="9.8.7", changelog={"9.8.7": "a test"}, **installed_versions())

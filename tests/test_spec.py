@@ -22,7 +22,7 @@ from scripts.model.ensemble import (
     load_weights,
     read_state,
     saved_provenance,
-    saved_settings,
+    saved_spec,
 )
 from scripts.model.spec import ModelSpec, SpecError
 from scripts.prediction.coarse import CoarsePass
@@ -241,7 +241,7 @@ def test_a_forged_checkpoint_is_refused_in_one_line(forge: Callable, tmp_path: P
     "use",
     [
         pytest.param(lambda path: load_weights(FoldEnsemble(spec().network(), spec()), path), id="load_weights"),
-        pytest.param(saved_settings, id="inference.json"),
+        pytest.param(saved_spec, id="inference.json"),
         pytest.param(saved_provenance, id="provenance"),
         pytest.param(Model.of, id="describe_prediction"),
         pytest.param(lambda path: CoarsePass(path)._load(), id="coarse_pass"),

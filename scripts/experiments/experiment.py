@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import platform
@@ -37,6 +36,7 @@ from scripts.cohorts.files import write_text
 from scripts.imaging.images import ImageReadError, read_grid
 from scripts.imaging.quality import fit_voxel_limits
 from scripts.model.ensemble import settings_differences
+from scripts.training.configuration import all_ids, unknown_id
 
 EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
 TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
@@ -62,6 +62,17 @@ OPTIONS = ("leave_one_centre_out", "folds", "config_files", "jobs", "devices")
 """Options of train_folds that are no ids of the configs."""
 NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", "num_workers", "fold")
 """Ids of the configs that may differ when an experiment is resumed: they do not change its results."""
+NESTED = {
+    "ct_window": "spec#ct_window",
+    "bn_eps": "spec#bn_eps",
+    "bn_momentum": "network_def#network#bn_momentum",
+    "mask_gradient": "network_def#network#mask_gradient",
+    "task_weights": "train#loss#task_weights",
+    "hpv_alpha": "train#loss#hpv_alpha",
+    "hpv_gamma": "train#loss#hpv_gamma",
+    "event_fraction": "train#sampler#event_fraction",
+}
+"""Short name in a record -> id of a setting that is nested in the configs."""
 
 
 class ExperimentError(ValueError):
@@ -232,10 +243,9 @@ def merge_configs(
 
 
 def config_of(parser: ConfigParser) -> dict[str, Any]:
-    """The configs as they are written, but for the network's settings, whose values a reader of the record needs."""
-    config = dict(parser.get())
-    values = {name: parser.get_parsed_content(name) for name in config["default_settings"]}
-    return json.loads(json.dumps(config | values, default=str))
+    """The merged configs, and the nested settings of :data:`NESTED` under their short names."""
+    values = {name: parser.get(place) for name, place in NESTED.items()}
+    return json.loads(json.dumps({**parser.get(), **values}, default=str))
 
 
 def as_list(value: Any) -> list[Any]:
@@ -274,14 +284,13 @@ def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser, options:
         options: of the tool itself, one of which may be meant.
 
     Raises:
-        ExperimentError: it names the id, and the one that may have been meant.
+        ExperimentError: there is one; the message gives the most similar id.
     """
     for name in overrides:
         if name in SET_HERE:
             raise ExperimentError(f"--{name} is set by train_folds for each fold")
         if name not in parser and name != "tracking":
-            close = difflib.get_close_matches(name, [*parser.get(), *options], 1)
-            raise ExperimentError(f"no config has the id '{name}'" + (f": is '{close[0]}' meant?" if close else ""))
+            raise ExperimentError(unknown_id(name, [*all_ids(parser.get()), *options]))
 
 
 def default_name(dataset_dir: str, protocol: str, overrides: Mapping[str, Any]) -> str:

@@ -39,9 +39,9 @@ def profile_patient(setup: at.Setup) -> dict[str, float]:
     Reading ahead is off, so that nothing of another patient falls into the parts.
     """
     parser = at.bundle(setup)
-    parser["dataloader#_target_"] = "torch.utils.data.DataLoader"
+    parser["evaluator#val_data_loader#_target_"] = "torch.utils.data.DataLoader"
     parser.get_parsed_content("initialize")
-    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
+    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
     spent: dict[str, float] = defaultdict(float)
     for chain in ("preprocessing", "postprocessing"):
         compose = parser.get_parsed_content(chain)

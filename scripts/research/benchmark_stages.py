@@ -381,7 +381,7 @@ def patient(setup: Setup) -> Run:
     """The bundle: files to mask and JSON."""
     parser = bundle(setup)
     parser.get_parsed_content("initialize")
-    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
+    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
 
     def run() -> Answer:
         with open_silence():
@@ -461,11 +461,11 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(setup.scan(kind))
-        changes: dict[str, Any] = {f"dataloader#{name}": value for name, value in loader.items()}
+        changes: dict[str, Any] = {f"evaluator#val_data_loader#{name}": value for name, value in loader.items()}
         changes |= {"dataset_dir": str(folder), "output_dir": str(setup.folder / "cohort_predictions")}
         parser = bundle(setup, **changes)
         parser.get_parsed_content("initialize")
-        evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("writer")
+        evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
 
         def run() -> Answer:
             with open_silence():
@@ -498,7 +498,6 @@ def training(**options: Any) -> Callable[[Setup], Run]:
         torch.manual_seed(SEED)
         changes = {
             "bundle_root": in_config(str(BUNDLE)),
-            "saved": "@default_settings",
             **DEEP,
             **setup.forced,
             **options,
@@ -507,10 +506,10 @@ def training(**options: Any) -> Callable[[Setup], Run]:
             parser[name] = value
         if not parser.get_parsed_content("checkpointing"):
             engine.tune_allocator()
-        network, loss = parser.get_parsed_content("network"), parser.get_parsed_content("loss")
+        network, loss = parser.get_parsed_content("train#network"), parser.get_parsed_content("train#loss")
         frugal, compiled = parser.get_parsed_content("checkpointing"), parser.get_parsed_content("compile")
-        engine.speed_up(parser.get_parsed_content("ensemble"), compiled=compiled, checkpointing=frugal)
-        optimizer, inferer = parser.get_parsed_content("optimizer"), parser.get_parsed_content("train#inferer")
+        engine.speed_up(parser.get_parsed_content("network"), compiled=compiled, checkpointing=frugal)
+        optimizer, inferer = parser.get_parsed_content("train#optimizer"), parser.get_parsed_content("train#inferer")
         return _steps(setup, network, loss, optimizer, inferer)
 
     return make
@@ -574,7 +573,7 @@ def trace_loading(setup: Setup, cases: int = 12, epochs: int = 3) -> dict[str, f
     parser.read_config(str(BUNDLE / "configs" / "train.json"))
     roi = max(32, setup.roi // 2)
     for name, value in {
-        "bundle_root": in_config(str(BUNDLE)), "saved": "@default_settings",
+        "bundle_root": in_config(str(BUNDLE)),
         "dataset_dir": in_config(str(data)), "output_dir": in_config(str(out)),
         "roi_size": [roi] * 3, "spacing_mm": 256 / roi, "epochs": epochs, "val_interval": epochs + 1,
     }.items():  # fmt: skip

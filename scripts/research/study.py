@@ -20,6 +20,7 @@ from experiments.experiment import (
     EVALUATE_CONFIG,
     EXPERIMENT_FILE,
     FINISHED,
+    NESTED,
     TRAIN_CONFIG,
     TRAINING,
     ExperimentError,
@@ -145,7 +146,8 @@ class Study:
 
     def settings(self, variant: str, seed: int) -> dict[str, Any]:
         """Ids of the configs of a run and their values; those for every run go before the variant's."""
-        return {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
+        settings = {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
+        return {NESTED.get(name, name): value for name, value in settings.items()}
 
     def commands(self, variant: str, seed: int) -> list[list[str]]:
         """``train_folds.py`` for a run, and with ``test_dir`` the bundle's ``evaluating`` for each fold."""
@@ -232,9 +234,9 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     files = (TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files))
     parser, values = merge_configs(files, settings.get("protocol", "partial"), settings)
     parser.update(values)
-    expected = resolved(settings_of(config_of(parser)))
+    expected = settings_of(config_of(parser))
     defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
-    there = resolved({**defaults, **complete(found)})
+    there = {**defaults, **complete(found)}
     differences = [
         f"{name} {value!r} instead of {expected[name]!r}"
         for name, value in ((name, there.get(name)) for name in expected if name not in NOT_COMPARED)
@@ -244,20 +246,6 @@ def check_run(study: Study, variant: str, seed: int) -> None:
         differences.append(f"another cohort ({record['dataset_dir']})")
     if differences:
         raise ExperimentError(f"{folder} is not the run that its name says: {'; '.join(differences)}")
-
-
-def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which what refers to the config's ``default_settings`` has their value.
-
-    Example:
-        >>> resolved({"default_settings": {"a": [1], "b": [2]}, "a": "$@saved['a']", "b": [3]})
-        {'a': [1], 'b': [3]}
-    """
-    values = dict(settings)
-    for name, value in values.pop("default_settings", {}).items():
-        if not is_plain(values.get(name, "$")):
-            values[name] = value
-    return values
 
 
 def is_plain(value: Any) -> bool:

@@ -208,7 +208,7 @@ def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str, tables:
     # Scans that quality control rejects can still be used to compare two runtimes.
     parser = inference_config(model, device="cpu", amp=False, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
-    for case in cases_in(folder, parser.get_parsed_content("clinical_features"), tables):
+    for case in cases_in(folder, parser.get_parsed_content("spec").clinical_features, tables):
         patient = case[keys.PATIENT_ID]
         if case[keys.PROBLEM]:
             reasons.append(f"{patient}: {case[keys.PROBLEM]}")

@@ -61,7 +61,7 @@ def grand_challenge(
         (Path(output) / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         parser = load_bundle(folder, ckpt_dir, device, force)
-        case = read_case(Path(input), parser.get_parsed_content("clinical_features"))
+        case = read_case(Path(input), parser.get_parsed_content("spec").clinical_features)
         writer = run_cases(parser, [case])
         row = writer.rows[case[keys.PATIENT_ID]]
         if row["status"] == FAILED:

@@ -39,6 +39,7 @@ __all__ = [
     "make_case",
     "patient_problems",
     "require_rows",
+    "split_cohort",
 ]
 
 logger = logging.getLogger(__name__)
@@ -261,6 +262,11 @@ def load_cohort(
     cohort = Cohort(source, cases, exclusions, notes, list(map(str, tables.files)), tables.columns)
     logger.info("%s", cohort.describe())
     return cohort
+
+
+def split_cohort(cohort: Cohort, protocol: str, num_folds: int, fold: int, seed: int) -> Split:
+    """:meth:`Cohort.split` as a config calls it."""
+    return cohort.split(protocol, num_folds, fold, seed)
 
 
 def _gather(

@@ -1,8 +1,7 @@
-"""The networks of several folds as one network that carries its settings.
+"""The networks of several folds as one network, with its settings.
 
-A checkpoint holds the weights of one or more folds, the settings they were trained with (spacing, box, clinical
-features ...) and where they come from. Loading weights into a configuration that differs is an error that names the
-difference, not a wrong answer.
+A checkpoint contains the weights of one or more folds, the settings they were trained with (spacing, box, clinical
+features ...) and their provenance. Loading weights into another configuration is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ __all__ = [
     "load_weights",
     "name_of_release",
     "save_weights",
+    "saved_limits",
     "saved_provenance",
-    "saved_settings",
     "saved_spec",
 ]
 
@@ -66,7 +65,7 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that holds no weights of a :class:`FoldEnsemble`."""
+    """A file or state dict without weights of a :class:`FoldEnsemble`."""
 
 
 class SettingsMismatch(ValueError):  # noqa: N818 - it is named for what the user sees
@@ -74,27 +73,26 @@ class SettingsMismatch(ValueError):  # noqa: N818 - it is named for what the use
 
 
 class FoldEnsemble(nn.Module):
-    """One or more folds of :class:`scripts.model.networks.MultitaskNet` that answer as one.
+    """One or more folds of :class:`scripts.model.networks.MultitaskNet`, whose predictions are averaged.
 
     The state dict has the keys ``folds.<k>.<name in the network>`` and torch's extra state
     ``{"settings": ..., "provenance": ...}``, plain Python that ``torch.load(weights_only=True)`` reads. Loading one
     with K folds, strictly or not, first makes K members. Weights in half precision load into float32.
 
     Args:
-        network: the first fold; further ones are copies of it that weights are then loaded into.
-        settings: what the weights depend on besides the network: a :class:`.ModelSpec`, or nested plain
-            Python.
+        network: the first fold; further folds are copies of it, into which weights are loaded.
+        settings: of the weights: a :class:`.ModelSpec`, or nested plain Python.
 
     Attributes:
         folds: the members.
         settings: as nested plain Python, tuples as lists.
-        provenance: where the weights come from (metrics, versions, ...); free to set, stored with them.
+        provenance: origin of the weights (metrics, versions, ...); free to set, stored with them.
 
     Raises:
         TypeError: for settings that are not plain Python.
 
     Example:
-        One fold answers as the network it holds:
+        One fold predicts what its network predicts:
 
         >>> network = MultitaskNet().eval()
         >>> ensemble = FoldEnsemble(network, {"spacing_mm": 2.0}).eval()
@@ -112,11 +110,11 @@ class FoldEnsemble(nn.Module):
         self.provenance = dict[str, Any]()  # not annotated: TorchScript would read the annotation
 
     def forward(self, image: Tensor, clinical: Tensor | None = None) -> Tensor:
-        """The mean tumour probability alone, for runtimes that take a single tensor.
+        """The mean tumour probability, for runtimes that take a single tensor.
 
         Args:
             image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
-            clinical: not used by the segmentation; accepted so that both methods are called alike.
+            clinical: not used by the segmentation; accepted so that both methods have the same arguments.
 
         Returns:
             (B, 1, R, R, R) float32.
@@ -131,7 +129,7 @@ class FoldEnsemble(nn.Module):
 
     @torch.jit.unused
     def predict(self, image: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
-        """All that the folds give, one after another, averaged.
+        """All outputs of the folds, averaged.
 
         Args:
             image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
@@ -178,11 +176,11 @@ class FoldEnsemble(nn.Module):
         return {SETTINGS: copy.deepcopy(self.settings), PROVENANCE: plain_copy(self.provenance, PROVENANCE)}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over the provenance, once the settings are seen to agree.
+        """Take over the provenance if the settings agree.
 
         Raises:
-            CheckpointError: where the state is none of ours, or the provenance is not plain data.
-            SettingsMismatch: where the settings differ; it names each difference.
+            CheckpointError: the state is not that of a :class:`FoldEnsemble`, or the provenance is not plain data.
+            SettingsMismatch: the settings differ; it names each difference.
         """
         if not isinstance(state, Mapping) or not isinstance(state.get(SETTINGS), Mapping):
             raise CheckpointError("the weights carry no settings: they were not written by FoldEnsemble")
@@ -197,12 +195,12 @@ class FoldEnsemble(nn.Module):
         self.provenance = copy.deepcopy(dict(stored))
 
     def fold_norms(self) -> None:
-        """Fold the batch norms of every fold (:func:`scripts.model.networks.fold_norms`), for inference alone."""
+        """Fold the batch norms of every fold (:func:`scripts.model.networks.fold_norms`), for inference only."""
         for fold in self.folds:
             fold_norms(fold)
 
     def resize(self, folds: int) -> None:
-        """Make the ensemble hold so many members: copies of the first are added, or the last ones dropped.
+        """Set the number of folds: copies of the first are added, or the last ones removed.
 
         Raises:
             ValueError: for less than one.
@@ -240,7 +238,7 @@ def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
     """The folds in a state dict.
 
     Raises:
-        CheckpointError: where there are none, one is missing among them, or there are more than anybody trains.
+        CheckpointError: there are none, one is missing, or there are more than :data:`MOST_FOLDS`.
 
     Example:
         >>> count_folds({"folds.0.weight": 1, "folds.0.bias": 1, "folds.1.weight": 1})
@@ -256,7 +254,7 @@ def count_folds(state_dict: Mapping[str, Any], prefix: str = "") -> int:
 
 
 def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of stored settings with those that the weights are older than.
+    """A copy of stored settings with the defaults of those that are newer than the weights.
 
     Example:
         >>> complete({"spacing_mm": 2.0, "survival_inputs": ["burden"]})
@@ -291,7 +289,7 @@ def settings_differences(
 
 
 def plain_copy(value: Any, name: str) -> Any:
-    """A copy of nested settings as dicts, lists, strings, numbers, bools and None, which any reader can load.
+    """A copy of nested settings as dicts, lists, strings, numbers, bools and None.
 
     Raises:
         TypeError: for anything else, with its name.
@@ -312,18 +310,17 @@ def plain_copy(value: Any, name: str) -> Any:
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The network's state dict in a checkpoint file, bare or under "model" or "network".
 
-    Start-up asks for it several times: until :func:`load_weights` has it in a network, and as long as the file stays
-    as it is, all get the same values, to be read only.
+    It is kept in memory, to be read only, until :func:`load_weights` has loaded it or the file changes.
 
     Raises:
-        FileNotFoundError: where there is no such file; the message says how to get one.
-        CheckpointError: where the file is not such a checkpoint.
+        FileNotFoundError: there is no such file; the message says how to get one.
+        CheckpointError: the file is not such a checkpoint.
     """
     return dict(_read_file(*_version(path)))
 
 
 def read_facts(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], int]:
-    """What a checkpoint file says beside its weights (settings and provenance), and the number of its folds.
+    """Settings and provenance in a checkpoint file, and the number of its folds.
 
     Kept in memory, to be read only; errors as :func:`read_state`.
     """
@@ -331,7 +328,7 @@ def read_facts(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], int]:
 
 
 def _version(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int, int]]:
-    """A file by its path and what changes with its contents."""
+    """A file's path, and values that change with its content."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
@@ -363,7 +360,7 @@ def _read_file(path: str, version: tuple[int, int, int]) -> Mapping[str, Any]:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """What is in a file that ``torch.save`` wrote: tensors and plain Python, never other objects.
+    """The content of a file of ``torch.save``: tensors and plain Python, never other objects.
 
     Raises:
         CheckpointError: for any other file; the message says what to do.
@@ -396,41 +393,33 @@ def _read_facts(path: str, version: tuple[int, int, int]) -> tuple[Mapping[str, 
     return state[EXTRA_STATE], count_folds(state)
 
 
-def saved_settings(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings stored in a checkpoint file.
-
-    Args:
-        path: the file.
-        default: the answer where there is no such file.
+def saved_spec(path: str | os.PathLike[str]) -> ModelSpec:
+    """The specification of the model in a checkpoint file.
 
     Raises:
-        FileNotFoundError: where there is no such file and no default; the message says how to get one.
-        CheckpointError: where the file is not such a checkpoint.
+        FileNotFoundError: there is no such file; the message says how to get one.
+        CheckpointError: the file is not such a checkpoint.
     """
-    if default is not None and not Path(path).exists():
-        return dict(default)
-    return saved_spec(path).to_dict()
-
-
-def saved_spec(path: str | os.PathLike[str]) -> ModelSpec:
-    """What the model in a checkpoint file is; errors as :func:`saved_settings`."""
     return ModelSpec.read(read_facts(path)[0][SETTINGS], str(path))
 
 
-def saved_provenance(path: str | os.PathLike[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The provenance stored in a checkpoint file; arguments and errors as :func:`saved_settings`."""
-    if default is not None and not Path(path).exists():
-        return dict(default)
+def saved_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The provenance stored in a checkpoint file; errors as :func:`saved_spec`."""
     return dict(read_facts(path)[0].get(PROVENANCE, {}))
 
 
+def saved_limits(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The limits of quality control that a checkpoint file brings, from the voxels it was trained on."""
+    return dict(saved_provenance(path).get("voxel_limits", {}))
+
+
 def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEnsemble:
-    """Load a checkpoint file, strictly, log what it is, and give the ensemble back.
+    """Load a checkpoint file, strictly, log a description of it, and return the ensemble.
 
     Raises:
-        FileNotFoundError: where there is no such file; the message says how to get one.
-        CheckpointError: where the file is not such a checkpoint.
-        SettingsMismatch: where its settings differ from the ensemble's.
+        FileNotFoundError: there is no such file; the message says how to get one.
+        CheckpointError: the file is not such a checkpoint.
+        SettingsMismatch: its settings differ from the ensemble's.
     """
     try:
         ensemble.load_state_dict(read_state(path))
@@ -442,7 +431,7 @@ def load_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str]) -> FoldEn
 
 
 def describe_model(ensemble: FoldEnsemble) -> str:
-    """How many folds answer and what they were trained on, in one line for a log.
+    """Number of folds and training data, in one line for a log.
 
     Example:
         >>> ensemble = FoldEnsemble(MultitaskNet(), {})
@@ -459,7 +448,7 @@ def describe_model(ensemble: FoldEnsemble) -> str:
 
 
 def name_of_release(name: str, provenance: Mapping[str, Any]) -> str:
-    """What to call a file that carries weights away from here: its name tells where they are of phantoms.
+    """The name of a released file of weights; it says whether they are of phantoms.
 
     Example:
         >>> name_of_release("model", {"trained_on": "300 digital phantoms, not for clinical use"})
@@ -482,14 +471,14 @@ def record(ensemble: FoldEnsemble, **facts: Any) -> None:
 def join_folds(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One state dict from several, each of one fold, as :func:`read_state` gives them.
 
-    The joint one has their settings and no provenance yet.
+    The result has their settings and an empty provenance.
 
     Args:
-        states: what to call each fold in a message -> its state dict; the order becomes that of the members.
+        states: name of each fold for messages -> its state dict, in the order of the folds.
 
     Raises:
-        CheckpointError: where there is no state dict, or one holds several folds or other weights than the first.
-        SettingsMismatch: where settings differ; it names each difference.
+        CheckpointError: there is no state dict, or one holds several folds or other weights than the first.
+        SettingsMismatch: the settings differ; it names each difference.
     """
     joint: dict[str, Any] = {}
     first = next(iter(states), "")
@@ -514,13 +503,13 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def save_weights(ensemble: FoldEnsemble, path: str | os.PathLike[str], half: bool = False) -> None:
-    """Write the ensemble's state dict, at once or not at all.
+    """Write the ensemble's state dict, completely or not at all.
 
     Args:
-        ensemble: what to write.
-        path: the file; its folder is made where missing.
-        half: store weights in float16 (half the size). The running statistics of the batch norms keep float32: their
-            range may exceed float16's.
+        ensemble: to write.
+        path: the file; its folder is created if missing.
+        half: store weights in float16 (half the size), except the running statistics of the batch norms, whose range
+            may exceed float16's.
     """
     state = ensemble.state_dict()
     if half:

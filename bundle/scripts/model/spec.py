@@ -1,9 +1,9 @@
-"""What a model is, and what a checkpoint says of it, checked before anything else sees it.
+"""The specification of a model, and the checks of everything that a checkpoint contains.
 
-A checkpoint comes from somebody else. Loading it (``weights_only``) runs no code, but it can say anything: a setting
-could be text that a config parser evaluates, a box of 10 TB, a weight that is not a number. :class:`ModelSpec` holds
-names from closed lists and numbers in range and nothing else, so that a model described by one is harmless;
-:func:`check_state` and :func:`check_provenance` do the same for the weights and for what is told of them.
+A checkpoint may come from anybody. Loading it (``weights_only``) runs no code, but its content is arbitrary: a setting
+could be text that a config parser evaluates, a box of 10 TB, a weight that is not a number. :class:`ModelSpec` accepts
+only names from fixed lists and numbers within limits; :func:`check_state` and :func:`check_provenance` check the
+weights and the provenance.
 """
 
 from __future__ import annotations
@@ -34,31 +34,29 @@ SHOWN = 100  # characters of a wrong value in a message
 
 
 class SpecError(ValueError):
-    """A setting of a model, or something that a checkpoint says, that cannot be; the message says what can."""
+    """An invalid setting of a model or entry of a checkpoint; the message says what is accepted."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the weights of a model depend on besides themselves; valid whenever there is one.
+    """The settings that belong to the weights of a model; an instance is always valid.
 
-    Lists may be given as ``"seg,surv"``, as typed on a command line, and are put in their fixed order.
+    Lists may be given as text, ``"seg,surv"``, and are put in their fixed order.
 
     Attributes:
         tasks: of "seg", "hpv", "surv".
-        clinical_features: names of the clinical values (keys of :data:`.FEATURES`), in the order in
-            which the network reads them.
-        roi_size: voxels of the network's box along x, y and z, multiples of 16; one number stands for a cube.
+        clinical_features: names of the clinical values (keys of :data:`.FEATURES`), in the network's order.
+        roi_size: voxels of the network's box along x, y and z, multiples of 16; one number for a cube.
         spacing_mm: edge of a voxel in mm, or three of them.
-        ct_window: lowest and highest HU that the network reads.
-        pet_window: lowest and highest SUV; None for those of each box.
+        ct_window: lowest and highest HU; others are clipped.
+        pet_window: lowest and highest SUV; None for the minimum and maximum in each box.
         bn_eps: epsilon of every batch norm.
-        survival_inputs: what the log hazard is made of, "deep" or "burden". Weights that do not say are older than
-            the burden.
-        hpv_inputs: what the HPV logit is made of, "image" alone or with "clinical". Weights that do not say are older
-            than the latter.
+        survival_inputs: of the log hazard, "deep" or "burden"; the default is for weights older than this setting.
+        hpv_inputs: of the HPV logit, "image" alone or with "clinical"; the default is for weights older than this
+            setting.
 
     Raises:
-        SpecError: for a value of another type, outside its range, or at odds with another one.
+        SpecError: for a value of another type, outside its range, or that contradicts another one.
 
     Example:
         >>> spec = ModelSpec("surv,seg", ["age"], 64, 4.0, [-1000, 1000], None, 1e-5)
@@ -105,14 +103,14 @@ class ModelSpec:
 
     @classmethod
     def read(cls, stored: Any, where: str = "the weights") -> ModelSpec:
-        """The spec that is stored with weights, which may be of anybody.
+        """The specification that is stored with weights.
 
         Args:
             stored: as :meth:`to_dict` gives it.
             where: the file, for messages.
 
         Raises:
-            SpecError: for anything but that.
+            SpecError: for anything else.
         """
         if not isinstance(stored, Mapping):
             raise SpecError(f"{where}: the settings are {_shown(stored)}; a dictionary is expected")
@@ -134,10 +132,10 @@ class ModelSpec:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def network(self, **training: Any) -> MultitaskNet:
-        """The network of one fold, before it has learnt anything.
+        """The untrained network of one fold.
 
         Args:
-            **training: arguments of :class:`scripts.model.networks.MultitaskNet` that matter in training alone, such as
+            **training: arguments of :class:`scripts.model.networks.MultitaskNet` that concern training only, such as
                 ``mask_gradient``.
         """
         return MultitaskNet(
@@ -206,9 +204,9 @@ def _shown(value: Any) -> str:
 
 # --- weights ------------------------------------------------------------------------------------------------------
 def check_state(state: Mapping[Any, Any], spec: ModelSpec, folds: int, extra: str, where: str) -> None:
-    """See that a state dict holds the weights of so many networks of a spec, and nothing else.
+    """Check that a state dict holds the weights of so many networks of a specification, and nothing else.
 
-    Shapes are looked at before values: a forged tensor may claim more values than there is memory.
+    Shapes are checked before values: a forged tensor may claim more values than there is memory.
 
     Args:
         state: ``folds.<k>.<name in the network>`` to tensor.
@@ -218,7 +216,7 @@ def check_state(state: Mapping[Any, Any], spec: ModelSpec, folds: int, extra: st
         where: the file, for messages.
 
     Raises:
-        SpecError: for a name too many or too few, another shape or type, or a value that is not finite.
+        SpecError: for a missing or unknown name, another shape or type, or a value that is not finite.
     """
     weights = {key: value for key, value in state.items() if key != extra}
     expected = {f"folds.{k}.{name}": like for k in range(folds) for name, like in _weights_of(spec).items()}
@@ -248,7 +246,7 @@ def _weights_of(spec: ModelSpec) -> Mapping[str, tuple[torch.Size, bool]]:
 
 # --- provenance ---------------------------------------------------------------------------------------------------
 def check_provenance(stored: Any, folds: int, where: str) -> None:
-    """See that what a checkpoint tells of itself is plain data that the outputs can hold and print.
+    """Check that the provenance in a checkpoint is plain data that the outputs can contain and print.
 
     Args:
         stored: the provenance, see :mod:`scripts.model.ensemble`.
@@ -256,7 +254,7 @@ def check_provenance(stored: Any, folds: int, where: str) -> None:
         where: the file, for messages.
 
     Raises:
-        SpecError: for anything else: it names the entry.
+        SpecError: for anything else; it names the entry.
     """
     if not isinstance(stored, Mapping):
         raise SpecError(f"{where}: the provenance is {_shown(stored)}; a dictionary is expected")
@@ -319,7 +317,7 @@ def _check_threshold(stored: Any) -> None:
 
 
 def _check_calibration(stored: Any, folds: int) -> None:
-    """Types and lengths; what belongs together is for :meth:`.from_dict` to see."""
+    """Types and lengths; :meth:`.from_dict` checks how the entries fit together."""
     if stored is None:
         return
     if not stored or not isinstance(stored, Mapping) or not isinstance(stored.get("reason", ""), str):

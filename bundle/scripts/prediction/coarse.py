@@ -23,7 +23,7 @@ from scripts.imaging.geometry import Grid, box_grid, resample
 from scripts.imaging.localise import BODY_HU, Anchor, Candidate, NoCoarsePass, credible_bounds
 from scripts.imaging.transforms import CT_FILL, PET_FILL, ScaleIntensityPETCTd
 from scripts.keys import IMAGE, TASK_SEG
-from scripts.model.ensemble import read_state, saved_settings
+from scripts.model.ensemble import read_state, saved_spec
 from scripts.model.networks import MultitaskNet
 from scripts.model.unet import ROI_FACTOR
 
@@ -104,7 +104,7 @@ class CoarsePass:
         if self._loaded is None:
             if not Path(self.checkpoint).is_file():
                 raise NoCoarsePass(f"no weights at {self.checkpoint}")
-            state, settings = read_state(self.checkpoint), saved_settings(self.checkpoint)
+            state, settings = read_state(self.checkpoint), saved_spec(self.checkpoint).to_dict()
             if TASK_SEG not in settings["tasks"]:
                 raise NoCoarsePass(f"the model at {self.checkpoint} was not trained for segmentation")
             network = MultitaskNet(tasks=[TASK_SEG], bn_eps=settings["bn_eps"])

@@ -1,9 +1,9 @@
-"""The bundle inside MONAI Label: requests in, replies out, and training on masks that were edited there.
+"""The bundle in MONAI Label: requests, replies, and training on masks that were edited there.
 
 MONAI Label calls the parts of ``inference.json`` one after another with a *request*: a dictionary with the CT's path
-under ``image`` and whatever else the client sent. In every other runtime the transforms and the inferer here do what
-their base classes do. ``train.json`` runs as it does elsewhere, except that its cases are pairs of CT and edited mask,
-its settings are those of ``models/model.pt``, and at the end its weights take that file's place.
+under ``image`` and the client's other parameters. :mod:`scripts.runtimes.label_guard` adds two overlays:
+``configs/label.json`` for predictions, and ``configs/label_train.json`` for training, in which the cases are pairs of
+CT and edited mask, the settings are those of ``models/model.pt``, and the new weights replace that file at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -27,25 +26,16 @@ from monai.transforms import Compose, MapTransform
 from scripts import keys
 from scripts.cohorts import cohort
 from scripts.cohorts.clinical import DEFAULT_FEATURES
-from scripts.cohorts.cohort import Case, Cohort, CohortError
+from scripts.cohorts.cohort import Case, Cohort, CohortError, Split
 from scripts.cohorts.files import dated_name, written_whole
 from scripts.cohorts.scans import Scans, patient_key
 from scripts.cohorts.tables import Tables, find_tables, read_tables
 from scripts.imaging.headers import read_header
 from scripts.imaging.images import image_suffix
-from scripts.imaging.transforms import ToNetworkItemd
-from scripts.model.ensemble import (
-    EXTRA_STATE,
-    PROVENANCE,
-    SETTINGS,
-    TRAINED_ON,
-    CheckpointError,
-    FoldEnsemble,
-    SettingsMismatch,
-    complete,
-    saved_settings,
-    settings_differences,
-)
+from scripts.imaging.transforms import INFERENCE_KEYS, ToNetworkItemd
+from scripts.model.ensemble import EXTRA_STATE, PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, count_folds
+from scripts.model.preprocessing import Preprocessing
+from scripts.model.spec import ModelSpec, check_provenance, check_state
 from scripts.prediction import inputs
 from scripts.runtimes.label_guard import TABLES, RequestError, confined, is_upload, read_prediction
 from scripts.training.engine import EnsembleInferer
@@ -54,26 +44,20 @@ from scripts.training.sampling import CaseDataset
 logger = logging.getLogger(__name__)
 
 LATENCIES = "latencies"  # MONAI Label's own notes in the request
-FIRST_FOLD = "folds.0."
-
-
-def serving() -> bool:
-    """Whether this process is one of MONAI Label's, which passes it on in no other way."""
-    return "monailabel" in sys.modules
 
 
 # --- prediction --------------------------------------------------------------------------------------------------
 class TakeRequestd(MapTransform):
-    """Turn a request into a case; a case passes unchanged.
+    """Turn a request into a case.
 
-    The PET is the one named in the request under ``pet``, or else the one that lies beside the CT under HECKTOR's names
-    (``<PatientID>__CT.nii.gz``, ``<PatientID>__PT.nii.gz``). Clinical values are taken from the request by any name
-    that a CSV column may have, and else from the CSV of the cohort, by patient id. The request itself stays under
+    The PET is the one named in the request under ``pet``, or else the one in the CT's folder with HECKTOR's name
+    (``<PatientID>__CT.nii.gz``, ``<PatientID>__PT.nii.gz``). Clinical values are taken from the request, by any name
+    that a CSV column may have, or else from the CSV of the cohort, by patient id. The request is kept under
     ``request``.
 
     Args:
         features: names of the clinical values, in the network's order.
-        keys: what only a request has at this place of the chain: ``image``.
+        keys: of the CT in a request.
 
     Raises:
         scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
@@ -87,36 +71,37 @@ class TakeRequestd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Make the case."""
-        d = dict(data)
-        if not any(key in d for key in self.keys):
-            return d
-        request = {str(name): value for name, value in d.items()}
-        made: dict[Hashable, Any] = {keys.REQUEST: request}
-        made.update(request_case(request, self.features))
-        return made
+        request = {str(name): value for name, value in data.items()}
+        return {keys.REQUEST: request, **request_case(request, self.features)}
 
 
 class KeepRequestd(ToNetworkItemd):
-    """:class:`scripts.imaging.transforms.ToNetworkItemd` that gives a server back the rest of its request.
+    """:class:`scripts.imaging.transforms.ToNetworkItemd` that returns the request to the server.
 
-    MONAI Label hands nothing but the image to the inferer, so that the clinical values travel in its metadata.
+    MONAI Label passes only the image to the inferer, so the clinical values are put into its metadata.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Pick the network's item, and what the server needs where there is one."""
+        """Pick the network's item, and what the server needs."""
         item = super().__call__(data)
-        if keys.REQUEST not in data:
-            return item
         image = item[keys.IMAGE]
         item[keys.IMAGE] = MetaTensor(image.as_tensor(), affine=image.affine, meta={keys.CLINICAL: item[keys.CLINICAL]})
         return {**data[keys.REQUEST], LATENCIES: data.get(LATENCIES, {}), **item}
 
 
-class ServedInferer(EnsembleInferer):
-    """:class:`.EnsembleInferer` for every runtime, so that all of them answer the same to the last digit.
+class ServedPreprocessing(Preprocessing):
+    """:class:`.Preprocessing` of a request; arguments as there."""
 
-    It finds clinical values in the image's metadata when it gets none, and folds batch norms as
-    :func:`scripts.training.engine.speed_up` does.
+    def __init__(self, spec: ModelSpec, purpose: str, **options: Any) -> None:
+        super().__init__(spec, purpose, **options)
+        self.transforms = (TakeRequestd(spec.clinical_features), *self.transforms[:-1], KeepRequestd(INFERENCE_KEYS))
+
+
+class ServedInferer(EnsembleInferer):
+    """:class:`.EnsembleInferer` that takes the clinical values from the image's metadata.
+
+    It folds batch norms as :func:`scripts.training.engine.speed_up` does, which a server does not call, so that the
+    numbers are exactly those of the other runtimes.
     """
 
     def __call__(
@@ -127,8 +112,7 @@ class ServedInferer(EnsembleInferer):
             if clinical is None and keys.CLINICAL in inputs.meta:
                 clinical = inputs.meta[keys.CLINICAL].reshape(len(inputs), -1).to(inputs.device)
             inputs = inputs.as_tensor()
-        if not network.training:  # servers do not run the config's own start, where this is done
-            network.fold_norms()
+        network.fold_norms()
         return super().__call__(inputs, network, clinical)
 
 
@@ -264,7 +248,11 @@ def _tables_of(scans: Scans) -> list[Path]:
 
 # --- training ----------------------------------------------------------------------------------------------------
 class LabelCohort(Cohort):
-    """Stands for a cohort of which MONAI Label hands over single cases."""
+    """A cohort whose cases come from MONAI Label."""
+
+    def split(self, *_: Any, **__: Any) -> Split:
+        """No cases: MONAI Label splits its own."""
+        return Split([], [])
 
     def statement(self, cases: Sequence[Case] | None = None) -> str:
         """As :meth:`scripts.cohorts.cohort.Cohort.statement`, from the folders of the cases."""
@@ -274,59 +262,47 @@ class LabelCohort(Cohort):
         return f"{Cohort(str(recorded), []).statement(cases)}; masks edited in MONAI Label"
 
 
-def dataset_dir(bundle_root: str) -> str:
-    """Default of the training's ``dataset_dir``: the demonstration cohort, or the studies of MONAI Label."""
-    return os.environ.get("MONAI_LABEL_STUDIES", ".") if serving() else cohort.default_dataset_dir(bundle_root)
+def studies() -> str:
+    """Folder of the studies of the server."""
+    return os.environ.get("MONAI_LABEL_STUDIES", ".")
 
 
 def output_dir(bundle_root: str) -> str:
-    """Default of the training's ``output_dir``; each training from MONAI Label has its own, named by the time."""
-    return f"{bundle_root}/output" + (f"/label_{datetime.now():%Y%m%d_%H%M%S}" if serving() else "")
+    """Output folder of a training, named by the time."""
+    return f"{bundle_root}/output/label_{datetime.now():%Y%m%d_%H%M%S}"
 
 
-def training_settings(weights: str, default: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to train with: the default ones, but in MONAI Label those of the weights it starts from."""
-    return saved_settings(weights, default) if serving() else dict(default)
-
-
-def load_cohort(dataset_dir: str, ehr_csv: Any, clinical_features: Sequence[str]) -> Cohort:
-    """:func:`.load_cohort`; in MONAI Label, which has its own list of cases, a :class:`LabelCohort`."""
-    if serving():
-        return LabelCohort(str(dataset_dir), [])
-    return cohort.load_cohort(dataset_dir, ehr_csv, clinical_features)
-
-
-def case_dataset(
+def edited_dataset(
     data: Sequence[Mapping[str, Any]],
     transform: Compose,
     cache_dir: str | None,
     features: Sequence[str],
     otherwise: CaseDataset | None = None,
 ) -> CaseDataset:
-    """The dataset of some cases, which may be given as MONAI Label gives them.
+    """The dataset of edited masks.
 
     Args:
-        data: cases of :mod:`scripts.cohorts.cohort`; or pairs ``{"image": CT, "label": mask}``, to which PET,
-        survival, HPV
-            status and clinical values are looked up by patient id.
+        data: as for :func:`edited_cases`.
         transform: as for :class:`scripts.training.sampling.CaseDataset`.
         cache_dir: likewise.
         features: names of the clinical values, in the network's order.
-        otherwise: dataset of which the cases are taken where MONAI Label sets none apart.
+        otherwise: dataset whose cases are used if ``data`` has none.
     """
-    cases = edited_cases(data, features) if any(keys.PATIENT_ID not in item for item in data) else list(data)
-    if serving() and not cases and otherwise is not None:
-        logger.warning("no case is set apart for validation: the best epoch is chosen by the training cases")
+    cases = edited_cases(data, features)
+    if not cases and otherwise is not None:
+        logger.warning("no case is set apart for validation: the best epoch is selected by the training cases")
         cases = list(otherwise.data)
     return CaseDataset(cases, transform, cache_dir)
 
 
 def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) -> list[Case]:
-    """Training cases from pairs of CT and edited mask; one that cannot be used is logged and left out.
+    """Training cases from pairs of CT and edited mask; a pair that cannot be used is logged and excluded.
+
+    PET, survival, HPV status and clinical values are looked up by patient id.
 
     Args:
-        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid; everything that is not 0
-            is tumour).
+        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid, tumour where it is not
+            0).
         features: names of the clinical values, in the network's order.
     """
     cases = []
@@ -344,55 +320,45 @@ def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) ->
     return cases
 
 
-def accept_ensembles(ensemble: FoldEnsemble) -> None:
-    """Let the network in training, ``ensemble.folds[0]``, be loaded from weights of a whole ensemble.
+class StartedEnsemble(FoldEnsemble):
+    """A :class:`.FoldEnsemble` of one fold that starts from the first fold of other weights.
 
-    MONAI Label loads ``models/model.pt`` into the network that is trained. Of several folds the first goes on; what was
-    fitted to their joint answers (calibration of the risk, threshold for HPV) holds no longer, and the provenance says
-    so. Weights of other settings are refused.
-
-    Args:
-        ensemble: holds one fold; its provenance gets what the new weights must say.
+    The first weights that are loaded are those to start from, as MONAI Label does. What was fitted to the joint
+    predictions of their folds (calibration of the risk, threshold for HPV) is no longer valid; the provenance says so.
     """
 
-    def take_first_fold(network: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        if prefix or EXTRA_STATE not in state:
-            return
-        extra = state[EXTRA_STATE]
-        differences = settings_differences(complete(extra[SETTINGS]), complete(ensemble.settings))
-        if differences:
-            raise SettingsMismatch("the weights to start from are of another configuration: " + "; ".join(differences))
-        first = {key.removeprefix(FIRST_FOLD): value for key, value in state.items() if key.startswith(FIRST_FOLD)}
-        if set(first) != set(network.state_dict()):
-            raise CheckpointError("the weights to start from are of another network")
-        state.clear()
-        state.update(first)
-        _note_start(ensemble, extra.get(PROVENANCE, {}))
+    started = False
 
-    ensemble.folds[0].register_load_state_dict_pre_hook(take_first_fold)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not self.started and EXTRA_STATE in state_dict:
+            extra, folds = state_dict[EXTRA_STATE], count_folds(state_dict)
+            start = extra.get(PROVENANCE, {})
+            check_state(state_dict, ModelSpec.read(extra[SETTINGS]), folds, EXTRA_STATE, "the weights to start from")
+            check_provenance(start, folds, "the weights to start from")
+            for name in [name for name in state_dict if name != EXTRA_STATE and not name.startswith("folds.0.")]:
+                del state_dict[name]
+            state_dict[EXTRA_STATE] = {**extra, PROVENANCE: self._provenance_from(start)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.started = True
 
-
-def _note_start(ensemble: FoldEnsemble, start: Mapping[str, Any]) -> None:
-    """Say in the provenance where the weights started from and what no longer holds."""
-    own = ensemble.provenance.get(TRAINED_ON, "cases that are not recorded")
-    origin = start.get(TRAINED_ON, "cases that are not recorded")
-    reason = "the weights were trained further since it was fitted"
-    ensemble.provenance |= {
-        TRAINED_ON: f"{own}; started from weights trained on {origin}",
-        "calibration": {"reason": reason},
-        "hpv_threshold": {"value": None, "reason": reason},
-        "voxel_limits": start.get("voxel_limits", {}),
-    }
+    def _provenance_from(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """The own provenance with the origin of the weights, and without what is no longer valid."""
+        own, origin = (facts.get(TRAINED_ON, "cases that are not recorded") for facts in (self.provenance, start))
+        reason = "the weights were trained further since it was fitted"
+        return {
+            **self.provenance,
+            TRAINED_ON: f"{own}; started from weights trained on {origin}",
+            "calibration": {"reason": reason},
+            "hpv_threshold": {"value": None, "reason": reason},
+            "voxel_limits": start.get("voxel_limits", {}),
+        }
 
 
 def install_weights(ckpt_dir: str, bundle_root: str, cache_dir: str) -> None:
-    """In MONAI Label, put the trained weights in the place of ``models/model.pt``, of which a dated copy is kept.
+    """Replace ``models/model.pt`` by the trained weights and remove the run's cache, which no later run uses.
 
-    The copy, ``models/model_before_<time>.pt``, can be chosen by a request's ``model_filename``. The run's cache, which
-    no later run would use, is removed.
+    A copy, ``models/model_before_<time>.pt``, is kept, which a request can select by ``model_filename``.
     """
-    if not serving():
-        return
     shutil.rmtree(cache_dir, ignore_errors=True)
     trained, target = Path(ckpt_dir) / "model.pt", Path(bundle_root) / "models" / "model.pt"
     if not trained.is_file():

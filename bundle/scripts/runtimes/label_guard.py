@@ -1,10 +1,10 @@
-"""What a MONAI Label server takes from a request for this bundle: listed parameters, and files of the studies.
+"""What a MONAI Label server accepts in a request for this bundle: listed parameters, and files of the studies.
 
-MONAI Label writes what a request says into configs, which are then evaluated. Here every value is read by its own rule
-first, what is not on the list is refused by name, and no value reaches a config but true or false and the name of a
-file that lies in ``models/``. ``inference.json`` imports this module, so that it is at work in every MONAI Label server
-that serves the bundle; elsewhere the import does nothing. Who may send requests at all is in
-:mod:`scripts.runtimes.label_web`.
+MONAI Label writes parameters of a request into configs, which are then evaluated. Here every value is first parsed by
+its own rule, and unknown parameters are refused by name; the only values that reach a config are a boolean and the path
+of a file in ``models/``. ``inference.json`` imports this module, so that it is active in every MONAI Label server that
+serves the bundle; elsewhere the import has no effect. It also adds the overlays ``configs/label.json`` and
+``configs/label_train.json``. :mod:`scripts.runtimes.label_web` decides who may send requests.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cohorts.clinical import FEATURES, match_columns, parse_clinical
+from scripts.cohorts.files import in_config
 
-WEIGHTS, FORCE = "weights", "force"  # ids of inference.json
+CHECKPOINT, FORCE = "checkpoint", "force"  # ids of inference.json
+PREDICTION_OVERLAY, TRAINING_OVERLAY = "label.json", "label_train.json"
 DEFAULT_WEIGHTS = "model.pt"
 TABLES = (".csv", ".tsv", ".json")
 SCANS = "scans"  # ``--conf scans DIR``: a folder beside the studies whose files a request may name
@@ -190,11 +192,10 @@ TRAINING = {
 
 
 def read_prediction(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a prediction, as they are used: typed, and without what nothing reads.
+    """The parameters of a prediction that are used, parsed.
 
     Args:
-        request: as the client sent it and MONAI Label filled it up. Clinical values go by any name that a table may
-            have for them.
+        request: of the client, completed by MONAI Label. Clinical values may have any name that a table may have.
 
     Raises:
         RequestError: a parameter is not known, or its value is none of those accepted.
@@ -292,7 +293,7 @@ def is_upload(path: Path) -> bool:
 
 
 def confined(name: str, path: Path, ct: Path | None = None) -> Path:
-    """The path that a request names, where it may name it.
+    """The path in a request, if it may be used.
 
     Args:
         name: of the parameter.
@@ -322,7 +323,7 @@ def _is_listed(found: Path) -> bool:
 
 
 def for_client(text: str) -> str:
-    """A message without the folders of this machine: paths start within the studies, or are file names."""
+    """A message without folders of this machine: paths relative to the studies, or file names."""
     bundle = Path(__file__).resolve().parents[2]
     for place in [*(request_places() or []), bundle, Path(tempfile.gettempdir()), Path.home()]:
         text = text.replace(f"{place}{os.sep}", "")
@@ -342,7 +343,7 @@ def serves(app: Any, model: Any) -> bool:
 
 
 def _choose_weights(taken: Mapping[str, Any], bundle_path: str) -> str:
-    """The name of the weights asked for, as it stands in the folder."""
+    """The name of the requested weights, from the list of the folder."""
     wanted = taken.get("model_filename", DEFAULT_WEIGHTS)
     names = sorted(path.name for path in (Path(bundle_path) / "models").glob("*.pt"))
     if wanted not in names:
@@ -350,8 +351,15 @@ def _choose_weights(taken: Mapping[str, Any], bundle_path: str) -> str:
     return names[names.index(wanted)]
 
 
+def _add_overlay(task: Any, name: str) -> None:
+    """Let a task of MONAI Label use its config with an overlay of the bundle; a second call changes nothing."""
+    if not isinstance(task.bundle_config_path, list):
+        task.bundle_config_path = [task.bundle_config_path, str(Path(task.bundle_path) / "configs" / name)]
+        task.bundle_config = task._load_bundle_config(task.bundle_path, task.bundle_config_path)
+
+
 def _guard_predictions(task_class: Any) -> None:
-    """Let the task of a bundle see a request only after :func:`read_prediction`."""
+    """Pass requests to the task of a bundle only after :func:`read_prediction`."""
     predict, show = task_class.__call__, task_class.config
 
     @functools.wraps(predict)
@@ -361,8 +369,10 @@ def _guard_predictions(task_class: Any) -> None:
         taken = read_prediction(request)
         taken["model_filename"] = _choose_weights(taken, task.bundle_path)
         taken.setdefault("image", "")  # of an id that is not in the list
-        with _TURN:  # what is set here is evaluated again, so that weights trained since are seen too
-            task.bundle_config.set(taken["model_filename"], WEIGHTS)
+        with _TURN:  # setting an id resets the parser, so that weights trained since then are read
+            _add_overlay(task, PREDICTION_OVERLAY)
+            chosen = Path(task.bundle_path) / "models" / taken["model_filename"]
+            task.bundle_config.set(in_config(str(chosen)), CHECKPOINT)
             task.bundle_config.set(taken.get(FORCE, False), FORCE)
             return predict(task, taken, *more, **options)
 
@@ -383,13 +393,14 @@ def _guard_trainings(task_class: Any) -> None:
             model = request.get("model")
             request = read_training(request)
             request = {**request, "model": model, "model_filename": _choose_weights(request, task.bundle_path)}
+            _add_overlay(task, TRAINING_OVERLAY)
         return train(task, request, *more, **options)
 
     task_class.__call__ = guarded
 
 
 def _guard_jobs(job_class: Any) -> None:
-    """Refuse what a job in the background would refuse, before there is a job."""
+    """Refuse an invalid request before a background job is started."""
     run = job_class.run
 
     @functools.wraps(run)
@@ -410,7 +421,7 @@ def _guard_jobs(job_class: Any) -> None:
 
 
 def _guard_app(app_class: Any) -> None:
-    """Look at the image before the list of scans does; no whole-slide images."""
+    """Check the image before the list of scans is used; refuse whole-slide images."""
     infer, infer_wsi = app_class.infer, app_class.infer_wsi
 
     @functools.wraps(infer)
@@ -433,7 +444,7 @@ def _guard_app(app_class: Any) -> None:
 
 
 def install() -> None:
-    """Stand between MONAI Label and its requests; a second call changes nothing."""
+    """Check all requests to MONAI Label; a second call changes nothing."""
     from monailabel.interfaces.app import MONAILabelApp
     from monailabel.tasks.infer.bundle import BundleInferTask
     from monailabel.tasks.train.bundle import BundleTrainTask

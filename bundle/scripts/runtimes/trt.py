@@ -1,8 +1,8 @@
 """TensorRT for the convolutions of an ensemble, through MONAI's ``trt_compile``.
 
-Each fold's encoder, decoder and HPV branch becomes a TensorRT engine; what is left (summaries, survival branch, the
-averages over folds) is small and stays in PyTorch, so all heads and every caller of the network are as before. Engines
-are built when they are first used, minutes each, and kept on disk for the next run.
+Each fold's encoder, decoder and HPV branch becomes a TensorRT engine; the rest (summaries, survival branch, averages
+over folds) is small and runs in PyTorch, so outputs and callers are unchanged. Engines are built at their first use,
+minutes each, and kept on disk for the next run.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ __all__ = ["EXPORT", "TensorRTMissing", "compile_folds", "engine_parts"]
 
 PACKAGES = ("tensorrt", "polygraphy", "onnx")
 PARTS = ("encoder", "decoder", "hpv")
-# How each part goes to TensorRT. MONAI would take torch's newer exporter, which takes minutes for this network.
+# Options of the ONNX export. MONAI's default, torch's newer exporter, takes minutes for this network.
 EXPORT = {"dynamo": False, "opset_version": 18}
 
 
 class TensorRTMissing(RuntimeError):  # noqa: N818 - it is named for what the user sees
-    """There is nothing here that TensorRT could run with."""
+    """TensorRT, or a GPU for it, is missing."""
 
 
 def compile_folds(
     network: FoldEnsemble, folder: str | os.PathLike[str], precision: str, checkpoint: str | os.PathLike[str]
 ) -> None:
-    """Let TensorRT run the convolutions of ``network``, once its weights are loaded.
+    """Run the convolutions of ``network`` in TensorRT; its weights have to be loaded.
 
     Args:
-        network: on a GPU, in evaluation; changed in place.
-        folder: for the engines; those of older weights are built anew.
-        precision: "fp32", or "tf32", "bf16", "fp16" for more speed and other numbers.
-        checkpoint: the file that the weights come from.
+        network: on a GPU, in evaluation mode; changed in place.
+        folder: for the engines; those of older weights are rebuilt.
+        precision: "fp32", or "tf32", "bf16", "fp16", which are faster and less exact.
+        checkpoint: the file of the weights.
 
     Raises:
-        TensorRTMissing: without a GPU or one of the packages; MONAI would go on without TensorRT.
+        TensorRTMissing: without a GPU or one of the packages; MONAI itself would continue without TensorRT.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing or not torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""The merged configuration of a run: whether it says what was meant, and what of it defines the result.
+"""Checks of the merged configuration of a run, and the part of it that defines the result.
 
-MONAI merges config files and ``--id value`` options into one configuration, and takes in silence an id that nothing
-knows. Its command line reads values as Python, so that the folder ``2025_11`` becomes the number 202511, and its parser
-writes ``#`` as ``::``, in paths too. :func:`check_run` is the first thing that a run does.
+MONAI merges config files and ``--id value`` options into one configuration and silently accepts unknown ids. Its
+command line reads values as Python, so that the folder ``2025_11`` becomes the number 202511, and its parser writes
+``#`` as ``::``, also in paths. :func:`check_run` is the first step of a run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,19 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
 from scripts import keys
 from scripts.cohorts.files import require_writable
 from scripts.keys import Case
+from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, settings_differences
+from scripts.model.spec import ModelSpec
 
-__all__ = ["ConfigurationError", "check_ids", "check_run", "describe_run", "run_differences"]
+__all__ = [
+    "ConfigurationError",
+    "all_ids",
+    "check_ids",
+    "check_run",
+    "describe_run",
+    "load_model",
+    "run_differences",
+    "unknown_id",
+]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATHS = (
@@ -41,12 +53,14 @@ TRACKING = {name for settings in cast(Any, DEFAULT_EXP_MGMT_SETTINGS).values() f
 TRACKERS = ("MLFlowHandler",)
 IGNORED = "None"  # which MONAI leaves out of its options
 PARSED = ("$", "@", "%")  # how text starts that MONAI takes for an expression, a reference, a macro
+SETTINGS = tuple(field.name for field in fields(ModelSpec))
+SAVED_SPEC = "scripts.model.ensemble.saved_spec"
 FREE = (
     *("_meta_", "imports", "bundle_root", "dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir"),
     *("device", "amp", "compile", "checkpointing", "num_workers", "epochs"),
 )
-"""Ids that may differ when a run is continued: where the files are (the cases themselves are compared), what computes
-and how fast, and the number of epochs, which may be raised. All others are compared."""
+"""Ids that may differ when a run is resumed: paths (the cases themselves are compared), execution, and the number of
+epochs, which may be increased. All others are compared."""
 CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
 LEAST = {"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0}
 LEAST_LIKENESS = 0.6
@@ -54,21 +68,21 @@ LONGEST = 200  # characters of a value, and of a list of patients, in a message
 
 
 class ConfigurationError(ValueError):
-    """A configuration that cannot be what was meant; the message says what to change."""
+    """An invalid configuration; the message says what to change."""
 
 
 def check_run(device: Any) -> None:
-    """See that the configuration in use says what was meant; to be called from a config, before anything is computed.
+    """Check the configuration in use; called from a config, before anything is computed.
 
     Paths that were typed on MONAI's command line become text again.
 
     Args:
-        device: what shall compute.
+        device: of the run.
 
     Raises:
-        ConfigurationError: an id that nothing knows, a path that is no text any more, a value that is no number, a
-            device that is not there.
-        scripts.cohorts.files.WriteError: nothing can be written where the results shall be.
+        ConfigurationError: an unknown id, a path that is no longer text, a value that is not a number, a device that
+            is not available.
+        scripts.cohorts.files.WriteError: the output folder cannot be written to.
     """
     resolver = _resolver()
     config = _written(resolver)
@@ -84,14 +98,18 @@ def check_run(device: Any) -> None:
 
 
 def _resolver() -> ReferenceResolver:
-    """What resolves the expression that is evaluated now. MONAI passes it to no expression, so its frame is found."""
+    """What resolves the current part of a config.
+
+    MONAI passes it to no expression or component, and a reference to the whole configuration (``@``, ``%``) would
+    evaluate all of it, so it is found among the calling frames.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, ReferenceResolver):
             return found
         frame = frame.f_back
-    raise RuntimeError("only an expression of a config can ask for the configuration")
+    raise RuntimeError("only a part of a config can ask for the configuration")
 
 
 def _written(resolver: ReferenceResolver) -> dict[str, Any]:
@@ -100,7 +118,7 @@ def _written(resolver: ReferenceResolver) -> dict[str, Any]:
 
 
 def check_device(device: Any) -> None:
-    """See that PyTorch can use a device.
+    """Check that PyTorch can use a device.
 
     Raises:
         ConfigurationError: it cannot.
@@ -115,9 +133,46 @@ def check_device(device: Any) -> None:
         ) from error
 
 
+def load_model(network: FoldEnsemble, path: str) -> None:
+    """Load a checkpoint, whose settings are those of the run; called from a config.
+
+    Args:
+        network: built from the settings in the file (:func:`scripts.model.ensemble.saved_spec`).
+        path: the checkpoint.
+
+    Raises:
+        scripts.model.ensemble.SettingsMismatch: a setting that was given differs from that of the checkpoint.
+        scripts.model.ensemble.CheckpointError: the file cannot be used.
+    """
+    saved = ModelSpec.read(network.settings, path)
+    given = given_settings(_written(_resolver()), _typed(sys.argv))
+    differences = settings_differences(saved.to_dict(), replace(saved, **given).to_dict())
+    if differences:
+        raise SettingsMismatch(
+            f"{path}: the weights do not belong to this configuration, whose settings come from the weights: "
+            + "; ".join(differences)
+        )
+    load_weights(network, path)
+
+
+def given_settings(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a model that were typed, or that are in none of the bundle's own configs.
+
+    Args:
+        config: the merged configuration.
+        typed: options on the command line.
+    """
+    own = _own_configs(config)
+    return {
+        name: config[name]
+        for name in SETTINGS
+        if name in config and (name in typed or config[name] not in [c[name] for c in own if name in c])
+    }
+
+
 # --- text that stays text -----------------------------------------------------------------------------------------
 def paths_as_typed(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
-    """Paths of a configuration that are not what was typed, as they were.
+    """The paths of a configuration that differ from what was typed, as they were typed.
 
     Args:
         config: the merged configuration.
@@ -160,7 +215,7 @@ def _typed(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _unquoted(text: str) -> str:
-    """Text as it was meant: what is typed in quotes of Python's is without them."""
+    """Text without the quotes of Python, if it was typed in quotes."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -169,7 +224,7 @@ def _unquoted(text: str) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value in nested dictionaries and lists, with its id; metadata are left out."""
+    """Every value in nested dictionaries and lists, with its id; without metadata."""
     if not isinstance(value, dict | list):
         yield name, value
         return
@@ -184,18 +239,21 @@ def _shown_id(name: str) -> str:
 
 # --- ids that mean something --------------------------------------------------------------------------------------
 def check_ids(config: Mapping[str, Any]) -> None:
-    """Refuse ids that have no effect, because neither the bundle's configs have them nor anything refers to them.
+    """Refuse ids without effect: those that are in none of the bundle's configs and that nothing refers to.
 
-    An overlay of the user's own may define ids for others to refer to, and lists of expressions to run.
+    A user's overlay may define ids for others to refer to, and lists of expressions to run. With a model from a
+    checkpoint, its settings may be given; :func:`load_model` compares them.
 
     Args:
         config: the merged configuration.
 
     Raises:
-        ConfigurationError: there is one; the message names the one that may have been meant.
+        ConfigurationError: there is one; the message gives the most similar id.
     """
     own, (whole, above) = _own_ids(config), _referenced(config)
-    known = {*own, *whole, *above}
+    spec = config.get("spec")
+    saved = SETTINGS if isinstance(spec, dict) and spec.get("_target_") == SAVED_SPEC else ()
+    known = {*own, *whole, *above, *saved}
     free = {name for name in whole if not isinstance(own.get(name), dict)}  # their parts are for the user to name
     copied = [json.dumps(value, default=str) for value in _containers(config)]
     for name, value in _ids(config):
@@ -205,16 +263,45 @@ def check_ids(config: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, dict | list) and value and copied.count(json.dumps(value, default=str)) > 1:  # a macro's
             continue
-        near = _nearest(name, known)
-        hint = f"is '{_shown_id(near)}' meant?" if near else "see the ids in configs/"
-        raise ConfigurationError(f"no config has the id '{_shown_id(name)}', so that it would do nothing: {hint}")
+        raise ConfigurationError(unknown_id(name, known))
+
+
+def all_ids(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every id of a configuration, also within components.
+
+    Example:
+        >>> list(all_ids({"train": {"trainer": {"_target_": "Trainer", "amp": True}}}))
+        ['train', 'train#trainer', 'train#trainer#amp']
+    """
+    for name, value in config.items():
+        if not name.startswith("_"):
+            yield name
+            yield from (f"{name}#{below}" for below in all_ids(value if isinstance(value, dict) else {}))
+
+
+def unknown_id(name: str, known: Iterable[str]) -> str:
+    """The message for an id that no config has, with the most similar one.
+
+    Example:
+        >>> unknown_id("epoch", ["epochs", "seed"])
+        "no config has the id 'epoch', which would have no effect: is 'epochs' meant?"
+        >>> unknown_id("trainr#amp", ["train", "train#trainer"])
+        "no config has the id 'trainr#amp', which would have no effect: is 'train' meant?"
+    """
+    listed = [_shown_id(other) for other in known]
+    shown = _shown_id(name)
+    parts = shown.split("#")
+    above = ["#".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    near = _nearest(next((part for part in above if part not in listed), shown), listed) or _nearest(shown, listed)
+    hint = f"is '{near}' meant?" if near else "see the ids in configs/"
+    return f"no config has the id '{shown}', which would have no effect: {hint}"
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Refuse values that are no numbers or switches where the bundle's configs have one, and counts that are too small.
+    """Refuse other values than numbers or booleans where the bundle's configs have one, and counts that are too small.
 
     Args:
-        config: the merged configuration; expressions and references in it are not evaluated here.
+        config: the merged configuration; its expressions and references are not evaluated.
 
     Raises:
         ConfigurationError: there is one.
@@ -234,10 +321,10 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The id that is spelled most like one, first of all in its last part; empty where none is like it."""
+    """The id with the most similar spelling, above all of its last part; empty if none is similar."""
 
     def likeness(other: str) -> tuple[float, float]:
-        pairs = ((name.rsplit(ID_SEP_KEY, 1)[-1], other.rsplit(ID_SEP_KEY, 1)[-1]), (name, other))
+        pairs = ((name.rsplit("#", 1)[-1], other.rsplit("#", 1)[-1]), (name, other))
         last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
         return last, whole
 
@@ -245,19 +332,26 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return nearest if likeness(nearest)[0] >= LEAST_LIKENESS else ""
 
 
+def _own_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The bundle's own configs that are part of a configuration: those of which it has every id."""
+    contents = [ConfigParser.load_config_file(path) for path in sorted(CONFIGS.glob("*.json"))]
+    named = [
+        {ReferenceResolver.normalize_id(name.lstrip(MERGE_KEY)): value for name, value in content.items()}
+        for content in contents
+    ]
+    return [content for content in named if all(name.split(ID_SEP_KEY)[0] in config for name in content)]
+
+
 def _own_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Ids and values in the bundle's own configs that are part of a configuration: those of which it has every id."""
+    """Ids and values of :func:`_own_configs`."""
     found: dict[str, Any] = {}
-    for path in sorted(CONFIGS.glob("*.json")):
-        content = {name.lstrip(MERGE_KEY): value for name, value in ConfigParser.load_config_file(path).items()}
-        if all(ReferenceResolver.split_id(name)[0] in config for name in content):
-            named = {ReferenceResolver.normalize_id(name): value for name, value in content.items()}
-            found |= {name: value for name, value in _ids(named) if not isinstance(found.get(name), dict)}
+    for content in _own_configs(config):
+        found |= {name: value for name, value in _ids(content) if not isinstance(found.get(name), dict)}
     return found
 
 
 def _ids(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Ids on top and within plain dictionaries, with their values; what is in a component, MONAI itself checks."""
+    """Ids at the top and within plain dictionaries, with their values; MONAI checks the arguments of components."""
     for name, value in config.items():
         yield above + name, value
         if isinstance(value, dict) and not ConfigComponent.is_instantiable(value) and name != ConfigParser.meta_key:
@@ -288,15 +382,15 @@ def _is_list_to_run(value: Any) -> bool:
 
 # --- what defines a run -------------------------------------------------------------------------------------------
 def describe_run(training: Sequence[Case], validation: Sequence[Case]) -> dict[str, Any]:
-    """What defines the result of a training run; to be used from a config.
+    """What defines the result of a training run; called from a config.
 
     Args:
-        training: cases that are trained on.
-        validation: cases that choose the epoch.
+        training: the training cases.
+        validation: the cases that select the epoch.
 
     Returns:
-        ``configuration``, the merged one but for :data:`FREE`, as id -> value; ``training`` and ``validation``, each
-        patient id -> fingerprint of labels, clinical values and sizes of the files.
+        ``configuration``, the merged one without :data:`FREE`, as id -> value; ``training`` and ``validation``, each
+        patient id -> fingerprint of labels, clinical values and file sizes.
     """
     config = {name: value for name, value in _written(_resolver()).items() if name not in (*FREE, *TRACKING)}
     return {
@@ -307,7 +401,7 @@ def describe_run(training: Sequence[Case], validation: Sequence[Case]) -> dict[s
 
 
 def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs, each as :func:`describe_run` gives it, for a message.
+    """The differences between two results of :func:`describe_run`, for a message.
 
     Example:
         >>> one = {"configuration": {"fold": 0}, "training": {"A": "1", "B": "2"}, "validation": {}}
@@ -337,7 +431,7 @@ def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def _untracked(value: Any) -> Any:
-    """A configuration without what only writes it down."""
+    """A configuration without experiment tracking."""
     if isinstance(value, dict):
         return {name: _untracked(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -347,14 +441,14 @@ def _untracked(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold: what a caller has built in Python stands for its kind."""
+    """A value that JSON can hold; an object of a Python caller is replaced by the name of its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return f"a {type(value).__name__}"
 
 
 def _fingerprint(case: Case) -> str:
-    """Changes with labels, clinical values and sizes of the files, but not with their place or time."""
+    """Changes with labels, clinical values and file sizes, but not with paths or times."""
     files = (keys.CT, keys.PET, keys.MASK)
     sizes = [Path(case[name]).stat().st_size if case.get(name) else None for name in files]
     facts = sorted((name, value) for name, value in case.items() if name not in (*files, keys.FINGERPRINT))

@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Events
 from ignite.metrics import Average, Metric
 from monai.engines import Evaluator, Workflow
-from monai.handlers import IgniteMetricHandler
+from monai.handlers import IgniteMetricHandler, TensorBoardStatsHandler
 from monai.metrics import CumulativeIterationMetric
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -361,7 +361,7 @@ class TrainingState:
         if best and kept < LOST_DICE * dice[best]:
             logger.warning(
                 "the epoch kept (%d, by %s) has a validation Dice of %.3f, epoch %d had %.3f: its masks are of little "
-                "use; train longer, with --keep_epoch last, or with --mask_gradient stop",
+                "use; train longer, with --keep_epoch last, or with --network_def#network#mask_gradient stop",
                 *(self.best_epoch, self._key, kept, best, dice[best]),
             )
 
@@ -372,6 +372,16 @@ class TrainingState:
                 f"{self.last_path} is of another run, whose result going on would mix with this one's "
                 f"({'; '.join(differences)}): give another output_dir, or delete {self.last_path.parent} to start anew"
             )
+
+
+def tensorboard(output_dir: str, **options: Any) -> TensorBoardStatsHandler | None:
+    """MONAI's TensorBoard handler in ``<output_dir>/tensorboard``; None, so none at all, in a process but the first.
+
+    Args:
+        output_dir: of the run.
+        **options: of ``monai.handlers.TensorBoardStatsHandler``.
+    """
+    return TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", **options) if is_first_rank() else None
 
 
 def is_first_rank() -> bool:

@@ -100,7 +100,7 @@ class BundleOperator(MonaiBundleInferenceOperator):
     @property
     def features(self) -> list[str]:
         """Names of the clinical values that the network reads, in its order."""
-        return list(self._parser.get_parsed_content("clinical_features"))
+        return list(self._parser.get_parsed_content("spec").clinical_features)
 
     def _init_config(self, config_names: Sequence[str]) -> None:
         """Parse the bundle as its own ``bundle_root``, wherever the application runs, and load its weights."""

@@ -1,0 +1,71 @@
+"""From the files of a case to the input of the network that a :class:`.ModelSpec` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from monai.transforms import Compose
+
+from scripts.imaging.localise import Proposer
+from scripts.imaging.quality import CheckQualityd, Limits
+from scripts.imaging.transforms import (
+    EVALUATION_KEYS,
+    INFERENCE_KEYS,
+    TRAINING_KEYS,
+    CodeClinicald,
+    LoadScansd,
+    LocaliseBoxd,
+    ResampleToBoxd,
+    ScaleIntensityPETCTd,
+    ToNetworkItemd,
+)
+from scripts.model.spec import ModelSpec
+
+__all__ = ["Preprocessing"]
+
+TRAINING = "training"
+KEYS = {TRAINING: TRAINING_KEYS, "evaluation": EVALUATION_KEYS, "inference": INFERENCE_KEYS}
+
+
+class Preprocessing(Compose):
+    """The transforms of a case: load, place the box, check quality, resample, scale, code clinical values, select.
+
+    Args:
+        spec: of the model: box, spacing, windows and clinical features.
+        purpose: ``"training"`` centres the box on the mask where there is one and adds the augmentation;
+            ``"evaluation"`` and ``"inference"`` place it without the mask. Each keeps its own keys of the case.
+        proposer: what proposes tumours where the box is in doubt (:class:`scripts.prediction.coarse.CoarsePass`); None
+            for the rules alone.
+        on_reject: ``"raise"`` excludes a case that quality control rejects, ``"flag"`` keeps it.
+        limits: of the quality checks, as :class:`scripts.imaging.quality.CheckQualityd` takes them.
+        advisory: names of the checks that reject no case.
+        augmentation: random transforms, for training only.
+
+    Raises:
+        ValueError: for another purpose, or augmentation for another one than training.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        purpose: str,
+        proposer: Proposer | None = None,
+        on_reject: str = "raise",
+        limits: Limits | None = None,
+        advisory: Sequence[str] = (),
+        augmentation: Sequence[Callable] = (),
+    ) -> None:
+        if purpose not in KEYS or (augmentation and purpose != TRAINING):
+            raise ValueError(f"purpose is one of {', '.join(KEYS)}, with augmentation {TRAINING!r}; got {purpose!r}")
+        super().__init__(
+            [
+                LoadScansd(),
+                LocaliseBoxd(spec.roi_size, spec.spacing_mm, use_mask=purpose == TRAINING, proposer=proposer),
+                CheckQualityd(spec.roi_size, on_reject=on_reject, limits=limits, advisory=advisory),
+                ResampleToBoxd(spec.roi_size),
+                ScaleIntensityPETCTd(spec.ct_window, spec.pet_window),
+                CodeClinicald(spec.clinical_features),
+                ToNetworkItemd(KEYS[purpose]),
+                *([Compose(augmentation)] if purpose == TRAINING else []),
+            ]
+        )
