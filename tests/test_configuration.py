@@ -27,6 +27,7 @@ from scripts.training.configuration import _typed as typed_options
 from scripts.training.engine import innermost
 
 TRAIN, EVALUATE, INFERENCE = ("train.json",), ("train.json", "evaluate.json"), ("inference.json",)
+OF_INFERENCE = ("inference.json", "inference_trt.json", "label.json")
 CONFIGS = [path.name for path in sorted((BUNDLE / "configs").glob("*.json")) if path.name != "metadata.json"]
 
 
@@ -41,13 +42,13 @@ def merged(*files: str, **changes: Any) -> ConfigParser:
 
 
 # --- ids ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("overlay", [name for name in CONFIGS if name not in ("inference.json", "inference_trt.json")])
+@pytest.mark.parametrize("overlay", [name for name in CONFIGS if name not in OF_INFERENCE])
 def test_the_bundles_own_configs_pass(overlay: str) -> None:
     check_ids(merged("train.json", overlay).get())
 
 
 def test_the_bundles_own_configs_of_inference_pass() -> None:
-    check_ids(merged("inference.json", "inference_trt.json").get())
+    check_ids(merged(*OF_INFERENCE).get())
 
 
 @pytest.mark.parametrize(
