@@ -17,7 +17,7 @@ import pytest
 from lifelines.utils import concordance_index
 from synthetic_run import make_cohort, make_run
 
-from experiments.experiment import DEEP, ExperimentError, make_plan
+from experiments.experiment import DEEP, NESTED, ExperimentError, make_plan
 from research import study as study_plan
 from research import study_learning as tool
 from research import study_report
@@ -102,7 +102,8 @@ def test_every_variant_is_an_experiment_that_differs_from_what_it_is_compared_wi
     protocol = settings.pop("protocol", "partial")
     files = study_plan.VARIANTS[variant].config_files
     plan = make_plan(str(cohort), protocol, files, (0,), str(tmp_path), settings, "")
-    assert {name: plan.config[name] for name in settings} == settings
+    short = {place: name for name, place in NESTED.items()}
+    assert {name: plan.config[short.get(name, name)] for name in settings} == settings
     assert plan.config_files[1] == "configs/demo.json"
     if variant != study_plan.BASE:
         against = study_plan.VARIANTS[variant].against
