@@ -1,7 +1,8 @@
-"""A tumour mask as a DICOM segmentation, and what every DICOM object written here says of the model."""
+"""Lesions as a DICOM segmentation, and what all DICOM objects written here share: model, source headers, codes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from scripts.cohorts.files import written_whole
 from scripts.dicom.series import Series, read_headers
 from scripts.dicom.tags import DicomError, lenient, needed_module, numbers_of, tag_name, text_of
+from scripts.imaging.lesions import COLOURS, Lesion
 from scripts.keys import RESEARCH_USE_ONLY
 
 if TYPE_CHECKING:
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 1024  # letters of a short text (ST)
 SEG_SERIES_NUMBER = 9101  # far above those of scanners
-UTF_8 = "ISO_IR 192"  # holds whatever the source's names and the notes are written in
-RED = (230, 40, 40)  # of 255, in which viewers draw the tumour
+UTF_8 = "ISO_IR 192"  # for names and notes in any script
+# Of a lesion's class: type and region of the segment. Nothing is said of primary or node where they are one label.
+HEAD_AND_NECK = ("774007", "Head and Neck")
+CODES = {
+    "GTV": (("108369006", "Neoplasm"), HEAD_AND_NECK),
+    "GTVp": (("372087000", "Neoplasm, Primary"), HEAD_AND_NECK),
+    "GTVn": (("14799000", "Neoplasm, Secondary"), ("312501005", "lymph node of head and neck")),
+}
 REFERRED = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-# Of patient and study, what every DICOM object has, with an empty value where it is not known.
+# Patient and study in every DICOM object, with an empty value where unknown (type 2).
 DESCRIBED = ("PatientID", "PatientName", "AccessionNumber", "StudyID", "ReferringPhysicianName")
+PATIENT_AND_STUDY = (*DESCRIBED, "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyInstanceUID")
 SEXES = ("M", "F", "O")
 
 
@@ -67,26 +76,31 @@ class Model:
 
 def write_seg(
     path: str | PathLike[str],
-    mask: np.ndarray,
+    numbers: np.ndarray,
+    lesions: Sequence[Lesion],
     source: Series,
     *,
     model: Model,
-    description: str = "Tumour (primary and nodes), automatic; research use only",
+    description: str = "Tumour, automatic; research use only",
     series_number: int = SEG_SERIES_NUMBER,
 ) -> Dataset:
-    """Write a tumour mask as a binary DICOM segmentation of the CT.
+    """Write lesions as a binary DICOM segmentation of the CT, one segment for each.
 
-    One segment: category Morphologically Abnormal Structure (SCT 49755003), type Neoplasm (SCT 108369006; primary and
-    nodes are one label), region Head and Neck (SCT 774007). Only slices with tumour are stored. An empty mask is
-    written with all its empty slices, since "looked for and not found" is a result. The segment's description says that
-    it is for research use only and what the model was trained on. Tags of patient and study that the CT lacks, as after
-    de-identification, are empty; where it lacks a slice thickness, the distance of the slices stands there.
+    Segment k is the k-th lesion, with its name as label and tracking id, a tracking UID, a colour, and codes by its
+    class (:data:`CODES`): category Morphologically Abnormal Structure (SCT 49755003), type Neoplasm, region Head and
+    Neck; for ``GTVp`` Neoplasm, Primary; for ``GTVn`` Neoplasm, Secondary in a lymph node of head and neck. Only slices
+    with a lesion are stored. Without a lesion there is one segment ``GTV`` with all its empty slices, since "looked for
+    and not found" is a result. The segments' description says that they are for research use only and what the model
+    was trained on. Tags of patient and study that the CT lacks, as after de-identification, are empty; where it lacks
+    a slice thickness, the distance of the slices is written.
 
     Args:
-        path: where to; the file appears whole or not at all.
-        mask: (X, Y, Z), 0 or 1, on the grid that :func:`read_series` gives for ``source``.
+        path: the file; it appears under this name only when complete.
+        numbers: (X, Y, Z) integers on the grid that :func:`read_series` gives for ``source``, 0 for background, k for
+            ``lesions[k - 1]`` (:meth:`scripts.imaging.lesions.Lesions.on`).
+        lesions: of :func:`scripts.imaging.lesions.find_lesions`.
         source: the CT, whose patient, study, frame of reference and images the segmentation refers to.
-        model: what made the mask.
+        model: what made the segmentation.
         description: series description, 64 characters at most.
         series_number: of the new series.
 
@@ -94,33 +108,28 @@ def write_seg(
         The dataset as written, for :func:`write_sr`.
 
     Raises:
-        DicomError: when the mask is not on the grid of ``source`` or holds other values; when the CT lacks a UID by
+        DicomError: when the numbers are not on the grid of ``source`` or no lesion has them; when the CT lacks a UID by
             which a segmentation refers to it.
     """
-    if tuple(mask.shape) != source.grid.shape:
-        raise DicomError(f"the mask has shape {tuple(mask.shape)}, the CT {source.grid.shape}")
-    if mask.dtype.kind not in "bui" or mask.min() < 0 or mask.max() > 1:
-        raise DicomError("the mask holds values other than the integers 0 and 1")
+    check_numbers(numbers, lesions, source)
     hd = needed_module("highdicom")
-    frames = np.ascontiguousarray(mask.transpose(2, 1, 0).astype(np.uint8))
+    frames = np.ascontiguousarray(numbers.transpose(2, 1, 0))
     images = source_headers(source)
+    described = [(lesion.name, lesion.label) for lesion in lesions] or [("GTV", "GTV")]
     with lenient():
-        if not all(text_of(image, "FrameOfReferenceUID") for image in images):
-            name = tag_name("FrameOfReferenceUID")
-            raise DicomError(f"{source.label}: no {name}, without which a segmentation has no place in space")
         for image in images:
             _state_slices(image, float(np.linalg.norm(source.grid.affine[:3, 2])))
         seg = hd.seg.Segmentation(
             source_images=images,
             pixel_array=frames,
             segmentation_type="BINARY",
-            segment_descriptions=[_segment(model)],
+            segment_descriptions=[_segment(k, *one, model) for k, one in enumerate(described, start=1)],
             series_instance_uid=hd.UID(),
             series_number=series_number,
             sop_instance_uid=hd.UID(),
             instance_number=1,
             **model.equipment,
-            omit_empty_frames=bool(frames.any()),
+            omit_empty_frames=bool(lesions),
             content_label="TUMOUR",
             content_description="Research use only",
             series_description=description,
@@ -130,8 +139,25 @@ def write_seg(
     return seg
 
 
+def check_numbers(numbers: np.ndarray, lesions: Sequence[Lesion], source: Series) -> None:
+    """See that lesions and the numbers of their voxels (X, Y, Z) belong to each other and to a CT.
+
+    Raises:
+        DicomError: they do not; or the CT has no frame of reference.
+    """
+    if tuple(numbers.shape) != source.grid.shape:
+        raise DicomError(f"the lesions have shape {tuple(numbers.shape)}, the CT {source.grid.shape}")
+    if numbers.dtype.kind not in "ui" or not np.array_equal(
+        np.unique(numbers[numbers != 0]), range(1, len(lesions) + 1)
+    ):
+        raise DicomError(f"the voxels of {len(lesions)} lesions are not numbered with the integers 1 to {len(lesions)}")
+    if not source.frame_of_reference:
+        name = tag_name("FrameOfReferenceUID")
+        raise DicomError(f"{source.label}: no {name}, without which a segmentation has no place in space")
+
+
 def save_whole(dataset: Dataset, path: str | PathLike[str]) -> None:
-    """Write a DICOM file, whole or not at all."""
+    """Write a DICOM file under its final name only when complete."""
     with written_whole(path) as partial:
         dataset.save_as(partial, enforce_file_format=True)
 
@@ -188,40 +214,26 @@ def code(scheme: str, value: str, meaning: str) -> Any:
     return needed_module("highdicom").sr.CodedConcept(value=value, scheme_designator=scheme, meaning=meaning)
 
 
-def _segment(model: Model) -> Any:
+def _segment(number: int, name: str, label: str, model: Model) -> Any:
     hd = needed_module("highdicom")
+    kind, region = CODES[label]
     segment = hd.seg.SegmentDescription(
-        segment_number=1,
-        segment_label="Tumour",
+        segment_number=number,
+        segment_label=name,
         segmented_property_category=code("SCT", "49755003", "Morphologically Abnormal Structure"),
-        segmented_property_type=neoplasm(),
+        segmented_property_type=code("SCT", *kind),
         algorithm_type="AUTOMATIC",
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=model.name,
-            family=artificial_intelligence(),
+            family=code("DCM", "123110", "Artificial Intelligence"),
             version=model.version,
             source=model.manufacturer,
             parameters=model.parameters,
         ),
         tracking_uid=hd.UID(),
-        tracking_id="Tumour",
-        anatomic_regions=[head_and_neck()],
-        display_color=hd.color.CIELabColor.from_rgb(*RED),
+        tracking_id=name,
+        anatomic_regions=[code("SCT", *region)],
+        display_color=hd.color.CIELabColor.from_rgb(*COLOURS[label]),
     )
     segment.SegmentDescription = " ".join(model.statements)[:LONGEST_TEXT]
     return segment
-
-
-def neoplasm() -> Any:
-    """Primary tumour and nodes, which are one label."""
-    return code("SCT", "108369006", "Neoplasm")
-
-
-def head_and_neck() -> Any:
-    """The region."""
-    return code("SCT", "774007", "Head and Neck")
-
-
-def artificial_intelligence() -> Any:
-    """The family of the algorithm."""
-    return code("DCM", "123110", "Artificial Intelligence")

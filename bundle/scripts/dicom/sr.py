@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from scripts.dicom.seg import UTF_8, Model, code, head_and_neck, neoplasm, save_whole, source_headers
+from scripts.dicom.seg import CODES, UTF_8, Model, code, save_whole, source_headers
 from scripts.dicom.series import Series
 from scripts.dicom.tags import DicomError, lenient, needed_module
 
@@ -28,17 +28,29 @@ PRIVATE_CODES = {
 }
 
 
+_SUV, _SUV_UNIT = ("DCM", "126401", "SUVbw"), ("g/ml{SUVbw}", "Standardized Uptake Value body weight")
+_ML, _NONE = ("cm3", "cubic centimeter"), ("1", "no units")
+# Of a lesion or of the whole tumour: concept, unit, derivation, decimals.
+MEASUREMENTS: Mapping[str, tuple[Any, tuple[str, str], Any, int]] = {
+    "volume_ml": (("SCT", "118565006", "Volume"), _ML, None, 2),
+    "suv_max": (_SUV, _SUV_UNIT, ("SCT", "56851009", "Maximum"), 2),
+    "suv_mean": (_SUV, _SUV_UNIT, ("SCT", "373098007", "Mean"), 2),
+    "suv_peak": (_SUV, _SUV_UNIT, ("DCM", "126031", "Peak Value Within ROI"), 2),
+    "mtv_ml": (("DCM", "126032", "Metabolic Volume"), _ML, None, 2),
+    "tlg_g": (("DCM", "126033", "Total Lesion Glycolysis"), ("g", "gram"), None, 1),
+    "longest_diameter_mm": (("IBSI", "L0JK", "Maximum 3D Diameter of a Mesh"), ("mm", "millimeter"), None, 1),
+    "lesions": (("SCT", "246206008", "Number of lesions"), _NONE, None, 0),
+}
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What a report states; None is left out.
+    """Content of a report; None is left out.
 
     Args:
-        volume_ml: volume of the segmented tumour.
-        suv_max: highest SUV (body weight) in it.
-        suv_mean: mean SUV in it.
-        mtv_ml: metabolic tumour volume.
-        tlg_g: total lesion glycolysis, mean SUV times metabolic volume (g).
-        lesions: number of separate lesions.
+        tumour: of :data:`MEASUREMENTS`, those of the whole tumour: volumes in ml, SUV by body weight, total lesion
+            glycolysis in g, number of lesions.
+        lesions: of :data:`MEASUREMENTS`, those of each lesion, in the order of the segments; diameters in mm.
         log_hazard: of recurrence.
         risk_percentile: of the log hazard in the training cohort, 0 to 100.
         survival: recurrence-free survival probability (0 to 1) by days since the scan.
@@ -49,12 +61,8 @@ class Findings:
         ValueError: when a number is not finite.
     """
 
-    volume_ml: float | None = None
-    suv_max: float | None = None
-    suv_mean: float | None = None
-    mtv_ml: float | None = None
-    tlg_g: float | None = None
-    lesions: int | None = None
+    tumour: Mapping[str, float | None] = field(default_factory=dict)
+    lesions: Sequence[Mapping[str, float | None]] = ()
     log_hazard: float | None = None
     risk_percentile: float | None = None
     survival: Mapping[int, float] = field(default_factory=dict)
@@ -62,8 +70,9 @@ class Findings:
     hpv_positive: bool | None = None
 
     def __post_init__(self) -> None:
-        numbers = {**vars(self), **{f"survival at {day} days": p for day, p in self.survival.items()}}
-        for name, value in numbers.items():
+        numbers = [*vars(self).items(), *((f"survival at {day} days", p) for day, p in self.survival.items())]
+        numbers += [item for measured in (self.tumour, *self.lesions) for item in measured.items()]
+        for name, value in numbers:
             if isinstance(value, (int, float)) and not math.isfinite(value):
                 raise ValueError(f"report: {name} is {value}; leave out what is not known")
 
@@ -82,19 +91,20 @@ def write_sr(
 ) -> Dataset:
     """Write measurements and prediction as a DICOM structured report (Comprehensive SR, template TID 1500).
 
-    The tumour's measurements form a volumetric ROI group (TID 1411) that refers to the segmentation; the prediction is
-    a measurement group of its own (TID 1501) with codes of the private scheme ``99HNPETCT`` (:data:`PRIVATE_CODES`).
-    Both name the model and state what it was trained on and that they are for research use only. The report is
-    unverified and preliminary.
+    Each lesion has a volumetric ROI group (TID 1411) that refers to its segment and shares its tracking id and UID. The
+    whole tumour and the prediction have a measurement group each (TID 1501), the latter with codes of the private
+    scheme ``99HNPETCT`` (:data:`PRIVATE_CODES`). Numbers are rounded. All groups name the model and state that they are
+    for research use only. The report is unverified and preliminary.
 
     Args:
-        path: where to; the file appears whole or not at all.
+        path: the file; it appears under this name only when complete.
         findings: the numbers.
         ct: the CT used.
         pet: the PET used.
         model: what made the prediction.
-        seg: the segmentation (:func:`write_seg`); needed when there are measurements of the tumour.
-        notes: remarks for the reader, e.g. quality flags; each becomes a comment. Put nothing identifying in them.
+        seg: the segmentation (:func:`write_seg`); needed when there are lesions.
+        notes: remarks for the reader, e.g. quality flags; each becomes a comment of tumour and prediction. They must
+            not identify the patient.
         description: series description, 64 characters at most.
         series_number: of the new series.
 
@@ -102,25 +112,25 @@ def write_sr(
         The dataset as written.
 
     Raises:
-        DicomError: when there are measurements of a tumour and no segmentation, or nothing to report.
+        DicomError: when the lesions are not those of the segmentation, or there is nothing to report.
     """
     hd = needed_module("highdicom")
     with lenient():
-        measured, predicted = _tumour_measurements(findings), _predictions(findings)
-        if measured and seg is None:
-            raise DicomError("measurements of the tumour refer to its segmentation: give seg")
-        groups = [_tumour_group(measured, seg, ct, model)] if measured else []
-        statuses = _hpv_status(findings)
-        groups += [_prediction_group(predicted, statuses, model)] if predicted or statuses else []
-        if not groups:
+        if findings.lesions and (seg is None or len(seg.SegmentSequence) != len(findings.lesions)):
+            raise DicomError("measurements of lesions refer to their segmentation: give seg, with one segment for each")
+        lesions = [_lesion_group(k, lesion, seg, ct, model) for k, lesion in enumerate(findings.lesions)]
+        summaries = [*_tumour_group(findings, model), *_prediction_group(findings, model)]
+        if not summaries and not lesions:
             raise DicomError("nothing to report")
-        for text in (*model.statements, *notes):
-            for group in groups:
-                group[0].ContentSequence.append(_comment(text))
+        for group, texts in [
+            *((group, model.statements[:1]) for group in lesions),
+            *((group, (*model.statements, *notes)) for group in summaries),
+        ]:
+            group[0].ContentSequence.extend(_comment(text) for text in texts)
         report = hd.sr.MeasurementReport(
             observation_context=_observer(model),
             procedure_reported=[code("LN", "44136-0", "PET unspecified body region")],
-            imaging_measurements=groups,
+            imaging_measurements=[*lesions, *summaries],
             title=code("DCM", "126000", "Imaging Measurement Report"),
         )
         _separate(report[0])
@@ -143,10 +153,7 @@ def write_sr(
 
 
 def _separate(item: Any) -> None:
-    """Say that the items of each container stand on lines of their own.
-
-    highdicom says CONTINUOUS, by which the standard has them rendered as running text, without their names.
-    """
+    """Set SEPARATE in every container: readers render highdicom's CONTINUOUS as running text, without the names."""
     if item.ValueType == "CONTAINER":
         item.ContinuityOfContent = "SEPARATE"
     for child in item.get("ContentSequence") or []:
@@ -192,35 +199,75 @@ def _comment(text: str) -> Any:
     )
 
 
-def _measurement(name: Any, value: float, unit: tuple[str, str], derivation: Any = None) -> Any:
+def _measurement(name: Any, value: float, unit: tuple[str, str], derivation: Any, decimals: int) -> Any:
     return needed_module("highdicom").sr.Measurement(
-        name=name, value=float(value), unit=code("UCUM", *unit), derivation=derivation
+        name=name,
+        value=round(value, decimals) if decimals else round(value),
+        unit=code("UCUM", *unit),
+        derivation=None if derivation is None else code(*derivation),
     )
 
 
-def _tumour_measurements(findings: Findings) -> list[Any]:
-    suv, suv_unit = code("DCM", "126401", "SUVbw"), ("g/ml{SUVbw}", "Standardized Uptake Value body weight")
-    volume_unit, none = ("cm3", "cubic centimeter"), ("1", "no units")
-    rows = [
-        (code("SCT", "118565006", "Volume"), findings.volume_ml, volume_unit, None),
-        (suv, findings.suv_max, suv_unit, code("SCT", "56851009", "Maximum")),
-        (suv, findings.suv_mean, suv_unit, code("SCT", "373098007", "Mean")),
-        (code("DCM", "126032", "Metabolic Volume"), findings.mtv_ml, volume_unit, None),
-        (code("DCM", "126033", "Total Lesion Glycolysis"), findings.tlg_g, ("g", "gram"), None),
-        (code("SCT", "246206008", "Number of lesions"), findings.lesions, none, None),
-    ]
-    return [_measurement(name, value, unit, how) for name, value, unit, how in rows if value is not None]
+def _measurements(measured: Mapping[str, float | None]) -> list[Any]:
+    rows = [(measured.get(key), *how) for key, how in MEASUREMENTS.items()]
+    return [_measurement(code(*name), value, *how) for value, name, *how in rows if value is not None]
 
 
-def _predictions(findings: Findings) -> list[Any]:
-    none, percent = ("1", "no units"), ("%", "Percent")
+def _lesion_group(index: int, measured: Mapping[str, float | None], seg: Any, ct: Series, model: Model) -> Any:
+    sr, segment = needed_module("highdicom").sr, seg.SegmentSequence[index]
+    [region] = segment.AnatomicRegionSequence
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=segment.TrackingUID, identifier=segment.TrackingID),
+        referenced_segment=sr.ReferencedSegment(
+            sop_class_uid=seg.SOPClassUID,
+            sop_instance_uid=seg.SOPInstanceUID,
+            segment_number=segment.SegmentNumber,
+            source_series=sr.SourceSeriesForSegmentation(ct.uid),
+        ),
+        finding_type=segment.SegmentedPropertyTypeCodeSequence[0],
+        finding_sites=[sr.FindingSite(anatomic_location=region)],
+        algorithm_id=_algorithm(model),
+        measurements=_measurements(measured),
+    )
+
+
+def _tumour_group(findings: Findings, model: Model) -> list[Any]:
+    sr, measurements = needed_module("highdicom").sr, _measurements(findings.tumour)
+    kind, region = CODES["GTV"]
+    site = sr.FindingSite(anatomic_location=code("SCT", *region))
+    return _summary("Tumour", code("SCT", *kind), model, measurements, [], [site])
+
+
+def _prediction_group(findings: Findings, model: Model) -> list[Any]:
     rows = [
-        (_private_code("LOG_HAZARD"), findings.log_hazard, none),
-        (_private_code("RISK_PERCENTILE"), findings.risk_percentile, percent),
-        *((_survival_code(day), p, none) for day, p in sorted(findings.survival.items())),
-        (_private_code("HPV_PROBABILITY"), findings.hpv_probability, none),
+        (_private_code("LOG_HAZARD"), findings.log_hazard, _NONE, 3),
+        (_private_code("RISK_PERCENTILE"), findings.risk_percentile, ("%", "Percent"), 0),
+        *((_survival_code(day), p, _NONE, 3) for day, p in sorted(findings.survival.items())),
+        (_private_code("HPV_PROBABILITY"), findings.hpv_probability, _NONE, 3),
     ]
-    return [_measurement(name, value, unit) for name, value, unit in rows if value is not None]
+    measurements = [
+        _measurement(name, value, unit, None, decimals) for name, value, unit, decimals in rows if value is not None
+    ]
+    return _summary("Prediction", _private_code("PREDICTION"), model, measurements, _hpv_status(findings), [])
+
+
+def _summary(
+    name: str, kind: Any, model: Model, measurements: list[Any], evaluations: list[Any], sites: list[Any]
+) -> list[Any]:
+    """A group that refers to no segment; none where there is nothing in it."""
+    if not measurements and not evaluations:
+        return []
+    hd = needed_module("highdicom")
+    return [
+        hd.sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=hd.sr.TrackingIdentifier(uid=hd.UID(), identifier=name),
+            finding_type=kind,
+            finding_sites=sites or None,
+            algorithm_id=_algorithm(model),
+            measurements=measurements,
+            qualitative_evaluations=evaluations,
+        )
+    ]
 
 
 def _survival_code(days: int) -> Any:
@@ -233,32 +280,3 @@ def _hpv_status(findings: Findings) -> list[Any]:
     value = ("10828004", "Positive") if findings.hpv_positive else ("260385009", "Negative")
     evaluation = needed_module("highdicom").sr.QualitativeEvaluation
     return [evaluation(name=_private_code("HPV_STATUS"), value=code("SCT", *value))]
-
-
-def _tumour_group(measurements: list[Any], seg: Any, ct: Series, model: Model) -> Any:
-    sr = needed_module("highdicom").sr
-    segment = seg.SegmentSequence[0]
-    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(uid=segment.TrackingUID, identifier=segment.TrackingID),
-        referenced_segment=sr.ReferencedSegment(
-            sop_class_uid=seg.SOPClassUID,
-            sop_instance_uid=seg.SOPInstanceUID,
-            segment_number=1,
-            source_series=sr.SourceSeriesForSegmentation(ct.uid),
-        ),
-        finding_type=neoplasm(),
-        finding_sites=[sr.FindingSite(anatomic_location=head_and_neck())],
-        algorithm_id=_algorithm(model),
-        measurements=measurements,
-    )
-
-
-def _prediction_group(measurements: list[Any], evaluations: list[Any], model: Model) -> Any:
-    hd = needed_module("highdicom")
-    return hd.sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=hd.sr.TrackingIdentifier(uid=hd.UID(), identifier="Prediction"),
-        finding_type=_private_code("PREDICTION"),
-        algorithm_id=_algorithm(model),
-        measurements=measurements,
-        qualitative_evaluations=evaluations,
-    )

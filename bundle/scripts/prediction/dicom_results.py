@@ -1,4 +1,4 @@
-"""A patient's prediction as DICOM objects: the tumour as a segmentation of the CT, the rest as a structured report."""
+"""A patient's prediction as DICOM objects: lesions as segmentation and contours of the CT, numbers as a report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import torch
 
 from scripts import keys
 from scripts.dicom.choice import Choice
+from scripts.dicom.rtstruct import write_rtstruct
 from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.sr import Findings, write_sr
+from scripts.imaging.lesions import find_lesions
 from scripts.prediction.description import METADATA
+from scripts.prediction.measures import OF_LESION, TOTALS
 
-SEG_FILE, SR_FILE = "tumour_seg.dcm", "report_sr.dcm"
-FORCED_SEG = "Tumour, research use only; FORCED in spite of quality control"  # of at most 64 letters
+SEG_FILE, RTSTRUCT_FILE, SR_FILE = "tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"
+FORCED = "Tumour, research use only; FORCED in spite of quality control"  # of at most 64 letters
 
 
 def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
-    """Write SEG and SR of a case that was given as DICOM; a product of :class:`.PredictionWriter`.
+    """Write SEG, RTSTRUCT and SR of a case that was given as DICOM; a product of :class:`.PredictionWriter`.
 
     Args:
         case: its key ``dicom`` holds the series that were used; without it nothing is written.
         result: ``prediction``, and ``pred`` where the model segments.
-        folder: receives ``tumour_seg.dcm`` and ``report_sr.dcm``.
+        folder: receives ``tumour_seg.dcm``, ``tumour_rtstruct.dcm`` and ``report_sr.dcm``.
 
     Yields:
         Name and file of each, for ``files`` of the prediction.
@@ -42,9 +45,13 @@ def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], fold
     folder.mkdir(parents=True, exist_ok=True)
     if result.get(keys.PRED) is not None:
         mask = np.asarray(torch.as_tensor(result[keys.PRED]).cpu())[0].astype(np.uint8, copy=False)
-        title: dict[str, Any] = {"description": FORCED_SEG} if prediction["quality"]["forced"] else {}
-        seg = write_seg(folder / SEG_FILE, mask, choice.ct, model=model, **title)
+        lesions = find_lesions(mask, choice.ct.grid, prediction["tumour"]["classes"])
+        numbers = lesions.on(mask.shape)
+        title: dict[str, Any] = {"description": FORCED} if prediction["quality"]["forced"] else {}
+        seg = write_seg(folder / SEG_FILE, numbers, lesions.found, choice.ct, model=model, **title)
         yield "dicom_seg", SEG_FILE
+        write_rtstruct(folder / RTSTRUCT_FILE, numbers, lesions.found, choice.ct, model=model, **title)
+        yield "dicom_rtstruct", RTSTRUCT_FILE
     write_sr(
         folder / SR_FILE,
         findings(prediction),
@@ -68,7 +75,8 @@ def findings(prediction: Mapping[str, Any]) -> Findings:
     """The numbers of ``prediction.json`` that the structured report has a place for."""
     survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
     return Findings(
-        **{name: tumour.get(name) for name in ("volume_ml", "suv_max", "suv_mean", "mtv_ml", "tlg_g", "lesions")},
+        tumour={name: tumour.get(name) for name in TOTALS},
+        lesions=[{name: lesion[name] for name in OF_LESION} for lesion in tumour.get("lesion_list", [])],
         log_hazard=survival.get("log_hazard"),
         risk_percentile=survival.get("percentile"),
         survival={round(row["days"]): row["survival"] for row in survival.get("recurrence_free_survival", [])},
