@@ -7,6 +7,9 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from scripts.dicom.seg import write_seg
+from scripts.imaging.lesions import MERGED, find_lesions
+
 SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 AXIAL = (1, 0, 0, 0, 1, 0)
 SECRETS = ("Doe", "Jane", "ID-4711", "19991231", "ACC-0815", "1.2.3.4.")
@@ -134,3 +137,9 @@ def write_pet_ct(folder, ct_hu, pet_suv, spacing_mm, tags=None, number=1, pet=No
         tags={**common, "SeriesNumber": 3, "RescaleSlope": slope, "dtype": np.uint16, **(pet or {})},
         stored=np.round(flipped[1] * 100).astype(np.uint16), **geometry,
     )  # fmt: skip
+
+
+def write_mask(path, mask, ct, model, classes=MERGED):
+    """The lesions of a mask on a CT as DICOM SEG."""
+    lesions = find_lesions(mask, ct.grid, classes)
+    return write_seg(path, lesions.on(mask.shape), lesions.found, ct, model=model)

@@ -31,6 +31,7 @@ from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
 from scripts.dicom.examinations import DicomScan
 from scripts.dicom.series import read_headers
+from scripts.imaging.lesions import find_lesions
 from scripts.model.ensemble import save_weights
 from scripts.prediction.inputs import find_cases
 
@@ -54,6 +55,7 @@ SETTINGS = {
 EHR = {"Age": 61, "Gender": "male", "M-stage": "M0", "Treatment": 1}
 FILES = {
     **{"mask": "{0}__tumour.nii.gz", "dicom_seg": "tumour_seg.dcm", "dicom_sr": "report_sr.dcm"},
+    "dicom_rtstruct": "tumour_rtstruct.dcm",
     **{"report": "report.html", "report_pdf": "report.pdf"},
 }
 
@@ -256,21 +258,25 @@ def test_every_file_is_there_and_says_what_the_prediction_says(predicted):
     assert prediction["files"] == {name: file.format("PHANTOM-1") for name, file in FILES.items()}
     assert {path.name for path in folder.iterdir()} == {"prediction.json", *prediction["files"].values()}
     assert predicted.case[keys.CLINICAL_SOURCE] == dict.fromkeys(("age", "gender", "m_stage", "treatment"), "ehr.json")
-    np.testing.assert_array_equal(seg_mask(folder / "tumour_seg.dcm", predicted.case), predicted.mask)
+    assert_lesions(folder / "tumour_seg.dcm", predicted.case, predicted.mask)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         said = list(report_values(highdicom.sr.srread(folder / "report_sr.dcm").content))
-    assert prediction["survival"]["log_hazard"] == pytest.approx(next(v for n, v in said if n.startswith("Log hazard")))
-    assert prediction["tumour"]["volume_ml"] == pytest.approx(next(v for n, v in said if n == "Volume"))
+    log_hazard = next(v for n, v in said if n.startswith("Log hazard"))
+    assert prediction["survival"]["log_hazard"] == pytest.approx(log_hazard, abs=0.0005)
+    volumes = [lesion["volume_ml"] for lesion in prediction["tumour"]["lesion_list"]]
+    assert [v for n, v in said if n == "Volume"] == pytest.approx(
+        [*volumes, prediction["tumour"]["volume_ml"]], abs=0.005
+    )
     assert ("Comment", "The model was trained on: nothing: random weights") in said
     assert (folder / "report.pdf").read_bytes().startswith(b"%PDF-")
-    for file in ("tumour_seg.dcm", "report_sr.dcm"):
+    for file in ("tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"):
         assert_valid(folder / file)
         assert b"forced" not in (folder / file).read_bytes().lower()
 
 
-def seg_mask(path: Path, case: dict) -> np.ndarray:
-    """A segmentation as the mask (X, Y, Z) of the CT that it refers to."""
+def assert_lesions(path: Path, case: dict, mask: np.ndarray) -> None:
+    """The segments of a segmentation are the lesions of the mask (X, Y, Z) on the CT that it refers to."""
     import highdicom
 
     instances = [header.SOPInstanceUID for header in read_headers(case[keys.DICOM].ct)]
@@ -278,7 +284,9 @@ def seg_mask(path: Path, case: dict) -> np.ndarray:
         warnings.simplefilter("ignore")  # the phantom's short UIDs
         seg = highdicom.seg.segread(path)
         frames = seg.get_pixels_by_source_instance(instances, assert_missing_frames_are_empty=True)
-    return frames[..., 0].transpose(2, 1, 0)
+    lesions = find_lesions(mask, case[keys.DICOM].ct.grid)
+    numbers = (frames.astype(int) * np.arange(1, frames.shape[-1] + 1)).sum(axis=-1).transpose(2, 1, 0)
+    np.testing.assert_array_equal(numbers, lesions.on(mask.shape))
 
 
 def report_values(items):
@@ -451,9 +459,9 @@ def test_forced_real_study_agrees_with_the_bundle_and_says_that_it_was_forced(bu
     assert prediction["files"] == {name: file.format("STS_002") for name, file in FILES.items()}
     folder = tmp_path / "out" / "STS_002"
     case = find_cases(REAL, SETTINGS["clinical_features"])[0]
-    np.testing.assert_array_equal(seg_mask(folder / "tumour_seg.dcm", case), mask)
+    assert_lesions(folder / "tumour_seg.dcm", case, mask)
     assert prediction["quality"]["forced"] and "FORCED" in (folder / "report.html").read_text()
-    for file in ("tumour_seg.dcm", "report_sr.dcm"):
+    for file in ("tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"):
         assert_valid(folder / file)
         assert b"forced" in (folder / file).read_bytes().lower()
     expected, expected_mask = run_inference(case, bundle, tmp_path / "bundle", run_bundle, "--force", "True")

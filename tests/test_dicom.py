@@ -18,18 +18,21 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_study import AXIAL, SECRETS, pet_header, write_series
+from dicom_study import AXIAL, SECRETS, pet_header, write_mask, write_series
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 from pydicom.uid import JPEGLSLossless, RLELossless
 
 from scripts.dicom.choice import choose_pet_ct, studies_of
 from scripts.dicom.examinations import find_examinations
+from scripts.dicom.rtstruct import write_rtstruct
 from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.series import find_series, read_headers, read_series
-from scripts.dicom.sr import PRIVATE_CODES, Findings, write_sr
+from scripts.dicom.sr import MEASUREMENTS, PRIVATE_CODES, Findings, write_sr
 from scripts.dicom.suv import suv_of
 from scripts.dicom.tags import DicomError
+from scripts.imaging.lesions import APART, Lesion, find_lesions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
@@ -691,11 +694,12 @@ def tumour(shape):
 def test_segmentation_reads_back(tmp_path):
     choice = pair(tmp_path / "in")
     mask = tumour(choice.ct.grid.shape)
-    write_seg(tmp_path / "out" / "seg.dcm", mask, choice.ct, model=MODEL)
+    write_mask(tmp_path / "out" / "seg.dcm", mask, choice.ct, MODEL)
     seg = hd.seg.segread(tmp_path / "out" / "seg.dcm")
     ct = read_headers(choice.ct)
     by_uid = {header.SOPInstanceUID: k for k, header in enumerate(ct)}
-    assert seg.NumberOfFrames == 6, "only slices with tumour are stored"
+    assert seg.NumberOfFrames == 5, "only slices with a lesion are stored"
+    mask[9, 14, 20] = 0  # too small for a lesion
     frames = seg.get_pixels_by_source_instance([h.SOPInstanceUID for h in ct], assert_missing_frames_are_empty=True)
     np.testing.assert_array_equal(frames[..., 0].transpose(2, 1, 0), mask)
     for frame, item in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
@@ -711,8 +715,9 @@ def test_segmentation_of_an_oblique_ct(tmp_path):
     turned = [math.cos(TURN), 0, math.sin(TURN), 0, 1, 0]
     write_series(tmp_path / "ct", tags={"ImageOrientationPatient": turned})
     ct = only(tmp_path / "ct")
-    mask = (np.random.default_rng(2).random(ct.grid.shape) > 0.5).astype(np.uint8)
-    write_seg(tmp_path / "seg.dcm", mask, ct, model=MODEL)
+    mask = find_lesions(np.random.default_rng(2).random(ct.grid.shape) > 0.5, ct.grid).on(ct.grid.shape)
+    assert mask.max() == 1 and mask.mean() > 0.4
+    write_mask(tmp_path / "seg.dcm", mask, ct, MODEL)
     volume = hd.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
     np.testing.assert_array_equal(volume.match_geometry(_volume_geometry(ct)).array.transpose(2, 1, 0), mask)
 
@@ -724,7 +729,7 @@ def _volume_geometry(series):
 
 def test_segment_is_coded_and_carries_patient_and_study(tmp_path):
     choice = pair(tmp_path / "in")
-    write_seg(tmp_path / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+    write_mask(tmp_path / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, MODEL)
     seg, ct = hd.seg.segread(tmp_path / "seg.dcm"), read_headers(choice.ct)[0]
     segment = seg.get_segment_description(1)
     assert segment.segmented_property_category == codes.SCT.MorphologicallyAbnormalStructure
@@ -740,27 +745,67 @@ def test_segment_is_coded_and_carries_patient_and_study(tmp_path):
     assert seg.AccessionNumber == "ACC-0815" and seg.SeriesInstanceUID != ct.SeriesInstanceUID
 
 
+def test_classes_have_codes_and_colours_of_their_own(tmp_path):
+    choice = pair(tmp_path / "in")
+    mask = tumour(choice.ct.grid.shape)
+    mask[7:10, 4:9, 10:15] = mask[2:6, 11:14, 10:15] = 2
+    seg = write_mask(tmp_path / "seg.dcm", mask, choice.ct, MODEL, APART)
+    read = hd.seg.segread(tmp_path / "seg.dcm")
+    assert read.SegmentsOverlap == "NO"
+    described = [read.get_segment_description(number) for number in read.segment_numbers]
+    assert (
+        [one.segment_label for one in described]
+        == ["GTVp", "GTVn_01", "GTVn_02"]
+        == [one.tracking_id for one in described]
+    )
+    primary, *nodes = described
+    assert primary.segmented_property_type == codes.SCT.NeoplasmPrimary
+    assert primary.anatomic_regions == [codes.SCT.HeadAndNeck]
+    for node in nodes:
+        assert node.segmented_property_type == codes.SCT.NeoplasmSecondary
+        assert node.anatomic_regions == [codes.SCT.LymphNodeOfHeadAndNeck]
+    assert len({one.tracking_uid for one in described}) == 3
+    colours = [tuple(one.RecommendedDisplayCIELabValue) for one in read.SegmentSequence]
+    assert colours[0] != colours[1] == colours[2]
+    lesions = [{"volume_ml": 1.5}, {"volume_ml": 1.1}, {"volume_ml": 0.9}]
+    write_sr(tmp_path / "sr.dcm", Findings({}, lesions), ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    groups = hd.sr.srread(tmp_path / "sr.dcm").content.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == ["GTVp", "GTVn_01", "GTVn_02"]
+    for number, (group, one, lesion) in enumerate(zip(groups, described, lesions, strict=True), start=1):
+        assert (group.tracking_uid, group.finding_type) == (one.tracking_uid, one.segmented_property_type)
+        assert [site.value for site in group.finding_sites] == one.anatomic_regions
+        [image] = [item for item in group[0].ContentSequence if item.ValueType == "IMAGE"]
+        assert image.ReferencedSOPSequence[0].ReferencedSegmentNumber == number
+        assert numbers(group)[("118565006", "")][0] == lesion["volume_ml"]
+    assert [dciodvfy_errors(tmp_path / f) or [] for f in ("seg.dcm", "sr.dcm")] == [[], []]
+
+
 def test_empty_mask_is_stored_with_its_empty_slices(tmp_path):
     choice = pair(tmp_path / "in")
-    write_seg(tmp_path / "seg.dcm", np.zeros(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+    write_mask(tmp_path / "seg.dcm", np.zeros(choice.ct.grid.shape, np.uint8), choice.ct, MODEL)
     seg = hd.seg.segread(tmp_path / "seg.dcm")
     assert seg.NumberOfFrames == 30 and not seg.pixel_array.any()
     assert dciodvfy_errors(tmp_path / "seg.dcm") in (None, [])
 
 
+LESION = Lesion("GTV", "GTV", 1.5, np.zeros(3), (slice(2, 6), slice(4, 9), slice(10, 15)))
+
+
 @pytest.mark.parametrize(
-    "mask, message",
+    "numbers, message",
     [
         pytest.param(np.zeros((30, 16, 12), np.uint8), r"shape \(30, 16, 12\), the CT \(12, 16, 30\)", id="turned"),
-        pytest.param(np.full((12, 16, 30), 2, np.uint8), "other than the integers 0 and 1", id="two_labels"),
-        pytest.param(np.full((12, 16, 30), 0.5), "other than the integers", id="probability"),
+        pytest.param(np.full((12, 16, 30), 2, np.uint8), "integers 1 to 1", id="another_number"),
+        pytest.param(np.zeros((12, 16, 30), np.uint8), "integers 1 to 1", id="not_there"),
+        pytest.param(np.full((12, 16, 30), 0.5), "integers 1 to 1", id="probability"),
     ],
 )
-def test_masks_that_are_refused(tmp_path, mask, message):
+@pytest.mark.parametrize("write", [write_seg, write_rtstruct])
+def test_numbers_that_are_refused(tmp_path, write, numbers, message):
     choice = pair(tmp_path / "in")
     with pytest.raises(DicomError, match=message):
-        write_seg(tmp_path / "seg.dcm", mask, choice.ct, model=MODEL)
-    assert not (tmp_path / "seg.dcm").exists()
+        write(tmp_path / "out.dcm", numbers, [LESION], choice.ct, model=MODEL)
+    assert not (tmp_path / "out.dcm").exists()
 
 
 def test_no_half_file_is_left(tmp_path, monkeypatch):
@@ -772,19 +817,22 @@ def test_no_half_file_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Dataset, "save_as", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        write_seg(tmp_path / "out" / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+        write_mask(tmp_path / "out" / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, MODEL)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 FINDINGS = Findings(
-    volume_ml=12.5, suv_max=14.25, suv_mean=6.5, mtv_ml=10.0, tlg_g=81.25, lesions=2, log_hazard=-0.75,
-    risk_percentile=31.0, survival={730: 0.81, 365: 0.9}, hpv_probability=0.7, hpv_positive=True,
+    {"volume_ml": 12.5, "suv_max": 14.25, "suv_mean": 6.5, "mtv_ml": 10.0, "tlg_g": 81.25, "lesions": 1},
+    [{"volume_ml": 12.4958, "suv_max": 14.2499, "suv_mean": 6.5, "suv_peak": 12.126, "mtv_ml": 10.0, "tlg_g": 81.25,
+      "longest_diameter_mm": 31.04}],
+    log_hazard=-0.75041, risk_percentile=30.8, survival={730: 0.80996, 365: 0.9}, hpv_probability=0.7,
+    hpv_positive=True,
 )  # fmt: skip
 
 
 def written_report(folder, findings=FINDINGS, **options):
     choice = pair(folder / "in")
-    seg = write_seg(folder / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, model=MODEL)
+    seg = write_mask(folder / "seg.dcm", tumour(choice.ct.grid.shape), choice.ct, MODEL)
     write_sr(folder / "sr.dcm", findings, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg, **options)
     return hd.sr.srread(folder / "sr.dcm"), seg, choice
 
@@ -800,19 +848,28 @@ def numbers(group):
 def test_report_reads_back(tmp_path):
     report, seg, _ = written_report(tmp_path)
     [roi] = report.content.get_volumetric_roi_measurement_groups()
-    assert numbers(roi) == {
+    assert numbers(roi) == {  # rounded
         ("118565006", ""): (12.5, "cm3"),
         ("126401", "Maximum"): (14.25, "g/ml{SUVbw}"),
         ("126401", "Mean"): (6.5, "g/ml{SUVbw}"),
+        ("126401", "Peak Value Within ROI"): (12.13, "g/ml{SUVbw}"),
         ("126032", ""): (10.0, "cm3"),
-        ("126033", ""): (81.25, "g"),
-        ("246206008", ""): (2.0, "1"),
+        ("126033", ""): (81.2, "g"),
+        ("L0JK", ""): (31.0, "mm"),
     }
     [image] = [item for item in roi[0].ContentSequence if item.ValueType == "IMAGE"]
     [reference] = image.ReferencedSOPSequence
     assert (reference.ReferencedSOPInstanceUID, reference.ReferencedSegmentNumber) == (seg.SOPInstanceUID, 1)
     assert roi.tracking_uid == seg.SegmentSequence[0].TrackingUID
-    [prediction] = report.content.get_image_measurement_groups()
+    tumour, prediction = report.content.get_image_measurement_groups()
+    assert numbers(tumour) == {
+        ("118565006", ""): (12.5, "cm3"),
+        ("126401", "Maximum"): (14.25, "g/ml{SUVbw}"),
+        ("126401", "Mean"): (6.5, "g/ml{SUVbw}"),
+        ("126032", ""): (10.0, "cm3"),
+        ("126033", ""): (81.2, "g"),
+        ("246206008", ""): (1.0, "1"),
+    }
     assert numbers(prediction) == {
         ("LOG_HAZARD", ""): (-0.75, "1"),
         ("RISK_PERCENTILE", ""): (31.0, "%"),
@@ -846,7 +903,7 @@ def test_report_says_what_made_it_and_that_it_is_for_research(tmp_path):
     texts = []
     report.walk(lambda _, element: texts.append(str(element.value)) if element.keyword == "TextValue" else None)
     comments = [text for text in texts if text.startswith(("Research use only", "PET does not"))]
-    assert len(comments) == 4, "both in each of two groups"
+    assert len(comments) == 5, "both for tumour and prediction, the restriction for the lesion"
     assert {MODEL.name, MODEL.version, f"weights: {MODEL.weights}", MODEL.manufacturer} <= set(texts)
     assert texts.count("The model was trained on: 9 phantoms") == 2
 
@@ -858,11 +915,12 @@ def test_codes_are_those_of_the_dictionaries(tmp_path):
         "126033": codes.DCM.TotalLesionGlycolysis,
         "118565006": codes.SCT.Volume,
         "246206008": codes.SCT.NumberOfLesions,
+        "L0JK": codes.IBSI.Maximum3DDiameterOfAMesh,
     }
-    report, _, _ = written_report(tmp_path)
-    [roi] = report.content.get_volumetric_roi_measurement_groups()
-    assert {m.name.value for m in roi.get_measurements()} == set(known)
-    assert all(m.name == known[m.name.value] for m in roi.get_measurements())
+    assert {value for (_, value, _), *_ in MEASUREMENTS.values()} == set(known)
+    for name, *_ in MEASUREMENTS.values():
+        assert known[name[1]] == Code(name[1], name[0], name[2])
+    assert codes.DCM.PeakValueWithinROI.value == MEASUREMENTS["suv_peak"][2][1]
     # short string and long string of DICOM
     assert all(len(code) <= 16 and len(meaning) <= 64 for code, meaning in PRIVATE_CODES.items())
 
@@ -881,7 +939,8 @@ def test_prediction_without_a_mask(tmp_path):
 @pytest.mark.parametrize(
     "findings, message",
     [
-        pytest.param(Findings(volume_ml=1.0), "give seg", id="tumour_without_segmentation"),
+        pytest.param(Findings(lesions=[{"volume_ml": 1.0}]), "give seg", id="lesion_without_segmentation"),
+        pytest.param(Findings(tumour={"volume_ml": None}), "nothing to report", id="nothing_known"),
         pytest.param(Findings(), "nothing to report", id="nothing"),
     ],
 )
@@ -891,7 +950,15 @@ def test_reports_that_are_refused(tmp_path, findings, message):
         write_sr(tmp_path / "sr.dcm", findings, ct=choice.ct, pet=choice.pet, model=MODEL)
 
 
-@pytest.mark.parametrize("values", [{"log_hazard": math.nan}, {"survival": {365: math.inf}}], ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"log_hazard": math.nan}, id="hazard"),
+        pytest.param({"survival": {365: math.inf}}, id="survival"),
+        pytest.param({"tumour": {"suv_max": math.nan}}, id="tumour"),
+        pytest.param({"lesions": [{}, {"tlg_g": math.inf}]}, id="lesion"),
+    ],
+)
 def test_findings_must_be_finite(values):
     with pytest.raises(ValueError, match="leave out what is not known"):
         Findings(**values)
@@ -918,7 +985,7 @@ def test_names_in_any_script_are_carried_over(tmp_path, name, charset):
     write_series(tmp_path / "ct", tags=script)
     write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={**script, "SeriesNumber": 2})
     choice = choose_pet_ct(find_series(tmp_path))
-    seg = write_seg(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+    seg = write_mask(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, MODEL)
     write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
     for file in ("seg.dcm", "sr.dcm"):
         assert str(pydicom.dcmread(tmp_path / file).PatientName) == name
@@ -946,7 +1013,7 @@ def test_nothing_identifying_is_logged(tmp_path, caplog, capfd):
         choice = choose_pet_ct(find_series(tmp_path))
         read_series(choice.pet)
         suv_of(read_headers(choice.pet))
-        seg = write_seg(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, model=MODEL)
+        seg = write_mask(tmp_path / "seg.dcm", np.ones(choice.ct.grid.shape, np.uint8), choice.ct, MODEL)
         write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
     out, err = capfd.readouterr()
     assert_anonymous(caplog.text + out + err)
@@ -973,10 +1040,11 @@ def test_real_patients_equal_their_nifti(patient, tmp_path):
         np.testing.assert_allclose(array, np.asarray(nifti.dataobj), atol=1e-5)
     assert suv_of(read_headers(choice.pet)).factor == 1.0
     mask = (np.asarray(nib.load(images / f"{patient}.nii.gz").dataobj) > 0).astype(np.uint8)
-    seg = write_seg(tmp_path / "seg.dcm", mask, choice.ct, model=MODEL)
-    write_sr(tmp_path / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
+    seg = write_mask(tmp_path / "seg.dcm", mask, choice.ct, MODEL)
+    found = Findings(FINDINGS.tumour, [FINDINGS.tumour] * len(seg.SegmentSequence))
+    write_sr(tmp_path / "sr.dcm", found, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
     read = hd.seg.segread(tmp_path / "seg.dcm")
-    assert read.pixel_array.sum() == mask.sum() > 0
+    assert read.pixel_array.sum() == (find_lesions(mask, choice.ct.grid).on(mask.shape) > 0).sum() > 0
     assert [dciodvfy_errors(tmp_path / f) or [] for f in ("seg.dcm", "sr.dcm")] == [[], []]
 
 

@@ -1,4 +1,4 @@
-"""SEG and SR of scans that lack tags; what viewers and renderers need of both."""
+"""SEG, SR and RTSTRUCT of scans that lack tags; what viewers and renderers need of them."""
 
 from pathlib import Path
 
@@ -11,14 +11,19 @@ from pydicom.config import disable_value_validation
 
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import find_examinations
+from scripts.dicom.rtstruct import write_rtstruct
 from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.series import find_series
 from scripts.dicom.sr import Findings, write_sr
 from scripts.dicom.tags import DicomError
+from scripts.imaging.lesions import find_lesions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
-FINDINGS = Findings(volume_ml=12.5, suv_max=14.25, lesions=2, log_hazard=-0.75, survival={730: 0.81}, hpv_positive=True)
+FINDINGS = Findings(
+    {"volume_ml": 12.5, "suv_max": 14.25, "lesions": 1}, [{"volume_ml": 12.5, "longest_diameter_mm": 31.0}],
+    log_hazard=-0.75, survival={730: 0.81}, hpv_positive=True,
+)  # fmt: skip
 # What a scanner writes beside the tags of write_series().
 SCANNER = {
     **{"SpecificCharacterSet": "ISO_IR 100", "SeriesDate": "20200102", "SeriesTime": "100000", "StudyDescription": "S"},
@@ -63,15 +68,23 @@ def without(keyword):
 
 
 def results(folder, out):
-    """SEG and SR of the study in a folder, read back."""
+    """SEG, SR and RTSTRUCT of the study in a folder, read back."""
     choice = choose_pet_ct(find_series(folder))
     mask = np.zeros(choice.ct.grid.shape, np.uint8)
     mask[1:4, 2:5, 3:6] = 1
-    seg = write_seg(out / "seg.dcm", mask, choice.ct, model=MODEL)
+    seg = write_objects(mask, choice, out)
+    assert seg.pixel_array.sum() == mask.sum()
+    return seg, hd.sr.srread(out / "sr.dcm"), pydicom.dcmread(out / "rtstruct.dcm")
+
+
+def write_objects(mask, choice, out):
+    """All three objects of a mask with one lesion; the SEG, read back."""
+    lesions = find_lesions(mask, choice.ct.grid)
+    numbers = lesions.on(mask.shape)
+    seg = write_seg(out / "seg.dcm", numbers, lesions.found, choice.ct, model=MODEL)
+    write_rtstruct(out / "rtstruct.dcm", numbers, lesions.found, choice.ct, model=MODEL)
     write_sr(out / "sr.dcm", FINDINGS, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
-    read = hd.seg.segread(out / "seg.dcm")
-    assert read.pixel_array.sum() == mask.sum()
-    return read, hd.sr.srread(out / "sr.dcm")
+    return hd.seg.segread(out / "seg.dcm")
 
 
 TAGS = sorted(
@@ -148,13 +161,20 @@ def test_slices_of_the_segmentation(tmp_path, thickness, spacing):
                 setattr(dataset, name, value)
 
     change(study(tmp_path / "in") / "ct", edit)
-    seg, _ = results(tmp_path / "in", tmp_path)
+    seg, _, _ = results(tmp_path / "in", tmp_path)
     [measures] = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
     assert (measures.SliceThickness, measures.SpacingBetweenSlices) == (thickness or 3, 3)
 
 
+def test_every_object_has_a_date_of_its_own_series(tmp_path):
+    change(study(tmp_path / "in"), without("StudyDate"))
+    for written in results(tmp_path / "in", tmp_path):
+        assert len(written.SeriesDate) == 8 and len(str(written.SeriesTime).partition(".")[0]) == 6
+        assert written.SeriesDate >= "20260101", "today, not the day of the scan"
+
+
 def test_the_segment_has_a_colour(tmp_path):
-    seg, _ = results(study(tmp_path / "in"), tmp_path)
+    seg, _, _ = results(study(tmp_path / "in"), tmp_path)
     lightness, a, b = seg.SegmentSequence[0].RecommendedDisplayCIELabValue
     assert 0.3 < lightness / 65535 < 0.7, "neither black nor white"
     assert a / 257 - 128 > 40 and b / 257 - 128 > 20, "red"
@@ -169,10 +189,10 @@ def containers(item):
 def test_items_of_the_report_stand_on_lines_of_their_own(tmp_path):
     results(study(tmp_path / "in"), tmp_path)
     report = pydicom.dcmread(tmp_path / "sr.dcm")
-    assert [item.ContinuityOfContent for item in containers(report)] == ["SEPARATE"] * 4
+    assert [item.ContinuityOfContent for item in containers(report)] == ["SEPARATE"] * 5
     stated = []
     report.walk(lambda dataset, element: stated.append(dataset) if element.keyword == "ContinuityOfContent" else None)
-    assert all(item.ValueType == "CONTAINER" for item in stated) and len(stated) == 4
+    assert all(item.ValueType == "CONTAINER" for item in stated) and len(stated) == 5
 
 
 @pytest.mark.parametrize("name", ["B07", "d0", "d6"])
@@ -181,8 +201,7 @@ def test_shared_cases_without_tags(tmp_path, name):
     if not folder.is_dir():
         pytest.skip("the shared cases are not here")
     [found] = find_examinations(folder)
-    seg = write_seg(tmp_path / "seg.dcm", np.ones(found.choice.ct.grid.shape, np.uint8), found.choice.ct, model=MODEL)
-    write_sr(tmp_path / "sr.dcm", FINDINGS, ct=found.choice.ct, pet=found.choice.pet, model=MODEL, seg=seg)
-    for file in ("seg.dcm", "sr.dcm"):
+    write_objects(np.ones(found.choice.ct.grid.shape, np.uint8), found.choice, tmp_path)
+    for file in ("seg.dcm", "sr.dcm", "rtstruct.dcm"):
         written = pydicom.dcmread(tmp_path / file)
         assert all(keyword in written for keyword in EMPTY_OR_NOT)

@@ -100,8 +100,8 @@ def _structure_set(headers: Sequence[Dataset], model: Model) -> Dataset:
         setattr(dataset, keyword, str(value) if value is not None else "")
     dataset.Manufacturer, dataset.ManufacturerModelName = model.manufacturer, model.name
     dataset.SoftwareVersions, dataset.DeviceSerialNumber = model.version, model.weights[:64]
-    dataset.InstanceCreationDate = dataset.SeriesDate = dataset.StructureSetDate = f"{now:%Y%m%d}"
-    dataset.InstanceCreationTime = dataset.SeriesTime = dataset.StructureSetTime = f"{now:%H%M%S}"
+    dataset.InstanceCreationDate = dataset.StructureSetDate = f"{now:%Y%m%d}"
+    dataset.InstanceCreationTime = dataset.StructureSetTime = f"{now:%H%M%S}"
     dataset.InstanceNumber, dataset.OperatorsName = 1, ""
     dataset.StructureSetLabel, dataset.StructureSetName = "Tumour", "Research use only"
     dataset.ApprovalStatus = "UNAPPROVED"
@@ -122,7 +122,7 @@ def _contours(
 ) -> list[Dataset]:
     """The contours of a lesion as items of a ContourSequence, slice by slice."""
     x, y, z = lesion.window
-    items = []
+    items: list[Dataset] = []
     for k in range(z.start, z.stop):
         for polygon in polygons(numbers[x, y, k] == number):
             points = _positions(polygon + np.array([x.start, y.start]), source, k)

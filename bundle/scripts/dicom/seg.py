@@ -157,7 +157,8 @@ def check_numbers(numbers: np.ndarray, lesions: Sequence[Lesion], source: Series
 
 
 def save_whole(dataset: Dataset, path: str | PathLike[str]) -> None:
-    """Write a DICOM file under its final name only when complete."""
+    """Write a new series of one DICOM object, dated now; the file appears under its final name only when complete."""
+    dataset.SeriesDate, dataset.SeriesTime = dataset.InstanceCreationDate, dataset.InstanceCreationTime
     with written_whole(path) as partial:
         dataset.save_as(partial, enforce_file_format=True)
 
