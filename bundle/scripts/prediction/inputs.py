@@ -156,13 +156,11 @@ def pair_case(
     if not paths["CT"].is_dir():
         name = paths["CT"].name.removesuffix(image_suffix(paths["CT"]))
         name = re.sub(r"__CT$", "", name, flags=re.IGNORECASE)
-        case = cohort.make_case(
-            Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"]), None, features, False
-        )
-        return {**case, keys.PROBLEM: ""}
+        scans = Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"])
+        return {**cohort.make_case(scans, None, features, False), keys.PROBLEM: ""}
     examination = pair_examination(paths["CT"], paths["PET"])
-    case = cohort.make_case(Scans(patient_id or examination.name, paths["CT"]), None, features, False)
-    case[keys.PROBLEM] = ""
+    scans = Scans(patient_id or examination.name, paths["CT"])
+    case = {**cohort.make_case(scans, None, features, False), keys.PROBLEM: ""}
     _take_dicom(case, examination, features)
     return case
 
@@ -184,14 +182,13 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
         return
     if len(cases) != 1:
         raise CohortError(f"{source}: clinical values of one patient, but there are {len(cases)}; give a table of them")
-    case = cases[0]
-    known = parse_clinical(given, list(case[keys.CLINICAL]), where=source)
-    for name, value in known.items():
-        if value is not None:
+    case, unused = cases[0], []
+    for name, value in parse_clinical(given, list(FEATURES), where=source).items():
+        if value is not None and name in case[keys.CLINICAL]:
             case[keys.CLINICAL][name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = source
-    unused = [name for name, value in parse_clinical(given, list(FEATURES), where=source).items() if value is not None]
-    unused = [name for name in unused if name not in case[keys.CLINICAL]]
+        elif value is not None:
+            unused.append(name)
     if unused:
         logger.warning("%s: not read by this model: %s", source, ", ".join(unused))
 
