@@ -62,6 +62,11 @@ class Variant:
     config_files: tuple[str, ...] = DEMO
     against: str = BASE
 
+    def __post_init__(self) -> None:
+        """Ids of the configs for the short names of settings."""
+        ids = {NESTED.get(name, name): value for name, value in self.overrides.items()}
+        object.__setattr__(self, "overrides", ids)
+
 
 PAPER = (*DEMO, "configs/paper.json")
 FAST = {"learning_rate": 0.001, "lr_milestones": [16, 21], "lr_factors": [0.3, 0.1]}
@@ -146,8 +151,7 @@ class Study:
 
     def settings(self, variant: str, seed: int) -> dict[str, Any]:
         """Ids of the configs of a run and their values; those for every run go before the variant's."""
-        settings = {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
-        return {NESTED.get(name, name): value for name, value in settings.items()}
+        return {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
 
     def commands(self, variant: str, seed: int) -> list[list[str]]:
         """``train_folds.py`` for a run, and with ``test_dir`` the bundle's ``evaluating`` for each fold."""

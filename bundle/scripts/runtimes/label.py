@@ -72,7 +72,9 @@ class TakeRequestd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Make the case."""
         request = {str(name): value for name, value in data.items()}
-        return {keys.REQUEST: request, **request_case(request, self.features)}
+        made: dict[Hashable, Any] = {keys.REQUEST: request}
+        made.update(request_case(request, self.features))
+        return made
 
 
 class KeepRequestd(ToNetworkItemd):
