@@ -241,7 +241,7 @@ FAULTS = [
     fault("a.nii", nifti(sform_code=0, qform_code=0), "sform_code and qform_code are 0", "codes_0"),
     fault("a.nii", nifti(version=nib.Nifti2Image, sform_code=0, qform_code=0), "are 0", "codes_0_of_nifti_2"),
     fault("a.nii", nifti(xyzt_units=1), r"2000 x 2500 x 3000 mm.*unit \(xyzt_units\) is metres", "metres_for_mm"),
-    fault("a.nii", nifti(np.diag([980, 980, 3000, 1]), xyzt_units=0), "980.*not told", "unit_not_told"),
+    fault("a.nii", nifti(np.diag([980, 980, 3000, 1]), xyzt_units=0), "980.*not stated", "unit_not_told"),
     fault("a.nii", nifti(np.diag([1e6, 1, 1, 1])), "no scan of a body", "affine_of_1e6"),
     fault("a.nii", nifti(np.diag([0.0001, 1, 1, 1])), "no scan of a body", "voxels_too_small"),
     fault("a.nii", nifti(srow_x=[2, 0, 0, 1e20]), "no place in a scanner", "far_away"),
@@ -277,7 +277,7 @@ FAULTS = [
     fault("a.mha", meta(zlib.compress(PIXELS)[:-9], CompressedData="True"), "not a complete zlib", "zlib_cut"),
     fault("a.mha", meta(DimSize="7 6 4"), "follows the last voxel", "meta_hides_a_slice"),
     fault("a.mha", meta() + b"\n" * 90, "follows the last voxel", "meta_goes_on"),
-    fault("a.mha", meta(ElementNumberOfChannels="3"), "3 values a voxel", "meta_colour"),
+    fault("a.mha", meta(ElementNumberOfChannels="3"), "3 values per voxel", "meta_colour"),
     fault("a.mha", meta(ElementType="MET_STRING"), "not numbers", "meta_text"),
     fault("a.mha", meta(BinaryData="False"), "written as text", "meta_ascii"),
     fault("a.mha", meta(ElementToIntensityFunctionSlope="2"), "scaling", "meta_scaling"),
@@ -286,12 +286,12 @@ FAULTS = [
     fault("a.mha", b"ObjectType = " + b"x" * 2**17, "ends before ElementDataFile", "meta_endless_type"),
     fault("a.nrrd", b"\n" + nrrd(), "not an NRRD header", "nrrd_after_a_blank_line"),
     fault("a.mha", b"\xff\x00" * 40000, "not a MetaImage header", "meta_noise"),
-    fault("a.mhd", meta(b"", "gone.raw"), "gone.raw, is not beside it", "mhd_without_its_file"),
-    fault("a.mhd", meta(b"", "/etc/hostname"), "not one file in its own folder", "mhd_reads_elsewhere"),
-    fault("a.mhd", meta(b"", "../a.raw"), "not one file in its own folder", "mhd_reads_above"),
-    fault("a.mhd", meta(b"", "LIST"), "not one file in its own folder", "mhd_of_a_list"),
-    fault("a.mhd", meta(b"", "a%03d.raw 1 5 1"), "not one file in its own folder", "mhd_of_a_pattern"),
-    fault("a.nrrd", nrrd(data_file="/etc/hostname"), "not one file in its own folder", "nrrd_reads_elsewhere"),
+    fault("a.mhd", meta(b"", "gone.raw"), "gone.raw, is not in the same folder", "mhd_without_its_file"),
+    fault("a.mhd", meta(b"", "/etc/hostname"), "not a single file in the same folder", "mhd_reads_elsewhere"),
+    fault("a.mhd", meta(b"", "../a.raw"), "not a single file in the same folder", "mhd_reads_above"),
+    fault("a.mhd", meta(b"", "LIST"), "not a single file in the same folder", "mhd_of_a_list"),
+    fault("a.mhd", meta(b"", "a%03d.raw 1 5 1"), "not a single file in the same folder", "mhd_of_a_pattern"),
+    fault("a.nrrd", nrrd(data_file="/etc/hostname"), "not a single file in the same folder", "nrrd_reads_elsewhere"),
     fault("a.nrrd", nrrd(sizes="7 6 5000000000"), "more than any scan", "nrrd_huge"),
     fault("a.nrrd", nrrd(sizes="7 6 50"), "not a complete .nrrd file", "nrrd_cut"),
     fault("a.nrrd", nrrd(dimension="4"), "dimension: 4", "nrrd_of_4"),
@@ -299,7 +299,7 @@ FAULTS = [
     fault("a.nrrd", nrrd(encoding="gzip"), "not a complete gzip", "nrrd_not_gzip"),
     fault("a.nrrd", nrrd(endian=None), "byte order", "nrrd_without_endian"),
     fault("a.nrrd", nrrd(type="block"), "not numbers", "nrrd_block"),
-    fault("a.nrrd", nrrd(byte_skip="9"), "do not begin at once", "nrrd_skip"),
+    fault("a.nrrd", nrrd(byte_skip="9"), "do not begin directly after the header", "nrrd_skip"),
     fault("a.nrrd", b"NRRD0004\ntype: short\n", "not a complete NRRD", "nrrd_header_cut"),
     fault("a.nii", nifti(dim=[3, 7, 6, 4, 1, 1, 1, 1]), "follows the last voxel", "nifti_hides_a_slice"),
     fault("a.nii.gz", gzip.compress(nifti(dim=[3, 7, 6, 4, 1, 1, 1, 1])), "follows the last", "gzip_hides_a_slice"),
@@ -319,8 +319,8 @@ FAULTS = [
     fault("a.nii.gz", gzip.compress(gzip.compress(nifti())), "compressed by gzip", "gzip_twice"),
     fault("a.nii.gz", gzip.compress(bytes(257) + b"ustar" + bytes(300)), "a tar archive", "tar"),
     fault("a.nii", bytes(128) + b"DICM" + bytes(500), "a DICOM file", "dicom"),
-    fault("a.nii", meta(), "a MetaImage file; give it the ending .mha", "meta_called_nifti"),
-    fault("a.mha", nifti(), "a NIfTI or Analyze file; give it the ending .nii", "nifti_called_meta"),
+    fault("a.nii", meta(), "a MetaImage file; rename it to .mha", "meta_called_nifti"),
+    fault("a.mha", nifti(), "a NIfTI or Analyze file; rename it to .nii", "nifti_called_meta"),
     fault("a.mha", b"", "is empty", "empty_mha"),
 ]
 
@@ -414,9 +414,9 @@ def test_metres_and_micrometres_become_millimetres(tmp_path, unit, factor, codes
     [
         pytest.param("a.nii", nifti(qoffset_x=102), "sform and its qform are up to 12 mm apart", id="shifted"),
         pytest.param("a.nii", nifti(quatern_c=0.9), "sform and its qform are up to", id="turned"),
-        pytest.param("a.nii", nifti(quatern_b=7), "qform gives no place", id="no_rotation"),
-        pytest.param("a.nii", nifti(qoffset_x=np.nan), "qform gives no place", id="qform_not_a_number"),
-        pytest.param("a.nii", nifti(qoffset_x=np.inf), "qform gives no place", id="qform_infinite"),
+        pytest.param("a.nii", nifti(quatern_b=7), "qform is invalid", id="no_rotation"),
+        pytest.param("a.nii", nifti(qoffset_x=np.nan), "qform is invalid", id="qform_not_a_number"),
+        pytest.param("a.nii", nifti(qoffset_x=np.inf), "qform is invalid", id="qform_infinite"),
         pytest.param("a.nii", nifti(srow_y=[0, -2.5, 0, -70]), "sform and its qform are up to", id="mirrored"),
         pytest.param(
             "a.nii",
@@ -445,7 +445,7 @@ def test_the_sform_goes_first(tmp_path):
 def test_bytes_after_the_gzip_are_told_in_the_log(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "scripts.imaging.images"):
         read_image(damaged(tmp_path, "a.nii.gz", gzip.compress(nifti()) + b"garbage"))
-    assert "7 bytes behind the end" in caplog.text
+    assert "7 bytes after the end" in caplog.text
 
 
 @pytest.mark.parametrize("compressed", [False, True])

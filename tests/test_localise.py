@@ -171,7 +171,7 @@ def apart(ct, ct_grid, pet, pet_grid):
 NO_BRAIN = [
     pytest.param({}, blank, "no signal", id="blank_PET"),
     pytest.param({}, becquerel, "not in SUV", id="becquerel_per_ml"),
-    pytest.param({}, not_a_number, "not numbers", id="not_a_number"),
+    pytest.param({}, not_a_number, "not finite numbers", id="not_a_number"),
     pytest.param({}, apart, "do not overlap", id="no_overlap"),
     pytest.param({"brain_suv": 0.9}, None, "no plausible brain", id="brain_without_uptake"),
     pytest.param({"ct_field": with_top(250), "arms": True}, becquerel, "not in SUV", id="arms_raised_becquerel"),
@@ -303,7 +303,7 @@ NOT_BELIEVED = [
 def test_what_cannot_be_a_tumour_of_the_neck_moves_nothing(scans, seen):
     rules = locate_head_neck(*scans, 32, 7.0)
     both = locate_head_neck(*scans, 32, 7.0, proposer=lambda *_: seen)
-    assert (both.method, both.flag) == ("pet_brain", "the network sees no tumour there")
+    assert (both.method, both.flag) == ("pet_brain", "the network finds no tumour there")
     np.testing.assert_array_equal(both.centre_mm, rules.centre_mm)
 
 

@@ -415,13 +415,13 @@ def test_oblique_scans_are_compared_in_the_world(case: Case) -> None:
 def test_message_tells_the_shift(case: Case) -> None:
     move_pet(0, 0, 60)(case)
     message = case.check()["misalignment"].message
-    assert "x +0, y +0, z +" in message and "do not lie on each other" in message
+    assert "x +0, y +0, z +" in message and "are not aligned" in message
 
 
 def test_message_tells_the_turn(case: Case) -> None:
     turn("pet", 15)(case)
     message = case.check()["outline_distortion"].message
-    assert any(f"turned by {degrees} degrees" in message for degrees in (14, 15, 16))
+    assert any(f"rotated by {degrees} degrees" in message for degrees in (14, 15, 16))
 
 
 def test_what_cannot_be_measured_is_a_warning(case: Case) -> None:

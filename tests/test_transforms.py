@@ -283,7 +283,7 @@ def test_a_doubtful_place_of_a_scan_is_a_warning_of_quality_control(case, tmp_pa
     loaded = LoadScansd()({**case, keys.CT: str(tmp_path / "ct.nii")})
     item = CheckQualityd(ROI, on_reject="flag")(LocaliseBoxd(ROI, SPACING, use_mask=use_mask)(loaded))
     checks = {check["name"]: check for check in json.loads(item[keys.QUALITY])}
-    told = "CT: its sform and its qform are up to 12 mm apart; the sform was taken"
+    told = "CT: its sform and its qform are up to 12 mm apart; the sform was used"
     assert (checks["headers"]["verdict"], checks["headers"]["message"]) == ("warn", told)
     assert "sform" not in item[keys.CROP_FLAG]
 

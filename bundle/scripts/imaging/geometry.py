@@ -1,12 +1,11 @@
-"""Voxel grids in world coordinates, and resampling of an image straight onto another grid.
+"""Voxel grids in world coordinates, and resampling of an image onto another grid.
 
-World coordinates are NIfTI's RAS+ millimetres: x grows to the patient's right, y to the front, z to the head.
-Arrays are indexed (x, y, z) as nibabel gives them; voxel index (0, 0, 0) is the *centre* of the first voxel.
+World coordinates are NIfTI's RAS+ in mm: x increases to the patient's right, y to anterior, z to superior. Arrays are
+indexed (x, y, z) as in nibabel; voxel index (0, 0, 0) is the *centre* of the first voxel.
 
-An image is interpolated once, and only where the result is kept. Between axis-aligned grids (flips and swapped axes
-included) cubic spline interpolation *with its prefilter* is linear and separable, so that it comes down to one
-small dense matrix an axis, applied as matrix products to the slab of the source that matters. Oblique grids take
-scipy's route on the part of the source that is needed.
+An image is interpolated once, and only where the result is needed. Between axis-aligned grids (including flipped and
+permuted axes) cubic spline interpolation *with its prefilter* is linear and separable: one small dense matrix per axis,
+applied to the slab of the source with non-zero weights. For oblique grids, scipy interpolates the part that is needed.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ import numpy as np
 import torch
 from scipy import linalg, ndimage
 
-# Weights below this are set to zero: they are denormals or nearly so, which slow matrix products 10 to 30 times,
-# and without them a target voxel depends on some 17 source voxels to each side only.
+# Weights below this are set to zero: denormal numbers slow matrix products 10 to 30 times, and without them a target
+# voxel depends on about 17 source voxels to each side.
 NEGLIGIBLE_WEIGHT = 1e-10
-# An oblique grid may stray this far (in source voxels) from the axes and still be treated as aligned with them.
+# A grid that deviates at most this far (in source voxels) from the axes counts as aligned.
 ALIGNED_TOLERANCE = 1e-3
-# The spline prefilter's impulse response falls by 0.268 a voxel: 14 voxels away it is below 1e-8.
+# The impulse response of the spline prefilter decreases by 0.268 per voxel: below 1e-8 after 14 voxels.
 SPLINE_MARGIN = 14
-# Rounding of affines must not push a voxel that lies on the edge of the field of view out of it.
+# Rounding of affines must not move a voxel on the edge of the field of view out of it.
 EDGE_TOLERANCE = 1e-6
 
-# What a scan of a body can be; memory is taken by the millimetre where a scan is searched for the head.
+# Limits for a scan of a body; the search for the head allocates memory by the field of view.
 MAX_FIELD_MM = (1500.0, 2500.0)  # of all axes but the longest one, and of that
 VOXEL_MM = (0.01, 100.0)
 MAX_DISTANCE_MM = 1e5  # from the scanner's origin
@@ -41,7 +40,7 @@ SPLINE_ORDER = {"nearest": 0, "linear": 1, "spline": 3}
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Where the voxels of a 3-D image are.
+    """Position of the voxels of a 3-D image.
 
     Args:
         shape: voxels along the three array axes.
@@ -121,7 +120,7 @@ class Grid:
 
 
 def field_of_view_fault(shape: Sequence[int], affine: np.ndarray) -> str:
-    """Why no scan of a body has these voxels at this place; empty for one that may be a scan.
+    """Why the size or position is impossible for a scan of a body, "" where it is possible.
 
     Args:
         shape: voxels along the first three array axes.
@@ -177,8 +176,8 @@ def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline"
 
     Args:
         array: (X, Y, Z) values on ``source``, any real type.
-        source: where the values are.
-        target: where they are wanted.
+        source: grid of the values.
+        target: grid of the result.
         mode: ``"spline"`` (cubic B-spline that passes through the values; equals ``scipy.ndimage`` with order 3
             and mode ``mirror``), ``"linear"`` or ``"nearest"``.
         fill: value of target voxels outside the source's field of view, which ends half a voxel beyond the
@@ -205,15 +204,15 @@ def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline"
 
 
 def smooth_resample(array: np.ndarray, source: Grid, target: Grid, sigma_mm: float, fill: float = 0.0) -> np.ndarray:
-    """Gaussian-smoothed image at the voxels of another grid, in one step: for looking around, not for the network.
+    """Gaussian-smoothed image at the voxels of another grid, in one step; for searching, not for the network.
 
-    Smoothing is in millimetres along the source's axes whatever its voxels; a voxel larger than ``sigma_mm / 0.6``
-    is smoothed by 0.6 voxels so that the result stays continuous.
+    Smoothing is in mm along the source's axes; voxels larger than ``sigma_mm / 0.6`` are smoothed by 0.6 voxels, so
+    that the result is continuous.
 
     Args:
         array: (X, Y, Z) values on ``source``.
-        source: where the values are.
-        target: where they are wanted.
+        source: grid of the values.
+        target: grid of the result.
         sigma_mm: standard deviation of the Gaussian in mm.
         fill: value outside the source's field of view.
 
@@ -226,7 +225,7 @@ def smooth_resample(array: np.ndarray, source: Grid, target: Grid, sigma_mm: flo
     if axes is not None:
         matrices = [gaussian_weights(a.inside, n, s) for a, n, s in zip(axes, source.shape, sigmas, strict=True)]
         return _place(_apply(array, matrices), axes, target.shape, fill)
-    # at an angle: smooth along the source's own axes onto every k-th voxel, which then holds all there is to see
+    # oblique: smooth along the source's axes, at every k-th voxel, which samples the smoothed image densely enough
     steps = np.maximum(1, (sigmas / 1.5).astype(int)).tolist()
     thin = source.crop([slice(0, n) for n in source.shape], steps)
     taken = [np.arange(0, n, k, dtype=float) for n, k in zip(source.shape, steps, strict=True)]
@@ -237,7 +236,7 @@ def smooth_resample(array: np.ndarray, source: Grid, target: Grid, sigma_mm: flo
 
 
 def to_ct_window(prob: np.ndarray, box: Grid, ct: Grid) -> tuple[tuple[slice, slice, slice], np.ndarray]:
-    """Bring a map from the network's box back to the voxels of the CT that lie in the box's neighbourhood.
+    """Resample a map from the network's box to the voxels of the CT around the box.
 
     Args:
         prob: (R, R, R) tumour probability on ``box``.
@@ -245,8 +244,8 @@ def to_ct_window(prob: np.ndarray, box: Grid, ct: Grid) -> tuple[tuple[slice, sl
         ct: the CT's own grid.
 
     Returns:
-        The window of the CT that the box reaches (three slices, possibly empty) and the linearly interpolated
-        float32 values on it, 0 where a voxel of the window lies outside the box.
+        The window of the CT around the box (three slices, possibly empty) and the linearly interpolated float32 values
+        on it, 0 where a voxel of the window is outside the box.
     """
     _check(prob, box)
     window = _window(ct.to_index(box.corners), ct.shape, margin=0)
@@ -273,8 +272,8 @@ def share_inside(mask: np.ndarray, grid: Grid, box: Grid) -> float:
 
 
 def bounding_window(mask: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """The smallest window of a 3-D mask with all that is not zero; None for an empty mask."""
-    if mask.flags.f_contiguous and not mask.flags.c_contiguous:  # along the memory, which is several times as quick
+    """The smallest window of a 3-D mask with all non-zero voxels; None for an empty mask."""
+    if mask.flags.f_contiguous and not mask.flags.c_contiguous:  # in memory order, which is several times faster
         window = bounding_window(mask.T)
         return None if window is None else (window[2], window[1], window[0])
     filled: np.ndarray = np.any(mask, axis=2)
@@ -314,7 +313,7 @@ def spline_weights(coordinates: np.ndarray, count: int) -> np.ndarray:
 
 
 def linear_weights(coordinates: np.ndarray, count: int) -> np.ndarray:
-    """Matrix (M, count) of linear interpolation; beyond the outer values the nearest one is kept."""
+    """Matrix (M, count) of linear interpolation; beyond the outer values the nearest one is used."""
     position = np.clip(coordinates, 0, count - 1)
     return np.clip(1 - np.abs(position[:, None] - np.arange(count)), 0, None)
 
@@ -327,7 +326,7 @@ def gaussian_weights(coordinates: np.ndarray, count: int, sigma: float) -> np.nd
 
 @dataclass(frozen=True)
 class _Axis:
-    """One source axis seen from the target: which target axis runs along it, and where its voxels fall."""
+    """One source axis in target voxels: the target axis along it, and the source indices of its voxels."""
 
     target_axis: int
     start: int  # first target voxel inside the source's field of view
@@ -349,7 +348,7 @@ def _aligned_axes(source: Grid, target: Grid) -> list[_Axis] | None:
         return None
     axes = []
     for s, t in enumerate(partner):
-        # what strays is taken at the middle of the target, which halves its effect
+        # the deviation is evaluated at the middle of the target, which halves its effect
         coordinates = transform[s, 3] + stray[s] @ half + linear[s, t] * np.arange(target.shape[t])
         count = source.shape[s]
         inside = np.flatnonzero((coordinates >= -0.5 - EDGE_TOLERANCE) & (coordinates <= count - 0.5 + EDGE_TOLERANCE))
@@ -359,7 +358,7 @@ def _aligned_axes(source: Grid, target: Grid) -> list[_Axis] | None:
 
 
 def _place(values: np.ndarray, axes: list[_Axis], shape: Sequence[int], fill: float) -> np.ndarray:
-    """Put values, in the order of the source's axes, where they belong in the target; fill the rest."""
+    """The target array: values, in the order of the source's axes, and ``fill`` elsewhere."""
     target = np.full(tuple(shape), fill, dtype=np.float32)
     source_of = np.argsort([a.target_axis for a in axes])
     window = tuple(slice(axes[s].start, axes[s].start + len(axes[s].inside)) for s in source_of)
@@ -368,16 +367,13 @@ def _place(values: np.ndarray, axes: list[_Axis], shape: Sequence[int], fill: fl
 
 
 def _lookup(array: np.ndarray, axes: list[_Axis]) -> np.ndarray:
-    """Nearest source values; a target voxel midway between two takes the upper one, whatever the rounding."""
-    return array[np.ix_(*[_nearest(a.inside, a.count) for a in axes])]
-
-
-def _nearest(coordinates: np.ndarray, count: int) -> np.ndarray:
-    return np.clip(np.floor(coordinates + 0.5 + EDGE_TOLERANCE).astype(int), 0, count - 1)
+    """Nearest source values; midway between two the upper one, independent of rounding."""
+    nearest = [np.clip(np.floor(a.inside + 0.5 + EDGE_TOLERANCE).astype(int), 0, a.count - 1) for a in axes]
+    return array[np.ix_(*nearest)]
 
 
 def _apply(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-    """Multiply an array by one matrix an axis (M_k, N_k), reading only the slab whose weights matter."""
+    """Multiply an array by one matrix per axis (M_k, N_k), reading only the slab with non-zero weights."""
     if any(m.shape[0] == 0 for m in matrices):
         return np.zeros([m.shape[0] for m in matrices], dtype=np.float32)
     small, window = [], []
@@ -387,9 +383,9 @@ def _apply(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
         window.append(slice(int(used[0]), int(used[-1]) + 1))
         small.append(torch.from_numpy(np.ascontiguousarray(matrix[:, window[-1]], dtype=np.float32)))
     slab = array[tuple(window)]
-    memory = np.argsort([-abs(s) for s in slab.strides], kind="stable")  # slowest axis first: no reordering copy
+    memory = np.argsort([-abs(s) for s in slab.strides], kind="stable")  # slowest axis first, which needs no copy
     values = torch.from_numpy(np.array(slab.transpose(memory), dtype=np.float32, order="C"))
-    # float32 whatever the caller's autocast says: CT values need more than the 8 bits of bfloat16
+    # float32 even under autocast: CT values need more than the 8 bits of bfloat16
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for axis in _cheapest_order(values.shape, [small[k] for k in memory]):
             values = _multiply(values, small[memory[axis]], axis)
@@ -410,7 +406,7 @@ def _cheapest_order(shape: Sequence[int], matrices: list[torch.Tensor]) -> tuple
 
 
 def _multiply(values: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    """Product of a contiguous (A, B, C) tensor and a matrix along one axis, without moving axes."""
+    """Product of a contiguous (A, B, C) tensor and a matrix along one axis, without transposing."""
     a, b, c = values.shape
     if axis == 0:
         return (matrix @ values.reshape(a, b * c)).reshape(-1, b, c)
@@ -420,7 +416,7 @@ def _multiply(values: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Te
 
 
 def _resample_oblique(array: np.ndarray, source: Grid, target: Grid, order: int, fill: float) -> np.ndarray:
-    """Interpolation between grids at an angle, on the part of the source that the target reaches."""
+    """Interpolation between oblique grids, on the part of the source around the target."""
     transform = np.linalg.inv(source.affine) @ target.affine
     window = _window(source.to_index(target.corners), source.shape, SPLINE_MARGIN if order > 1 else 1)
     if any(s.stop <= s.start for s in window):
@@ -448,7 +444,7 @@ def _outside(transform: np.ndarray, source_shape: Sequence[int], target_shape: S
 
 
 def _window(corners: np.ndarray, shape: Sequence[int], margin: int) -> tuple[slice, slice, slice]:
-    """Slices of an array of ``shape`` that hold the index range of ``corners`` (N, 3) and a margin of voxels."""
+    """Slices of an array of ``shape`` for the index range of ``corners`` (N, 3) and a margin of voxels."""
     low = np.clip(np.floor(corners.min(axis=0)).astype(int) - margin, 0, shape)
     high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + margin + 1, 0, shape)
     x, y, z = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
@@ -456,7 +452,7 @@ def _window(corners: np.ndarray, shape: Sequence[int], margin: int) -> tuple[sli
 
 
 def _mirror(index: np.ndarray, count: int) -> np.ndarray:
-    """Indices reflected about the first and the last value (d c b a b c d), for any distance."""
+    """Indices reflected about the first and the last value (d c b a b c d)."""
     period = 2 * (count - 1)
     wrapped = np.mod(index, period)
     return np.where(wrapped >= count, period - wrapped, wrapped)

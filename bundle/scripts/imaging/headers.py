@@ -1,8 +1,8 @@
-"""Headers of NIfTI, MetaImage and NRRD files, read and checked before anything is allocated for their voxels.
+"""Headers of NIfTI, MetaImage and NRRD files, checked before memory is allocated for the voxels.
 
-An image file comes from others. What its header asks for is compared with the size of the file, with what a scan of a
-body can be, and with itself. MetaImage and NRRD are read here and not by SimpleITK, which ends the whole process on
-some damaged headers, and takes memory for whatever a header asks for.
+A header is checked against the size of the file, the possible size of a scan, and for consistency. SimpleITK is not
+used for MetaImage and NRRD: it crashes the process on some damaged headers and allocates whatever memory a header
+states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from scripts.imaging.geometry import field_of_view_fault
 
-try:  # the same format and the same answer, two to four times as quick
+try:  # same results, two to four times faster
     zlib: ModuleType = import_module("isal.isal_zlib")
 except ImportError:
     zlib = import_module("zlib")
@@ -33,13 +33,13 @@ ITK_SUFFIXES = (".mha", ".mhd", ".nrrd")
 # World axes of ITK are LPS+, those of NIfTI RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-HEAD_BYTES = 2**16  # a header is shorter; a NIfTI one is 348 or 540 bytes
+HEAD_BYTES = 2**16  # longer than any header; NIfTI has 348 or 540 bytes
 MAX_BYTES = 2**31
-MAX_RATIO = 1040  # deflate packs 1032 bytes into one at most
+MAX_RATIO = 1040  # deflate compresses by at most 1032
 GZIP_MAGIC = b"\x1f\x8b"
-GZIP, ZLIB = 31, 15  # window bits, by which zlib tells the two apart
+GZIP, ZLIB = 31, 15  # window bits, which select the format in zlib
 
-# A header that gives its geometry twice may differ by rounding only.
+# Tolerance between two statements of the geometry in one header.
 SPACING_TOLERANCE = 0.01
 PLACE_TOLERANCE_MM = 1.0
 SHEAR_TOLERANCE_DEG = 1.0
@@ -47,10 +47,10 @@ SHEAR_TOLERANCE_DEG = 1.0
 COPY_AGAIN = "copy or convert it again"
 CONVERT_AGAIN = "convert it again from DICOM with a tool that keeps the geometry, such as dcm2niix"
 NO_POSITION = "the header gives no position in space"
-MORE_THAN_TOLD = "a slice or more of data follows the last voxel: the header does not tell of all that is there"
-ONE_VOLUME = "give a 3-D image with one value a voxel"
+MORE_THAN_TOLD = "a slice or more of data follows the last voxel: the header does not describe all of it"
+ONE_VOLUME = "give a 3-D image with one value per voxel"
 
-_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units: not told, metres, millimetres, micrometres
+_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units: not stated, metres, millimetres, micrometres
 _UNIT_NAME = {1: "metres", 3: "micrometres"}
 _META_TYPES = {
     **{"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4"},
@@ -79,7 +79,7 @@ _NRRD_SPACES = {  # to RAS+
     **dict.fromkeys(("left-posterior-superior", "lps"), LPS_TO_RAS),
 }
 
-# What files called images turn out to be, by how they begin (and where): what it is, what to do.
+# Other file types by their signature (and its position): what it is, what to do.
 _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with git lfs pull"),
     (0, b"<!doctype html", "a web page", "download the file again; the server may want a login"),
@@ -89,18 +89,18 @@ _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"bzh", "compressed by bzip2", "unpack it"),
     (0, b"\xfd7zxz", "compressed by xz", "unpack it"),
     (0, b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (0, GZIP_MAGIC, "compressed by gzip, which this format does not allow for", "unpack it"),
+    (0, GZIP_MAGIC, "compressed by gzip, which this format does not support", "unpack it"),
     (257, b"ustar", "a tar archive", "unpack it"),
     (128, b"dicm", "a DICOM file", "give the folder that holds the series"),
-    (0, b"nrrd", "an NRRD file", "give it the ending .nrrd"),
-    (0, b"objecttype", "a MetaImage file", "give it the ending .mha or .mhd"),
-    (0, b"\x5c\x01\x00\x00", "a NIfTI or Analyze file", "give it the ending .nii"),
+    (0, b"nrrd", "an NRRD file", "rename it to .nrrd"),
+    (0, b"objecttype", "a MetaImage file", "rename it to .mha or .mhd"),
+    (0, b"\x5c\x01\x00\x00", "a NIfTI or Analyze file", "rename it to .nii"),
     (0, b"\x89hdf", "an HDF5 file", "convert it to .nii.gz"),
 )
 
 
 class ImageReadError(Exception):
-    """An image file that cannot be used, told for people: which file, why, and what to do.
+    """An image file that cannot be used: which file, why, and what to do.
 
     Args:
         path: the file.
@@ -119,24 +119,24 @@ class ImageReadError(Exception):
 
 
 class _Fault(Exception):  # noqa: N818 - raised on as an ImageReadError
-    """What is wrong with a header, and what to do: an :class:`ImageReadError` that lacks the path."""
+    """What is wrong with a header, and what to do: an :class:`ImageReadError` without the path."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Where the voxels of a 3-D image are, in its file and in space.
+    """Position of the voxels of a 3-D image in its file and in space.
 
     Args:
-        path: file that holds the voxels, for a ``.mhd`` another one than the header's.
+        path: file with the voxels; for ``.mhd`` not that of the header.
         shape: voxels along x, y, z.
         dtype: of the stored numbers, byte order included.
         affine: (4, 4) float64, voxel index to world mm (RAS+).
-        start: byte of the file at which the voxels, or what holds them compressed, begin.
+        start: first byte of the (compressed) voxels in the file.
         packed: :data:`GZIP` or :data:`ZLIB` where they are compressed, else None.
-        skip: bytes before the voxels, counted after unpacking.
+        skip: bytes before the voxels, after decompression.
         slope: the values are ``slope * stored + inter``.
         inter: see ``slope``.
-        doubts: what does not fit together in it, for people.
+        doubts: inconsistencies in it, as texts.
     """
 
     path: Path
@@ -157,7 +157,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Bytes up to the last voxel, counted from ``start`` after unpacking."""
+        """Bytes from ``start`` to the last voxel, after decompression."""
         return self.skip + self.slice_bytes * self.shape[2]
 
 
@@ -169,7 +169,7 @@ def read_header(path: str | os.PathLike[str], suffix: str) -> Header:
         suffix: one of :data:`NIFTI_SUFFIXES` and :data:`ITK_SUFFIXES`.
 
     Raises:
-        ImageReadError: the header is damaged, lies about the file's size, or tells no place of a human size in space.
+        ImageReadError: the header is damaged, does not match the file's size, or has no possible position in space.
     """
     path = Path(path)
     try:
@@ -188,7 +188,7 @@ def _parse(path: Path, head: bytes, suffix: str) -> Header:
     if not head:
         raise _Fault("the file is empty", "copy it again")
     if suffix in NIFTI_SUFFIXES:
-        packed = head.startswith(GZIP_MAGIC)  # whatever the ending says: both are called either way
+        packed = head.startswith(GZIP_MAGIC)  # whatever the suffix: both occur with either
         return _nifti_header(path, _unpack_head(head) if packed else head, GZIP if packed else None)
     if suffix == ".nrrd":
         return _nrrd_header(path, head)
@@ -204,30 +204,30 @@ def _unpack_head(head: bytes) -> bytes:
 
 
 def _check_size(header: Header, name: str) -> Header:
-    """The header, once it is seen that it and its file can belong to one scan."""
+    """The header, after a check against the size of its file."""
     if header.dtype.kind not in "biuf":
-        raise _Fault(f"voxels are of type {header.dtype}, not numbers", "convert it to one value a voxel")
+        raise _Fault(f"voxels are of type {header.dtype}, not numbers", "convert it to one value per voxel")
     if fault := field_of_view_fault(header.shape, header.affine):
         raise _Fault("; ".join([fault, *header.doubts]), f"correct its geometry, or {CONVERT_AGAIN}")
     if header.end > MAX_BYTES:
-        raise _Fault(f"the header asks for {header.end / 2**30:.3g} GiB, more than any scan has", COPY_AGAIN)
+        raise _Fault(f"the header states {header.end / 2**30:.3g} GiB, more than any scan has", COPY_AGAIN)
     stored = header.path.stat().st_size - header.start
     if stored * (MAX_RATIO if header.packed else 1) < header.end:
-        bytes_there = f"{stored} bytes{' (compressed)' if header.packed else ''} are there of {header.end}"
+        bytes_there = f"{stored} bytes{' (compressed)' if header.packed else ''} of {header.end}"
         raise _Fault(f"not a complete {name} file ({bytes_there})", COPY_AGAIN)
-    # compressed, what cannot be compressed grows by a few bytes in a thousand
+    # compression enlarges incompressible data by some bytes per thousand
     if stored - header.end * (1.01 if header.packed else 1) >= max(header.slice_bytes, 2**16 if header.packed else 1):
         raise _Fault(MORE_THAN_TOLD, COPY_AGAIN)
     if not header.packed and stored > header.end:
         more = (
-            f"{stored - header.end} bytes follow its last voxel: something was put in, or the header is of another file"
+            f"{stored - header.end} bytes follow its last voxel: was data inserted, or is the header of another file?"
         )
         return replace(header, doubts=(*header.doubts, more))
     return header
 
 
 def _check_strangers(head: bytes, own: bytes = b"") -> None:
-    """Raise where a file begins as another kind than that of its ending, whose beginning is ``own``."""
+    """Refuse a file with the signature of another type than that of its suffix, whose signature is ``own``."""
     for offset, magic, what, advice in _STRANGERS:
         if magic != own and (head if offset else head.lstrip())[offset : offset + len(magic)].lower() == magic:
             raise _Fault(f"it is {what}", advice)
@@ -240,9 +240,9 @@ def _nifti_header(path: Path, head: bytes, packed: int | None) -> Header:
     sizes = {b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c"}
     if head[:4] not in sizes:
         _check_strangers(head)
-        raise _Fault("not a complete NIfTI file (it does not begin as one)", COPY_AGAIN)
+        raise _Fault("not a complete NIfTI file (wrong signature)", COPY_AGAIN)
     kind = nib.Nifti2Image if head[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
-    quiet = logging.Logger("nifti", level=logging.CRITICAL)  # nibabel tells of repairs without naming the file
+    quiet = logging.Logger("nifti", level=logging.CRITICAL)  # nibabel logs repairs without the file name
     try:
         header = kind.header_class.from_fileobj(BytesIO(head), check=False)
         spacing = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
@@ -253,7 +253,7 @@ def _nifti_header(path: Path, head: bytes, packed: int | None) -> Header:
         header.check_fix(logger=quiet)
         dtype, slope_inter, skip = header.get_data_dtype(), header.get_slope_inter(), int(header["vox_offset"])
         shape = _one_volume([int(n) for n in header.get_data_shape()])
-        with np.errstate(all="ignore"):  # what is not finite is refused or said below
+        with np.errstate(all="ignore"):  # values that are not finite are handled below
             affine, doubts = _nifti_place(header, spacing)
     except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as error:
         raise _Fault(f"not a complete NIfTI file ({error})", COPY_AGAIN) from error
@@ -263,7 +263,7 @@ def _nifti_header(path: Path, head: bytes, packed: int | None) -> Header:
 
 
 def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The affine in mm, and what speaks against it. The sform goes first where there is one, as in nibabel."""
+    """The affine in mm, and doubts about it. The sform takes precedence over the qform, as in nibabel."""
     codes = int(header["sform_code"]), int(header["qform_code"])
     if not any(codes):
         raise _Fault(
@@ -275,23 +275,23 @@ def _nifti_place(header: nib.Nifti1Header, spacing: np.ndarray) -> tuple[np.ndar
     affine: np.ndarray = to_mm @ np.asarray(header.get_sform() if codes[0] else header.get_qform(), dtype=np.float64)
     doubts = []
     if unit != 2 and field_of_view_fault(header.get_data_shape(), affine):
-        doubts.append(f"its unit (xyzt_units) is {_UNIT_NAME.get(unit, 'not told')}")
+        doubts.append(f"its unit (xyzt_units) is {_UNIT_NAME.get(unit, 'not stated')}")
     if not codes[0] and not spacing.all():
         raise _Fault("the header gives a voxel size (pixdim) of zero", CONVERT_AGAIN)
     if codes[0]:
         size, told_size = np.linalg.norm(affine[:3, :3], axis=0), _UNIT_MM.get(unit, 1.0) * spacing
         if not np.abs(size - told_size).max() <= SPACING_TOLERANCE * size.max():
-            doubts.append(f"its sform says voxels of {_times(size)} mm, its pixdim {_times(told_size)} mm")
+            doubts.append(f"its sform states voxels of {_times(size)} mm, its pixdim {_times(told_size)} mm")
     if all(codes):
         try:
             other = to_mm @ np.asarray(header.get_qform(), dtype=np.float64)
-        except ValueError:  # its quaternion is none
+        except ValueError:  # not a valid quaternion
             other = np.full((4, 4), np.nan)
         if not np.isfinite(other).all():
-            return affine, [*doubts, "its qform gives no place; the sform was taken"]
+            return affine, [*doubts, "its qform is invalid; the sform was used"]
         apart = _apart(affine, other, header.get_data_shape())
         if not apart <= max(PLACE_TOLERANCE_MM, 0.5 * float(np.linalg.norm(affine[:3, :3], axis=0).min())):
-            doubts.append(f"its sform and its qform are up to {apart:.4g} mm apart; the sform was taken")
+            doubts.append(f"its sform and its qform are up to {apart:.4g} mm apart; the sform was used")
     return affine, doubts
 
 
@@ -306,7 +306,7 @@ def _apart(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
 
 
 def _meta_header(path: Path, head: bytes) -> Header:
-    """Of the MetaImage format, with its voxels behind the header or in a file beside it.
+    """Of the MetaImage format, with the voxels after the header or in another file of the folder.
 
     Reference:
         https://itk.org/Wiki/ITK/MetaIO/Documentation
@@ -319,17 +319,21 @@ def _meta_header(path: Path, head: bytes) -> Header:
     if fields.get("NDims") != "3":
         raise _Fault(f"the header says NDims = {_short(fields.get('NDims'))}, not 3", ONE_VOLUME)
     if fields.get("ElementNumberOfChannels", "1") != "1":
-        raise _Fault(f"{_short(fields['ElementNumberOfChannels'])} values a voxel", ONE_VOLUME)
+        raise _Fault(f"{_short(fields['ElementNumberOfChannels'])} values per voxel", ONE_VOLUME)
     shape = _one_volume(_numbers(fields, "DimSize", int, 3))
     if fields.get("ElementType") not in _META_TYPES:
         raise _Fault(f"voxels are of type {_short(fields.get('ElementType'))}, not numbers", ONE_VOLUME)
     if not yes("BinaryData"):
         raise _Fault("its voxels are written as text", "write them as binary data")
     if any(float(_numbers(fields, name, float, 1)[0]) != default for name, default in _META_SCALING if name in fields):
-        raise _Fault("the header asks for a scaling of the values (ElementToIntensityFunction)", "write the values")
+        raise _Fault(
+            "the header states a scaling of the values (ElementToIntensityFunction)", "write the scaled values"
+        )
     dtype = np.dtype(_META_TYPES[fields["ElementType"]]).newbyteorder(">" if yes("BinaryDataByteOrderMSB") else "<")
     affine = _meta_place(fields)
-    data, start = _meta_data(path, fields, start)
+    data = path
+    if fields["ElementDataFile"].upper() != "LOCAL":
+        data, start = _beside(path, fields["ElementDataFile"], "ElementDataFile"), 0
     size = math.prod(shape) * dtype.itemsize
     if (skip := _numbers(fields, "HeaderSize", int, 1)[0] if "HeaderSize" in fields else 0) < 0:  # from the end
         start = max(start, data.stat().st_size - size)
@@ -371,7 +375,7 @@ def _meta_place(fields: Mapping[str, str]) -> np.ndarray:
     spacing = np.array(_numbers(fields, "ElementSpacing", float, 3))
     if (spacing <= 0).any():
         raise _Fault(f"voxels of {_times(spacing)} mm: no usable voxel size", "write it again with its geometry")
-    # a line of the matrix in the file is the direction of one axis of the array
+    # a row of the matrix in the file is the direction of one array axis
     axes = np.array(_numbers({"TransformMatrix": "1 0 0 0 1 0 0 0 1", **fields}, "TransformMatrix", float, 9))
     axes = axes.reshape(3, 3).T
     if np.abs(np.linalg.norm(axes, axis=0) - 1).max() > SPACING_TOLERANCE:
@@ -379,14 +383,6 @@ def _meta_place(fields: Mapping[str, str]) -> np.ndarray:
     lps = np.eye(4)
     lps[:3, :3], lps[:3, 3] = axes * spacing, _numbers(fields, "Offset", float, 3)
     return np.asarray(LPS_TO_RAS @ np.diag([*[_META_UNITS[unit]] * 3, 1.0]) @ lps)
-
-
-def _meta_data(path: Path, fields: Mapping[str, str], start: int) -> tuple[Path, int]:
-    """File with the voxels, and where they begin in it."""
-    name = fields["ElementDataFile"]
-    if name.upper() == "LOCAL":
-        return path, start
-    return _beside(path, name, "ElementDataFile"), 0
 
 
 # --- NRRD -------------------------------------------------------------------------------------------------------------
@@ -409,29 +405,21 @@ def _nrrd_header(path: Path, head: bytes) -> Header:
     if dtype.itemsize > 1:
         order = fields.get("endian", "").lower()
         if order not in ("little", "big"):
-            raise _Fault("the header does not tell the byte order (endian)", "write it again")
+            raise _Fault("the header does not state the byte order (endian)", "write it again")
         dtype = dtype.newbyteorder("<" if order == "little" else ">")
     encoding = fields.get("encoding", "").lower()
     if encoding not in ("raw", "gzip", "gz"):
         raise _Fault(f"its voxels are encoded as {_short(encoding)}", "write them raw or gzip")
     if any(_numbers(fields, name, int, 1)[0] for name in ("line skip", "byte skip") if name in fields):
-        raise _Fault("its voxels do not begin at once (line skip, byte skip)", "write it again as one file")
+        raise _Fault(
+            "its voxels do not begin directly after the header (line skip, byte skip)", "write it again as one file"
+        )
     data = path
     if "data file" in fields:
         data, start = _beside(path, fields["data file"], "data file"), 0
     affine = _nrrd_place(fields)
-    return Header(
-        data,
-        shape,
-        dtype,
-        affine,
-        start,
-        None if encoding == "raw" else GZIP,
-        0,
-        1.0,
-        0.0,
-        tuple(_shape_doubts(affine)),
-    )
+    packed = None if encoding == "raw" else GZIP
+    return Header(data, shape, dtype, affine, start, packed, doubts=tuple(_shape_doubts(affine)))
 
 
 def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
@@ -443,7 +431,7 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
     blank = re.search(rb"\r?\n\r?\n", head)
     text = head[: blank.start() if blank else len(head)].decode("latin-1")
     for line in text.splitlines()[1:]:
-        if line.startswith("#") or ":=" in line:  # a comment, or what a program noted for itself
+        if line.startswith("#") or ":=" in line:  # a comment, or a key/value pair of a program
             continue
         name, colon, value = line.partition(":")
         name = _NRRD_ALIASES.get(name.strip().lower(), name.strip().lower())
@@ -458,7 +446,7 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
 def _nrrd_place(fields: Mapping[str, str]) -> np.ndarray:
     space = fields.get("space", "").lower()
     if space not in _NRRD_SPACES:
-        what = f"its axes are those of {_short(space)}, which is not known" if space else f"{NO_POSITION} (space)"
+        what = f"its space {_short(space)} is not known" if space else f"{NO_POSITION} (space)"
         raise _Fault(what, CONVERT_AGAIN)
     if {"space directions", "space origin"} - set(fields):
         raise _Fault(f"{NO_POSITION} (space directions, space origin)", CONVERT_AGAIN)
@@ -476,12 +464,12 @@ def _nrrd_place(fields: Mapping[str, str]) -> np.ndarray:
 
 
 def _beside(path: Path, name: str, field: str) -> Path:
-    """A file that a header names: in the header's own folder, and one file."""
+    """The file that a header names, which must be a single file in the same folder."""
     if not name or Path(name).name != name or "\\" in name or "%" in name or name.upper().startswith("LIST"):
-        raise _Fault(f"{field} = {_short(name)} is not one file in its own folder", "write the image as one file")
+        raise _Fault(f"{field} = {_short(name)} is not a single file in the same folder", "write the image as one file")
     data = path.parent / name
     if not data.is_file():
-        raise _Fault(f"the file of its voxels, {_short(name)}, is not beside it", "copy both files")
+        raise _Fault(f"the file of its voxels, {_short(name)}, is not in the same folder", "copy both files")
     return data
 
 
@@ -495,7 +483,7 @@ def _numbers(fields: Mapping[str, str], name: str, kind: Callable[[str], float],
     """The numbers of a field.
 
     Raises:
-        _Fault: the field is absent, or holds anything else than ``count`` finite numbers.
+        _Fault: the field does not hold ``count`` finite numbers.
     """
     try:
         found = [kind(word) for word in fields.get(name, "").split()]
@@ -508,7 +496,7 @@ def _numbers(fields: Mapping[str, str], name: str, kind: Callable[[str], float],
 
 
 def _one_volume(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Three axes, once trailing ones of length one are dropped."""
+    """The shape without trailing axes of length one, which must have three axes."""
     short = list(shape)
     while len(short) > 3 and short[-1] == 1:
         short.pop()
@@ -518,9 +506,9 @@ def _one_volume(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _shape_doubts(affine: np.ndarray) -> list[str]:
-    """What is strange in an affine itself."""
+    """Doubts about an affine."""
     if np.array_equal(affine, np.eye(4)) or np.array_equal(affine, LPS_TO_RAS):
-        return ["voxels of 1 mm at the origin, as written where the geometry is not known"]
+        return ["voxels of 1 mm at the origin, as if the geometry were not known"]
     size = np.linalg.norm(affine[:3, :3], axis=0)
     if not size.all() or not np.isfinite(size).all():
         return []
@@ -535,5 +523,5 @@ def _times(sizes: np.ndarray) -> str:
 
 
 def _short(text: str | None) -> str:
-    """What a header says, cut, and without what a console would take for commands."""
+    """A text of a header, shortened, without control characters."""
     return "absent" if text is None else "".join(c if c.isprintable() else "?" for c in text[:40]) or "empty"

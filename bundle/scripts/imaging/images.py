@@ -1,4 +1,4 @@
-"""Images from and to files: NIfTI, MetaImage and NRRD.
+"""Reading and writing of NIfTI, MetaImage and NRRD files.
 
 Arrays are (X, Y, Z) as nibabel gives them, with the affine from voxel index to world millimetres (RAS+).
 """
@@ -50,12 +50,12 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-NIFTI_LETTERS = 79  # of its description
+NIFTI_LETTERS = 79  # of the field descrip
 CHUNK_BYTES = 2**20
 
 
 def image_suffix(path: str | os.PathLike[str]) -> str:
-    """The known ending of an image's file name in lower case, ``""`` when the format is not known.
+    """The suffix of an image file in lower case, ``""`` when the format is not known.
 
     Example:
         >>> image_suffix("CHUM-001__CT.NII.GZ")
@@ -66,27 +66,26 @@ def image_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a 3-D image; see :func:`read_scan`, whose doubts it leaves out."""
+    """Array and affine of a 3-D image, see :func:`read_scan`."""
     return read_scan(path)[:2]
 
 
 def read_scan(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read a 3-D image.
 
-    The header is checked before the voxels are read (:mod:`scripts.imaging.headers`): a file that is refused costs next
-    to no memory, whatever it asks for.
+    The header is checked before the voxels are read (:mod:`scripts.imaging.headers`), so that no memory is
+    allocated for a file that is refused.
 
     Args:
         path: ``.nii``, ``.nii.gz``, ``.mha``, ``.mhd`` or ``.nrrd``.
 
     Returns:
-        The (X, Y, Z) array, in the file's own data type when the header asks for no scaling and in float32
-        otherwise (float64 files become float32); the (4, 4) float64 affine to world mm (RAS+); and what makes its
-        place in space doubtful, a text each.
+        The (X, Y, Z) array, in the file's data type where the header has no scaling and in float32 otherwise (float64
+        becomes float32); the (4, 4) float64 affine to world mm (RAS+); and doubts about the position in space.
 
     Raises:
-        ImageReadError: when the file is absent, of an unknown format, damaged, not a 3-D image of numbers, or
-            without a usable position in space.
+        ImageReadError: the file does not exist, is damaged, of an unknown format, not a 3-D image of numbers, or has
+            no usable position in space.
     """
     header = _header(path)
     try:
@@ -102,27 +101,25 @@ def read_scan(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, tup
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
-    """Where the voxels of a 3-D image are, by its header alone; errors as :func:`read_scan`."""
+    """The grid of a 3-D image, from its header; errors as :func:`read_scan`."""
     header = _header(path)
     return Grid(header.shape, header.affine)
 
 
 def write_mask(path: str | os.PathLike[str], mask: np.ndarray, affine: np.ndarray, notice: str = "") -> None:
-    """Write a label image so that a reader never meets half a file.
+    """Write a label image atomically (:func:`scripts.cohorts.files.written_whole`).
 
-    The file is written under a temporary name in the same folder and then renamed. NIfTI carries the affine as sform
-    and as qform; gzip is at its quickest level, which is small enough for masks, and without a time stamp, so that
-    equal masks give equal files.
+    NIfTI has the affine as sform and as qform. Compression is gzip level 1 without a time stamp, so that equal masks
+    give equal files.
 
     Args:
-        path: where to; the ending chooses the format (see :func:`read_image`), folders are made.
+        path: the file; the suffix chooses the format (see :func:`read_scan`).
         mask: (X, Y, Z) integers between 0 and 255.
         affine: (4, 4) voxel index to world mm (RAS+).
-        notice: what whoever opens the file must know, for its header: ``descrip`` of NIfTI, which holds the first 79
-            letters, or ``Notice``.
+        notice: a text for the header: ``descrip`` of NIfTI, which holds the first 79 characters, or ``Notice``.
 
     Raises:
-        ValueError: when the ending is not known or the mask is not three-dimensional.
+        ValueError: the suffix is not known, or the mask is not three-dimensional.
     """
     path = Path(path)
     suffix = image_suffix(path)
@@ -149,7 +146,7 @@ def _header(path: str | os.PathLike[str]) -> Header:
 
 
 def _unpack(content: bytes, header: Header, path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a compressed stream up to the last voxel; what follows is looked at, and not kept."""
+    """The decompressed bytes up to the last voxel; further data are checked and discarded."""
     name = "gzip file" if header.packed == GZIP else "zlib stream"
     parts, room, surplus = [], header.end, 0
     stream = zlib.decompressobj(header.packed)
@@ -164,7 +161,7 @@ def _unpack(content: bytes, header: Header, path: str | os.PathLike[str]) -> byt
             if surplus >= header.slice_bytes:
                 raise ImageReadError(path, MORE_THAN_TOLD, COPY_AGAIN)
             if stream.eof and stream.unused_data.startswith(GZIP_MAGIC) and header.packed == GZIP:
-                content, stream = stream.unused_data, zlib.decompressobj(GZIP)  # a file of several parts
+                content, stream = stream.unused_data, zlib.decompressobj(GZIP)  # several gzip members
                 continue
             if stream.eof or not (part or stream.unconsumed_tail):
                 break
@@ -174,12 +171,12 @@ def _unpack(content: bytes, header: Header, path: str | os.PathLike[str]) -> byt
     if not stream.eof or room:
         raise ImageReadError(path, f"not a complete {name}", "copy it again")
     if stream.unused_data.strip(b"\0"):
-        logger.warning("%s: %d bytes behind the end of the %s are left out", path, len(stream.unused_data), name)
+        logger.warning("%s: %d bytes after the end of the %s are ignored", path, len(stream.unused_data), name)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _scaled(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
-    """Values in this machine's byte order, with the header's scaling applied where it asks for any."""
+    """Values in native byte order, with the header's scaling applied."""
     if (slope, inter) == (1.0, 0.0):
         dtype = np.dtype(np.float32) if raw.dtype.kind == "f" else raw.dtype.newbyteorder("=")
         return raw.astype(dtype, copy=False)
@@ -192,7 +189,7 @@ def _scaled(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
 def _nifti_bytes(mask: np.ndarray, affine: np.ndarray, notice: str, compress: bool) -> bytes:
     image = nib.Nifti1Image(mask.astype(np.uint8, copy=False), affine)
     image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)  # without the shears, which a qform cannot hold; readers prefer the sform
+    image.set_qform(affine, code=1)  # without shear, which a qform cannot represent; readers prefer the sform
     image.header.set_xyzt_units("mm")
     letters = notice.encode("ascii", "replace")
     image.header["descrip"] = letters if len(letters) <= NIFTI_LETTERS else letters[: NIFTI_LETTERS - 3] + b"..."

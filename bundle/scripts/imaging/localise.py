@@ -1,8 +1,8 @@
-"""Where to put the network's box: on the tumour's mask; without one by the brain in the PET or the top of the body.
+"""Position of the network's box: at the tumour's mask, or by the brain in the PET or the top of the body in the CT.
 
-Everything happens in world millimetres (RAS+), so that no rule depends on the order or the direction of the array's
-axes. Each answer says by which rule it was found and what makes it doubtful. What a coarse look of the network itself
-proposes (:mod:`scripts.prediction.coarse`) moves the box where the anatomy found by the rules allows it.
+All positions are world mm (RAS+), independent of the order and direction of the array axes. Each location has the rule
+that was used and doubts about it. A coarse pass of the network (:mod:`scripts.prediction.coarse`) may move the box
+within the limits of the anatomy that the rules found.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ METHOD_MASK = "mask"
 METHOD_PET_BRAIN = "pet_brain"
 METHOD_CT_TOP = "ct_body_top"
 METHOD_CENTRE = "scan_centre"
-BY_NETWORK = "+network"  # behind the rule's name: the box was then moved onto what the network sees
+BY_NETWORK = "+network"  # suffix of the rule: the box was then moved to the tumour found by the network
 
 # --- the box in relation to the brain ------------------------------------------------------------------------
-# From the authors' rule: the box reaches 30 mm above the lowest slice of the brain, the rest lies below, and it is
-# centred 30 mm in front of the brain's middle (the rule's "y - 30" counts y backwards), where the pharynx is.
+# The authors' rule: the box extends from 30 mm above the lowest slice of the brain downwards, and is centred 30 mm
+# anterior to the middle of the brain (their y axis is reversed: "y - 30"), at the pharynx.
 ABOVE_BRAIN_BASE_MM = 30.0
 FRONT_OF_BRAIN_MM = 30.0
-# An adult's head from the vertex of the skin to the lowest slice of the brain, for use without a brain in the PET.
+# An adult's head from the vertex to the lowest slice of the brain, for use without a brain in the PET.
 VERTEX_TO_BRAIN_BASE_MM = 140.0
 
-# --- what passes for a brain -----------------------------------------------------------------------------------
-# Grid and smoothing to look at the scans with; both are in mm, hence the same for any scanner.
+# --- criteria of a brain -----------------------------------------------------------------------------------------
+# Spacing and smoothing of the search, in mm, so that they are the same for any scanner.
 LOOK_SPACING_MM = 4.0
 LOOK_SIGMA_MM = 4.0
-# The paper's 3 SUV first; then higher ones, where the brain runs into a hot neighbour, then a lower one for faint
-# brains.
+# The paper's 3 SUV first; then higher thresholds, where the brain is connected to other uptake, then a lower one for
+# low uptake.
 BRAIN_SUV = (3.0, 5.0, 8.0, 2.0)
 BRAIN_ML = (350.0, 2600.0)
-CUT_BRAIN_ML = 60.0  # enough where the brain reaches the upper end of the scan
+CUT_BRAIN_ML = 60.0  # where the brain reaches the upper end of the scan
 BRAIN_WIDTH_MM = (75.0, 230.0)  # left to right, and front to back
 BRAIN_HEIGHT_MM = 200.0
 BRAIN_FILL = 0.45  # share of the ellipsoid with the same extents
-# Bone in the layer around it, as seen in the CT: a skull has it all around, no tumour, heart or bladder has.
+# Bone in the CT in the layer around it: a skull surrounds the brain, but no tumour, heart or bladder.
 SKULL_LAYER_MM = 16.0
 SKULL_HU = 250.0
 SKULL_SHARE = 0.12
-# The lowest slice that counts as brain holds at least this share of its largest slice: below it is the brain stem, or a
-# hot neighbour grown into it.
+# The lowest slice of the brain has at least this share of the area of its largest slice: below are the brain stem or
+# connected uptake.
 BRAIN_BASE_SHARE = 0.15
 
-# --- what the network may propose --------------------------------------------------------------------------------
+# --- candidates of the network ----------------------------------------------------------------------------------
 CANDIDATE_ML = 1.0
 CANDIDATE_CONFIDENCE = 0.8
 CANDIDATE_MARGIN_MM = 10.0
-# How far above and below the height from which the box hangs a tumour's middle may lie, by rule. That height is 30 mm
-# above the brain's base; without a brain it is less certain. Disease lies at most 330 mm below the top of a CT.
+# Range of a tumour's middle above and below the top of the box, by rule. The top is 30 mm above the base of the brain;
+# without a brain it is less certain. Disease is at most 330 mm below the top of a CT.
 REACH_MM = {METHOD_PET_BRAIN: (-20.0, 256.0), METHOD_CT_TOP: (60.0, 330.0)}
 REACH_SIDE_MM = 110.0  # to the sides, to the front and to the back
 
-# --- what passes for SUV, and for a head ------------------------------------------------------------------------
+# --- criteria of SUV and of a head -----------------------------------------------------------------------------
 MAX_MEAN_SUV = 50.0  # the mean over a field of view is below 2 in SUV, in the hundreds in Bq/mL
 MIN_SIGNAL_SUV = 0.5
 BODY_HU = -400.0
-HEAD_AREA_CM2 = 80.0  # a slice through a head; raised forearms, tables and head rests stay below
-HEAD_DEPTH_MM = 50.0  # and the slices this far below must hold as much
+HEAD_AREA_CM2 = 80.0  # a slice through a head; raised forearms, tables and head rests have less
+HEAD_DEPTH_MM = 50.0  # over which slices must have this area
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where the box goes, by which rule, and what is doubtful about it.
+    """Position of the box, the rule that was used, and doubts.
 
     Args:
         centre_mm: (3,) world position of the box's centre in mm.
-        method: one of the ``METHOD_*`` names, with ``BY_NETWORK`` behind it where a candidate moved the box.
-        flag: ``""``, or the reasons for doubt, separated by "; ".
+        method: one of the ``METHOD_*`` names, with the suffix ``BY_NETWORK`` where a candidate moved the box.
+        flag: doubts, separated by "; ", or ``""``.
 
     Example:
         >>> Location(np.zeros(3), METHOD_PET_BRAIN + BY_NETWORK).rule
@@ -86,19 +86,19 @@ class Location:
 
     @property
     def rule(self) -> str:
-        """The ``METHOD_*`` name alone: what is known of the anatomy."""
+        """The ``METHOD_*`` name without ``BY_NETWORK``."""
         return self.method.removesuffix(BY_NETWORK)
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """What a rule knows of the anatomy, whatever the box's size.
+    """The anatomical reference point found by a rule, independent of the size of the box.
 
     Args:
         point_mm: (3,) world position of the middle of the box's upper face in mm; with ``METHOD_CENTRE`` of the box's
             middle.
         method: the rule, one of the ``METHOD_*`` names.
-        flag: the reasons for doubt, as of a :class:`Location`.
+        flag: doubts, as of a :class:`Location`.
     """
 
     point_mm: np.ndarray
@@ -107,17 +107,17 @@ class Anchor:
 
     @property
     def doubtful(self) -> bool:
-        """Whether it is anything else than a whole brain in the PET."""
+        """Whether it is not a whole brain in the PET."""
         return self.method != METHOD_PET_BRAIN or self.flag != ""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A connected region that the network takes for tumour.
+    """A connected region that the network classifies as tumour.
 
     Args:
         bounds_mm: (2, 3) lowest and highest world coordinate in mm.
-        mass_ml: its volume in ml, every voxel weighed by its probability.
+        mass_ml: its volume in ml, weighted by probability.
         confidence: its highest probability.
     """
 
@@ -132,10 +132,10 @@ class Candidate:
 
 
 class NoCoarsePass(RuntimeError):  # noqa: N818 - a reason, told as a flag
-    """Why a proposer could not look at a scan."""
+    """Why the coarse pass was not possible."""
 
 
-# (ct, ct_grid, pet, pet_grid, anchor) -> candidates, None where it need not look; raises NoCoarsePass
+# (ct, ct_grid, pet, pet_grid, anchor) -> candidates, None where it is not needed; raises NoCoarsePass
 Proposer = Callable[[np.ndarray, Grid, np.ndarray, Grid, Anchor], list[Candidate] | None]
 
 
@@ -155,16 +155,16 @@ def locate_mask(
     """Centre the box on the bounding box of a mask.
 
     Args:
-        mask: (X, Y, Z), non-zero where there is tumour.
+        mask: (X, Y, Z), non-zero in the tumour.
         mask_grid: the mask's grid.
         roi_size: voxels of the box.
         spacing_mm: voxel size of the box in mm.
 
     Returns:
-        The location; its flag tells when part of the mask lies outside the box.
+        The location; its flag says if part of the mask is outside the box.
 
     Raises:
-        ValueError: when the mask is empty: the caller has another rule for that.
+        ValueError: the mask is empty.
     """
     window = bounding_window(mask)
     if window is None:
@@ -187,10 +187,9 @@ def locate_head_neck(
 ) -> Location:
     """Find the head and neck in a PET/CT without a mask.
 
-    The brain in the PET is used where there is one: warm, of a brain's size and shape, with bone around it. Without it
-    the box hangs from the top of the head in the CT; without a head it takes the middle of the scan. With a
-    ``proposer`` that looks, the box is centred on the tumour that the network sees where the head and neck can be. See
-    :func:`find_anchor` and :func:`place_box`.
+    The brain in the PET is used if found, by its uptake, size, shape and the bone around it; otherwise the top of the
+    head in the CT; without a head the middle of the scan. With candidates of a ``proposer``, the box is centred on the
+    tumour that the network finds where the head and neck can be. See :func:`find_anchor` and :func:`place_box`.
 
     Args:
         ct: (X, Y, Z) CT in HU.
@@ -202,7 +201,7 @@ def locate_head_neck(
         proposer: what proposes tumours, as :class:`scripts.prediction.coarse.CoarsePass`; None for the rules alone.
 
     Returns:
-        The location with the rule that found it and what is doubtful about it.
+        The location.
     """
     anchor = find_anchor(ct, ct_grid, pet, pet_grid)
     candidates = None
@@ -215,7 +214,7 @@ def locate_head_neck(
 
 
 def find_anchor(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> Anchor:
-    """The anatomy by the best rule that has an answer: brain in the PET, top of the head in the CT, middle of the scan.
+    """The anchor by the first rule that applies: brain in the PET, top of the head in the CT, middle of the scan.
 
     Args:
         ct: (X, Y, Z) CT in HU.
@@ -233,7 +232,7 @@ def find_anchor(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) 
 
 
 def anchor_at_brain(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> Anchor | None:
-    """In front of the brain in the PET and somewhat above its base; None where there is no plausible brain."""
+    """The anchor by the brain in the PET; None where there is no plausible brain."""
     brain = _find_brain(ct, ct_grid, pet, pet_grid)
     if brain is None:
         return None
@@ -249,18 +248,17 @@ def place_box(
     spacing_mm: float | Sequence[float],
     candidates: Sequence[Candidate] | None = None,
 ) -> Location:
-    """The box at what the rules and the network have found, within the CT as far as it can.
+    """The box by the anchor and the candidates, within the CT as far as possible.
 
-    Only candidates count that are confident and whose middle lies where the anchor says that a neck is. The heaviest
-    is in the box for sure, the next ones by mass as long as all fit; the box is centred on them together, as it is
-    centred on the mask in training.
+    Only confident candidates whose middle is in the range of the anchor are used. The one of largest mass is always in
+    the box, further ones in order of mass if all fit; the box is centred on all of them, as on the mask in training.
 
     Args:
-        anchor: the anatomy.
+        anchor: of :func:`find_anchor`.
         ct_grid: the CT's grid.
         roi_size: voxels of the box.
         spacing_mm: voxel size of the box in mm.
-        candidates: what the network sees, anywhere in the scan; None where it has not looked.
+        candidates: regions found by the network anywhere in the scan; None without a coarse pass.
 
     Returns:
         The location. Its method ends in ``BY_NETWORK`` where candidates placed the box.
@@ -272,18 +270,18 @@ def place_box(
     if candidates is not None:
         bounds = _bounds_of_tumour(anchor, candidates, box.extent - 2 * CANDIDATE_MARGIN_MM)
         if bounds is None:
-            doubts.append("the network sees no tumour there")
+            doubts.append("the network finds no tumour there")
         else:
             centre, method = bounds.mean(axis=0), method + BY_NETWORK
     centre = _keep_inside(centre, ct_grid, box)
     covered = _covered(ct_grid, box_grid(centre, roi_size, spacing_mm))
     if covered < 0.5:
-        doubts.append(f"the CT covers {100 * covered:.0f} % of the box only")
+        doubts.append(f"the CT covers only {100 * covered:.0f} % of the box")
     return Location(centre, method, "; ".join(filter(None, doubts)))
 
 
 def credible_bounds(anchor: Anchor) -> np.ndarray | None:
-    """Lowest and highest world position (2, 3) of a tumour's middle, in mm; None where no anatomy excludes any."""
+    """Lowest and highest possible position (2, 3) of a tumour's middle in mm; None where it is not restricted."""
     if anchor.method == METHOD_CENTRE:
         return None
     above, below = REACH_MM[anchor.method]
@@ -292,7 +290,7 @@ def credible_bounds(anchor: Anchor) -> np.ndarray | None:
 
 
 def _bounds_of_tumour(anchor: Anchor, candidates: Sequence[Candidate], room: np.ndarray) -> np.ndarray | None:
-    """Bounds (2, 3) of the credible candidates, heaviest first, as long as they fit into ``room`` mm; None without."""
+    """Bounds (2, 3) of the possible candidates, by mass, that fit into ``room`` mm together; None without any."""
     credible = credible_bounds(anchor)
     bounds = None
     for candidate in sorted(candidates, key=lambda c: -c.mass_ml):
@@ -310,7 +308,7 @@ def _bounds_of_tumour(anchor: Anchor, candidates: Sequence[Candidate], room: np.
 
 
 def _keep_inside(centre: np.ndarray, grid: Grid, box: Grid) -> np.ndarray:
-    """Move the box's centre so that the box lies within a scan; centre it where the scan is the smaller one."""
+    """The box's centre moved so that the box is within the scan; along axes where the scan is smaller, its middle."""
     low, high = grid.bounds
     half = np.minimum(box.extent, high - low) / 2
     return np.clip(centre, low + half, high - half)
@@ -324,25 +322,25 @@ def _covered(grid: Grid, box: Grid) -> float:
 
 
 def pet_faults(pet: np.ndarray, pet_grid: Grid, ct_grid: Grid) -> list[str]:
-    """Reasons not to look for a brain or a tumour in this PET; none for a sound one."""
+    """Reasons not to search this PET for a brain or a tumour."""
     overlap = np.minimum(pet_grid.bounds[1], ct_grid.bounds[1]) - np.maximum(pet_grid.bounds[0], ct_grid.bounds[0])
     if (overlap <= 0).any():
         return ["PET and CT do not overlap"]
     coarse = pet[::2, ::2, ::2]
     if not np.isfinite(coarse).all():
-        return ["the PET holds values that are not numbers"]
+        return ["the PET has values that are not finite numbers"]
     mean = float(coarse.mean(dtype=np.float64))
     if mean > MAX_MEAN_SUV:
         return [f"the PET is not in SUV (mean {mean:.0f})"]
     if float(coarse.max()) < MIN_SIGNAL_SUV:
-        return ["the PET holds no signal"]
+        return ["the PET has no signal"]
     return []
 
 
 def _find_brain(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> _Brain | None:
-    """The highest region of the PET that looks like a brain, at the first threshold that shows one."""
+    """The uppermost brain-like region of the PET, at the first threshold that gives one."""
     low, high = pet_grid.bounds
-    # sideways the CT says how far there is something to see; upwards a brain in the PET alone is good enough
+    # limited to the CT in the plane only: along z, a brain outside the CT is useful too
     low[:2] = np.maximum(low[:2], ct_grid.bounds[0, :2] - SKULL_LAYER_MM)
     high[:2] = np.minimum(high[:2], ct_grid.bounds[1, :2] + SKULL_LAYER_MM)
     look = _look_grid(low, high, LOOK_SPACING_MM)
@@ -367,7 +365,7 @@ def _find_brain(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) 
 def _as_brain(
     region: np.ndarray, window: tuple[slice, slice, slice], look: Grid, ct: np.ndarray, ct_grid: Grid
 ) -> _Brain | None:
-    """A connected region as a brain, or None where its size, shape or surroundings speak against it."""
+    """A connected region as a brain; None where its size, shape or surroundings do not match."""
     region = ndimage.binary_fill_holes(region)
     size = np.array(region.shape) * look.spacing
     volume = float(region.sum()) * look.voxel_ml
@@ -409,7 +407,7 @@ def _bone_around(
 
 
 def anchor_at_body_top(ct: np.ndarray, ct_grid: Grid) -> Anchor:
-    """Below the top of the head in the CT, or the top of the scan where no head ends; the scan's middle without one."""
+    """The anchor by the top of the head in the CT, or of the scan if the head is cut off; without a head its middle."""
     coarse, coarse_grid = _thin_out(ct, ct_grid, LOOK_SPACING_MM)
     look = _look_grid(ct_grid.bounds[0], ct_grid.bounds[1], LOOK_SPACING_MM * 1.5)
     body = smooth_resample(coarse, coarse_grid, look, LOOK_SIGMA_MM * 1.5, fill=-1024.0) > BODY_HU
@@ -425,24 +423,24 @@ def anchor_at_body_top(ct: np.ndarray, ct_grid: Grid) -> Anchor:
     z = look.to_world(np.stack([0 * slices, 0 * slices, slices], axis=-1))[:, 2]
     drop = 0.0 if open_ended else VERTEX_TO_BRAIN_BASE_MM - ABOVE_BRAIN_BASE_MM
     head = (z <= top) & (z >= top - 150.0) & (areas > 0)
-    middle = np.mean([_middle(pieces[k]) for k in np.flatnonzero(head)], axis=0)
+    middle = np.mean([np.argwhere(pieces[k]).mean(axis=0) for k in np.flatnonzero(head)], axis=0)
     x, y = look.to_world([*middle, 0.0])[:2]
     flag = "the head is cut off or absent at the top of the CT" if open_ended else ""
     return Anchor(np.array([x, y, top - drop]), METHOD_CT_TOP, flag)
 
 
 def _head_top(areas: np.ndarray, look: Grid) -> tuple[float, bool]:
-    """World z of the top of the head, and whether the body goes on to the upper end of the scan.
+    """World z of the top of the head, and whether the body extends to the upper end of the scan.
 
-    The top is the highest slice below which, for some centimetres, one piece of the body is as large as a head:
-    raised arms above it are two smaller ones.
+    The top is the uppermost slice below which, over :data:`HEAD_DEPTH_MM`, one connected section is as large as a head:
+    raised arms are two smaller ones.
     """
     depth = max(1, round(HEAD_DEPTH_MM / look.spacing[2]))
     large = areas >= HEAD_AREA_CM2
     runs = [k for k in range(len(areas)) if large[max(0, k - depth) : k + 1].all()]
     highest = max(runs) if runs else int(np.flatnonzero(large)[-1])
     open_ended = highest >= len(areas) - 2
-    # a head reaches its full section some 2 cm below its top
+    # a head reaches this area about 2 cm below its top
     top = float(look.to_world([0, 0, highest])[2]) + (0.0 if open_ended else 15.0)
     return top, open_ended
 
@@ -456,10 +454,6 @@ def _largest_piece(section: np.ndarray) -> np.ndarray:
     return labels == sizes.argmax()
 
 
-def _middle(section: np.ndarray) -> np.ndarray:
-    return np.argwhere(section).mean(axis=0)
-
-
 def _look_grid(low: np.ndarray, high: np.ndarray, spacing_mm: float) -> Grid:
     """Axis-aligned grid between two corners in world mm."""
     shape = np.maximum(1, np.ceil((high - low) / spacing_mm - 1e-6)).astype(int)
@@ -467,7 +461,7 @@ def _look_grid(low: np.ndarray, high: np.ndarray, spacing_mm: float) -> Grid:
 
 
 def _thin_out(array: np.ndarray, grid: Grid, spacing_mm: float) -> tuple[np.ndarray, Grid]:
-    """Every k-th voxel of an image, where its voxels are smaller than needed: quick, for looking around only."""
+    """Every k-th voxel of an image with voxels smaller than ``spacing_mm``, for a fast search."""
     steps = np.maximum(1, np.floor(spacing_mm / grid.spacing + 1e-6)).astype(int)
     whole = tuple(slice(0, n) for n in grid.shape)
     return array[tuple(slice(None, None, int(k)) for k in steps)], grid.crop(whole, steps.tolist())

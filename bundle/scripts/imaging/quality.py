@@ -1,8 +1,8 @@
-"""Checks of a case before the network sees it, and of the network's features after it has.
+"""Quality control of a case before it enters the network, and of the network's features.
 
-The paper removed cases with negative SUV and with extravasation by hand; here rules do it, the same in training
-(reported exclusions) and in prediction. Every rule measures one quantity and compares it with the limits of one table,
-:data:`DEFAULT_LIMITS`; a case of clinical size takes some hundredths of a second.
+In the paper, cases with negative SUV and with extravasation were removed by hand; here rules do it, in training
+(reported exclusions) and in prediction. Each rule measures one quantity and compares it with its limits in
+:data:`DEFAULT_LIMITS`. A case of clinical size takes some hundredths of a second.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ logger = logging.getLogger(__name__)
 
 OK, WARN, REJECT = "ok", "warn", "reject"
 VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
-RAISE, FLAG = "raise", "flag"  # what to do with a case that is rejected
+RAISE, FLAG = "raise", "flag"  # actions for a rejected case
 HEAD_IN_VIEW = "head_in_view"
 HEADERS = "headers"
-VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # a training set sets its own range of these
+VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # replaced by the range of a training set
 
 Limits = Mapping[str, Mapping[str, float]]
 
-# A value beyond ``warn_*`` is worth a look, one beyond ``reject_*`` is not fit for the network.
+# A value beyond ``warn_*`` should be looked at; one beyond ``reject_*`` is unsuitable for the network.
 DEFAULT_LIMITS: dict[str, dict[str, float]] = {
     # --- PET values -----------------------------------------------------------------------------------------
-    "pet_not_finite": {"reject_above": 0},  # the resampling spreads a single NaN over the whole box
-    # resampled or filtered images undershoot zero by some hundredths; HECKTOR's negative cases are the paper's two
+    "pet_not_finite": {"reject_above": 0},  # resampling would propagate a single NaN to the whole box
+    # resampling and filtering give values some hundredths below zero; the paper removed two negative cases of HECKTOR
     "pet_lowest": {"warn_below": -0.05, "reject_below": -0.5},
-    # muscle is 0.6 to 0.9 SUV and blood 1.5 to 2: less contrast than 0.5 is none; tonsils or brain reach 2 anywhere
+    # muscle has 0.6 to 0.9 SUV, blood 1.5 to 2: a range below 0.5 shows no contrast; tonsils and brain always reach 2
     "pet_contrast": {"warn_below": 2.0, "reject_below": 0.5},
-    # by its definition SUV averages about 1 over a body; 0.35 to 1.3 in 21 real scans and in the phantoms; Bq/mL are
-    # 1000 to 5000 times as much, an 8-bit scale or raw counts 10 times and more, SUV with the weight in kg 1/1000.
-    # Twice the right scale stays within the limits in every other scan.
+    # by definition the mean SUV of a body is about 1; 0.35 to 1.3 in 21 real scans and in the phantoms; Bq/mL are 1000
+    # to 5000 times as large, an 8-bit scale or raw counts 10 times and more, SUV with the weight in kg 1/1000. A scale
+    # that is wrong by a factor of 2 is within the limits in every second scan.
     "pet_body": {"warn_below": 0.15, "reject_below": 0.02, "warn_above": 2.0, "reject_above": 10.0},
-    # tumours stay below 50, a full bladder below 100; beyond 1000 the whole dose would sit in a few millilitres
+    # tumours have less than 50, a full bladder less than 100; at 1000 the whole dose would be in a few millilitres
     "pet_highest": {"warn_above": 100.0, "reject_above": 1000.0},
     # 1 % of the dose left in an arm is about 5 % of the activity of a head and neck scan; an axillary node of 20 ml and
     # SUV 10 is below 2 %
@@ -70,19 +70,19 @@ DEFAULT_LIMITS: dict[str, dict[str, float]] = {
     "pet_blank_slices": {"warn_above": 0},
     # --- CT values ------------------------------------------------------------------------------------------
     "ct_not_finite": {"reject_above": 0},
-    # air is -1000 HU and part of every scan; 0 with the 1024 left on, with raw values or with grey levels
+    # air is -1000 HU and part of every scan; 0 if the offset of 1024 remains, or for raw values or grey levels
     "ct_lowest": {"warn_above": -700.0, "reject_above": -300.0},
-    # -995 to -885 HU (with foam) in 20 real scans, -1024 where it is cut there; a scale of 2 makes -2000 of it
+    # -995 to -885 HU (with foam) in 20 real scans, -1024 if clipped; -2000 if the scale is wrong by a factor of 2
     "ct_air": {"warn_below": -1050.0, "reject_below": -1400.0, "warn_above": -850.0, "reject_above": -600.0},
     # fat is -100, muscle 50 HU: medians of -26 to 50 in 20 real scans and in the phantoms
     "ct_tissue": {"warn_below": -120.0, "reject_below": -250.0, "warn_above": 150.0, "reject_above": 400.0},
-    # a head fills 4 % of the widest field of view (700 mm)
+    # a head has 4 % of the largest field of view (700 mm)
     "ct_body": {"warn_below": 2.5, "reject_below": 1.0},
     # none in 20 real scans, at most 0.04 % in the phantoms
     "ct_speckle": {"warn_above": 0.1},
     "ct_blank_slices": {"warn_above": 0},
     # --- what is in view ----------------------------------------------------------------------------------------
-    # extents that differ are common (HECKTOR), an overlap that is empty is known too
+    # different extents are common (HECKTOR); scans without overlap occur
     "overlap": {"warn_below": 60.0, "reject_below": 20.0},
     # 95 % for the shortest scans of HECKTOR (290 mm) and a box of 256 mm
     "box_in_view": {"warn_below": 60.0, "reject_below": 25.0},
@@ -91,7 +91,7 @@ DEFAULT_LIMITS: dict[str, dict[str, float]] = {
     "airway": {"warn_below": 80.0, "reject_below": 40.0},
     # --- voxel sizes: HECKTOR's CT from 0.49x0.49x2 to 2.73x2.73x3 mm, PET from 0.98x0.98x2.5 to 5.47x5.47x3.27 mm, 2 %
     # of rounding allowed. Both come from one scanner, hence one range of slices (2 to 3.27 mm). A node of 15 mm is a
-    # single voxel where images are rejected. :func:`fit_voxel_limits` puts a training set's own range in their place.
+    # single voxel where images are rejected. :func:`fit_voxel_limits` gives the range of a training set instead.
     "ct_in_plane": {"warn_below": 0.48, "warn_above": 2.78, "reject_above": 15.0},
     "ct_slice": {"warn_below": 1.96, "warn_above": 3.34, "reject_above": 15.0},
     "pet_in_plane": {"warn_below": 0.96, "warn_above": 5.58, "reject_above": 15.0},
@@ -99,27 +99,27 @@ DEFAULT_LIMITS: dict[str, dict[str, float]] = {
     # --- shape of the voxels: scanners have square pixels, and axes at right angles unless the gantry is tilted -------
     "voxel_skew": {"warn_above": 0.5},
     "pixel_aspect": {"warn_above": 1.05},
-    # --- CT against PET: measured in steps of 8 mm; a head that moved between the scans is off by 10 mm ----------
+    # --- CT against PET: measured in steps of 8 mm; motion of the head between the scans is about 10 mm -----------
     "misalignment": {"warn_above": 20.0, "reject_above": 40.0},
-    # equal outlines have 100 %, chance is about 0; 95 % and more in the phantoms, 78 % and more in legs with faint fat,
+    # equal outlines have 100 %, chance about 0; at least 95 % in the phantoms, 78 % in legs with little uptake in fat,
     # 50 to 91 % where the PET is upside down
     "outline_agreement": {"warn_below": 75.0, "reject_below": 50.0},
     # at most 5 mm in head and neck phantoms, 9 mm in legs; one turned by 12 degrees has 10 mm
     "outline_distortion": {"warn_above": 10.0},
     # --- the tumour's mask, where there is one: in training and evaluation --------------------------------------------
     "mask_values": {"reject_above": 0},
-    # a mask without its affine, or with another patient's, lies beside the CT in part or in whole
+    # a mask without its affine, or of another patient, is partly or completely outside the CT
     "mask_in_ct": {"warn_below": 99.5, "reject_below": 50.0},
-    # the largest of 262 phantoms has 106 ml, of 20 sarcomas 818 ml; one that is inside out has 10 litres and more
+    # at most 106 ml in 262 phantoms, 818 ml in 20 sarcomas; an inverted mask has 10 litres and more
     "mask_volume": {"warn_above": 500.0, "reject_above": 5000.0},
-    # 2.25 and more in the same; 1.6 (median) in the phantoms' masks with left and right exchanged, 0.55 with front and
-    # back: what is outlined on FDG-PET is not colder than the body
+    # at least 2.25 in the same; median 1.6 in masks of the phantoms flipped left-right, 0.55 flipped front-back; a
+    # tumour on FDG-PET has more uptake than the body
     "mask_uptake": {"warn_below": 2.0, "reject_below": 0.75},
     # --- the network's features, in units of the 99th percentile of training cases that were held out --------------
     "feature_distance": {"warn_above": 1.0, "reject_above": 3.0},
 }
 
-# name -> unit, quantity, what a value beyond the limits means
+# name -> unit, quantity, meaning of a value beyond the limits
 _RULES: dict[str, tuple[str, str, str]] = {
     "pet_not_finite": (
         "voxels",
@@ -127,7 +127,7 @@ _RULES: dict[str, tuple[str, str, str]] = {
         "write the PET again without them; forced, they count as no uptake",
     ),
     "pet_lowest": ("SUV", "lowest PET value", "SUV cannot be negative: look at how it was computed"),
-    "pet_contrast": ("SUV", "highest less lowest PET value", "the PET shows (almost) no signal"),
+    "pet_contrast": ("SUV", "highest minus lowest PET value", "the PET has (almost) no signal"),
     "pet_body": (
         "SUV",
         "median PET value of the body",
@@ -136,13 +136,13 @@ _RULES: dict[str, tuple[str, str, str]] = {
     "pet_highest": ("SUV", "highest PET value", "implausible for SUV: look for an injection site, or another unit"),
     "pet_injection_site": (
         "%",
-        f"activity in hot spots more than {LATERAL_MM:g} mm beside the midline",
+        f"activity in hot spots more than {LATERAL_MM:g} mm from the midline",
         "extravasation at an injection site? Then SUV is too low everywhere else",
     ),
     "pet_speckle": (
         "%",
-        "share of PET pixels hotter than all around them",
-        "sharper than a scanner's blur: damaged values?",
+        "share of PET pixels far above all their neighbours",
+        "sharper than a scanner's resolution: damaged values?",
     ),
     "pet_blank_slices": (
         "slices",
@@ -154,13 +154,25 @@ _RULES: dict[str, tuple[str, str, str]] = {
         "CT values that are not finite numbers",
         "write the CT again without them; forced, they count as air",
     ),
-    "ct_lowest": ("HU", "lowest CT value", "no air: is the CT in HU (offset of 1024 left on, grey levels, windowed)?"),
+    "ct_lowest": (
+        "HU",
+        "lowest CT value",
+        "no air: is the CT in HU (offset of 1024 not applied, grey levels, windowed)?",
+    ),
     "ct_air": ("HU", "most frequent CT value of air", "air is -1000 HU: is the CT's scale (slope, intercept) right?"),
     "ct_tissue": ("HU", "median CT value of the body", "not that of soft tissue: is the CT in HU?"),
-    "ct_body": ("%", "share of the CT that is denser than lung", "no body: is the CT in HU, and is somebody in it?"),
-    "ct_speckle": ("%", "share of CT pixels far from all around them", "more than noise: damaged values?"),
+    "ct_body": ("%", "share of the CT that is denser than lung", "no body: is the CT in HU, and does it show a body?"),
+    "ct_speckle": (
+        "%",
+        "share of CT pixels far above or below all their neighbours",
+        "more than noise: damaged values?",
+    ),
     "ct_blank_slices": ("slices", "CT slices of a single value between others", "were they lost? Export the CT again"),
-    "overlap": ("%", "share of the smaller scan inside the larger one", "CT and PET (almost) show different places"),
+    "overlap": (
+        "%",
+        "share of the smaller scan inside the larger one",
+        "CT and PET show (almost) different parts of the body",
+    ),
     "box_in_view": ("%", "share of the network's box that both CT and PET show", "much of it would be empty"),
     "airway": ("mm", "length of the airway in the box", "no neck: this seems to be another part of the body"),
     "ct_in_plane": ("mm", "CT voxel size in the slice", "beyond the training range"),
@@ -177,48 +189,48 @@ _RULES: dict[str, tuple[str, str, str]] = {
         "longer side of a pixel in the slice over the shorter one",
         "scanners have square pixels: a damaged position (affine)?",
     ),
-    "misalignment": ("mm", "shift between the body's outlines in CT and PET", "CT and PET do not lie on each other"),
+    "misalignment": ("mm", "shift between the body's outlines in CT and PET", "CT and PET are not aligned"),
     "outline_agreement": (
         "%",
         "agreement of the body's outlines in CT and PET, after that shift",
-        "is one of them turned, flipped, or of somebody else?",
+        "is one of them rotated, flipped, or of another patient?",
     ),
     "outline_distortion": (
         "mm",
-        "what is left between the body's outlines by a turn or a stretch",
-        "is one of them turned, or are its voxel sizes wrong?",
+        "difference of the body's outlines by rotation or scaling",
+        "is one of them rotated, or are its voxel sizes wrong?",
     ),
     "mask_values": (
         "voxels",
         "mask values other than 0, 1 (GTVp) and 2 (GTVn)",
-        "write the mask again with these",
+        "write the mask again with these values",
     ),
     "mask_in_ct": ("%", "share of the tumour's mask inside the CT", "is its position (affine) that of this CT?"),
-    "mask_volume": ("ml", "volume of the tumour's mask", "is it inside out, or not of a tumour?"),
+    "mask_volume": ("ml", "volume of the tumour's mask", "is it inverted, or not of a tumour?"),
     "mask_uptake": (
         "x",
         "mean PET value in the tumour's mask against the body's median",
-        "the mask does not lie on uptake: is it flipped, shifted, or of somebody else?",
+        "the mask is not on uptake: is it flipped, shifted, or of another patient?",
     ),
     "feature_distance": (
         "x",
         "distance of the network's features from the training cases, in their 99th percentiles",
-        "unlike the cases that the network has learnt from",
+        "unlike the training cases",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one rule says of one case.
+    """The result of one rule for one case.
 
     Args:
         name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view`` or ``headers``.
-        value: what was measured; text where the finding is one of several, None where it cannot be measured.
+        value: the measured value; a text for categories, None where it cannot be measured.
         unit: of the value, ``""`` for text.
-        limit: what is accepted, and from where on it is rejected, for people.
+        limit: the limits of warning and rejection, as text.
         verdict: ``ok``, ``warn`` or ``reject``.
-        message: the finding in words, with what to do about it.
+        message: the finding and what to do.
     """
 
     name: str
@@ -230,7 +242,7 @@ class Check:
 
 
 class QualityError(ValueError):
-    """A case that is not fit for the network: the patient, what was found, and what to do.
+    """A rejected case: the patient, the findings, and what to do.
 
     Args:
         patient: the patient's id.
@@ -244,26 +256,25 @@ class QualityError(ValueError):
     def __str__(self) -> str:
         faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
         return (
-            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, leave the case out, or "
-            "set 'force' to predict it in spite of this"
+            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, exclude the case, or "
+            "set 'force' to predict it all the same"
         )
 
 
 class CheckQualityd(MapTransform):
     """Check a case between :class:`.LocaliseBoxd` and :class:`.ResampleToBoxd`.
 
-    Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which collates as text does. A mask is
-    checked too, where there is one. Each of ``doubts``, what reading the scans found doubtful in their headers, becomes
-    a warning ``headers``.
+    Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which can be collated. A mask is checked
+    too, where there is one. Each text of ``doubts`` (of the headers of the scans) becomes a warning ``headers``.
 
     Args:
-        roi_size: voxels of the box along x, y, z, as the transforms beside it were given them.
-        on_reject: ``"raise"`` stops a case that a rule rejects, so that it is listed as an exclusion; ``"flag"`` lets
-            it pass with its checks, and with air and no uptake where its values are not finite numbers.
+        roi_size: voxels of the box along x, y, z, as for the other transforms.
+        on_reject: ``"raise"`` raises for a rejected case, so that it is listed as an exclusion; ``"flag"`` keeps it,
+            with its checks, and replaces values that are not finite by air and no uptake.
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
-        advisory: names of checks that warn where they would reject, e.g. those on the field of view in training, whose
-            boxes lie on masks.
-        keys: CT and PET, as :class:`scripts.imaging.transforms.LoadScansd` leaves them, and so the mask.
+        advisory: names of checks that warn instead of rejecting, e.g. those on the field of view in training, where
+            the box is centred on the mask.
+        keys: CT and PET, as set by :class:`scripts.imaging.transforms.LoadScansd`, like the mask.
 
     Raises:
         QualityError: when a rule rejects the case and ``on_reject`` is ``"raise"``.
@@ -285,7 +296,7 @@ class CheckQualityd(MapTransform):
         if unknown:
             raise ValueError(f"no quality check is called {', '.join(unknown)}")
         self.roi_size, self.on_reject, self.advisory = roi_size, on_reject, tuple(advisory)
-        self.limits = merge_limits(limits)  # all of them: a cache that is keyed by a transform's values must know them
+        self.limits = merge_limits(limits)  # all limits, since caches are keyed by the attributes of transforms
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Check the case."""
@@ -307,12 +318,12 @@ class CheckQualityd(MapTransform):
         d[keys.QUALITY] = checks_to_json(checks)
         counts = {check.name: check.value for check in checks}
         for key, name, fill in zip(self.keys, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
-            if counts[name]:  # a case that passes all the same
+            if counts[name]:  # a rejected case that is kept
                 d[key] = torch.nan_to_num(d[key], nan=fill, posinf=fill, neginf=fill)
         return d
 
     def _advise(self, check: Check, case: Mapping[Hashable, Any]) -> Check:
-        """A check that may only warn, and a line in the log for what it would have rejected."""
+        """The check, as a warning if it is advisory; what it would have rejected is logged."""
         if check.verdict != REJECT or check.name not in self.advisory:
             return check
         logger.warning("patient %s: kept in spite of %s: %s", case.get(keys.PATIENT_ID, "?"), check.name, check.message)
@@ -336,13 +347,13 @@ def check_case(
         ct_grid: its grid.
         pet: (X, Y, Z) PET, supposedly in SUV, on a grid of its own.
         pet_grid: the PET's grid.
-        location: where :mod:`scripts.imaging.localise` puts the box.
+        location: position of the box, of :mod:`scripts.imaging.localise`.
         roi_size: voxels of the box.
         spacing_mm: voxel size of the box in mm.
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
 
     Returns:
-        One check a rule, in the order of :data:`DEFAULT_LIMITS`.
+        One check per rule, in the order of :data:`DEFAULT_LIMITS`.
     """
     table = merge_limits(limits)
     box = box_grid(location.centre_mm, roi_size, spacing_mm)
@@ -367,7 +378,7 @@ def check_case(
         words = ", ".join(f"{axis} {mm:+.0f}" for axis, mm in zip("xyz", shift, strict=True))
         checks["misalignment"] = _tell(checks["misalignment"], f"PET by {words} mm against the CT")
     if checks["outline_distortion"].verdict != OK and distorted is not None:
-        checks["outline_distortion"] = _tell(checks["outline_distortion"], f"turned by {turn:.0f} degrees")
+        checks["outline_distortion"] = _tell(checks["outline_distortion"], f"rotated by {turn:.0f} degrees")
     head = _check_head(location, ct, ct_grid, box, table)
     order = [*table]
     return sorted([*checks.values(), head], key=lambda c: order.index("airway" if c is head else c.name))
@@ -382,7 +393,7 @@ def check_mask(
     body: float,
     limits: Limits | None = None,
 ) -> list[Check]:
-    """Apply the rules on a tumour's mask (see :func:`scripts.imaging.quality_measures.measure_mask`).
+    """Apply the rules for a tumour's mask (see :func:`scripts.imaging.quality_measures.measure_mask`).
 
     Args:
         mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
@@ -401,13 +412,13 @@ def check_mask(
 
 
 def reject_action(force: bool | str) -> str:
-    """What to do with a rejected case: ``"flag"`` where it is to be predicted all the same, else ``"raise"``.
+    """The action for a rejected case: ``"flag"`` if it shall be predicted all the same, otherwise ``"raise"``.
 
     Args:
         force: True or False, also as text from a command line.
 
     Raises:
-        ValueError: for anything else: a mistyped word must not switch the checks off.
+        ValueError: any other value.
 
     Example:
         >>> reject_action(False), reject_action("true")
@@ -484,7 +495,7 @@ def checks_from_json(text: str) -> list[Check]:
 
 
 def check_features(features: np.ndarray, statistics: Mapping[str, Any], limits: Limits | None = None) -> Check:
-    """Whether a case's features are like those of the training cases.
+    """Check the distance of a case's features from those of the training cases.
 
     Args:
         features: (F,) of one case, from the network whose statistics these are.
@@ -493,12 +504,11 @@ def check_features(features: np.ndarray, statistics: Mapping[str, Any], limits: 
 
     Returns:
         The check ``feature_distance``: the distance in units of the held-out training cases' 99th percentile. Without
-        statistics it is ``ok`` without a value and its message says ``not available``: the model, not the case, is to
-        blame.
+        statistics it is ``ok``, without a value, and its message says ``not available``.
     """
     if "reason" in statistics:
         unknown = _judge("feature_distance", None, merge_limits(limits))
-        return replace(unknown, verdict=OK, message=f"not available, and so not checked: {statistics['reason']}")
+        return replace(unknown, verdict=OK, message=f"not available: {statistics['reason']}")
     distance = float(feature_distance(np.asarray(features).reshape(1, -1), statistics)[0])
     value = distance / statistics["reference"]
     if not np.isfinite(value):
@@ -538,14 +548,14 @@ def _range(limits: Mapping[str, float], unit: str) -> str:
 
 
 def _tell(check: Check, more: str) -> Check:
-    """A check with more words to its message."""
+    """A check with an addition to its message."""
     return replace(check, message=f"{check.message} ({more})")
 
 
 def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, table: Limits) -> Check:
-    """Whether the head and neck are in view: by the tumour's mask, by the brain, else by the airway in the CT.
+    """Whether the head and neck are in view: by the tumour's mask, by the brain, otherwise by the airway in the CT.
 
-    A neck has air inside it over most of its length, legs and arms have none.
+    A neck has air inside it over most of its length, unlike legs and arms.
     """
     limit = f"a tumour mask, a brain, or an airway of {_range(table['airway'], 'mm')}"
     found = f"box placed by {location.method}" + (f" ({location.flag})" if location.flag else "")

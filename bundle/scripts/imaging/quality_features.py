@@ -1,4 +1,4 @@
-"""What the network's features of the training cases are like, and how far from them a case is."""
+"""Distribution of the network's features over the training cases, and the distance of a case from it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 
 def fit_feature_statistics(features: np.ndarray, components: int = 16, parts: int = 5) -> dict[str, Any]:
-    """What the features of training cases are like, in plain Python that a checkpoint can hold.
+    """Statistics of the features of training cases, in plain Python for a checkpoint.
 
     Features are standardised; their covariance C is that of probabilistic PCA (Tipping and Bishop 1999): the first axes
-    U with variances L, and one noise variance s for all the others, C = U (L - s) U' + s I. It is invertible with fewer
-    cases than features. ``reference`` is the 99th percentile of the distance of cases that were left out of the
-    fit (cross-validation in ``parts``): distances of the cases fitted to would be too small.
+    U with variances L, and one noise variance s for all others, C = U (L - s) U' + s I. It is invertible with fewer
+    cases than features. ``reference`` is the 99th percentile of the distance of held-out cases (cross-validation in
+    ``parts``), since distances of the fitted cases are too small.
 
     Args:
-        features: (N, F), one row a training case.
-        components: number of axes at most.
+        features: (N, F), one row per training case.
+        components: maximum number of axes.
         parts: folds of the cross-validation.
 
     Returns:
@@ -64,7 +64,7 @@ def feature_distance(features: np.ndarray, statistics: Mapping[str, Any]) -> np.
 def _gaussian(table: np.ndarray, components: int) -> dict[str, Any]:
     """Mean and covariance of standardised features by probabilistic PCA."""
     mean, spread = table.mean(axis=0), table.std(axis=0)
-    # a unit that is silent in training must not turn the slightest answer into an infinite distance
+    # a unit without variance in training must not give an infinite distance
     least = 0.05 * float(np.sqrt(np.mean(spread**2)))
     scale = np.maximum(spread, least if least > 0 else 1.0)
     _, singular, axes = np.linalg.svd((table - mean) / scale, full_matrices=False)

@@ -1,7 +1,7 @@
-"""The quantities that quality control judges: of CT, of PET, of what they show and of how they lie on each other.
+"""The quantities of quality control: of CT, PET and mask, of their fields of view and of their alignment.
 
-All of them look at thinned-out or coarsely resampled scans. Positions are world millimetres (RAS+), hence nothing
-depends on the order or the direction of the array's axes.
+All are measured on subsampled or coarsely resampled scans. Positions are world mm (RAS+), independent of the order and
+direction of the array axes.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from scipy import ndimage
 from scripts.imaging.geometry import Grid, bounding_window, box_grid, resample, share_inside
 from scripts.keys import BACKGROUND, GTVN, GTVP
 
-THIN_MM = 5.0  # voxels of the thinned-out scans: about this
-# Body in the PET, whatever the unit: above this share of the body's median (fat has a third of it), for which the body
-# counts as at least this share of the field of view.
+THIN_MM = 5.0  # approximate voxel size of the subsampled scans
+# Body in the PET, in any unit: above this share of the body's median (fat has a third of it); for the median, the body
+# has at least this share of the field of view.
 BODY_SHARE_OF_MEDIAN, LEAST_BODY_SHARE = 0.35, 0.02
-# Hot is beyond both; the first holds in SUV, the second whatever the unit.
+# A hot spot exceeds both; the first is in SUV, the second for any unit.
 HOT_SUV, HOT_TIMES_BODY = 8.0, 10.0
-# Head, neck, heart, kidneys and bladder lie within 130 mm of the midline, an arm beside the trunk beyond.
+# Head, neck, heart, kidneys and bladder are within 130 mm of the midline, an arm beside the trunk is not.
 LATERAL_MM = 130.0
 BODY_HU, AIR_HU = -400.0, -500.0
-TISSUE_HU = -300.0  # lungs, foam and clothes stay below
-# Below this the lowest value may stand for what was not scanned (-2000, -3024); air is -1024 at least.
+TISSUE_HU = -300.0  # lungs, foam and clothes have less
+# Below this the lowest value may be padding (-2000, -3024); air is at least -1024.
 PADDING_HU = -1200.0
-AIR_BIN_HU, LEAST_AIR = 10.0, 50  # width of a bin, and voxels of the thinned-out CT that tell what air is
-# Speckle: pixels that stand out of all their neighbours in the slice, in the CT by this, in the PET, where nothing is
-# sharper than its blur, by a multiple of them and of the body's median.
+AIR_BIN_HU, LEAST_AIR = 10.0, 50  # width of a bin, and the minimum number of voxels of air
+# Speckle: pixels that differ from all their neighbours in the slice: in the CT by this, in the PET, with its limited
+# resolution, by a multiple of the neighbours and of the body's median.
 SPECKLE_HU, SPECKLE_TIMES_NEXT, SPECKLE_TIMES_BODY = 300.0, 3.0, 2.0
 SPECKLE_SLICES = 8
-DRAWN_SHARE = 0.01  # of a slice differs from its corner where there is more than some noise in the air
-AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # grid to look for it; section of a narrow throat
+DRAWN_SHARE = 0.01  # of the pixels of a slice differ from its corner where it shows more than noise
+AIRWAY_MM, AIRWAY_CM2 = 4.0, 0.5  # spacing of the search, and area of a narrow pharynx
 POINTS = 24  # per axis, to measure shared volumes
-BODY_POINTS = 48  # per axis, to measure the body: some 400 of them lie in a neck in a field of 500 mm
+BODY_POINTS = 48  # per axis, to measure the body: about 400 of them in a neck in a field of view of 500 mm
 NEIGHBOURS = np.array([[[1], [1], [1]], [[1], [0], [1]], [[1], [1], [1]]], dtype=bool)  # in a slice along z
 IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])  # neighbours within a slice along z
 
@@ -68,12 +68,12 @@ def _not_finite(array: np.ndarray) -> tuple[float, float, float]:
 
 
 def measure_pet(pet: np.ndarray, grid: Grid, ct: Thin) -> tuple[dict[str, float | None], Thin]:
-    """Values of the rules on the PET.
+    """Quantities of the PET.
 
     Args:
         pet: (X, Y, Z).
         grid: its grid.
-        ct: thinned-out CT, which says how much of the field of view is body.
+        ct: subsampled CT, for the share of the body in the field of view.
     """
     count, lowest, highest = _not_finite(pet)
     thin = _thin_out(pet, grid, THIN_MM)
@@ -93,15 +93,15 @@ def measure_pet(pet: np.ndarray, grid: Grid, ct: Thin) -> tuple[dict[str, float 
 
 
 def pet_body_level(ct: Thin, pet: Thin) -> float | None:
-    """Median PET value of the body, whatever the unit; None where CT and PET have no place in common.
+    """Median PET value of the body, in any unit; None where CT and PET have no overlap.
 
-    The body is as large in the PET as in the CT: of the places that both show, as many of the warmest as the CT has
-    tissue (table included, which adds some percent). How the PET lies on the CT does not matter, nor what it holds in
-    the air: noise, zeros, values below zero, or padding around what was scanned, which is left out.
+    The body is assumed as large in the PET as in the CT: in their overlap, it is the voxels of highest PET value, as
+    many as the CT has of tissue (including the table, some percent). The result does not depend on the alignment of PET
+    and CT, nor on PET values in air: noise, zeros, negative values or padding, which is excluded.
 
     Args:
-        ct: thinned-out CT.
-        pet: thinned-out PET.
+        ct: subsampled CT.
+        pet: subsampled PET.
     """
     scanned = bounding_window(pet.values > 0)
     if scanned is None:
@@ -122,7 +122,7 @@ def pet_body_level(ct: Thin, pet: Thin) -> float | None:
 
 
 def _lateral_share(pet: Thin, body_from: float, hot_from: float) -> float:
-    """Share of the activity that is in hot voxels far to the left or right of the body's middle."""
+    """Share of the activity in hot voxels far to the left or right of the body's middle."""
     hot = np.argwhere(pet.values > hot_from)
     total = float(np.clip(pet.values, 0, None).sum(dtype=np.float64))
     if len(hot) == 0 or total <= 0:
@@ -134,7 +134,7 @@ def _lateral_share(pet: Thin, body_from: float, hot_from: float) -> float:
 
 
 def measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thin]:
-    """Values of the rules on the CT."""
+    """Quantities of the CT."""
     thin = _thin_out(ct, grid, THIN_MM)
     count = _not_finite(ct)[0] if ct.dtype.kind == "f" else 0.0
     body = thin.values[thin.values > TISSUE_HU]
@@ -151,7 +151,7 @@ def measure_ct(ct: np.ndarray, grid: Grid) -> tuple[dict[str, float | None], Thi
 
 
 def _air_hu(hu: np.ndarray) -> float | None:
-    """The most frequent value of air, padding left out; None where there is (almost) none."""
+    """The most frequent value of air, without padding; None where there is (almost) no air."""
     air = hu[hu < AIR_HU]
     if air.size < LEAST_AIR:
         return None
@@ -164,7 +164,7 @@ def _air_hu(hu: np.ndarray) -> float | None:
 
 
 def _across(grid: Grid) -> int:
-    """The array's axis along which slices follow each other: the one nearest to the body's."""
+    """The slice axis of the array: the one nearest to the body's axis."""
     return int(np.abs(grid.affine[2, :3] / grid.spacing).argmax())
 
 
@@ -177,20 +177,20 @@ def _some_slices(array: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def _ct_speckle(slices: np.ndarray) -> float:
-    """Share of pixels above or below all their neighbours by more than anything but noise would be."""
+    """Share of pixels above or below all their neighbours by more than the limit."""
     above = slices - ndimage.maximum_filter(slices, footprint=NEIGHBOURS)
     below = ndimage.minimum_filter(slices, footprint=NEIGHBOURS) - slices
     return float((np.maximum(above, below) > SPECKLE_HU).mean())
 
 
 def _pet_speckle(slices: np.ndarray, level: float) -> float:
-    """Share of pixels that are hotter than all their neighbours by more than a scanner's blur allows."""
+    """Share of pixels above all their neighbours by more than a scanner's resolution allows."""
     beside = ndimage.maximum_filter(slices, footprint=NEIGHBOURS)
     return float(((slices > SPECKLE_TIMES_BODY * level) & (slices > SPECKLE_TIMES_NEXT * beside)).mean())
 
 
 def _blank_slices(array: np.ndarray, grid: Grid) -> float:
-    """Number of slices of a single value between others that show more than some noise."""
+    """Number of slices of a single value between others that show more than noise."""
     slices = np.moveaxis(array, _across(grid), 2)
     steps = np.maximum(1, np.rint(THIN_MM / np.delete(grid.spacing, _across(grid)))).astype(int)
     thin = slices[:: steps[0], :: steps[1]]
@@ -202,18 +202,18 @@ def _blank_slices(array: np.ndarray, grid: Grid) -> float:
 def measure_mask(
     mask: np.ndarray, grid: Grid, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid, body: float
 ) -> tuple[dict[str, float | None], list[float]]:
-    """Values of the rules on a tumour's mask, and some of its values that stand for nothing.
+    """Quantities of a tumour's mask, and some of its values without a meaning.
 
     Args:
         mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
         grid: its grid.
-        ct_grid: the grid of the CT, on which it was drawn.
+        ct_grid: the CT's grid.
         pet: (X, Y, Z) PET.
         pet_grid: its grid.
         body: median PET value of the body.
 
     Returns:
-        Of an empty mask only ``mask_values``.
+        For an empty mask only ``mask_values``.
     """
     window = bounding_window(mask)
     if window is None:
@@ -244,7 +244,7 @@ def voxel_sizes(ct_grid: Grid, pet_grid: Grid) -> dict[str, float]:
 
 
 def grid_shape(*grids: Grid) -> dict[str, float]:
-    """How far the voxels of the worst of some grids are from upright boxes with a square base.
+    """Largest deviation of the voxels of some grids from right angles and square pixels.
 
     Returns:
         ``voxel_skew``, the largest deviation from 90 degrees between two axes, and ``pixel_aspect``, the longer side of
@@ -261,7 +261,7 @@ def grid_shape(*grids: Grid) -> dict[str, float]:
 
 
 def _points(grid: Grid) -> np.ndarray:
-    """World positions (N, 3) that are evenly spread over a field of view."""
+    """Evenly spaced world positions (N, 3) in a field of view."""
     steps = [(np.arange(POINTS) + 0.5) * n / POINTS - 0.5 for n in grid.shape]
     return grid.to_world(np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3))
 
@@ -273,24 +273,24 @@ def _inside(points: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def shared_by(box: Grid, *scans: Grid) -> float:
-    """Share of a box that lies in the field of view of every scan."""
+    """Share of a box in the field of view of every scan."""
     places = _points(box)
     return float(np.mean(np.all([_inside(places, scan) for scan in scans], axis=0)))
 
 
 def overlap(one: Grid, other: Grid) -> float:
-    """Share of the smaller field of view that lies inside the larger one."""
+    """Share of the smaller field of view inside the larger one."""
     small, large = sorted((one, other), key=lambda g: float(np.prod(g.extent)))
     return float(_inside(_points(small), large).mean())
 
 
 def enclosed(mask: np.ndarray, sides_open: bool = True) -> np.ndarray:
-    """Where a mask (X, Y, Z) is not set but encloses the place within its own slice along z.
+    """The places that a mask (X, Y, Z) encloses within slices along z, as a mask.
 
     Args:
         mask: the mask.
-        sides_open: whether a place is open that reaches the left or the right end of the slice, and not the front or
-            the back. Where a view is narrower than a chest, its lungs do.
+        sides_open: whether a place that reaches the left or right end of the slice is not enclosed. False for a field
+            of view narrower than the chest, where lungs reach the end.
     """
     labels: np.ndarray = ndimage.label(~mask, IN_PLANE)[0]
     ends = [labels[:, 0], labels[:, -1], *([labels[0], labels[-1]] if sides_open else [])]

@@ -1,6 +1,6 @@
-"""The body's outlines in CT and PET, and how they lie on each other: shifted, turned, stretched.
+"""The body's outlines in CT and PET, and the shift, rotation and scaling between them.
 
-Both hold +1 for body, -1 for air and 0 for out of view, on one coarse grid in world millimetres (RAS+).
+Outlines have +1 for body, -1 for air and 0 outside the field of view, on one coarse grid in world mm (RAS+).
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from scripts.imaging.geometry import Grid, box_grid, smooth_resample
 from scripts.imaging.quality_measures import BODY_HU, BODY_SHARE_OF_MEDIAN, Thin, enclosed
 
 OUTLINE_MM, OUTLINE_SIGMA_MM = 8.0, 6.0
-OUTLINE_MARGIN_MM = 48.0  # around the box: shoulders and vertex say most about a shift along z
-OUTLINE_LEAST_MM = 80.0  # a common field of view smaller than this shows no outline
+OUTLINE_MARGIN_MM = 48.0  # around the box, to include shoulders and vertex, which determine a shift along z
+OUTLINE_LEAST_MM = 80.0  # minimum size of the overlap
 LARGEST_SHIFT_MM = 96.0
-# A shift counts when it raises the agreement of the outlines (-1 to 1) by this, and by this for every millimetre: a
-# cylinder fits itself at any height.
+# Minimum gain in agreement of the outlines (-1 to 1) of a shift, in total and per mm: a cylinder matches itself at any
+# height.
 LEAST_GAIN, GAIN_PER_MM = 0.03, 0.0005
-# Fit of a linear map. What the outlines leave open stays as it is: a ridge with the size of what is likely (turn or
-# stretch, and shift in voxels) and of the error of an outline in voxels. Points further off than FIT_FAR count less.
+# Fit of a linear map, with ridge regularisation by the expected size of the linear part, of the shift in voxels and of
+# the error of an outline in voxels. Points at a distance above FIT_FAR have less weight.
 FIT_STEPS, FIT_LINEAR, FIT_SHIFT, FIT_ERROR, FIT_FAR = 5, 0.15, 3.0, 3.0, 2.0
-FIT_POINTS = 50  # fewer points on the outline say nothing
-FIT_SEEN, FIT_STEEP = 0.6, 0.1  # a point counts where so much around it is in view, and where the outline has a side
+FIT_POINTS = 50  # minimum number of points on the outline
+FIT_SEEN, FIT_STEEP = 0.6, 0.1  # minimum share in view around a point, and minimum gradient
 
 
 def body_outlines(ct: Thin, pet: Thin, level: float | None, box: Grid) -> tuple[np.ndarray, np.ndarray] | None:
-    """The body as CT and as PET show it around the box, on one coarse grid; None where that cannot be had.
+    """The body's outlines in CT and PET around the box, on one coarse grid; None where they cannot be determined.
 
     Args:
-        ct: thinned-out CT.
-        pet: thinned-out PET.
+        ct: subsampled CT.
+        pet: subsampled PET.
         level: median PET value of the body.
         box: the network's box.
     """
@@ -48,16 +48,16 @@ def body_outlines(ct: Thin, pet: Thin, level: float | None, box: Grid) -> tuple[
 
 
 def best_shift(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
-    """Shift (3,) in mm of the second outline against the first, and how well they agree after it.
+    """Shift (3,) in mm of the second outline against the first, and their agreement after it.
 
-    Their mean product is 1 for equal outlines and -1 for opposite ones. The shift that raises it most is taken, a
-    smaller one where it does about as well.
+    Agreement is the mean product: 1 for equal outlines and -1 for opposite ones. The shift of largest gain is used,
+    less a penalty for its length.
     """
     reach = np.minimum(round(LARGEST_SHIFT_MM / OUTLINE_MM), np.array(one.shape) // 4).tolist()
     seen = _correlate(np.abs(one), np.abs(other), reach)
     agreement = _correlate(one, other, reach) / np.maximum(seen, 1)
     shifts = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1) * OUTLINE_MM
-    # what a shift moves out of view speaks neither for it nor against it
+    # voxels that a shift moves out of view do not count
     gain = (agreement - agreement[tuple(reach)]) * seen / max(1.0, float(seen[tuple(reach)]))
     best = int((gain - GAIN_PER_MM * np.linalg.norm(shifts, axis=-1)).argmax())
     if gain.ravel()[best] < LEAST_GAIN:
@@ -66,7 +66,7 @@ def best_shift(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def distortion(one: np.ndarray, other: np.ndarray, shift: np.ndarray) -> tuple[float, float]:
-    """How far the second outline must be turned and stretched to lie on the first, beyond a shift.
+    """Rotation and scaling of the second outline against the first, beyond a shift.
 
     The map x -> x + A (x - c) + t, c the outline's middle, that takes points on the first outline to the second, by
     least squares of their distances along the outline's normal (Gauss-Newton).
@@ -77,8 +77,8 @@ def distortion(one: np.ndarray, other: np.ndarray, shift: np.ndarray) -> tuple[f
         shift: (3,) mm, of :func:`best_shift`.
 
     Returns:
-        Root mean square in mm of n . A (x - c) over the outline with its normals n, and the angle in degrees of what
-        turns in A. Both 0 where too little of an outline is in view.
+        Root mean square in mm of n . A (x - c) over the outline with its normals n, and the angle in degrees of the
+        rotation in A. Both 0 where too little of an outline is in view.
     """
     (first, seen), (second, seen_there) = _blurred(one), _blurred(other)
     slope = np.stack(np.gradient(first), axis=-1)
@@ -109,13 +109,13 @@ def distortion(one: np.ndarray, other: np.ndarray, shift: np.ndarray) -> tuple[f
 
 
 def _blurred(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An outline as a smooth function, and the share of what is in view around each voxel."""
+    """A smoothed outline, and the share in view around each voxel."""
     seen = ndimage.gaussian_filter(np.abs(outline), 1.0)
     return ndimage.gaussian_filter(outline, 1.0) / np.maximum(seen, 0.05), seen
 
 
 def _signed(values: np.ndarray, body_from: float) -> np.ndarray:
-    """+1 in the body with what it encloses, -1 in air, 0 outside the field of view."""
+    """+1 in the body and enclosed air, -1 in air, 0 outside the field of view."""
     outside = np.isnan(values)
     body = np.where(outside, -np.inf, values) > body_from
     body |= enclosed(body, sides_open=False)

@@ -1,9 +1,8 @@
 """MONAI dictionary transforms from a case (see :mod:`scripts.keys`) to the network's input, and back to the CT's grid.
 
-The chain, as the configs write it: ``LoadScansd, LocaliseBoxd, CheckQualityd`` (:mod:`scripts.imaging.quality`),
-``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald`` and last ``ToNetworkItemd``. Random augmentation goes between
-with MONAI's own transforms. All of these are deterministic and hold plain parameters only, so that a cache can be keyed
-by them.
+The order in the configs: ``LoadScansd, LocaliseBoxd, CheckQualityd`` (:mod:`scripts.imaging.quality`),
+``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald``, MONAI's random augmentation, and ``ToNetworkItemd``. The
+transforms here are deterministic and have plain parameters only, so that a cache can be keyed by them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ ITEM_KEYS = (
     keys.CROP_METHOD,
     keys.CROP_FLAG,
 )
-# what is measured and told of a patient besides: the native PET, the checks, the clinical values, the time it took
+# in addition: the native PET, the checks, the clinical values, the start time
 INFERENCE_KEYS = (*ITEM_KEYS, keys.PET, keys.QUALITY, keys.CLINICAL_VALUES, keys.STARTED)
 LABEL_KEYS = (
     keys.CENTRE,
@@ -55,11 +54,11 @@ LABEL_KEYS = (
     keys.SURV_KNOWN,
 )
 TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, keys.QUALITY)
-EVALUATION_KEYS = (*TRAINING_KEYS, keys.SEG_LABELS)  # nodes are counted apart; training would not flip them along
+EVALUATION_KEYS = (*TRAINING_KEYS, keys.SEG_LABELS)  # nodes are evaluated separately; augmentation does not flip them
 
 
 class LoadScansd(MapTransform):
-    """Read CT, PET and mask, or take them as they are when they are in memory already.
+    """Read CT, PET and mask, or use them as they are if they are in memory.
 
     An entry may be a path, a ``MetaTensor`` of (X, Y, Z) or (1, X, Y, Z), a pair (array, affine), or an object whose
     method ``read()`` gives such a pair (a DICOM series). It becomes a ``MetaTensor`` (1, X, Y, Z) in the file's own
@@ -98,18 +97,16 @@ class LoadScansd(MapTransform):
 
 
 class LocaliseBoxd(MapTransform):
-    """Decide where the network's box lies.
+    """Determine the position of the network's box.
 
     Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and its doubts as text.
 
     Args:
         roi_size: voxels of the box along x, y, z.
         spacing_mm: voxel size of the box in mm.
-        use_mask: centre on the tumour's mask where there is one that is not empty (training); otherwise, and for
-            all other cases, on the head and neck found without it.
-        proposer: what proposes tumours where there is no mask, as :class:`.CoarsePass`; None for the
-            rules alone.
-        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+        use_mask: centre on the tumour's mask where there is a non-empty one (training); otherwise on the head and neck.
+        proposer: proposes tumours where there is no mask, as :class:`.CoarsePass`; None for the rules only.
+        keys: CT, PET and mask, as set by :class:`LoadScansd`.
     """
 
     def __init__(
@@ -141,7 +138,7 @@ class LocaliseBoxd(MapTransform):
 
 
 class ResampleToBoxd(MapTransform):
-    """Bring CT, PET and mask onto the network's box, each in one interpolation, and drop the native CT and mask.
+    """Resample CT, PET and mask to the network's box, each in one interpolation, and drop the native CT and mask.
 
     Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
     where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_labels`` (1, R, R, R) uint8, 2 where it is
@@ -149,8 +146,8 @@ class ResampleToBoxd(MapTransform):
     that lie in the box.
 
     Args:
-        roi_size: voxels of the box along x, y, z, as :class:`LocaliseBoxd` was given them.
-        keys: CT, PET and mask, as :class:`LoadScansd` leaves them.
+        roi_size: voxels of the box along x, y, z, as for :class:`LocaliseBoxd`.
+        keys: CT, PET and mask, as set by :class:`LoadScansd`.
     """
 
     def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (keys.CT, keys.PET, keys.MASK)) -> None:
@@ -224,11 +221,11 @@ class ScaleIntensityPETCTd(MapTransform):
 
 
 class CodeClinicald(MapTransform):
-    """Code the clinical values as the network reads them, (F,) float32 (see :func:`.code_clinical`).
+    """Code the clinical values for the network, (F,) float32 (see :func:`.code_clinical`).
 
-    A dictionary of raw values is coded; None or an absent key means that all are missing; a vector that is coded
-    already passes. Sets ``clinical_values`` beside it: a JSON text, a list of ``name``, ``value`` (None where missing),
-    ``coded`` and ``missing``, which collates as text does.
+    A dictionary of raw values is coded; None or an absent key means that all are missing; a coded vector is kept. Also
+    sets ``clinical_values``: a JSON text, which can be collated, with a list of ``name``, ``value`` (None where
+    missing), ``coded`` and ``missing``.
 
     Args:
         features: names of the clinical values, in the network's order.
@@ -262,10 +259,10 @@ class CodeClinicald(MapTransform):
 
 
 class ToNetworkItemd(MapTransform):
-    """Keep only what network, loss and writer need, numbers as tensors: float32, or bool for flags.
+    """Keep only the keys that network, loss and writer need; numbers become float32 tensors, flags bool ones.
 
     Args:
-        keys: what to keep: :data:`TRAINING_KEYS`, :data:`EVALUATION_KEYS` or :data:`INFERENCE_KEYS`.
+        keys: :data:`TRAINING_KEYS`, :data:`EVALUATION_KEYS` or :data:`INFERENCE_KEYS`.
         allow_missing_keys: whether a key may be absent.
     """
 
@@ -278,16 +275,16 @@ class ToNetworkItemd(MapTransform):
 
 
 class RestoreMaskd(MapTransform):
-    """Turn the tumour probability on the box into a mask on the CT's own grid, and measure it.
+    """Convert the tumour probability on the box into a mask on the CT's grid, and measure its volume.
 
     Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. A
-    case without the probability (a model that does not segment) passes.
+    case without the probability (a model without the segmentation task) is unchanged.
 
     Args:
-        keys: the probability (1, R, R, R), beside the box's affine and the CT's shape and affine.
+        keys: the probability (1, R, R, R); the box's affine and the CT's shape and affine are needed too.
         threshold: probability above which a voxel is tumour.
-        pred_key: where the mask goes.
-        volume_key: where the volume in ml goes.
+        pred_key: key of the mask.
+        volume_key: key of the volume in ml.
     """
 
     def __init__(
@@ -350,9 +347,9 @@ def _meta_tensor(array: np.ndarray, affine: np.ndarray, **meta: str) -> MetaTens
 
 
 class _Shared:
-    """The memory of a read-only array, as an array of which torch does not warn; nothing here writes into it.
+    """A view of a read-only array (of a decoded file) that torch accepts without a warning; nothing writes to it.
 
-    Decoded files are read-only. Python's filters of warnings cannot be changed meanwhile: they belong to all threads.
+    The warning cannot be filtered here, since Python's warning filters are shared by all threads.
     """
 
     def __init__(self, array: np.ndarray) -> None:
@@ -361,7 +358,7 @@ class _Shared:
 
     @classmethod
     def of(cls, array: np.ndarray) -> np.ndarray:
-        """The array itself where it can be written to."""
+        """The array itself if it is writable."""
         return array if array.flags.writeable else np.asarray(cls(array))
 
 
@@ -373,9 +370,9 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 def _clinical_text(
     features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None, sources: Mapping[str, str]
 ) -> str:
-    """Clinical values as given and as coded, as JSON; ``given`` None where there is only the coding, which then tells.
+    """Clinical values and their coding, as JSON; for ``given`` None the values are derived from the coding.
 
-    A value that is named in ``sources`` says where it comes from.
+    ``sources`` are the origins of values by name.
 
     Raises:
         scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
