@@ -426,13 +426,13 @@ CT_TAGS = {"SeriesNumber": 3, "ConvolutionKernel": "STANDARD"}
 LONG = np.arange(20) * 9.0  # 180 mm, so that overlaps differ by more than a step
 OTHERS = [
     pytest.param("CT", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, {}, "localizer", id="scout"),
-    pytest.param("CT", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}, {}, r"picture, not slices \(mip", id="mip"),
+    pytest.param("CT", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}, {}, r"not slices of the body \(mip", id="mip"),
     pytest.param("CT", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, {}, "screen capture", id="secondary_capture"),
     pytest.param("CT", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, {}, "multi-frame", id="enhanced_ct"),
     pytest.param("CT", {"FrameOfReferenceUID": "1.2.3.4.77"}, {}, "another frame", id="second_frame_of_reference"),
     pytest.param("CT", {"FrameOfReferenceUID": None}, {}, "none stated", id="no_frame_of_reference"),
     pytest.param("CT", {}, {"depths": LONG[:5]}, "only 5 slices", id="few_slices"),
-    pytest.param("CT", {}, {"depths": LONG[:9]}, "less of the PET's length", id="shorter"),
+    pytest.param("CT", {}, {"depths": LONG[:9]}, "less overlap with the PET", id="shorter"),
     pytest.param("CT", {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, {}, "not axial", id="coronal"),
     pytest.param("CT", {"ConvolutionKernel": "LUNG"}, {}, "lung or bone kernel", id="lung_kernel"),
     pytest.param("CT", {"ImageType": ["DERIVED", "SECONDARY"]}, {}, "derived", id="derived_ct"),
@@ -614,7 +614,9 @@ def test_suv_factor(changes, factor):
         pytest.param({"RadionuclideHalfLife": None}, r"Half Life \(0018,1075\) is missing", id="no_half_life"),
         pytest.param({"RadionuclideHalfLife": 0}, r"\(0018,1075\) is zero", id="zero_half_life"),
         pytest.param({"RadiopharmaceuticalStartTime": None}, r"\(0018,1072\) is missing", id="no_injection_time"),
-        pytest.param({"RadiopharmaceuticalStartTime": "late"}, r"\(0018,1072\) is no date", id="odd_injection_time"),
+        pytest.param(
+            {"RadiopharmaceuticalStartTime": "late"}, r"\(0018,1072\) is not a valid date", id="odd_injection_time"
+        ),
         pytest.param({"RadiopharmaceuticalStartTime": "120000"}, r"23.8 h before the scan", id="injected_afterwards"),
         pytest.param({"RadiopharmaceuticalInformationSequence": None}, r"\(0054,0016\)", id="no_radiopharmaceutical"),
         pytest.param({"RadiopharmaceuticalInformationSequence": []}, r"\(0054,0016\)", id="empty_radiopharmaceutical"),

@@ -369,7 +369,7 @@ def test_links_in_a_circle_end(tmp_path):
     for place, target in (("a/up", ".."), ("a/CT/above", tmp_path), ("self", "self"), ("x", "y"), ("y", "x")):
         (tmp_path / "in" / place).symlink_to(target)
     found = find_series(tmp_path / "in")
-    assert found.account == "24 files: 24 in 2 DICOM series; 5 links in a circle, not followed"
+    assert found.account == "24 files: 24 in 2 DICOM series; 5 circular links, not followed"
     assert rows(tmp_path / "in") == {"ID-4711": ""}
 
 

@@ -175,8 +175,8 @@ def two_pets(folder, first, second):
         pytest.param({"Radiopharmaceutical": "Fluorure-18"}, "the tracer is sodium fluoride", id="fluoride_in_french"),
         pytest.param({"Radiopharmaceutical": "Metionina"}, "the tracer is methionine", id="methionine_in_italian"),
         pytest.param(coded("C118961", "NCIt", "PSMA-11 Ga^68^"), "the tracer is PSMA", id="psma"),
-        pytest.param({"Radiopharmaceutical": None}, "less surely of FDG", id="not_stated"),
-        pytest.param({"Radiopharmaceutical": None, "SeriesDescription": "FMISO"}, "less surely", id="hint"),
+        pytest.param({"Radiopharmaceutical": None}, "less certainly of FDG", id="not_stated"),
+        pytest.param({"Radiopharmaceutical": None, "SeriesDescription": "FMISO"}, "less certainly", id="hint"),
         pytest.param({"RadionuclideHalfLife": 4062.6}, "that of Ga-68", id="half_life"),
     ],
 )
@@ -372,13 +372,15 @@ def parts(*items, **changes):
             *(0.002, "Philips.* 1.98 times"),
             id="philips_counts",
         ),
-        pytest.param(pet_header(Units="GML", **ZEROS), 1.0, "same moment", id="gml_times_zero"),
-        pytest.param(pet_header(DecayCorrection="ADMIN", **ZEROS), AT_INJECTION, "same moment", id="admin_times_zero"),
+        pytest.param(pet_header(Units="GML", **ZEROS), 1.0, "have the same time", id="gml_times_zero"),
+        pytest.param(
+            pet_header(DecayCorrection="ADMIN", **ZEROS), AT_INJECTION, "have the same time", id="admin_times_zero"
+        ),
         pytest.param(pet_header(Units="GML", **{CLOCK: "112100"}), 1.0, "29 min after", id="gml_early"),
         pytest.param(
             pet_header(Units="CNTS", private=(*PHILIPS, 0, "DS", "0.002"), **ZEROS),
             0.002,
-            "same moment",
+            "have the same time",
             id="counts_zero",
         ),
         pytest.param(pet_header(Radiopharmaceutical=None), ONE_HALF_LIFE, "names no tracer", id="tracer_not_stated"),
@@ -411,8 +413,8 @@ def test_absent_tags_that_are_not_needed_are_no_doubt(changes):
 @pytest.mark.parametrize(
     "header, message",
     [
-        pytest.param(pet_header(**ZEROS), "at the same moment by their times", id="all_times_zero"),
-        pytest.param(pet_header(**NOON), "at the same moment by their times", id="all_times_noon"),
+        pytest.param(pet_header(**ZEROS), "have the same time", id="all_times_zero"),
+        pytest.param(pet_header(**NOON), "have the same time", id="all_times_noon"),
         pytest.param(pet_header(**{**ZEROS, CLOCK: "100000"}), "14.0 h before the scan", id="times_of_the_scan_zero"),
         pytest.param(pet_header(**{CLOCK: "000000"}), "11.8 h before the scan", id="time_of_the_injection_zero"),
         pytest.param(pet_header(**{DATE_TIME: "20200102110000"}), "60 min apart; correct", id="an_hour_apart"),
@@ -539,7 +541,7 @@ def _from_json(values):
 @pytest.mark.parametrize(
     "name, refused",
     [
-        ("suv-zero-times", "same moment"),
+        ("suv-zero-times", "have the same time"),
         ("suv-no-rescale-slope", r"\(0028,1053\)"),
         ("suv-midnight-date-not-changed", ""),
         ("suv-utc-datetime", ""),

@@ -1,4 +1,4 @@
-"""Which CT and PET of an examination to predict from, by rule, and why not the others.
+"""Selection of the CT and the PET of an examination to predict from, with reasons against the other series.
 
 Example: ``print(choose_pet_ct(find_series(folder)).describe())``
 """
@@ -17,18 +17,18 @@ from scripts.dicom.suv import READABLE_UNITS
 from scripts.dicom.tags import DicomError
 
 MULTIFRAME_STORAGE = (f"{CT_STORAGE}.1", f"{CT_STORAGE}.2", f"{PET_STORAGE}.1", "1.2.840.10008.5.1.4.1.1.130")
-# ImageType values of pictures that are not slices of the body.
+# ImageType values of images that are not slices of the body.
 PICTURE_TYPES = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE", "REPROJECTION", "SCREEN SAVE", "SCREENSHOT", "VRT"}
 
-MIN_SLICES = 8  # fewer are a scout, a test shot or a biopsy check
+MIN_SLICES = 8  # fewer are a scout, a test or a biopsy control
 AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
-ONE_DAY = 1  # CT and PET of one examination differ by it at most: it may pass midnight
-OVERLAP_STEP_MM = 50.0  # differences in common length below this do not decide between two CTs
+ONE_DAY = 1  # maximum difference of CT and PET of one examination, which may pass midnight
+OVERLAP_STEP_MM = 50.0  # smaller differences in overlap do not decide between two CTs
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The CT and the PET that belong together.
+    """The CT and the PET to predict from.
 
     Args:
         ct: the CT.
@@ -42,14 +42,14 @@ class Choice:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What is doubtful about the pair, for people."""
+        """Doubts about the pair, as texts."""
         apart = days_apart(self.ct, self.pet)
         if apart <= ONE_DAY:
             return ()
-        return (f"CT and PET are {apart} days apart by their dates: of one examination?",)
+        return (f"CT and PET are {apart} days apart by their dates: are they of one examination?",)
 
     def describe(self) -> str:
-        """The choice and what was left out, one series a line, with nothing that identifies a patient."""
+        """The choice and the other series, one per line, without anything that identifies a patient."""
         return "\n".join([f"CT:  {self.ct.label}", f"PET: {self.pet.label}", *_reasons(self.rejected)])
 
 
@@ -58,8 +58,8 @@ class Study:
     """The series of one patient that belong to one examination.
 
     Args:
-        patient_id: the patient's id as the files have it (kept out of ``repr``).
-        study_uid: StudyInstanceUID of its first series (kept out of ``repr``).
+        patient_id: the patient's id in the files (not in ``repr``).
+        study_uid: StudyInstanceUID of its first series (not in ``repr``).
         series: all series of the examination.
     """
 
@@ -79,7 +79,7 @@ class Study:
 
 
 def choose_pet_ct(series: Sequence[Series]) -> Choice:
-    """Pick the CT and the PET to predict from.
+    """Select the CT and the PET to predict from.
 
     Not considered: modalities other than CT and PT, multi-frame and secondary-capture objects, localizers, projections
     and screen captures, dynamic or gated PET, PET in other units than BQML, CNTS or GML, PET that says it is not
@@ -87,7 +87,7 @@ def choose_pet_ct(series: Sequence[Series]) -> Choice:
     degrees), and stacks that :func:`scripts.dicom.series.read_series` would refuse (missing slices, tilted gantry) or
     that a damaged file may belong to.
 
-    Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more surely of FDG
+    Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more certainly of FDG
     (:class:`scripts.dicom.tracer.Tracer`), of the day of a CT, original rather than derived, more slices, finer pixels,
     lower series number. Of the CTs in its frame of reference that overlap it: of its day, longer overlap along the body
     (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer
@@ -144,9 +144,9 @@ def studies_of(series: Sequence[Series]) -> list[Study]:
 
 
 def _by_day(series: Sequence[Series]) -> list[list[Series]]:
-    """The series of one study, cut where there is a CT and a PET of one day, and a CT and a PET of another.
+    """The series of one study, divided if there are a CT and a PET of one day and a CT and a PET of another.
 
-    What is of neither day goes with the first.
+    Series of neither day are added to the first.
     """
     scans = [s for s in series if s.day is not None and s.sop_class in (CT_STORAGE, PET_STORAGE)]
     days: list[list[int]] = []
@@ -168,7 +168,7 @@ def days_apart(one: Series, other: Series) -> int:
 
 
 def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple[Series, str]]]:
-    """The series to choose from, and those of examinations that are no PET/CT."""
+    """The series to choose from, and those of other examinations."""
     patients = {s.patient_id for s in series if s.modality in ("CT", "PT")}
     if len(patients) > 1:
         raise DicomError(f"scans of {len(patients)} patients: give one patient at a time")
@@ -179,7 +179,7 @@ def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple
         apart = people_differ(person for each in members if each.modality in ("CT", "PT") for person in each.people)
         if apart:
             raise DicomError(f"CT and PET differ in {apart}: of two patients with one Patient ID? Give each an id")
-    if not pairs:  # the checks of each series and of each pair say what is amiss
+    if not pairs:  # the checks of each series and each pair give the reason
         return list(series), []
     chosen = {id(s) for s in pairs[0].series}
     others = [(s, "of another examination than the PET/CT") for s in series if id(s) not in chosen]
@@ -187,16 +187,16 @@ def _one_examination(series: Sequence[Series]) -> tuple[list[Series], list[tuple
 
 
 def _unfit(series: Series) -> str:
-    """Why a series can be neither the CT nor the PET, "" when it can."""
+    """Why a series cannot be used, "" if it can."""
     if series.modality not in ("CT", "PT"):
         return f"modality {series.modality or 'unknown'}"
     if series.sop_class in MULTIFRAME_STORAGE:
-        return "multi-frame images; convert them to one file a slice"
+        return "multi-frame images; convert them to one file per slice"
     if series.sop_class != (CT_STORAGE if series.modality == "CT" else PET_STORAGE):
         return "not stored as CT or PET images (a screen capture or a derived object)"
     picture = PICTURE_TYPES & {*series.image_type, *series.series_type}
     if picture:
-        return f"a picture, not slices ({sorted(picture)[0].lower()})"
+        return f"not slices of the body ({sorted(picture)[0].lower()})"
     if series.modality == "PT" and _unfit_pet(series):
         return _unfit_pet(series)
     if series.differing:
@@ -228,15 +228,15 @@ def _unfit_pet(series: Series) -> str:
     if series.attenuation_corrected is False:
         return "not attenuation corrected"
     if series.units not in READABLE_UNITS:
-        return f"in units {series.units or 'not stated'}, from which no SUV can be had"
+        return f"in units {series.units or 'not stated'}, from which SUV cannot be computed"
     return series.tracer.problem
 
 
 def _pet_rank(pet: Series, cts: Sequence[Series]) -> list[tuple[str, float]]:
-    """Criteria, first to last: what is said of a PET that loses by it, and a value that is lower for the better."""
+    """Criteria in order: the reason against a PET that is worse by it, and a value, lower for the better one."""
     return [
         ("attenuation correction not stated", not pet.attenuation_corrected),
-        ("less surely of FDG by its header", pet.tracer.order),
+        ("less certainly of FDG by its header", pet.tracer.order),
         ("of another day than the CTs", min(days_apart(ct, pet) for ct in cts) > ONE_DAY),
         ("derived; an original was preferred", not pet.original),
         *_common_rank(pet),
@@ -246,7 +246,7 @@ def _pet_rank(pet: Series, cts: Sequence[Series]) -> list[tuple[str, float]]:
 def _ct_rank(ct: Series, pet: Series) -> list[tuple[str, float]]:
     return [
         ("of another day than the PET", days_apart(ct, pet) > ONE_DAY),
-        ("less of the PET's length covered", -round(_overlap_mm(ct, pet)[2] / OVERLAP_STEP_MM)),
+        ("less overlap with the PET along the body", -round(_overlap_mm(ct, pet)[2] / OVERLAP_STEP_MM)),
         ("lung or bone kernel; soft tissue was preferred", is_sharp_kernel(ct.kernel)),
         ("derived; an original was preferred", not ct.original),
         *_common_rank(ct),
@@ -258,14 +258,14 @@ def _common_rank(series: Series) -> list[tuple[str, float]]:
     return [
         ("fewer slices", -len(series)),
         ("coarser pixels", round(pixel, 2)),
-        ("as good; the lower series number was preferred", series.number),
+        ("equal; the lower series number was preferred", series.number),
     ]
 
 
 def is_sharp_kernel(kernel: str) -> bool:
-    """Whether a CT reconstruction kernel is made for lung or bone rather than for soft tissue.
+    """Whether a CT reconstruction kernel is for lung or bone rather than for soft tissue.
 
-    Knows GE's and Philips' words, Siemens' numbers (50 and above) and Canon's (FC30 and above).
+    By the names of GE and Philips, the numbers of Siemens (50 and above) and Canon (FC30 and above).
 
     Example:
         >>> [is_sharp_kernel(k) for k in ("STANDARD", "B31f", "Br38d 3", "FC18", "")]
@@ -283,13 +283,13 @@ def is_sharp_kernel(kernel: str) -> bool:
 
 
 def _overlap_mm(one: Series, other: Series) -> np.ndarray:
-    """(3,) common length in mm along x, y, z of the boxes around two fields of view; negative where they are apart."""
+    """(3,) overlap in mm along x, y, z of the bounds of two fields of view; negative where they are apart."""
     a, b = one.grid.bounds, other.grid.bounds
     return np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
 
 
 def _mismatch(ct: Series, pet: Series) -> str:
-    """Why a CT cannot go with a PET, "" when it can."""
+    """Why a CT does not match a PET, "" if it does."""
     if not ct.frame_of_reference or ct.frame_of_reference != pet.frame_of_reference:
         return "another frame of reference than the PET's, or none stated"
     return "" if _overlap_mm(ct, pet).min() > 0 else "shows another part of the body than the PET"
@@ -307,9 +307,9 @@ def _values(rank: Sequence[tuple[str, float]]) -> tuple[float, ...]:
 
 
 def _lost(loser: Sequence[tuple[str, float]], winner: Sequence[tuple[str, float]]) -> str:
-    """The first criterion that tells two series apart."""
+    """The first criterion in which two series differ."""
     decisive = (text for (text, value), (_, best) in zip(loser, winner, strict=True) if value != best)
-    return next(decisive, "equal in every respect; the first was taken")
+    return next(decisive, "equal in all criteria; the first was used")
 
 
 def _reasons(rejected: Sequence[tuple[Series, str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""DICOM as cases to predict: which series, read when their turn comes, with the age and sex that the headers hold."""
+"""DICOM as cases to predict: the series, which are read when needed, and age and sex from the headers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ AGE_UNITS = {"D": DAYS_A_YEAR, "W": DAYS_A_YEAR / 7, "M": 12.0, "Y": 1.0}
 
 @dataclass(frozen=True)
 class DicomScan:
-    """A series that is read when it is needed, so that a cohort of them takes no memory.
+    """A series that is read when needed, so that a cohort needs no memory.
 
     Args:
         series: a CT or a PET, from :func:`scripts.dicom.series.find_series`.
-        beside: what is doubtful besides its own headers, for people.
+        beside: doubts other than those of its own headers.
     """
 
     series: Series
@@ -45,20 +45,20 @@ class DicomScan:
 
     @cached_property
     def suv(self) -> Suv:
-        """What a PET's headers say of SUV.
+        """The SUV factor of a PET.
 
         Raises:
-            scripts.dicom.tags.DicomError: when they do not give it.
+            scripts.dicom.tags.DicomError: the headers do not give it.
         """
         return suv_of(read_headers(self.series))
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What is doubtful in the headers and besides, for people."""
+        """Doubts, as texts."""
         return (*self.beside, *(self.suv.doubts if self.series.modality == "PT" else ()))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The volume, CT in HU and PET in SUV by body weight, as :func:`scripts.dicom.series.read_series` gives it.
+        """The volume, CT in HU and PET in SUV by body weight, see :func:`scripts.dicom.series.read_series`.
 
         Raises:
             scripts.dicom.tags.DicomError: when the slices form no volume, or a PET's headers do not give SUV.
@@ -73,12 +73,12 @@ class Examination:
     """One patient's PET/CT, or the reason why there is none.
 
     Args:
-        patient_id: as the files have it, "" where they have none (kept out of ``repr``).
+        patient_id: the id in the files, "" where they have none (not in ``repr``).
         choice: the series to predict from.
         problem: why there is none, "" otherwise.
         name: the patient's id, ``unnamed`` without one; with ``_2``, ``_3`` ... for a further examination, in the order
-            of their dates (kept out of ``repr``).
-        passed_over: series of the patient's studies that are no PET/CT.
+            of their dates (not in ``repr``).
+        passed_over: series of the patient's studies without a PET/CT.
         sharing: the tag by which the examinations under this PatientID are of several people, "" where they may be of
             one.
     """
@@ -94,13 +94,13 @@ class Examination:
 def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()) -> list[Examination]:
     """The PET/CT examinations below a folder with any mixture of patients, studies and series.
 
-    Studies without a PET and a CT are passed over where their patient has one with both. What cannot be read and may be
-    a part of a CT or PET of nobody else here stands for a patient of its own, called by the PatientID if its header
-    tells one, or else by the folder that holds nothing but such files. What became of every file is logged.
+    Studies without a PET and a CT are ignored if their patient has one with both. Files that cannot be read and may be
+    part of a CT or PET of no other patient are reported as a patient of their own, with the PatientID of their header
+    or, without one, the name of the folder that has only such files. The use of all files is logged.
 
     Args:
-        folder: where to look.
-        without: folders below it that are left alone.
+        folder: the folder to search.
+        without: folders below it to ignore.
 
     Raises:
         scripts.dicom.tags.DicomError: no DICOM in it.
@@ -119,7 +119,7 @@ def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()
 
 
 def _of_patient(patient: str, studies: Sequence[Study]) -> list[Examination]:
-    """The examinations of one patient, by their dates."""
+    """The examinations of one patient, by date."""
     complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=lambda study: (study.date, study.study_uid))
     if not complete:
         names = sorted({series.modality or "unknown" for study in studies for series in study.series})
@@ -136,7 +136,7 @@ def _of_patient(patient: str, studies: Sequence[Study]) -> list[Examination]:
 
 
 def _lost(series: SeriesList, folder: Path) -> list[tuple[str, str]]:
-    """Patient and problem of what cannot be read and may be a part of a scan of nobody else."""
+    """Patient and problem of files that cannot be read and may be part of a scan of no other patient."""
     holding = {parent for one in series for path in one.paths for parent in path.parents}
     groups: dict[str, list[Damaged]] = {}
     for each in series.lost:
@@ -150,7 +150,7 @@ def _lost(series: SeriesList, folder: Path) -> list[tuple[str, str]]:
 
 
 def _named(patients: Mapping[str, Sequence[Examination]]) -> list[Examination]:
-    """The examinations in the order of patients, no two with one name."""
+    """The examinations in the order of patients, with unique names."""
     taken = {patient or UNNAMED for patient in patients}
     named = []
     for patient, found in sorted(patients.items()):
@@ -162,7 +162,7 @@ def _named(patients: Mapping[str, Sequence[Examination]]) -> list[Examination]:
 
 
 def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Examination:
-    """The PET/CT whose CT lies in one folder and whose PET lies in another (or in the same one).
+    """The PET/CT with the CT in one folder and the PET in another (or in the same one).
 
     Raises:
         scripts.dicom.tags.DicomError: the folders hold no DICOM.
@@ -181,10 +181,10 @@ def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Exami
 
 
 def clinical_values(choice: Choice, features: Iterable[str]) -> dict[str, float]:
-    """Age (years) and gender as the CT's header states them, those that it does and that are wanted.
+    """Age (years) and gender from the CT's header, if stated and wanted.
 
-    The age is Patient's Age, or else the time from Patient's Birth Date to the study. An age of 0, which
-    de-identification leaves behind, and a sex other than M and F count as not stated.
+    The age is Patient's Age, or the time from Patient's Birth Date to the study. An age of 0, an artefact of
+    de-identification, and a sex other than M and F count as not stated.
 
     Raises:
         scripts.dicom.tags.DicomError: the header cannot be read any more.

@@ -1,4 +1,4 @@
-"""What lies below a folder: files, links followed, and what cannot be read; told so that nothing is left out unseen."""
+"""Files below a folder, with links followed, and files that cannot be read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONSTANT_TAGS = (
     *("SOPClassUID", "Modality", "StudyDate", "StudyTime", "AccessionNumber", "PatientID", "StudyInstanceUID"),
     "SeriesInstanceUID",
 )
-"""What is the same in all files of a series, in the order of a file (PS3.3, Patient to General Series Module)."""
+"""Tags that are equal in all files of a series, in the order of a file (PS3.3, Patient to General Series Module)."""
 
 _OTHER_ENDING = re.compile(
     r"\.(txt|md|csv|tsv|json|xml|html?|pdf|docx?|xlsx?|log|png|jpe?g|gif|bmp|db|ini|inf|exe|dll|zip|gz|tar|7z"
@@ -30,20 +30,20 @@ _OTHER_ENDING = re.compile(
 )
 DICOM_ENDING = re.compile(r"\.(dcm|dicom|dic|ima)", re.IGNORECASE)
 _ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz"}
-_OF_CDS = {"LOCKFILE", "VERSION"}  # of no ending, and often empty, beside the DICOMDIR
-_NO_ENDING = re.compile(r"|\.\d+")  # of names that are numbers or UIDs, too
+_OF_CDS = {"LOCKFILE", "VERSION"}  # files without suffix next to a DICOMDIR, often empty
+_NO_ENDING = re.compile(r"|\.\d+")  # including names that are numbers or UIDs
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.ASCII)
-_FEWEST_NAMES = 3  # from which a pattern is read
+_FEWEST_NAMES = 3  # to derive a pattern
 
 
 @dataclass(frozen=True, repr=False)
 class Damaged:
-    """A file that cannot be read, or a folder, and what its header tells as far as it goes.
+    """A file or folder that cannot be read, and the readable part of its header.
 
     Args:
-        path: where it is.
-        problem: what is wrong and what to do, for people, without the name.
-        told: value by keyword of those of :data:`CONSTANT_TAGS` that its header holds whole and not empty.
+        path: the file or folder.
+        problem: what is wrong and what to do, without the name.
+        told: values of :data:`CONSTANT_TAGS` by keyword, those that its header has complete and not empty.
     """
 
     path: Path
@@ -52,22 +52,22 @@ class Damaged:
 
     @classmethod
     def of(cls, path: Path, header: Dataset | None, problem: str, cut_off: bool = True) -> Damaged:
-        """From the readable part of the header, None where nothing of it can be read."""
+        """From the readable part of the header; None where nothing is readable."""
         if header is None:
             return cls(path, problem)
         tags = sorted(header.keys())
-        whole = tags[:-1] if cut_off else tags  # the last value may be cut off
+        whole = tags[:-1] if cut_off else tags  # the last value may be truncated
         tag_of = needed_module("pydicom.datadict").tag_for_keyword
         told = {name: text_of(header, name) for name in CONSTANT_TAGS if tag_of(name) in whole}
         told.setdefault("SOPClassUID", text_of(header.file_meta, "MediaStorageSOPClassUID"))
         return cls(path, problem, {name: value for name, value in told.items() if value})
 
     def may_belong_to(self, told: Mapping[str, str], folders: Container[Path]) -> bool:
-        """Whether it may be one of a series' files: nothing told differs, and it tells the study or lies beside them.
+        """Whether it may belong to a series: its tags do not differ, and it states the study or is in the same folder.
 
         Args:
             told: the series' values of :data:`CONSTANT_TAGS`.
-            folders: where the series' files lie.
+            folders: those of the series' files.
         """
         if any(told.get(name, "") != value for name, value in self.told.items()):
             return False
@@ -75,7 +75,7 @@ class Damaged:
 
 
 def describe(damaged: Sequence[Damaged], shown: int = 3) -> list[str]:
-    """What is wrong, one line a fault: with the names of the first files that have it, and how many have."""
+    """One line per problem, with the names of the first files that have it and the number of further ones."""
     alike: dict[str, list[str]] = {}
     for each in damaged:
         alike.setdefault(each.problem, []).append(each.path.name)
@@ -88,13 +88,13 @@ def describe(damaged: Sequence[Damaged], shown: int = 3) -> list[str]:
 
 @dataclass
 class Found:
-    """What lies below folders.
+    """Content of folders.
 
     Attributes:
         files: regular files, sorted.
-        others: links to nothing whose names say that they are no DICOM, pipes, sockets and the like.
-        damaged: other links to nothing, and folders and files that may not be read.
-        loops: links to a folder in which they lie, or to themselves, which are not followed.
+        others: broken links with a name of another file type, pipes, sockets and the like.
+        damaged: other broken links, and folders and files without read permission.
+        loops: links to a parent folder or to themselves, which are not followed.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -104,20 +104,18 @@ class Found:
 
 
 def walk(*folders: Path, without: Container[Path] = ()) -> Found:
-    """All files below folders; links are followed, and a folder that is reached twice is read once.
-
-    A link to a folder above it leads to itself and is not followed.
+    """All files below folders; links are followed, except to a parent folder; each folder is read once.
 
     Args:
-        folders: where to look.
-        without: folders below them that are left alone, with all that is in them.
+        folders: the folders to search.
+        without: folders below them to ignore.
     """
     found, seen = Found(), set()
 
     def note_folder(error: OSError) -> None:
         place = Path(error.filename)
         found.damaged.append(
-            Damaged(place, f"folder that cannot be read ({error.strerror}); give yourself the right to, or remove it")
+            Damaged(place, f"folder that cannot be read ({error.strerror}); change its permissions or remove it")
         )
 
     for folder in folders:
@@ -163,19 +161,19 @@ def _note_file(path: Path, found: Found) -> None:
 
 
 def is_other(path: Path) -> bool:
-    """Whether a name says that a file is no DICOM: by its ending, hidden as those of the system are, or of a CD."""
+    """Whether a file is of another type by its name: by its suffix, hidden, or a system file of a CD."""
     return path.name.startswith(".") or path.name.upper() in _OF_CDS or _OTHER_ENDING.fullmatch(path.suffix) is not None
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file may hold others, by its name; those of images (.nii.gz) are none."""
+    """Whether a file is an archive by its name; compressed images (.nii.gz) are not."""
     return path.suffix.lower() in _ARCHIVES and path.suffixes[-2:-1] != [".nii"]
 
 
 def ought_to_be_dicom(path: Path) -> str:
-    """Why a file that is not DICOM seems to be meant as such, "" where it does not: its name ends so, or it is blank.
+    """Why a file that is not DICOM should be: by its suffix, or since it is empty or only zeros; "" otherwise.
 
-    A copy that failed leaves files that are empty or hold zeros alone.
+    A failed copy leaves such files.
     """
     if is_other(path):
         return ""
@@ -186,20 +184,20 @@ def ought_to_be_dicom(path: Path) -> str:
     with path.open("rb") as file:
         blank = not file.read(4096).strip(b"\0")
     if blank:
-        return f"{'holds zeros alone' if size else 'empty'}; copy it again or remove it"
-    return "not DICOM, though its name ends so; copy it again or remove it" if named else ""
+        return f"{'holds only zeros' if size else 'empty'}; copy it again or remove it"
+    return "not DICOM despite its suffix; copy it again or remove it" if named else ""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How the files of a series are named in one folder: alike but for their last number.
+    """The pattern of the file names of a series in one folder: equal except for their last number.
 
     Attributes:
-        before: what stands before the number.
-        after: what stands after it.
-        lowest: number.
-        highest: number.
-        dense: whether at least half of the numbers between are there.
+        before: the text before the number.
+        after: the text after it.
+        lowest: lowest number.
+        highest: highest number.
+        dense: whether at least half of the numbers in the range occur.
     """
 
     before: str
@@ -209,18 +207,18 @@ class Names:
     dense: bool
 
     def like(self, name: str) -> bool:
-        """Whether a name is such a name, whatever its number."""
+        """Whether a name matches the pattern, with any number."""
         match = _NUMBERED.fullmatch(name)
         return match is not None and (match[1], match[3]) == (self.before, self.after)
 
     def near(self, name: str) -> bool:
-        """Whether a name is such a name with a number among theirs, or the next."""
+        """Whether a name matches the pattern, with a number in or next to the range."""
         match = _NUMBERED.fullmatch(name)
         return match is not None and self.like(name) and self.lowest - 1 <= int(match[2]) <= self.highest + 1
 
 
 def names_of(paths: Iterable[Path]) -> dict[Path, Names]:
-    """How the files of a series are named, by folder; nothing of folders where they are few or named in other ways."""
+    """The name pattern of a series' files, by folder; folders with few files or other names are omitted."""
     folders: dict[Path, list[str]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path.name)
@@ -236,9 +234,9 @@ def names_of(paths: Iterable[Path]) -> dict[Path, Names]:
 
 
 def pointed_at(path: Path, series: Sequence[Mapping[Path, Names]]) -> list[int]:
-    """Which of several series a file's name points to: those named like it; of several, those whose numbers are near.
+    """The series that a file may belong to by its name: those of the same pattern; of several, those of near numbers.
 
-    Numbers tell only where those of each series run on. A name that points to none may belong to any.
+    Numbers are used only where those of each series are dense. A name of no pattern may belong to any series.
 
     Example:
         >>> def files(names, numbers):

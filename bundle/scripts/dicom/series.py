@@ -1,7 +1,8 @@
-"""The DICOM series in folders, by their headers, and each as a volume.
+"""DICOM series in folders, and the volume of a series.
 
-:func:`find_series` reads the headers of whatever lies in folders; :func:`read_series` gives a volume in HU or in the
-PET's own units, which :func:`scripts.dicom.suv.suv_of` turns into SUV.
+:func:`find_series` reads the headers of all files; :func:`read_series` gives a volume in HU or in the units of the PET,
+which :func:`scripts.dicom.suv.suv_of` converts to SUV. highdicom's ``get_volume_from_series`` is not used: it does not
+detect several of the faults that :func:`read_series` refuses, and does not say where a slice is missing.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAME_POSITION_MM = 0.01
-MOST_EDGE, MOST_VOXELS = 4096, 2**30  # rows or columns of one image, and voxels of a series; scans have fewer
+MOST_EDGE, MOST_VOXELS = 4096, 2**30  # limits of rows and columns of an image, and of voxels of a series
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 PET_STORAGE = "1.2.840.10008.5.1.4.1.1.128"
-# How far a slice may lie from where even spacing puts it: a share of the spacing, or what rounding to 0.1 mm explains.
+# Tolerance of a slice position against even spacing: a share of the spacing, or the effect of rounding to 0.1 mm.
 GAP_TOLERANCE, ROUNDING_MM = 0.1, 0.1
-SIDEWAYS_MM = 0.5  # over the whole stack; a tilted gantry moves far more
+SIDEWAYS_MM = 0.5  # over the whole stack; a tilted gantry gives far more
 SAME_ORIENTATION = 1e-3  # direction cosines
-# Neighbours differ 0.5 to 0.8 times as much as slices two apart in real CT and PET, once in noise, and twice to three
-# times where every second slice is of somebody else.
+# Difference of adjacent slices relative to that of slices two apart: 0.5 to 0.8 in real CT and PET, 1 in noise, 2 to 3
+# where every second slice is of another patient.
 LEAST_ALIKE = 1.3
 AGAIN = "copy it again or remove it"
 _SCANS = {"", "CT", "PT", CT_STORAGE, PET_STORAGE}
@@ -76,25 +77,25 @@ _SCANS = {"", "CT", "PT", CT_STORAGE, PET_STORAGE}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Series:
-    """The slices of one series of one patient and study that lie on one grid, by their headers.
+    """The slices of one series of one patient and study on one grid, from their headers.
 
-    A series whose images differ in size, pixel spacing, direction or frame of reference (a scout filed with its scan)
-    becomes several of these, with ``part`` 1, 2, ... Slices are sorted by their position along the normal of the slice
-    plane.
+    A series whose images differ in size, pixel spacing, orientation or frame of reference (a scout stored with its
+    scan) becomes several of these, with ``part`` 1, 2, ... Slices are sorted by their position along the normal of the
+    slice plane.
 
     Args:
-        told: of :data:`scripts.dicom.files.CONSTANT_TAGS`, the values of the first file.
-        people: (name, birth date, sex) of the patient, each combination that the files hold.
-        differing: what differs although it is one in a series, "" where nothing does: the files are of several scans.
-        paths: one file a slice.
+        told: values of :data:`scripts.dicom.files.CONSTANT_TAGS` in the first file.
+        people: (name, birth date, sex) of the patient, all combinations in the files.
+        differing: a tag that differs although it must be equal in a series, "" where none does.
+        paths: one file per slice.
         positions: (N, 3) mm (LPS+), the centre of each slice's first pixel; None where a header has none.
         orientation: (6,) direction cosines (LPS+) of a row and of a column; None where there are none.
         pixel_spacing: (2,) mm between rows and between columns; None where there is none.
         tracer: of a PET.
-        day: of its first image, as the number of days since 1 January of year 1; None where none is stated.
-        repeated: files left out because they hold an image that is there already.
-        shared: images whose SOPInstanceUID another image of the series has.
-        damaged: what is wrong with a file that cannot be read and may be one of them, "" where there is none.
+        day: date of the first image as ordinal number (``date.toordinal``); None where none is stated.
+        repeated: files ignored as copies of another image.
+        shared: images with the SOPInstanceUID of another image of the series.
+        damaged: problem of a damaged file that may be one of its slices, "" where there is none.
     """
 
     modality: str
@@ -140,17 +141,17 @@ class Series:
 
     @property
     def attenuation_corrected(self) -> bool | None:
-        """Whether the PET says that it is; None when it does not say."""
+        """Whether the PET is attenuation corrected; None where it is not stated."""
         return None if self.corrections is None else "ATTN" in self.corrections
 
     @property
     def original(self) -> bool:
-        """Whether the images come from the scanner and were not derived from others."""
+        """Whether the images are original, not derived."""
         return self.image_type[:1] == ("ORIGINAL",)
 
     @cached_property
     def grid(self) -> Grid:
-        """Where the voxels are, in mm (RAS+), array axes (column, row, slice).
+        """The grid in mm (RAS+), array axes (column, row, slice).
 
         Raises:
             DicomError: when the slices do not form a regular upright stack.
@@ -159,7 +160,7 @@ class Series:
 
     @property
     def label(self) -> str:
-        """What the series is, in one line, with nothing that identifies a patient.
+        """One line on the series, without anything that identifies a patient.
 
         Example: ``series 4 (PT), 48 slices of 30 x 27, 5.47 x 5.47 x 3.27 mm, GML, attenuation corrected, FDG``
         """
@@ -180,31 +181,31 @@ class Series:
 
     @cached_property
     def folders(self) -> frozenset[Path]:
-        """Where its files lie."""
+        """Folders of its files."""
         return frozenset(path.parent for path in self.paths)
 
     @cached_property
     def names(self) -> dict[Path, Names]:
-        """How its files are named, by folder."""
+        """The pattern of its file names, by folder."""
         return names_of(self.paths)
 
     @property
     def complete(self) -> bool:
-        """Whether it is known to have all its slices: a PET announces how many there are (0054,0081)."""
+        """Whether it is known to be complete: a PET states its number of slices (0054,0081)."""
         return self.modality == "PT" and self.expected_slices == len(self) > 1
 
 
 class SeriesList(list[Series]):
-    """The series found, and what became of every other file.
+    """The series found, and the other files.
 
     Args:
-        series: what was found.
-        files: number of files that there are.
+        series: the series.
+        files: number of files.
         others: files that are not DICOM.
         loose: files of DICOM that belong to no series (a DICOMDIR).
-        damaged: what cannot be read, or not be sorted.
-        lost: those of them that may hold a part of a CT or PET and that no series can be blamed for.
-        loops: number of links to a folder above them, or to themselves.
+        damaged: files that cannot be read or assigned to a series.
+        lost: those of them that may be part of a CT or PET and belong to none of the series.
+        loops: number of links to a parent folder or to themselves.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class SeriesList(list[Series]):
 
     @property
     def account(self) -> str:
-        """What became of every file, in one line.
+        """One line on the use of all files.
 
         Example: ``97 files: 96 in 2 DICOM series, 1 not DICOM (.txt 1)``
         """
@@ -237,7 +238,7 @@ class SeriesList(list[Series]):
             words.append(f"{len(self.others)} not DICOM ({', '.join(f'{e} {n}' for e, n in endings.most_common(5))})")
         if self.damaged:
             words.append(f"{len(self.damaged)} that cannot be used")
-        loops = f"; {self.loops} links in a circle, not followed" if self.loops else ""
+        loops = f"; {self.loops} circular links, not followed" if self.loops else ""
         return f"{self.files} files: {', '.join(words)}{loops}"
 
 
@@ -254,23 +255,23 @@ _Files = list[tuple[Path, "Dataset"]]
 
 
 def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) -> SeriesList:
-    """Read the headers of every DICOM file under folders and sort them into series.
+    """Read the headers of all DICOM files below folders and group them by series.
 
-    Any mixture of patients and series in any nesting will do, links included. Pixels are read only of files that share
-    their SOPInstanceUID and their place. Images without a SeriesInstanceUID cannot be sorted and count as damaged.
+    Patients and series may be mixed in any folder structure, including links. Pixels are read only of files with equal
+    SOPInstanceUID and position. Images without a SeriesInstanceUID count as damaged.
 
     Args:
-        folders: where to look, all levels below included.
-        without: folders below them that are left alone.
+        folders: the folders to search, with all levels below.
+        without: folders below them to ignore.
 
     Returns:
-        The series, by patient, study and SeriesInstanceUID, in the order of their numbers, each cut where its images
-        change size, spacing, direction or frame of reference; and what became of the other files. A series that a
-        damaged file may belong to says so: a slice of it may be missing.
+        The series, by patient, study and SeriesInstanceUID, in the order of their numbers, divided where images differ
+        in size, spacing, orientation or frame of reference; and the other files. ``damaged`` is set for series that a
+        damaged file may belong to, since a slice may be missing.
 
     Raises:
-        DicomError: when a folder does not exist.
-        ImportError: when pydicom is not installed.
+        DicomError: a folder does not exist.
+        ImportError: pydicom is not installed.
     """
     for folder in folders:
         if not Path(folder).is_dir():
@@ -298,11 +299,11 @@ def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) ->
         if not is_other(path) and any(path.parent == folder and names.near(path.name) for folder, names in named)
     }
     others = [path for path in others if path not in stray]
-    damaged += [Damaged(path, f"not DICOM, though named like the series beside it; {AGAIN}") for path in sorted(stray)]
+    damaged += [Damaged(path, f"not DICOM, but named like the series in its folder; {AGAIN}") for path in sorted(stray)]
     for line in describe(damaged):
         logger.warning("%s", line)
     archives = [path for path in others if is_archive(path)]
-    for line in describe([Damaged(path, "archives are not read; unpack what holds scans") for path in archives]):
+    for line in describe([Damaged(path, "archives are not read; unpack those with scans") for path in archives]):
         logger.warning("%s", line)
     series, lost = _blamed(series, damaged)
     series.sort(key=lambda s: (s.number, s.uid, s.part))
@@ -311,7 +312,7 @@ def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) ->
 
 
 def _header_of(path: Path) -> Dataset | Damaged | None:
-    """A file's header, or what is wrong with it; None for a file of another kind."""
+    """A file's header, or its problem; None for a file of another type."""
     header = None
     try:
         header = read_header(path, _HEADER_TAGS)
@@ -324,16 +325,16 @@ def _header_of(path: Path) -> Dataset | Damaged | None:
             return None
         return Damaged.of(path, header, str(error).removeprefix(f"{path.name}: "))
     if not text_of(header, "SeriesInstanceUID") and (not kinds or kinds & {CT_STORAGE, PET_STORAGE}):
-        problem = f"no {tag_name('SeriesInstanceUID')}, which says what images belong together; export the series again"
+        problem = f"no {tag_name('SeriesInstanceUID')}, which identifies the series; export the series again"
         return Damaged.of(path, header, problem, cut_off=False)
     return header
 
 
 def _check_whole(header: Dataset, path: Path) -> set[str]:
-    """Refuse an image, or what may be one, whose file ends within its header: pydicom reads as far as it goes.
+    """Refuse a (possible) image whose file ends within its header, which pydicom does not report.
 
     Returns:
-        The SOP class that the file names; none, or even two.
+        The SOP classes that the file states, normally one.
     """
     kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
     if (not kinds or kinds & {CT_STORAGE, PET_STORAGE}) and not integer_of(header, "Rows"):
@@ -342,9 +343,9 @@ def _check_whole(header: Dataset, path: Path) -> set[str]:
 
 
 def _blamed(series: Sequence[Series], damaged: Sequence[Damaged]) -> tuple[list[Series], list[Damaged]]:
-    """The series with what is wrong with files that may be theirs, and the files that may be of no series here.
+    """The series with the problems of damaged files that may belong to them, and damaged files of no series.
 
-    Of the series that a file may belong to, its name can point to one, and a PET can have all slices that it announces.
+    The possible series are restricted by the file's name, and by PETs that are complete.
     """
     faults: dict[int, list[Damaged]] = {}
     lost = []
@@ -365,17 +366,17 @@ def read_headers(series: Series) -> list[Dataset]:
     """The full headers, without pixels, of a series' slices in their order.
 
     Raises:
-        DicomError: when a file has gone or cannot be read any more.
+        DicomError: a file has been removed or cannot be read any more.
     """
     with lenient():
         headers = [read_header(path) for path in series.paths]
     if any(header is None for header in headers):
-        raise DicomError(f"{series.label}: a file is no longer DICOM; look for the series again")
+        raise DicomError(f"{series.label}: a file is no longer DICOM; find the series again")
     return [header for header in headers if header is not None]
 
 
 def _series_of(members: _Files) -> list[Series]:
-    """The images of one series, cut where they change grid."""
+    """The images of one series, divided by grid."""
     parts: list[_Files] = []
     for path, header in members:
         part = next((part for part in parts if _same_grid(part[0][1], header)), None)
@@ -389,7 +390,7 @@ def _series_of(members: _Files) -> list[Series]:
 
 
 def _without_copies(members: _Files) -> tuple[_Files, int]:
-    """Every image once, and how many of them share their SOPInstanceUID with another image."""
+    """The images without copies, and the number of images with the SOPInstanceUID of another one."""
     kept: dict[str, _Files] = {}
     for path, header in members:
         alike = kept.setdefault(text_of(header, "SOPInstanceUID"), [])
@@ -401,7 +402,7 @@ def _without_copies(members: _Files) -> tuple[_Files, int]:
 
 
 def _same_image(path: Path, header: Dataset, other: Path, other_header: Dataset) -> bool:
-    """Whether two files of one SOPInstanceUID (none is none) hold the same image at the same place."""
+    """Whether two files of equal, stated SOPInstanceUID have the same image at the same position."""
     if not text_of(header, "SOPInstanceUID") or not np.array_equal(_place(header), _place(other_header)):
         return False
     if path.samefile(other) or filecmp.cmp(path, other, shallow=False):
@@ -409,19 +410,19 @@ def _same_image(path: Path, header: Dataset, other: Path, other_header: Dataset)
     try:
         images = [read_file(each) for each in (path, other)]
         values = [_rescaled(_decoded(image), image, "") for image in images if image is not None]
-    except Exception:  # pixels that cannot be read are told when the series is
+    except Exception:  # unreadable pixels are reported when the series is read
         return False
     return len(values) == 2 and np.array_equal(values[0], values[1])
 
 
 def _place(header: Dataset) -> np.ndarray:
-    """Where an image lies, in steps below which two places are one; empty where it is not stated."""
+    """Position of an image in units of :data:`SAME_POSITION_MM`; empty where it is not stated."""
     place = numbers_of(header, "ImagePositionPatient", 3)
     return np.array([]) if place is None else np.round(place / SAME_POSITION_MM)
 
 
 def _differing(members: _Files) -> str:
-    """What differs among the files of one series though it is one in a series; "" where nothing does."""
+    """A tag that differs among the files of one series although it must be equal; "" where none does."""
     people = people_differ({_person(header) for _, header in members})
     if people:
         return people
@@ -438,7 +439,7 @@ def _differing(members: _Files) -> str:
 
 
 def _day(header: Dataset) -> int | None:
-    """The day of an image, or else of its series, as :attr:`Series.day` counts."""
+    """The date of an image, otherwise of its series, see :attr:`Series.day`."""
     for keyword in ("AcquisitionDate", "SeriesDate"):
         text = text_of(header, keyword).replace(".", "")
         if re.fullmatch(r"\d{8}", text, re.ASCII):
@@ -537,7 +538,7 @@ def _one_series(files: _Files) -> Series:
 
 
 def _unit_axes(orientation: np.ndarray | None) -> np.ndarray | None:
-    """Direction cosines of exactly unit length; None when they are not two perpendicular directions."""
+    """Direction cosines normalised to unit length; None where they are not perpendicular."""
     if orientation is None:
         return None
     row, column = orientation[:3], orientation[3:]
@@ -550,8 +551,8 @@ def _unit_axes(orientation: np.ndarray | None) -> np.ndarray | None:
 def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
     """Read a series as a volume.
 
-    Slices are stacked by position along their normal, whatever their instance numbers; each slice's own rescale slope
-    and intercept are applied (those of PET differ from slice to slice).
+    Slices are sorted by position along their normal, not by instance number. The rescale slope and intercept of each
+    slice are applied (those of PET differ between slices).
 
     Args:
         series: from :func:`find_series`.
@@ -561,8 +562,8 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
         float32 otherwise, in HU or in the PET's units; and the (4, 4) float64 affine to world mm (RAS+).
 
     Raises:
-        DicomError: when slices are missing, doubled, irregularly spaced or of two scans in turn, the gantry was
-            tilted, slices of a CT are on different scales, or the pixels cannot be decoded.
+        DicomError: slices are missing, duplicate, unevenly spaced or of two interleaved scans, the gantry was tilted,
+            slices of a CT have different scales, or the pixels cannot be decoded.
     """
     affine = series.grid.affine
     if len(series) * series.rows * series.columns > MOST_VOXELS:
@@ -577,7 +578,7 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
             except DicomError as error:
                 raise DicomError(f"{series.label}: {error}") from error
             if dataset is None:
-                raise DicomError(f"{series.label}: {path.name}: no longer DICOM; look for the series again")
+                raise DicomError(f"{series.label}: {path.name}: no longer DICOM; find the series again")
             values = _rescaled(_pixels(dataset, series, path), dataset, f"{series.label}: {path.name}")
             scales.add((text_of(dataset, "RescaleSlope"), text_of(dataset, "RescaleIntercept")))
             if volume is None:
@@ -593,7 +594,7 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_scales(scales: set[tuple[str, str]], where: str) -> None:
-    """Refuse a CT whose (slope, intercept) as text are there in some slices only, or move one and the same scale."""
+    """Refuse a CT with (slope, intercept) missing in some slices, or with several intercepts for one slope."""
     for place, name in enumerate(("RescaleSlope", "RescaleIntercept")):
         if len({bool(scale[place]) for scale in scales}) > 1:
             raise DicomError(f"{where}: {tag_name(name)} is missing or empty in some slices; export the series again")
@@ -606,7 +607,7 @@ def _check_scales(scales: set[tuple[str, str]], where: str) -> None:
 
 
 def _check_one_body(volume: np.ndarray, where: str) -> None:
-    """Refuse a volume (N, rows, columns) whose neighbours are less alike than slices two apart: two are interleaved."""
+    """Refuse a volume (N, rows, columns) of two interleaved scans: adjacent slices differ more than those two apart."""
     near = far = 0.0
     before: list[np.ndarray] = []
     for values in volume:
@@ -653,7 +654,7 @@ def _stack(series: Series) -> Grid:
 
 
 def _check_gaps(depth: np.ndarray, where: str) -> None:
-    """Refuse doubled, missing and unevenly spaced slices at ``depth`` (N,) mm along the normal."""
+    """Refuse duplicate, missing and unevenly spaced slices at ``depth`` (N,) mm along the normal."""
     gaps = np.diff(depth)
     step = float(np.median(gaps))
     doubled = np.flatnonzero(gaps < SAME_POSITION_MM)
@@ -688,9 +689,9 @@ def _check_gaps(depth: np.ndarray, where: str) -> None:
 
 
 def _stretches(depth: np.ndarray) -> list[tuple[float, float, float]]:
-    """Spacing, begin and end (mm) of the stretches of even spacing, where slices at ``depth`` (N,) form several.
+    """Spacing, start and end (mm) of the parts of even spacing, if slices at ``depth`` (N,) have several spacings.
 
-    None where a stretch is of fewer than three slices: single gaps are no other spacing.
+    Empty if a part has fewer than three slices: a single gap is not another spacing.
     """
     ends, found = [0], []
     for k in range(1, len(depth)):
@@ -704,14 +705,14 @@ def _stretches(depth: np.ndarray) -> list[tuple[float, float, float]]:
 
 
 def _check_upright(sideways: np.ndarray, length: float, where: str) -> None:
-    """Refuse stacks whose slices are shifted (N, 3) mm within their plane: a tilted gantry, or a moved table."""
+    """Refuse slices shifted by (N, 3) mm within their plane: a tilted gantry, or a moved table."""
     drift = sideways - sideways[0]
     total = float(np.linalg.norm(drift[-1]))
     if total > SIDEWAYS_MM:
         angle = math.degrees(math.atan2(total, length))
         raise DicomError(
             f"{where}: the slices are stacked at {angle:.1f} degrees to their normal (tilted gantry), which a volume "
-            "of upright voxels cannot hold; resample it upright first"
+            "of rectangular voxels cannot represent; resample it first"
         )
     stray = int(np.argmax(np.linalg.norm(drift, axis=1)))
     if np.linalg.norm(drift[stray]) > SIDEWAYS_MM:
@@ -738,7 +739,7 @@ def _pixels(dataset: Dataset, series: Series, path: Path) -> np.ndarray:
 
 
 def _decoded(dataset: Dataset) -> np.ndarray:
-    """The stored values of one image, whose size in the header no decoder has yet taken memory for.
+    """The stored values of one image, after a check of its size, before a decoder allocates memory.
 
     Raises:
         ValueError: for more than one grey image of at most :data:`MOST_EDGE` rows and columns.
@@ -748,7 +749,7 @@ def _decoded(dataset: Dataset) -> np.ndarray:
         size = f"{told['Rows']} x {told['Columns']}"
         more = f" of {told['NumberOfFrames'] or 1} frames with {told['SamplesPerPixel'] or 1} values a pixel"
         raise ValueError(
-            f"the header tells {size} pixels{more}, not one grey image of at most {MOST_EDGE} x {MOST_EDGE}"
+            f"the header states {size} pixels{more}, not one grey image of at most {MOST_EDGE} x {MOST_EDGE}"
         )
     values: np.ndarray = dataset.pixel_array
     return values
@@ -768,11 +769,11 @@ def _decodable(dataset: Dataset) -> bool:
 
 
 def _rescaled(values: np.ndarray, dataset: Dataset, where: str) -> np.ndarray:
-    """Stored values to HU or PET units; whole numbers stay int16 where they fit.
+    """Stored values in HU or PET units; integers remain int16 if they fit.
 
     Raises:
-        DicomError: a PET without a slope: no scale can be taken for granted; a slope that is not above 0, except in
-            an image of zeros, whose slope some software derives from its highest value.
+        DicomError: a PET without a slope; a slope that is not above 0, except in an image of zeros, where some software
+            derives the slope from the maximum.
     """
     if text_of(dataset, "Modality").upper() == "PT" and not text_of(dataset, "RescaleSlope"):
         raise DicomError(
@@ -787,5 +788,5 @@ def _rescaled(values: np.ndarray, dataset: Dataset, where: str) -> np.ndarray:
         low, high = int(values.min()) + int(intercept), int(values.max()) + int(intercept)
         if low >= -32768 and high <= 32767:
             return (values.astype(np.int32) + int(intercept)).astype(np.int16)
-    # In float64, since stored values of 32 bits would lose digits before the slope is applied.
+    # float64, since stored values of 32 bits would lose precision before the slope is applied
     return (values.astype(np.float64) * slope + intercept).astype(np.float32)

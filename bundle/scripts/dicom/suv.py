@@ -1,4 +1,4 @@
-"""Standardised uptake values: what the values of a PET are multiplied by, from its headers."""
+"""Standardised uptake values: the factor of a PET's values, from its headers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 READABLE_UNITS = ("BQML", "CNTS", "GML")
 WEIGHT_KG = (2.0, 500.0)
-DOSE_BQ = (1e6, 1e11)  # a dose written in MBq, against the standard, falls below
+DOSE_BQ = (1e6, 1e11)  # a dose in MBq, against the standard, is below
 HALF_LIFE_RANGE_S = (60.0, 1e7)
 PHILIPS = (0x7053, "Philips PET Private Group")  # group and private creator
 SUV_OFFSET, ACTIVITY_OFFSET = 0x00, 0x09
@@ -38,11 +38,11 @@ OWN_FACTOR_TOLERANCE = 0.05  # Philips' own factor against that of the public ta
 
 @dataclass(frozen=True)
 class Suv:
-    """What the values of a PET, rescaled as its headers say, mean.
+    """Conversion of a PET's rescaled values to SUV.
 
     Args:
-        factor: what they are multiplied by to become SUV by body weight (g/ml).
-        doubts: what in the headers makes that doubtful, each in words; nothing in them identifies a patient.
+        factor: SUV by body weight (g/ml) per unit of the PET.
+        doubts: doubts about it from the headers, as texts without anything that identifies a patient.
     """
 
     factor: float
@@ -50,7 +50,7 @@ class Suv:
 
 
 def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
-    """What PET values, rescaled as the headers say, are multiplied by to become SUV by body weight (g/ml).
+    """The factor from rescaled PET values to SUV by body weight (g/ml).
 
     Follows the QIBA vendor-neutral pseudo-code (QIBA Profile FDG-PET/CT, appendix G). With BQML
 
@@ -59,12 +59,12 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     where, for decay correction START, the uptake time runs from the injection (:func:`scripts.dicom.times.uptake_time`)
     to the start of the scan (:func:`scripts.dicom.times.scan_start`); for ADMIN the values are corrected to the
     injection, so that it is 0. A dose given in parts is the sum of the parts, each decayed to the start of the scan.
-    CNTS takes Philips' own factor (7053,1000), or else its (7053,1009), which leads to Bq/ml. GML values are SUV
-    already and are taken as they are. The tracer must not be known to be another than FDG.
+    For CNTS, Philips' factor (7053,1000) is used, or its (7053,1009), which gives Bq/ml. GML values are SUV
+    and remain as they are. The tracer must not be known to be another than FDG.
 
-    Doubtful are: a tracer that is not known, an uptake time outside 30 to 240 min, two sources of one moment that
-    differ by minutes, a dose given in parts, and a factor of Philips that is not that of the public tags. Times that
-    the factor does not depend on are looked at where they are there.
+    Doubts are: an unknown tracer, an uptake time outside 30 to 240 min, two sources of one time that differ by minutes,
+    a dose given in parts, and a factor of Philips that differs from that of the public tags. Times that the factor does
+    not depend on are checked if they are stated.
 
     Args:
         headers: the headers of all slices of one PET series (:func:`scripts.dicom.series.read_headers`).
@@ -82,7 +82,7 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
         units = _agreed(slices, "Units")
         if units not in READABLE_UNITS:
             known = ", ".join(READABLE_UNITS)
-            raise DicomError(f"SUV: {tag_name('Units')} is {units}; SUV can be had from {known} only")
+            raise DicomError(f"SUV: {tag_name('Units')} is {units}; SUV can be computed from {known} only")
         _check_tracer(slices, doubts)
         if units == "GML":
             _check_suv_type(slices)
@@ -106,7 +106,7 @@ def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -
             raise DicomError(
                 f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(parts)} items, and "
                 f"{tag_name('DecayCorrection')} is ADMIN: the values are corrected to one of several injections, and "
-                "which is not said"
+                "it is not stated to which"
             )
         _if_stated(lambda: _uptake_times(slices, doubts), doubts)
         return weight * 1000.0 / doses[0]
@@ -116,7 +116,7 @@ def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -
     if len(set(told)) < len(told):
         raise DicomError(
             f"SUV: {tag_name('RadiopharmaceuticalInformationSequence')} has {len(told)} items with the same dose and "
-            "time: one dose told twice, or two doses? Keep one item for each injection"
+            "time: one dose stated twice, or two doses? Keep one item for each injection"
         )
     if len(told) > 1:
         doubts.append(f"the dose was given in {len(told)} parts, which are decayed to the start of the scan and added")
@@ -128,7 +128,7 @@ def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -
 
 
 def _injections(slices: Sequence[Dataset]) -> list[list[Dataset]]:
-    """For each injection, its item of every slice."""
+    """For each injection, its items in all slices."""
     keyword = "RadiopharmaceuticalInformationSequence"
     items = [items_of(s, keyword) for s in slices]
     counts = {len(each) for each in items}
@@ -178,7 +178,7 @@ def _say_if_apart(own: float, computed: float, doubts: list[str]) -> None:
 
 
 def _philips_factor(slices: Sequence[Dataset], offset: int) -> float:
-    """A private factor, 0 where there is none (Philips writes 0 as well)."""
+    """A private factor, 0 where there is none (Philips also writes 0)."""
     found = {private_text(s, *PHILIPS, offset) for s in slices}
     if len(found) > 1:
         raise DicomError(f"SUV: the slices differ in (7053,10{offset:02X})")
@@ -186,7 +186,7 @@ def _philips_factor(slices: Sequence[Dataset], offset: int) -> float:
 
 
 def _if_stated(look: Callable[[], T], doubts: list[str]) -> T | None:
-    """The result of a look at what the factor does not depend on: absent tags are no fault, other faults a doubt."""
+    """The result of a check that the factor does not depend on: absent tags are ignored, other faults are doubts."""
     try:
         return look()
     except AbsentTagError:
@@ -222,7 +222,7 @@ def _check_suv_type(slices: Sequence[Dataset]) -> None:
 
 
 def _check_corrections(slices: Sequence[Dataset]) -> str:
-    """The moment to which decay is corrected, START or ADMIN."""
+    """The time to which decay is corrected, START or ADMIN."""
     done = set(words_of(slices[0], "CorrectedImage"))
     if not done:
         raise DicomError(f"SUV: {tag_name('CorrectedImage')} is missing")

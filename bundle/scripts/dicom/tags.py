@@ -1,8 +1,8 @@
-"""What every DICOM module needs: the error for people, the libraries, a file's header and the values of its tags.
+"""Basics of the DICOM modules: the error, lazy imports, reading of files and tag values.
 
-pydicom (reading) and highdicom (writing) are imported when they are needed: training and NIfTI need neither. Nothing
-that the DICOM modules print, raise or show by ``repr`` holds a name, an identifier or a date; the segmentation and the
-report carry the patient's and the study's tags, as they must.
+pydicom (reading) and highdicom (writing) are imported when needed: training and NIfTI need neither. Messages, errors
+and ``repr`` of the DICOM modules contain no name, identifier or date of a patient; the segmentation and the report have
+the tags of patient and study, as required.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ if TYPE_CHECKING:
 
 PREAMBLE = 128  # bytes before the letters DICM
 DEFLATED = "1.2.840.10008.1.2.1.99"
-# Of a deflated file: no slice has more, and none in an archive is packed closer, but for blank ones, which are small.
+# Limits for a deflated file: bytes, compression ratio, and size from which the ratio is checked (blank images are
+# small).
 MOST_BYTES, MOST_RATIO, SMALL_BYTES = 2**31, 100, 2**26
 CHUNK = 2**20
 
 
 class DicomError(ValueError):
-    """DICOM data that cannot be used, told for people: what is wrong, where, and what to do."""
+    """DICOM data that cannot be used: what is wrong, where, and what to do."""
 
 
 class AbsentTagError(DicomError):
-    """A tag that is needed is missing, empty or zero."""
+    """A required tag is missing, empty or zero."""
 
 
 def needed_module(name: str) -> Any:
-    """A module that only DICOM needs.
+    """Import a module that only DICOM needs.
 
     Raises:
-        ImportError: says what to install.
+        ImportError: it is not installed.
     """
     try:
         return import_module(name)
@@ -51,7 +52,7 @@ def needed_module(name: str) -> Any:
 
 
 class _Leniency:
-    """pydicom's settings for the whole process, changed by the first thread that enters and restored by the last."""
+    """Process-wide settings, changed by the first thread that enters and restored by the last."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.changes = threading.Lock(), 0, ExitStack()
@@ -83,11 +84,10 @@ _leniency = _Leniency()
 
 @contextmanager
 def lenient() -> Iterator[None]:
-    """Faults in tags that are of no use here (a study id that is too long) are not this module's to complain about.
+    """Do not validate values of tags, and suppress warnings and logs of pydicom and highdicom.
 
-    What pydicom and highdicom warn of and log is kept back: they quote names and identifiers. Their settings, Python's
-    filters of warnings and the levels of loggers belong to the whole process. Several threads may be inside at once:
-    the settings are changed when the first enters and are as they were when the last has left.
+    Their messages quote names and identifiers. These settings, warning filters and logger levels are process-wide.
+    Several threads may be inside at once: the settings are changed by the first and restored by the last.
     """
     _leniency.enter()
     try:
@@ -97,14 +97,14 @@ def lenient() -> Iterator[None]:
 
 
 def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset | None:
-    """The header of a DICOM file, None for a file of another kind.
+    """The header of a DICOM file, None for a file of another type.
 
     Args:
         path: the file, with or without preamble, see :func:`read_file`.
-        keywords: of the tags to read; None: all.
+        keywords: tags to read; None: all.
 
     Raises:
-        DicomError: when the file cannot be read, or says that it is DICOM and is not whole.
+        DicomError: the file cannot be read, or is incomplete DICOM.
     """
     return read_file(
         path, stop_before_pixels=True, specific_tags=None if keywords is None else ["SOPClassUID", *keywords]
@@ -112,19 +112,19 @@ def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset | 
 
 
 def read_file(path: Path, **options: Any) -> Dataset | None:
-    """A DICOM file, None for a file of another kind.
+    """A DICOM file, None for a file of another type.
 
-    Old archives keep files without the preamble of 128 bytes and the letters ``DICM``, with or without the group 0002
-    that names the transfer syntax. Such a file is DICOM when it begins with an element of group 0002 or 0008 and names
-    a SOP class. Where no transfer syntax is named, the file is little endian as it stands, with
-    implicit or explicit VR (PS3.10, 7.1; PS3.5, A.1).
+    Old archives have files without the preamble of 128 bytes and the prefix ``DICM``, with or without the group 0002
+    that states the transfer syntax. Such a file is DICOM if it begins with an element of group 0002 or 0008 and states
+    a SOP class. Without a transfer syntax the file is little endian with implicit or explicit VR (PS3.10, 7.1; PS3.5,
+    A.1).
 
     Args:
         path: the file.
         options: of ``pydicom.dcmread``.
 
     Raises:
-        DicomError: when the file cannot be read, or says that it is DICOM and is not whole.
+        DicomError: the file cannot be read, or is incomplete DICOM.
     """
     pydicom = needed_module("pydicom")
     try:
@@ -139,7 +139,7 @@ def read_file(path: Path, **options: Any) -> Dataset | None:
         raise DicomError(f"{path.name}: cannot be read ({cause_of(error)})") from error
     except DicomError:
         raise
-    except Exception as error:  # damaged bytes end in nearly any error
+    except Exception as error:  # damaged bytes can cause any error
         raise DicomError(
             f"{path.name}: not a complete DICOM file ({cause_of(error)}); copy it again or remove it"
         ) from error
@@ -149,7 +149,7 @@ def read_file(path: Path, **options: Any) -> Dataset | None:
 
 
 def _check_deflated(path: Path, bare: bool) -> None:
-    """Refuse a deflated file that would grow beyond any image; pydicom inflates it without a limit."""
+    """Refuse a deflated file larger than any image; pydicom inflates without a limit."""
     with path.open("rb") as file:
         file.seek(0 if bare else PREAMBLE + 4)
         meta = needed_module("pydicom.filereader").read_dataset(
@@ -164,14 +164,14 @@ def _check_deflated(path: Path, bare: bool) -> None:
             size += len(inflater.decompress(packed, CHUNK))
             if size > most:
                 raise DicomError(
-                    f"{path.name}: it is deflated, and more than {most / 2**20:.0f} MB inflated, which no image is; "
-                    "remove it"
+                    f"{path.name}: it is deflated, and has more than {most / 2**20:.0f} MB inflated, more than any "
+                    "image; remove it"
                 )
             packed = inflater.unconsumed_tail or file.read(CHUNK)
 
 
 def _begins_with_an_element(start: bytes) -> bool:
-    """Whether bytes are an element of group 0002 or 0008 with its length, little endian."""
+    """Whether the bytes are an element of group 0002 or 0008 with its length, little endian."""
     if len(start) < 8:
         return False
     group, element, vr, short, length = (*struct.unpack("<HH2sH", start[:8]), struct.unpack("<I", start[4:8])[0])
@@ -182,12 +182,12 @@ def _begins_with_an_element(start: bytes) -> bool:
 
 
 def _check_bare(dataset: Dataset, path: Path) -> None:
-    """Refuse a file without preamble that names no SOP class; name the transfer syntax where the file does not."""
+    """Refuse a file without preamble and SOP class; add the transfer syntax where it is missing."""
     uids = needed_module("pydicom.uid")
     named = uids.UID(text_of(dataset, "SOPClassUID") or text_of(dataset.file_meta, "MediaStorageSOPClassUID"))
     if not (named and named.is_valid):
         raise DicomError(
-            f"{path.name}: begins like DICOM without a preamble and names no SOP class (ACR-NEMA, or cut off?); "
+            f"{path.name}: begins like DICOM without a preamble and states no SOP class (ACR-NEMA, or truncated?); "
             "convert it to DICOM, copy it again or remove it"
         )
     implicit, little = dataset.original_encoding
@@ -196,27 +196,27 @@ def _check_bare(dataset: Dataset, path: Path) -> None:
 
 
 def cause_of(error: Exception) -> str:
-    """What went wrong, without the path that the system's own messages quote."""
+    """The message of an error, without the path that system errors quote."""
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
 def value_of(header: Dataset, keyword: str) -> Any:
-    """The value of a tag, None when it is absent or its bytes are no value of its kind."""
+    """The value of a tag, None where it is absent or invalid."""
     try:
         return header.get(keyword)
-    except Exception:  # pydicom converts values when they are asked for, and damaged ones end in nearly any error
+    except Exception:  # pydicom converts values on access, and damaged ones can cause any error
         return None
 
 
 def text_of(header: Dataset, keyword: str) -> str:
-    """The value of a tag as text, "" when it is absent, empty or damaged; of several, with the file's backslashes."""
+    """The value of a tag as text, "" where it is absent, empty or damaged; several values separated by backslashes."""
     value = value_of(header, keyword)
     values = [value] if isinstance(value, str) or not isinstance(value, MutableSequence) else value
     return "" if value is None else "\\".join(str(each) for each in values).strip()
 
 
 def words_of(header: Dataset, keyword: str) -> tuple[str, ...]:
-    """The values of a multi-valued text tag in upper case, none when it is absent, empty or damaged."""
+    """The values of a multi-valued text tag in upper case, () where it is absent, empty or damaged."""
     value = value_of(header, keyword)
     if value is None or value == "":
         return ()
@@ -224,7 +224,7 @@ def words_of(header: Dataset, keyword: str) -> tuple[str, ...]:
 
 
 def items_of(header: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence, none where it is absent or no sequence."""
+    """The items of a sequence, [] where it is absent or not a sequence."""
     sequence = needed_module("pydicom.sequence").Sequence
     value = header.get(keyword)
     return list(value) if isinstance(value, sequence) else []
@@ -240,7 +240,7 @@ def private_text(header: Dataset, group: int, creator: str, offset: int) -> str:
 
 
 def numbers_of(header: Dataset, keyword: str, count: int) -> np.ndarray | None:
-    """(count,) finite numbers, None when the tag does not hold so many."""
+    """(count,) finite numbers, None where the tag does not have that many."""
     value = value_of(header, keyword)
     try:
         numbers = np.array([] if value is None else value, dtype=np.float64).ravel()
@@ -259,7 +259,7 @@ def number_of(dataset: Dataset, keyword: str, default: float) -> float:
     """A number, or the default where the tag is absent or empty.
 
     Raises:
-        DicomError: when it is there and no number.
+        DicomError: it is not a number.
     """
     if keyword not in dataset or dataset.get_item(keyword).value in (None, b"", ""):
         return default
@@ -270,7 +270,7 @@ def number_of(dataset: Dataset, keyword: str, default: float) -> float:
 
 
 def tag_name(keyword: str) -> str:
-    """A tag as people look it up: ``Patient's Weight (0010,1030)``."""
+    """Name and number of a tag: ``Patient's Weight (0010,1030)``."""
     dictionary = needed_module("pydicom.datadict")
     number = dictionary.tag_for_keyword(keyword)
     return f"{dictionary.dictionary_description(number)} ({number >> 16:04X},{number & 0xFFFF:04X})"

@@ -1,4 +1,4 @@
-"""When the tracer was injected and when the scan started, by a PET's headers, and what is doubtful about it."""
+"""Time of injection and start of the scan from a PET's headers, with doubts about them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LONGEST_UPTAKE = timedelta(hours=6)  # an FDG scan starts 1 to 2 h after the inj
 USUAL_UPTAKE = timedelta(minutes=30), timedelta(hours=4)
 LONGEST_SCAN = timedelta(hours=6)
 SAME_MOMENT = timedelta(minutes=1)  # 0.6 % of SUV
-NEAR_MOMENT = timedelta(minutes=10)  # 6 % of SUV; two sources further apart do not tell which is right
-LATE_BED = timedelta(minutes=30)  # the first bed position starts with the series
-AROUND_MIDNIGHT = timedelta(hours=2)  # a series that starts before midnight, its acquisitions after it
-# Minutes by which clocks are ahead of UTC, besides whole hours: Marquesas, Newfoundland in winter and summer, Iran,
+NEAR_MOMENT = timedelta(minutes=10)  # 6 % of SUV; with a larger difference of two sources it is unclear which is right
+LATE_BED = timedelta(minutes=30)  # the first bed position normally starts with the series
+AROUND_MIDNIGHT = timedelta(hours=2)  # for a series before and its acquisitions after midnight
+# Offsets from UTC in minutes, other than whole hours: Marquesas, Newfoundland in winter and summer, Iran,
 # Kabul, India, Nepal, Myanmar, Eucla, Adelaide and Lord Howe in winter, Adelaide in summer, Chatham Islands.
 ODD_ZONES = (-570, -210, -150, 210, 270, 330, 345, 390, 525, 570, 630, 765, 825)
 START_DATE_TIME, START_TIME = "RadiopharmaceuticalStartDateTime", "RadiopharmaceuticalStartTime"
@@ -29,17 +29,17 @@ GE_PET = (0x0009, "GEMS_PETD_01")  # group and private creator
 
 
 def scan_start(slices: Sequence[Dataset], half_life: float, doubts: list[str]) -> datetime:
-    """The moment to which Decay Correction START corrects the values, by the scanner's clock.
+    """The time to which Decay Correction START corrects the values, by the scanner's clock.
 
     It is the series' date and time, unless these are later than the first acquisition (a series made afterwards). Then
-    GE's private (0009,100D) says it; else it is computed back from the first image's frame reference time and duration;
-    else it is the first acquisition itself. Where the scan passes midnight and the date stays on the first day, the
-    times after midnight count as of the next day.
+    it is GE's private (0009,100D); otherwise it is computed from the first image's frame reference time and duration;
+    otherwise it is the first acquisition. If the scan passes midnight without a change of date, times after midnight
+    count as of the next day.
 
     Args:
         slices: headers of one series.
         half_life: of the nuclide in s.
-        doubts: gets what is doubtful.
+        doubts: list to which doubts are appended.
 
     Raises:
         DicomError: a date or a time is missing or cannot be read, or the acquisition times do not form one scan.
@@ -75,7 +75,7 @@ def scan_start(slices: Sequence[Dataset], half_life: float, doubts: list[str]) -
     duration = number_of(first, "ActualFrameDuration", 0.0) / 1000.0
     if reference <= 0 or duration <= 0:
         return acquired
-    # The moment within the frame when the activity equals its mean over the frame.
+    # The time within the frame at which the activity equals its mean over the frame.
     rate = math.log(2) / half_life
     mean_activity = math.log(rate * duration / -math.expm1(-rate * duration)) / rate
     return acquired + timedelta(seconds=mean_activity - reference)
@@ -84,16 +84,16 @@ def scan_start(slices: Sequence[Dataset], half_life: float, doubts: list[str]) -
 def uptake_time(item: Dataset, header: Dataset, scan: datetime, doubts: list[str]) -> timedelta:
     """The time from an injection to the start of the scan.
 
-    Radiopharmaceutical Start DateTime is believed with its date when it lies at most 6 h before the scan; otherwise
-    (de-identified dates), and for Radiopharmaceutical Start Time, the time of day counts, on the day before when it is
-    later than the scan's.
+    Radiopharmaceutical Start DateTime is used with its date if it is at most 6 h before the scan; otherwise
+    (de-identified dates), and for Radiopharmaceutical Start Time, the time of day is used, on the day before if it is
+    later than that of the scan.
 
     Args:
         item: of Radiopharmaceutical Information Sequence (0054,0016).
         header: of the image that holds the item.
         scan: start of the scan (:func:`scan_start`).
-        doubts: gets what is doubtful: an uptake time outside 30 to 240 min, sources that differ, a date that is not the
-            scan's.
+        doubts: list to which doubts are appended: an uptake time outside 30 to 240 min, sources that differ, a date
+            other than that of the scan.
 
     Raises:
         DicomError: no time is stated; two sources differ by more than 10 min and both, or neither, may be right; the
@@ -120,7 +120,7 @@ def uptake_time(item: Dataset, header: Dataset, scan: datetime, doubts: list[str
 
 
 def _injected(item: Dataset, header: Dataset) -> tuple[datetime | None, time | None]:
-    """The moment of an injection by its two tags, each by the scanner's clock and None where it does not tell."""
+    """The time of an injection by its two tags, by the scanner's clock; None where a tag does not state it."""
     text, clock = text_of(item, START_DATE_TIME), None
     if text_of(item, START_TIME):
         clock = _parsed("TM", text_of(item, START_TIME), START_TIME)
@@ -143,7 +143,7 @@ def _injected(item: Dataset, header: Dataset) -> tuple[datetime | None, time | N
 
 
 def _is_zone(utc: time, clock: time) -> bool:
-    """Whether there is a time zone in which a clock shows one time of day at the other of UTC."""
+    """Whether there is a time zone with this clock time at this time of UTC."""
     day = datetime.min.date()
     ahead = datetime.combine(day, clock) - datetime.combine(day, utc)
     hour = timedelta(hours=1)
@@ -153,7 +153,7 @@ def _is_zone(utc: time, clock: time) -> bool:
 
 
 def _since(moment: datetime | time, scan: datetime) -> timedelta:
-    """From an injection to the scan; by the time of day alone where the date is not that of the scan."""
+    """From an injection to the scan; by the time of day only where the date is not that of the scan."""
     if isinstance(moment, datetime):
         if timedelta(0) <= scan - moment <= LONGEST_UPTAKE:
             return scan - moment
@@ -162,7 +162,7 @@ def _since(moment: datetime | time, scan: datetime) -> timedelta:
 
 
 def _preferred(uptakes: Sequence[timedelta], apart: timedelta, doubts: list[str]) -> int:
-    """Which of two sources to use, the first unless it alone is impossible; what they differ by is doubtful."""
+    """The source to use: the first unless only it is impossible; a difference is a doubt."""
     if apart <= SAME_MOMENT:
         return 0
     names = [tag_name(START_DATE_TIME), tag_name(START_TIME)]
@@ -182,7 +182,7 @@ def _say_if_apart(one: time, used: time, name: str, used_name: str, doubts: list
 def _check_uptake(uptake: timedelta, doubts: list[str]) -> None:
     if uptake == timedelta(0):
         raise DicomError(
-            "SUV: injection and scan are at the same moment by their times, so that no uptake time can be had; "
+            "SUV: injection and scan have the same time, so that the uptake time is unknown; "
             "de-identification may have replaced the times"
         )
     if uptake > LONGEST_UPTAKE:
@@ -196,7 +196,7 @@ def _check_uptake(uptake: timedelta, doubts: list[str]) -> None:
 
 
 def _over_midnight(moments: Sequence[datetime]) -> list[datetime]:
-    """Moments of one scan, those after midnight on the next day where their date has stayed on the first."""
+    """Times of one scan, those after midnight on the next day where the date did not change."""
     latest = {moment.date(): moment for moment in sorted(moments)}
     return [m + DAY if latest[m.date()] - m > DAY / 2 else m for m in moments]
 
@@ -238,7 +238,7 @@ def _parsed(kind: str, text: str, keyword: str) -> Any:
     try:
         value = getattr(needed_module("pydicom.valuerep"), kind)(text.replace(":", ""))
     except ValueError as error:
-        raise DicomError(f"SUV: {tag_name(keyword)} is no date or time that can be read") from error
+        raise DicomError(f"SUV: {tag_name(keyword)} is not a valid date or time") from error
     return value
 
 
@@ -246,7 +246,7 @@ def _parsed_date_time(text: str, where: str) -> datetime:
     try:
         value: datetime = needed_module("pydicom.valuerep").DT(text)
     except ValueError as error:
-        raise DicomError(f"{where} is no date and time that can be read") from error
+        raise DicomError(f"{where} is not a valid date and time") from error
     return value
 
 
@@ -256,12 +256,12 @@ def _date_time(text: str, header: Dataset, where: str) -> datetime:
 
 
 def _local(value: datetime, header: Dataset) -> datetime:
-    """A moment by the scanner's clock; as it stands where it has no offset from UTC, or the scanner's is not known."""
+    """A time by the scanner's clock; unchanged if it has no offset from UTC or that of the scanner is not known."""
     offset = text_of(header, "TimezoneOffsetFromUTC")
     if value.tzinfo is not None and offset:
         match = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", offset)
         if match is None:
-            raise DicomError(f"SUV: {tag_name('TimezoneOffsetFromUTC')} is no single offset such as +0100")
+            raise DicomError(f"SUV: {tag_name('TimezoneOffsetFromUTC')} is not a single offset such as +0100")
         ahead = timedelta(hours=int(match[2]), minutes=int(match[3]))
         value = value.astimezone(timezone(-ahead if match[1] == "-" else ahead))
     return datetime.combine(value.date(), value.time())

@@ -1,4 +1,4 @@
-"""The tracer of a PET by its header: FDG, another one, or not stated."""
+"""The tracer of a PET from its header: FDG, another one, or not stated."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 FDG = "FDG"
 F18 = "F-18"
-# Seconds. Sources round them differently (F-18: 6582 to 6600 s).
+# In seconds; sources round differently (F-18: 6582 to 6600 s).
 HALF_LIFE_S = {
     **{F18: 6586.2, "Ga-68": 4062.6, "C-11": 1221.8, "N-13": 597.9, "O-15": 122.24, "Rb-82": 76.4},
     **{"Cu-62": 580.0, "Cu-64": 45724.0, "Sc-44": 14292.0, "Y-86": 53064.0, "Zr-89": 282276.0, "I-124": 360806.0},
 }
 HALF_LIFE_TOLERANCE = 0.01
 MASS_NUMBERS = {nuclide.split("-")[1]: nuclide for nuclide in HALF_LIFE_S}  # each occurs once
-# Words within a text without its spaces and signs; and abbreviations, which must stand alone.
+# Words within a text without spaces and punctuation; and abbreviations, which must be separate words.
 TRACER_WORDS = {
     FDG: r"fdg(?!al$|alact)|gl[uiy][ck]os|glukoz",
     "FMISO": r"fmiso|misonidazol",
@@ -49,18 +49,18 @@ TRACER_TOKENS = {
     **{"FLT": r"f?flt", "FET": r"f?fet", "sodium fluoride": r"naf", "choline": r"fch", "FES": r"f?fes"},
     **{"FMISO": r"miso", "an amyloid or tau tracer": r"pib"},
 }
-OLD_SNOMED = ("SRT", "SNM3", "99SDM")  # schemes under which SNOMED's earlier codes are written
+OLD_SNOMED = ("SRT", "SNM3", "99SDM")  # coding schemes of the earlier SNOMED codes
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """What a PET's header says of its tracer.
+    """The tracer of a PET.
 
     Args:
         name: :data:`FDG`, another tracer's name, or "" where it is not stated or not known here.
-        problem: why it cannot be used as FDG, "" where it may be.
-        doubt: what is doubtful all the same, "" where nothing is.
-        order: among several PETs, lower for the one that is more surely FDG.
+        problem: why it cannot be used as FDG, "" if it can.
+        doubt: a doubt, "" where there is none.
+        order: among several PETs, lower for the one that is more certainly FDG.
     """
 
     name: str = ""
@@ -70,14 +70,14 @@ class Tracer:
 
 
 def tracer_of(header: Dataset) -> Tracer:
-    """The tracer of a PET, by the radiopharmaceutical items of its header.
+    """The tracer of a PET, from the radiopharmaceutical items of its header.
 
-    A problem are: a code or a text that names another tracer than FDG, or FDG and another one; a nuclide or a half-life
-    other than that of F-18. A tracer that is not stated or not known here is a doubt, and so is a series description
-    that names another one. None of the header's texts is quoted.
+    Problems are: a code or a text with another tracer than FDG, or FDG and another one; a nuclide or a half-life other
+    than that of F-18. Doubts are: a tracer that is not stated or not known here; a series description with another
+    tracer. No text of the header is quoted.
 
     Args:
-        header: of one image; every item of Radiopharmaceutical Information Sequence (0054,0016) counts.
+        header: of one image; all items of Radiopharmaceutical Information Sequence (0054,0016) are used.
     """
     names: set[str] = set()
     problems: list[str] = []
@@ -123,7 +123,7 @@ def _named_by_code(concept: Dataset) -> set[str]:
 
 
 def _known_meaning(group: str, concept: Dataset) -> str:
-    """What DICOM's dictionary (a context group: CID 4020 nuclides, CID 4021 tracers) says of a code, "" for others."""
+    """The meaning of a code in a DICOM context group (CID 4020 nuclides, CID 4021 tracers), "" for others."""
     scheme = text_of(concept, "CodingSchemeDesignator")
     value = text_of(concept, "CodeValue") or text_of(concept, "LongCodeValue")
     return _dictionary_meaning(group, "SRT" if scheme.upper() in OLD_SNOMED else scheme, value)
@@ -137,7 +137,7 @@ def _dictionary_meaning(group: str, scheme: str, value: str) -> str:
 
 
 def _nuclide_problem(item: Dataset, where: str) -> str:
-    """Why the nuclide that an item states is not F-18, "" where it is, or is not stated."""
+    """Why the nuclide of an item is not F-18, "" where it is or is not stated."""
     for concept in items_of(item, "RadionuclideCodeSequence"):
         meanings = f"{_known_meaning('CID4020', concept)} {text_of(concept, 'CodeMeaning')}"
         stated = {MASS_NUMBERS[number] for number in re.findall(r"\d+", meanings) if number in MASS_NUMBERS}
@@ -147,7 +147,7 @@ def _nuclide_problem(item: Dataset, where: str) -> str:
 
 
 def _half_life_problem(item: Dataset) -> str:
-    """Why a half-life is not that of F-18, "" where it is, or is not stated."""
+    """Why the half-life is not that of F-18, "" where it is or is not stated."""
     number = numbers_of(item, "RadionuclideHalfLife", 1)
     if number is None or number[0] <= 0:
         return ""
