@@ -217,7 +217,9 @@ def test_ct_and_pet_of_different_days_are_a_doubt(tmp_path, ct, apart):
     scans(tmp_path, pt="20200102", ct=ct)
     [case] = find_cases(tmp_path, FEATURES)
     told = [doubt for doubt in case[keys.PET].doubts if "days apart" in doubt]
-    assert told == ([f"CT and PET are {apart} days apart by their dates: of one examination?"] if apart else [])
+    assert told == (
+        [f"CT and PET are {apart} days apart by their dates: are they of one examination?"] if apart else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_images_without_a_series_uid_have_a_row_that_says_so(tmp_path):
     problems = rows(tmp_path)
     assert problems["A"] == "" and "24" not in problems["A"]
     assert problems["B"].startswith(
-        "IM0000, IM0001, IM0002 and 21 more: no Series Instance UID (0020,000E), which says"
+        "IM0000, IM0001, IM0002 and 21 more: no Series Instance UID (0020,000E), which identifies"
     )
 
 
@@ -596,7 +598,7 @@ def test_a_deflated_file_that_grows_beyond_any_image_is_refused(tmp_path, preamb
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found["P-2"] == "" and most < 60 * 2**20
-    assert "deflated, and more than 64 MB inflated" in found["P-1"]
+    assert "deflated, and has more than 64 MB inflated" in found["P-1"]
 
 
 @pytest.mark.parametrize(

@@ -532,9 +532,9 @@ def inside_out(case: Case) -> tuple[np.ndarray, np.ndarray]:
         ),
         pytest.param(lambda c: mask_at(c, value=0.4), {"mask_values"}, ("such as 0.4",), id="interpolated"),
         pytest.param(lambda c: moved(c, 900), {"mask_in_ct", "mask_uptake"}, ("affine",), id="beside_the_ct"),
-        pytest.param(lambda c: mask_at(c, (-25, 0, -60)), set(), ("does not lie on uptake",), id="flipped"),
-        pytest.param(lambda c: mask_at(c, (150, 60, 0)), {"mask_uptake"}, ("does not lie on uptake",), id="in_the_air"),
-        pytest.param(inside_out, {"mask_volume", "mask_uptake"}, ("inside out",), id="inside_out"),
+        pytest.param(lambda c: mask_at(c, (-25, 0, -60)), set(), ("is not on uptake",), id="flipped"),
+        pytest.param(lambda c: mask_at(c, (150, 60, 0)), {"mask_uptake"}, ("is not on uptake",), id="in_the_air"),
+        pytest.param(inside_out, {"mask_volume", "mask_uptake"}, ("inverted",), id="inside_out"),
     ],
 )
 def test_masks_are_checked(case: Case, make: Callable, rejected: set, said: tuple[str, ...]) -> None:
@@ -640,7 +640,7 @@ def test_doubts_of_cases_that_are_kept_are_listed(case: Case, tmp_path: Path, ca
         assert not {"ct_slice", "pet_slice"} & {row["check"] for row in rows}, "the cohort sets the range of its voxels"
         (row,) = [row for row in rows if row["check"] == "mask_uptake"]
         assert (row["PatientID"], row["set"]) == ("CHUP-002", "training")
-        assert 0.75 < float(row["value"]) < 2 and "does not lie on uptake" in row["message"]
+        assert 0.75 < float(row["value"]) < 2 and "is not on uptake" in row["message"]
         assert "of 2 training cases are kept with doubts" in caplog.text and "mask_uptake 1" in caplog.text
         assert not (tmp_path / "exclusions.csv").exists()
 
