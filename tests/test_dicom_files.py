@@ -12,8 +12,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_study import SECRETS, slice_dataset, write_series
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
