@@ -155,6 +155,20 @@ FEATURES: dict[str, Feature] = {
             # the last of each: tested, with the result
             {0: ("negative", "neg", "-", *_NO, "yes, negative"), 1: ("positive", "pos", "+", *_YES, "yes, positive")},
         ),
+        Feature(
+            "site",
+            "Primary Site",
+            CATEGORY,
+            ("Site", "Tumour Site", "Tumor Site", "Disease Site"),
+            {
+                0: ("oropharynx",),
+                1: ("larynx",),
+                2: ("nasopharynx",),
+                3: ("hypopharynx",),
+                4: ("oral cavity", "lip and oral cavity", "lip & oral cavity"),
+                5: ("other",),
+            },
+        ),
     )
 }
 """Clinical features by name; the order of a clinical vector is the caller's list, not this table's."""

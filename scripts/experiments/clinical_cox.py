@@ -1,20 +1,11 @@
-"""Cox model of clinical values alone: what a model that sees images has to beat.
-
-Usage:
-    python scripts/compare_clinical.py COHORT.csv --train_centres HGJ,CHUS --test_centres HMR,CHUM \
-        --features age,t_stage,n_stage,hpv
-    python scripts/compare_clinical.py DATASET_DIR --num_folds 5 --output clinical.json
-"""
+"""Models of clinical values alone: coding, filling of missing values, a ridge Cox model, its C-index."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +13,9 @@ import pandas as pd
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
-from command_line import run_tool
-
 from scripts import keys
 from scripts.cohorts import clinical
-from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
-from scripts.cohorts.files import write_text
-from scripts.cohorts.tables import centre_name
+from scripts.cohorts.cohort import Case, CohortError
 from scripts.training.concordance import comparable_pairs, resampled_concordance
 
 CODINGS = ("indicators", "paper")
@@ -255,178 +242,3 @@ def _coefficients(fit: Fit) -> list[dict[str, Any]]:
         {"column": name} | {title: float(summary.loc[name, source]) for title, source in titles.items()}
         for name in fit.used
     ]
-
-
-def split_groups(
-    cohort: Cohort, train_centres: Sequence[str], test_centres: Sequence[str], num_folds: int, seed: int
-) -> list[tuple[list[Case], list[Case]]]:
-    """(training, test) cases with known survival: by centre, or the bundle's folds where no centre is named.
-
-    Raises:
-        CohortError: no patient has known survival, only one of the two lists is given, they share a centre, or a
-            centre has no patient.
-    """
-    if not _with_survival(cohort.cases):
-        raise CohortError(f"{cohort.dataset_dir}: no patient has both RFS and Relapse, so there is nothing to fit")
-    if not train_centres and not test_centres:
-        splits = [cohort.split("partial", num_folds, fold, seed) for fold in range(num_folds)]
-        return [(_with_survival(split.training), _with_survival(split.validation)) for split in splits]
-    shared = sorted(set(train_centres) & set(test_centres))
-    if shared:
-        raise CohortError(f"{', '.join(shared)} stands in --train_centres and in --test_centres")
-    present = sorted({case[keys.CENTRE] for case in cohort.cases})
-    absent = sorted({*train_centres, *test_centres} - set(present))
-    if absent or not (train_centres and test_centres):
-        what = f"no patient is from {', '.join(absent)}" if absent else "--train_centres and --test_centres go together"
-        raise CohortError(f"{what}; the centres of this cohort are {', '.join(present)}")
-    sides = [[case for case in cohort.cases if case[keys.CENTRE] in side] for side in (train_centres, test_centres)]
-    return [(_with_survival(sides[0]), _with_survival(sides[1]))]
-
-
-def _with_survival(cases: Iterable[Case]) -> list[Case]:
-    return [case for case in cases if case[keys.SURV_KNOWN]]
-
-
-def _left_out(cohort: Cohort, centres: Sequence[Sequence[str]]) -> dict[str, int]:
-    """Reason -> number of patients of the cohort that take no part."""
-    reasons = Counter(exclusion.reason for exclusion in cohort.exclusions)
-    named = {name for side in centres for name in side}
-    for case in cohort.cases:
-        if not case[keys.SURV_KNOWN]:
-            reasons["survival unknown"] += 1
-        elif named and case[keys.CENTRE] not in named:
-            reasons["of another centre"] += 1
-    return dict(reasons)
-
-
-def _names(value: str | Sequence[object]) -> list[str]:
-    """A list from ``a,b``, or from a list."""
-    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    return [str(item).strip() for item in items if str(item).strip()]
-
-
-def _interval(item: Score) -> str:
-    """``0.742 [0.64, 0.84]`` or what is missing of it."""
-    if math.isnan(item.c_index):
-        return "none (no comparable pair)"
-    return f"{item.c_index:.3f}" + ("" if math.isnan(item.low) else f" [{item.low:.3f}, {item.high:.3f}]")
-
-
-def _variants(missing: dict[str, int], coding: str, fill: str) -> list[tuple[str, str]]:
-    """Codings to compare, the chosen one first; fills differ only where a number or a stage is missing."""
-    numbers = any(count and clinical.feature_named(name).kind != clinical.CATEGORY for name, count in missing.items())
-    fills = FILLS if numbers else (fill,)
-    variants = [("indicators", name) for name in fills] + [("paper", "zero")]
-    chosen = (coding, "zero" if coding == "paper" else fill)
-    return [chosen, *(variant for variant in variants if variant != chosen)]
-
-
-def print_report(report: dict[str, Any], results: Sequence[Result]) -> None:
-    """Print what was compared on which data, the scores of every coding and the chosen model's coefficients."""
-    chosen = results[0]
-    print(f"Cox model of clinical values alone (lifelines, ridge penalizer {report['penalizer']:g})")
-    print(f"data: {', '.join(report['data'])}")
-    print(f"train: {report['train']}, {chosen.train.patients} patients, {chosen.train.events} events")
-    print(f"test: {report['test']}, {chosen.test.patients} patients, {chosen.test.events} events")
-    print(
-        f"values missing among {report['patients']}: "
-        + ", ".join(f"{name} {count}" for name, count in report["missing"].items())
-    )
-    for reason, count in report["left_out"].items():
-        print(f"left out: {count} patients, {reason}")
-    for note in report["notes"]:
-        print(f"note: {note}")
-    rows = [(r.coding, r.fill, _interval(r.train), _interval(r.test)) for r in results]
-    print("\nC-index [95 % bootstrap interval over patients, model fixed]; the first line is the chosen coding")
-    print(pd.DataFrame(rows, columns=["coding", "missing number", "train", "test"]).to_string(index=False))
-    print(f"\ncoefficients ({report['coefficients_of']})")
-    print(pd.DataFrame(chosen.coefficients).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
-    if chosen.dropped:
-        print(f"columns left out, as constant or redundant among training patients: {', '.join(chosen.dropped)}")
-    for text in chosen.warnings:
-        print(f"lifelines warns: {text}")
-
-
-def _load(path: Path, features: Sequence[str], with_scans: bool) -> Cohort:
-    """A cohort from a folder or from a table alone."""
-    if path.is_dir():
-        return load_cohort(path, clinical_features=features, require_images=with_scans)
-    if with_scans:
-        raise CohortError(f"--with_scans needs the folder of the data set, not a table: {path}")
-    return load_cohort(None, path, features, require_images=False)
-
-
-def _json_ready(value: Any) -> Any:
-    """Replace NaN, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def compare_clinical(
-    cohort: str,
-    train_centres: str | Sequence[str] = (),
-    test_centres: str | Sequence[str] = (),
-    features: str | Sequence[str] = clinical.DEFAULT_FEATURES,
-    coding: str = "indicators",
-    fill: str = "training_median",
-    penalizer: float = 0.1,
-    num_folds: int = 3,
-    seed: int = 0,
-    bootstrap: int = 1000,
-    with_scans: bool = False,
-    output: str | None = None,
-) -> None:
-    """Fit a Cox model to clinical values alone and print its C-index.
-
-    Args:
-        cohort: a CSV file, or a HECKTOR data set folder with one or more beside its scans.
-        train_centres: centres to fit to; without centres, cross-validation over the bundle's folds.
-        test_centres: centres to test on.
-        features: clinical features, such as ``age,t_stage,n_stage,hpv``.
-        coding: ``indicators`` (a 0/1 column for each level of a category) or ``paper`` (missing 0, levels from 1).
-        fill: what a missing number or stage becomes with indicators: ``training_median``, ``cohort_median`` (which
-            looks at the test patients' clinical values too) or ``zero``.
-        penalizer: strength of the ridge penalty.
-        num_folds: number of folds.
-        seed: seed of folds and bootstrap.
-        bootstrap: number of bootstrap resamples.
-        with_scans: use only patients with scans, so that the folds are those of the bundle's training.
-        output: JSON file for the result.
-    """
-    if coding not in CODINGS or fill not in FILLS:
-        raise CohortError(f"--coding is one of {', '.join(CODINGS)} and --fill one of {', '.join(FILLS)}")
-    names = _names(features)
-    loaded = _load(Path(cohort).expanduser(), names, with_scans)
-    centres = [[centre_name(name, "") for name in _names(side)] for side in (train_centres, test_centres)]
-    groups = split_groups(loaded, centres[0], centres[1], num_folds, seed)
-    known = [case for pair in groups[:1] for side in pair for case in side]
-    missing = {name: sum(case[keys.CLINICAL][name] is None for case in known) for name in names}
-    results = [
-        evaluate_coding(groups, names, *variant, penalizer, bootstrap, seed)
-        for variant in _variants(missing, coding, fill)
-    ]
-    folds = f"{num_folds}-fold cross-validation, seed {seed}"
-    report = {
-        "data": loaded.files,
-        "features": names,
-        "penalizer": penalizer,
-        "train": ", ".join(centres[0]) or folds,
-        "test": ", ".join(centres[1]) or f"{folds}, out of fold",
-        "patients": len(known),
-        "missing": missing,
-        "left_out": _left_out(loaded, centres),
-        "notes": loaded.notes,
-        "coefficients_of": "model of the training centres" if centres[0] else "model of all patients",
-        "results": [asdict(result) for result in results],
-    }
-    print_report(report, results)
-    if output:
-        write_text(output, json.dumps(_json_ready(report), indent=2) + "\n")
-        print(f"\nwritten: {output}")
-
-
-if __name__ == "__main__":
-    run_tool(compare_clinical, ValueError, OSError)
