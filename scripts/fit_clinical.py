@@ -1,35 +1,45 @@
-"""Cox model of clinical values alone: what a model that sees images has to beat.
+"""Models of clinical values alone: what a model that sees images has to beat, and the one that the bundle ships.
 
 Usage:
-    python scripts/compare_clinical.py COHORT.csv --train_centres HGJ,CHUS --test_centres HMR,CHUM \
+    python scripts/fit_clinical.py COHORT.csv --train_centres HGJ,CHUS --test_centres HMR,CHUM \
         --features age,t_stage,n_stage,hpv
-    python scripts/compare_clinical.py DATASET_DIR --num_folds 5 --output clinical.json
+    python scripts/fit_clinical.py DATASET_DIR --num_folds 5 --output clinical.json
+    python scripts/fit_clinical.py RADCURE.csv --mapping scripts/experiments/mappings/radcure.json \
+        --external OTHER.csv --out bundle/models/clinical_rfs.json --output evidence.json
 """
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from lifelines import CoxPHFitter
-from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 
 from command_line import run_tool
 
+from experiments.clinical_cox import CODINGS, FILLS, Result, Score, evaluate_coding
+from experiments.clinical_evidence import (
+    FEATURES,
+    HPV_FEATURES,
+    PENALIZER,
+    cross_validated,
+    hpv_evidence,
+    judge_survival,
+    make_model,
+    split_by_year,
+)
+from experiments.foreign_table import ForeignTable, read_foreign_table
 from scripts import keys
 from scripts.cohorts import clinical
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
 from scripts.cohorts.tables import centre_name
-from scripts.training.concordance import comparable_pairs, resampled_concordance
+
 
 def split_groups(
     cohort: Cohort, train_centres: Sequence[str], test_centres: Sequence[str], num_folds: int, seed: int
@@ -121,8 +131,14 @@ def print_report(report: dict[str, Any], results: Sequence[Result]) -> None:
         print(f"lifelines warns: {text}")
 
 
-def _load(path: Path, features: Sequence[str], with_scans: bool) -> Cohort:
+def _load(path: Path, features: Sequence[str], with_scans: bool, mapping: str | None) -> Cohort:
     """A cohort from a folder or from a table alone."""
+    if mapping is not None:
+        if with_scans or path.is_dir():
+            raise CohortError(
+                f"--mapping is for a table without scans; {path} is read as a table, without --with_scans"
+            )
+        return read_foreign_table(path, mapping, features).cohort
     if path.is_dir():
         return load_cohort(path, clinical_features=features, require_images=with_scans)
     if with_scans:
@@ -139,53 +155,94 @@ def _json_ready(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def compare_clinical(
+def fit_clinical(
     cohort: str,
     train_centres: str | Sequence[str] = (),
     test_centres: str | Sequence[str] = (),
-    features: str | Sequence[str] = clinical.DEFAULT_FEATURES,
+    features: str | Sequence[str] | None = None,
     coding: str = "indicators",
     fill: str = "training_median",
-    penalizer: float = 0.1,
+    penalizer: float | None = None,
     num_folds: int = 3,
     seed: int = 0,
     bootstrap: int = 1000,
     with_scans: bool = False,
+    mapping: str | None = None,
+    out: str | None = None,
+    external: str | None = None,
     output: str | None = None,
 ) -> None:
-    """Fit a Cox model to clinical values alone and print its C-index.
+    """Fit a Cox model to clinical values alone and print its C-index; with --out, make the model that the bundle ships.
 
     Args:
         cohort: a CSV file, or a HECKTOR data set folder with one or more beside its scans.
         train_centres: centres to fit to; without centres, cross-validation over the bundle's folds.
-        test_centres: centres to test on.
-        features: clinical features, such as ``age,t_stage,n_stage,hpv``.
+        test_centres: centres to test on; with --out, centres of --external that are also judged on their own.
+        features: clinical features, such as ``age,t_stage,n_stage,hpv``; by default the paper's, with --out those of
+            the bundle's model.
         coding: ``indicators`` (a 0/1 column for each level of a category) or ``paper`` (missing 0, levels from 1).
         fill: what a missing number or stage becomes with indicators: ``training_median``, ``cohort_median`` (which
             looks at the test patients' clinical values too) or ``zero``.
-        penalizer: strength of the ridge penalty.
+        penalizer: strength of the ridge penalty, 0.1 by default, with --out 0.01.
         num_folds: number of folds.
         seed: seed of folds and bootstrap.
         bootstrap: number of bootstrap resamples.
         with_scans: use only patients with scans, so that the folds are those of the bundle's training.
+        mapping: JSON file that tells how to read a table of another data set.
+        out: JSON file for a model of all patients with its evidence; needs --mapping, as it needs the years.
+        external: table of other hospitals to test that model on, read like any cohort.
         output: JSON file for the result.
     """
-    if coding not in CODINGS or fill not in FILLS:
+    if out is not None:
+        if train_centres or with_scans or mapping is None:
+            raise CohortError(
+                "--out makes a model of all patients of a table read by --mapping; it takes no other split"
+            )
+        names = FEATURES if features is None else _names(features)
+        table = read_foreign_table(cohort, mapping, [*names, *HPV_FEATURES])
+        others = [] if external is None else _load(Path(external), [*names, *HPV_FEATURES], False, None).cases
+        strength = PENALIZER if penalizer is None else penalizer
+        report = make_shipped(table, others, _centres(test_centres), out, names, strength, seed, bootstrap)
+    elif external is not None:
+        raise CohortError("--external tests the model that --out makes; it needs --out")
+    else:
+        names = list(clinical.DEFAULT_FEATURES) if features is None else _names(features)
+        loaded = _load(Path(cohort).expanduser(), names, with_scans, mapping)
+        centres = (_centres(train_centres), _centres(test_centres))
+        strength = 0.1 if penalizer is None else penalizer
+        report = compare(loaded, centres, names, (coding, fill), strength, num_folds, seed, bootstrap)
+    if output:
+        write_text(output, json.dumps(_json_ready(report), indent=2) + "\n")
+        print(f"\nwritten: {output}")
+
+
+def compare(
+    loaded: Cohort,
+    centres: tuple[list[str], list[str]],
+    names: Sequence[str],
+    variant: tuple[str, str],
+    penalizer: float,
+    num_folds: int,
+    seed: int,
+    bootstrap: int,
+) -> dict[str, Any]:
+    """Fit, score and print every coding; arguments as :func:`fit_clinical`.
+
+    Raises:
+        CohortError: an option cannot be met.
+    """
+    if variant[0] not in CODINGS or variant[1] not in FILLS:
         raise CohortError(f"--coding is one of {', '.join(CODINGS)} and --fill one of {', '.join(FILLS)}")
-    names = _names(features)
-    loaded = _load(Path(cohort).expanduser(), names, with_scans)
-    centres = [[centre_name(name, "") for name in _names(side)] for side in (train_centres, test_centres)]
     groups = split_groups(loaded, centres[0], centres[1], num_folds, seed)
     known = [case for pair in groups[:1] for side in pair for case in side]
     missing = {name: sum(case[keys.CLINICAL][name] is None for case in known) for name in names}
     results = [
-        evaluate_coding(groups, names, *variant, penalizer, bootstrap, seed)
-        for variant in _variants(missing, coding, fill)
+        evaluate_coding(groups, names, *each, penalizer, bootstrap, seed) for each in _variants(missing, *variant)
     ]
     folds = f"{num_folds}-fold cross-validation, seed {seed}"
     report = {
         "data": loaded.files,
-        "features": names,
+        "features": list(names),
         "penalizer": penalizer,
         "train": ", ".join(centres[0]) or folds,
         "test": ", ".join(centres[1]) or f"{folds}, out of fold",
@@ -197,10 +254,96 @@ def compare_clinical(
         "results": [asdict(result) for result in results],
     }
     print_report(report, results)
-    if output:
-        write_text(output, json.dumps(_json_ready(report), indent=2) + "\n")
-        print(f"\nwritten: {output}")
+    return report
+
+
+def _centres(names: str | Sequence[str]) -> list[str]:
+    return [centre_name(name, "") for name in _names(names)]
+
+
+# --- the model that the bundle ships ----------------------------------------------------------------------------------
+
+
+def make_shipped(
+    table: ForeignTable,
+    others: Sequence[Case],
+    centres: Sequence[str],
+    out: str,
+    names: Sequence[str],
+    penalizer: float,
+    seed: int,
+    bootstrap: int,
+) -> dict[str, Any]:
+    """Fit the model to all patients, write it, and print how good it is on patients it has not seen.
+
+    Args:
+        table: whose patients it is fitted to.
+        others: patients of other hospitals.
+        centres: of ``others``, judged on their own as well.
+        out: file of the model.
+        names: clinical features.
+        penalizer: ridge.
+        seed: of the bootstrap.
+        bootstrap: its draws.
+    """
+    print(table.cohort.describe())
+    cases = _with_survival(table.cohort.cases)
+    years = [table.years[case[keys.PATIENT_ID]] for case in cases]
+    early, late, middle = split_by_year(cases, years)
+    split = make_model(early, [table.years[case[keys.PATIENT_ID]] for case in early], names, penalizer, {}, {})
+    report: dict[str, Any] = {"features": list(names), "penalizer": penalizer, "from_year": middle}
+    report["excluded"] = [asdict(exclusion) for exclusion in table.cohort.exclusions]
+    report["temporal"] = judge_survival(split, early, late, seed, bootstrap)
+    report["by_year"] = cross_validated(cases, years, names, penalizer, seed, bootstrap)
+    model = make_model(cases, years, names, penalizer, table.about, {})
+    judged = _with_survival(others)
+    groups = {"external": judged, "external_centres": [case for case in judged if case[keys.CENTRE] in centres]}
+    report |= {name: judge_survival(model, cases, group, seed, bootstrap) for name, group in groups.items() if group}
+    report["hpv"] = hpv_evidence(cases, years, others, seed, bootstrap)
+    evidence = {name: _counted(report[name]["c_index"]) for name in ("temporal", "external") if name in report}
+    if judged:
+        evidence["external"]["hospitals"] = len({case[keys.CENTRE] for case in judged})
+    model = make_model(cases, years, names, penalizer, table.about, evidence)
+    write_text(out, json.dumps(asdict(model), indent=1) + "\n")
+    print_shipped(report)
+    print(f"\nwritten: {out}: {model.summary}")
+    return report
+
+
+def _counted(figure: dict[str, Any]) -> dict[str, Any]:
+    """A C-index as the model states it."""
+    numbers = {name: round(figure[name], 3) for name in ("value", "low", "high")}
+    return numbers | {name: figure[name] for name in ("patients", "events")}
+
+
+def print_shipped(report: dict[str, Any]) -> None:
+    """Print the evidence, a line a metric: value, 95 % interval, patients, events."""
+    rows = []
+    for name in ("temporal", "external", "external_centres"):
+        for metric, figure in _flat(report.get(name, {})):
+            rows.append((name, metric, figure))
+    rows.append(("by_year", "c_index", report["by_year"]))
+    for name in ("temporal", "by_year", "external"):
+        rows += [(f"HPV, {name}", metric, figure) for metric, figure in _flat(report["hpv"].get(name, {}))]
+    for name, metric, figure in rows:
+        counts = ", ".join(f"{figure[what]} {what}" for what in ("patients", "events", "positive") if what in figure)
+        print(f"{name:18}{metric:32}{_value(figure):26}{counts}")
+
+
+def _flat(report: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, dict[str, Any]]]:
+    """Name and figure of all metrics in a report."""
+    for name, item in report.items():
+        if isinstance(item, dict) and "value" in item:
+            yield f"{prefix}{name}", item
+        elif isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{name}.")
+
+
+def _value(figure: dict[str, Any]) -> str:
+    if figure["value"] is None:
+        return f"none: {figure['reason']}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 if __name__ == "__main__":
-    run_tool(compare_clinical, ValueError, OSError)
+    run_tool(fit_clinical, ValueError, OSError)

@@ -13,8 +13,8 @@ from scipy.optimize import minimize
 from synthetic_run import make_run
 
 import evaluate_folds
-from compare_clinical import evaluate_coding
 from experiments import comparators, evidence
+from experiments.clinical_cox import evaluate_coding
 from scripts import keys
 from scripts.cohorts.clinical import code_indicators
 from scripts.cohorts.cohort import load_cohort
@@ -43,7 +43,7 @@ def copy(run, tmp_path) -> Path:
 
 
 def test_clinical_values_alone_are_fitted_on_the_same_folds(run, report, cohort):
-    """The same coding, folds and penalty as scripts/compare_clinical.py: each fold's C-index agrees with it."""
+    """The same coding, folds and penalty as scripts/fit_clinical.py: each fold's C-index agrees with it."""
     loaded = load_cohort(cohort)
     features = report["clinical_only"]["features"]
     judged = pd.read_csv(run / "evaluation" / "cases.csv").dropna(subset=["time"])

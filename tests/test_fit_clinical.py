@@ -16,13 +16,14 @@ from lifelines.utils import concordance_index
 
 from command_line import read_arguments
 
-import compare_clinical as tool
+import fit_clinical as tool
+from experiments import clinical_cox as cox
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
 from scripts.model.losses import CoxLoss
 from scripts.training.concordance import concordance_index as concordance_index_of_bundle
 
-TOOL = Path(__file__).resolve().parents[1] / "scripts" / "compare_clinical.py"
+TOOL = Path(__file__).resolve().parents[1] / "scripts" / "fit_clinical.py"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "hn_clinical" / "hn_clinical.csv"
 FEATURES = ("age", "t_stage", "n_stage", "hpv")
 
@@ -62,7 +63,7 @@ def made_up_csv(tmp_path: Path) -> Path:
 
 
 def run(csv: Path, output: Path, **options) -> dict:
-    tool.compare_clinical(str(csv), output=str(output), bootstrap=100, **options)
+    tool.fit_clinical(str(csv), output=str(output), bootstrap=100, **options)
     return json.loads(output.read_text())
 
 
@@ -80,14 +81,14 @@ def outcome(seed: int, count: int = 80) -> tuple[np.ndarray, pd.DataFrame]:
 def test_c_index_is_that_of_lifelines_with_ties(seed):
     risk, table = outcome(seed)
     expected = concordance_index(table[keys.TIME], -risk, table[keys.EVENT])
-    scored = tool.score([risk], [table], bootstrap=50, seed=0)
+    scored = cox.score([risk], [table], bootstrap=50, seed=0)
     assert scored.c_index == pytest.approx(expected, abs=1e-12)
     assert (scored.patients, scored.events) == (80, int(table[keys.EVENT].sum()))
 
 
 def test_interval_is_that_of_resampled_patients():
     risk, table = outcome(1)
-    scored = tool.score([risk], [table], bootstrap=200, seed=5)
+    scored = cox.score([risk], [table], bootstrap=200, seed=5)
     weights = np.random.default_rng(5).multinomial(80, np.full(80, 1 / 80), size=200)
     drawn = []
     for weight in weights:
@@ -101,15 +102,15 @@ def test_interval_is_that_of_resampled_patients():
 
 def test_pairs_are_formed_within_folds():
     risk, table = outcome(2)
-    shifted = tool.score([risk, risk + 1000], [table, table], bootstrap=50, seed=0)
-    single = tool.score([risk], [table], bootstrap=50, seed=0)
+    shifted = cox.score([risk, risk + 1000], [table, table], bootstrap=50, seed=0)
+    single = cox.score([risk], [table], bootstrap=50, seed=0)
     assert shifted.c_index == pytest.approx(single.c_index)
     assert shifted.patients == 160
 
 
 def test_no_comparable_pair_is_not_a_number():
     table = pd.DataFrame({keys.TIME: [1.0, 2.0], keys.EVENT: [0, 0]})
-    scored = tool.score([np.array([0.0, 1.0])], [table], bootstrap=10, seed=0)
+    scored = cox.score([np.array([0.0, 1.0])], [table], bootstrap=10, seed=0)
     assert np.isnan([scored.c_index, scored.low, scored.high]).all()
     assert tool._interval(scored) == "none (no comparable pair)"
 
@@ -126,13 +127,13 @@ def test_no_comparable_pair_is_not_a_number():
     ],
 )
 def test_fill(fill, train, test):
-    filled = tool.fill_missing(pd.DataFrame({"x": [1.0, 3.0, np.nan]}), pd.DataFrame({"x": [np.nan, 9.0]}), fill)
+    filled = cox.fill_missing(pd.DataFrame({"x": [1.0, 3.0, np.nan]}), pd.DataFrame({"x": [np.nan, 9.0]}), fill)
     assert [frame["x"].tolist() for frame in filled] == [train, test]
 
 
 def test_column_that_is_missing_everywhere_becomes_zero():
     empty = pd.DataFrame({"x": [np.nan, np.nan]})
-    assert tool.fill_missing(empty, empty, "training_median")[0]["x"].tolist() == [0.0, 0.0]
+    assert cox.fill_missing(empty, empty, "training_median")[0]["x"].tolist() == [0.0, 0.0]
 
 
 def cox_table(**columns) -> pd.DataFrame:
@@ -143,12 +144,12 @@ def cox_table(**columns) -> pd.DataFrame:
 def test_without_a_penalty_redundant_columns_are_left_out():
     male = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     table = cox_table(female=1 - male, male=male, x=[3.0, 1.0, 2.0, 1.0, 0.0, 2.0, 1.0, 4.0])
-    assert tool.fit_cox(table, 0.0).dropped == ["male"]
-    assert tool.fit_cox(table, 0.1).dropped == []
+    assert cox.fit_cox(table, 0.0).dropped == ["male"]
+    assert cox.fit_cox(table, 0.1).dropped == []
 
 
 def test_constant_columns_are_left_out_and_named():
-    fit = tool.fit_cox(cox_table(x=[3.0, 1.0, 2.0, 1.0, 0.0, 2.0], same=[1.0] * 6), 0.1)
+    fit = cox.fit_cox(cox_table(x=[3.0, 1.0, 2.0, 1.0, 0.0, 2.0], same=[1.0] * 6), 0.1)
     assert (fit.used, fit.dropped, fit.warnings) == (["x"], ["same"], [])
 
 
@@ -156,7 +157,7 @@ def test_doubts_of_lifelines_are_kept_not_printed_as_warnings():
     # Without a penalty, x = 1 exactly for those who relapse has no finite coefficient.
     relapse = np.arange(40) % 2
     table = pd.DataFrame({"x": relapse.astype(float), keys.TIME: np.arange(1.0, 41), keys.EVENT: relapse})
-    fit = tool.fit_cox(table, penalizer=0.0)
+    fit = cox.fit_cox(table, penalizer=0.0)
     assert any("complete separation" in text for text in fit.warnings)
 
 
@@ -171,7 +172,7 @@ def test_doubts_of_lifelines_are_kept_not_printed_as_warnings():
 )
 def test_what_cannot_be_fitted(table, message):
     with pytest.raises(CohortError, match=message):
-        tool.fit_cox(table, 0.1)
+        cox.fit_cox(table, 0.1)
 
 
 # --- the tool ------------------------------------------------------------------------------------------------
@@ -236,8 +237,8 @@ def test_cross_validation_uses_the_folds_of_the_bundle(made_up_csv, tmp_path):
         sides = []
         for cases in (split.training, split.validation):
             known = [case for case in cases if case[keys.SURV_KNOWN]]
-            sides.append(tool.code_cohort(known, ("age", "performance_status"), "indicators"))
-        train, test = tool.fill_missing(*sides, "training_median")
+            sides.append(cox.code_cohort(known, ("age", "performance_status"), "indicators"))
+        train, test = cox.fill_missing(*sides, "training_median")
         risk = CoxPHFitter(penalizer=0.1).fit(train, keys.TIME, keys.EVENT).predict_log_partial_hazard(test)
         pairs = comparable_pairs(test)
         concordant += pairs * concordance_index(test[keys.TIME], -risk, test[keys.EVENT])
@@ -263,7 +264,7 @@ def test_doubtful_fit_is_printed(tmp_path, capsys):
 
 
 def test_data_set_folder_without_images(made_up_csv, tmp_path, capsys):
-    tool.compare_clinical(str(made_up_csv.parent), features="age", num_folds=2, bootstrap=20)
+    tool.fit_clinical(str(made_up_csv.parent), features="age", num_folds=2, bootstrap=20)
     assert f"data: {made_up_csv}" in capsys.readouterr().out
 
 
@@ -297,20 +298,20 @@ def test_with_scans_takes_only_patients_with_scans(made_up_csv, tmp_path):
 )
 def test_options_that_cannot_be_met(made_up_csv, options, message):
     with pytest.raises(ValueError, match=message):
-        tool.compare_clinical(str(made_up_csv), **options)
+        tool.fit_clinical(str(made_up_csv), **options)
 
 
 def test_cohort_without_outcomes(tmp_path):
     path = tmp_path / "ehr.csv"
     path.write_text("PatientID,Age,HPV Status\nCHUM-001,61,1\nCHUM-002,62,0\n")
     with pytest.raises(CohortError, match=r"ehr\.csv: no patient has both RFS and Relapse"):
-        tool.compare_clinical(str(path), features="age")
+        tool.fit_clinical(str(path), features="age")
 
 
 def test_command_line(made_up_csv, capsys):
     centres = ["--train_centres", "5,1", "--test_centres=8"]
     typed = [str(made_up_csv), *centres, "--features=age,gender", "--bootstrap=20"]
-    tool.compare_clinical(**read_arguments(tool.compare_clinical, typed))
+    tool.fit_clinical(**read_arguments(tool.fit_clinical, typed))
     assert "train: MDA, CHUM, 95 patients" in capsys.readouterr().out
 
 
@@ -318,7 +319,7 @@ def test_failure_is_one_line_and_an_exit_code(made_up_csv):
     command = [sys.executable, str(TOOL), str(made_up_csv), "--train_centres=MDA", "--test_centres=6"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1
-    assert run.stderr == "compare_clinical: no patient is from HGJ; the centres of this cohort are CHUM, MDA, USZ\n"
+    assert run.stderr == "fit_clinical: no patient is from HGJ; the centres of this cohort are CHUM, MDA, USZ\n"
 
 
 # --- the bundle's own Cox loss and C-index ---------------------------------------------------------------------
@@ -348,10 +349,10 @@ def fit_linear_torch_model(table: pd.DataFrame, columns: list[str]) -> torch.nn.
 def test_real_patients_through_the_cox_loss_and_c_index_of_the_bundle(real_csv):
     cohort = load_cohort(None, real_csv, FEATURES, require_images=False)
     train, test = (
-        tool.code_cohort([case for case in cohort.cases if case[keys.CENTRE] in side], FEATURES, "indicators")
+        cox.code_cohort([case for case in cohort.cases if case[keys.CENTRE] in side], FEATURES, "indicators")
         for side in (("HGJ", "CHUS"), ("HMR", "CHUM"))
     )
-    train, test = tool.fill_missing(train, test, "cohort_median")
+    train, test = cox.fill_missing(train, test, "cohort_median")
     columns = [name for name in train.columns if name not in (keys.TIME, keys.EVENT)]
     mean, deviation = train[columns].mean(), train[columns].std()
     train[columns], test[columns] = (train[columns] - mean) / deviation, (test[columns] - mean) / deviation

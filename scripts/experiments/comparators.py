@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from compare_clinical import code_cohort, fill_missing, fit_cox
+from experiments.clinical_cox import code_cohort, fill_missing, fit_cox
 from experiments.evidence import Run, on_one_scale
 from experiments.experiment import TRAINING
 from scripts import keys

@@ -5,8 +5,8 @@ The mapping is a JSON object; ``mappings/radcure.json`` is one to copy. Its name
 - ``about`` (optional): ``source``, ``licence``, ``attribution``; passed on to what is made from the table.
 - ``patient_id``: the column of it. ``centre`` (optional): the name of the only centre.
 - ``date_format``: as Python's ``strptime`` takes it.
-- ``values``: feature -> ``{"column": ..., "levels": {text: level or null}}``. A text that is not in ``levels`` is read as
-  in any table (:func:`scripts.cohorts.clinical.parse_value`); ``null`` is missing.
+- ``values``: feature -> ``{"column": ..., "levels": {text: level or null}}``. A text that is not in ``levels`` is read
+  as in any table (:func:`scripts.cohorts.clinical.parse_value`); ``null`` is missing.
 - ``survival``: ``start``, ``last_follow_up`` (columns of dates) and ``failures``, a list of ``{"date": column,
   "status": column, "levels": {text: 1 or 0}}``. The time is counted from the start, in days, to the first failure, else
   to the last follow-up. A status that is empty is no failure.
@@ -20,9 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.cohorts.clinical import ClinicalValueError, feature_named, parse_value, unknown_names
+from scripts.cohorts.clinical import ClinicalValueError, feature_named, parse_value
 from scripts.cohorts.cohort import Cohort, CohortError, Exclusion, make_case
-from scripts.cohorts.scans import clean_id, list_faults, patient_key, printable, some
+from scripts.cohorts.scans import clean_id, list_faults, patient_key, printable
 from scripts.cohorts.tables import Record, read_json, read_records
 
 NOT_POSITIVE = "time to failure or last follow-up is not positive"
@@ -89,7 +89,9 @@ class _Reader:
         try:
             return datetime.strptime(text, form)
         except ValueError:
-            self.fault(column, f"{printable(text, 40)!r} is no date as {form} (date_format in {self.mapping_file.name})")
+            self.fault(
+                column, f"{printable(text, 40)!r} is no date as {form} (date_format in {self.mapping_file.name})"
+            )
             return None
 
 
@@ -142,7 +144,11 @@ def _checked(content: Any, mapping: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CohortError(f"{mapping}: a mapping is an object with {', '.join(sorted(NAMES))}")
     faults = [f"no {name!r}" for name in sorted(NAMES - set(content))]
-    faults += [f"{name!r} is not known; known are {', '.join(sorted(NAMES | OPTIONAL))}" for name in content if name not in NAMES | OPTIONAL]
+    faults += [
+        f"{name!r} is not known; known are {', '.join(sorted(NAMES | OPTIONAL))}"
+        for name in content
+        if name not in NAMES | OPTIONAL
+    ]
     for name, entry in (content.get("values") or {}).items():
         try:
             known = feature_named(name)
@@ -151,7 +157,9 @@ def _checked(content: Any, mapping: Path) -> dict[str, Any]:
             continue
         if not isinstance(entry, dict) or "column" not in entry or set(entry) - {"column", "levels"}:
             faults.append(f'values.{name}: give {{"column": ..., "levels": {{...}}}}')
-        elif wrong := [v for v in entry.get("levels", {}).values() if v is not None and known.levels and v not in known.levels]:
+        elif wrong := [
+            v for v in entry.get("levels", {}).values() if v is not None and known.levels and v not in known.levels
+        ]:
             faults.append(f"values.{name}: {wrong[0]!r} is no level; accepted: {known.accepted}")
     survival = content.get("survival") or {}
     if set(survival) != {"start", "failures", "last_follow_up"} or not survival.get("failures"):
@@ -224,7 +232,9 @@ def _survival(reader: _Reader) -> tuple[datetime | None, datetime | None, bool]:
             if date is not None:
                 failed.append(date)
             elif len(reader.faults) == before:
-                reader.fault(failure["date"].strip(), f"no date, but '{column}' says {status!r}: a failure needs its date")
+                reader.fault(
+                    failure["date"].strip(), f"no date, but '{column}' says {status!r}: a failure needs its date"
+                )
     start, last = reader.date(survival["start"].strip()), reader.date(survival["last_follow_up"].strip())
     return start, min(failed) if failed else last, bool(failed)
 

@@ -36,7 +36,7 @@ from scripts.training.concordance import comparable_pairs, concordance_index, re
 if TYPE_CHECKING:  # torch, torchsurv and lifelines are imported where they are used
     import torch
 
-CALIBRATION_YEARS = 2.0
+CALIBRATION_YEARS = (2.0,)
 BRIER_POINTS = 100
 
 
@@ -53,6 +53,7 @@ def survival_metrics(
     survival: SurvivalFunction | None = None,
     cuts: Mapping[str, Sequence[float]] | None = None,
     horizons_years: Sequence[float] = HORIZON_YEARS,
+    calibration_years: Sequence[float] = CALIBRATION_YEARS,
     tau: float | None = None,
     seed: int = 0,
     samples: int = BOOTSTRAP_SAMPLES,
@@ -73,6 +74,7 @@ def survival_metrics(
         survival: function of days (D,) that returns (N, D).
         cuts: name to cut points, found on training patients.
         horizons_years: of the AUC.
+        calibration_years: of observed against predicted survival.
         tau: days up to which Uno's C and the Brier score are computed; None = the longest horizon within the follow-up
             of both sets (without one, the last observed day within it).
         seed: of the bootstrap.
@@ -122,7 +124,8 @@ def survival_metrics(
         metrics[f"auc_{days / DAYS_PER_YEAR:g}y"] = _metric(judged, _auc, days)
     for name in ("integrated_brier", "integrated_brier_null", "brier_skill"):
         metrics[name] = _metric(judged, _brier, name)
-    metrics[f"calibration_{CALIBRATION_YEARS:g}y"] = _calibration_metrics(judged, cuts)
+    for years in calibration_years:
+        metrics[f"calibration_{years:g}y"] = _calibration_metrics(judged, cuts, years * DAYS_PER_YEAR)
     metrics["risk_groups"] = {name: _group_metrics(judged, points) for name, points in cuts.items()}
     return metrics
 
@@ -350,9 +353,8 @@ def _tensors(risk: np.ndarray, outcomes: Outcomes) -> tuple[torch.Tensor, torch.
 # --- calibration and risk groups --------------------------------------------------------------------------------------
 
 
-def _calibration_metrics(judged: _Judged, cuts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Observed against predicted survival at two years: on the whole, by a Cox model, and by group."""
-    days = CALIBRATION_YEARS * DAYS_PER_YEAR
+def _calibration_metrics(judged: _Judged, cuts: Mapping[str, Sequence[float]], days: float) -> dict[str, Any]:
+    """Observed against predicted survival at ``days``: on the whole, by a Cox model, and by group."""
     difference = _metric(judged, _observed_minus_predicted, days)
     groups = []
     if difference["value"] is not None and "tertiles" in cuts:
