@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from lifelines import CoxPHFitter
 from sklearn.linear_model import LogisticRegression
@@ -184,8 +185,8 @@ def test_the_shipped_model():
     assert (shipped.about["patients"], shipped.about["events"]) == (3267, 701)
     assert "CC BY 4.0" in shipped.about["licence"] and "RADCURE" in shipped.about["source"]
     assert shipped.summary == (
-        "from clinical values alone; trained on 3,267 patients of one hospital, externally C-index 0.655 [0.591, 0.721] "
-        "(300 patients, 76 events, 4 hospitals)"
+        "from clinical values alone; trained on 3,267 patients of one hospital, externally C-index 0.655 "
+        "[0.591, 0.721] (300 patients, 76 events, 4 hospitals)"
     )
     worse = shipped.log_hazard([{"t_stage": 4, "n_stage": 3, "hpv": 0}, {"t_stage": 1, "n_stage": 0, "hpv": 1}])
     assert worse[0] - worse[1] == pytest.approx(3 * 0.374796 + 3 * 0.348929 + 0.04176 + 0.714294)
