@@ -307,11 +307,14 @@ def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bo
         prediction = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))
         scans = prediction["fingerprint"]
         clinical = {row["name"]: row["value"] for row in prediction["clinical"]}
+        others = {row["name"]: row["value"] for row in prediction["clinical_model"]["values"]}
         forced = prediction["quality"]["forced"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     there = all((folder / file).is_file() for file in files.values()) and set(wanted) <= set(files)
-    same = clinical == case[keys.CLINICAL] and scans == case.get(keys.FINGERPRINT)
+    given = {**case.get(keys.CLINICAL_OTHERS, {}), **case[keys.CLINICAL]}
+    same = clinical == case[keys.CLINICAL] and all(given.get(name) == value for name, value in others.items())
+    same = same and scans == case.get(keys.FINGERPRINT)
     return there and same and (force or not forced)
 
 

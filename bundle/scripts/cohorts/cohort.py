@@ -76,6 +76,7 @@ def make_case(scans: Scans | None, record: Record | None, features: Sequence[str
         keys.PET: _text(files["pet"]),
         keys.MASK: _text(files["mask"]),
         keys.CLINICAL: {name: values.get(name) for name in features},
+        keys.CLINICAL_OTHERS: _others(record, features),
         keys.CLINICAL_FOUND: record is not None or not has_tables,
         keys.HPV: float(values.get("hpv", 0.0)),
         keys.HPV_KNOWN: "hpv" in values,
@@ -85,6 +86,12 @@ def make_case(scans: Scans | None, record: Record | None, features: Sequence[str
         keys.SEG_KNOWN: files["mask"] is not None,
         keys.FINGERPRINT: files_fingerprint(files.values()),
     }
+
+
+def _others(record: Record | None, features: Sequence[str]) -> dict[str, float]:
+    """Known clinical values besides ``features``; the HPV status is a label and, in such a model, a value."""
+    known = {**record.others, **record.values} if record else {}
+    return {name: known[name] for name in clinical.FEATURES if name in known and name not in features}
 
 
 def _text(path: Path | None) -> str | None:
@@ -158,7 +165,7 @@ class Cohort:
 
         If it changes, the folds change too: a model trained on the old folds no longer matches them.
         """
-        places = (keys.CT, keys.PET, keys.MASK, keys.FINGERPRINT)
+        places = (keys.CT, keys.PET, keys.MASK, keys.FINGERPRINT, keys.CLINICAL_OTHERS)
         facts = [sorted((name, value) for name, value in case.items() if name not in places) for case in self.cases]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -467,7 +474,7 @@ def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[
     A row that matches no patient is ignored with a warning. A fault that affects a whole table is raised.
     """
     problems: dict[str, list[str]] = {}
-    for note in tables.notes(features):
+    for note in tables.notes(features, clinical.FEATURES):
         logger.warning("%s", note)
     for fault in tables.faults:
         if fault.label:

@@ -63,6 +63,7 @@ class Record:
     places: dict[str, str] = field(default_factory=dict)
     centre: str = ""
     rows: list[str] = field(default_factory=list)
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,11 +86,12 @@ class Tables:
     faults: list[Fault] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
-    def notes(self, features: Sequence[str]) -> list[str]:
+    def notes(self, features: Sequence[str], others: Iterable[str] = ()) -> list[str]:
         """Notes on missing columns and implausible values.
 
         Args:
             features: names of the values and labels wanted.
+            others: names of values whose columns may be missing.
         """
         if not self.files:
             return []
@@ -99,7 +101,7 @@ class Tables:
             others = f"; unknown columns: {described(self.unknown)}" if self.unknown else ""
             notes.append(f"no column for {', '.join(absent)}: unknown for every case{others}")
         for name, doubts in self.doubts.items():
-            if name in features:
+            if name in (*features, *others):
                 notes.append(f"{name} is read as missing where it is implausible ({len(doubts)} x): {some(doubts)}")
         return notes
 
@@ -395,6 +397,7 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
             accepted = clinical.feature_named(name).accepted
             message = f"{path.name}, column '{titles[index]}': coded by 1 and 2; accepted: {accepted}; recode it"
             tables.faults.append(Fault(message, label=name in header.labels))
+    others = _other_columns(path, records, features, tables.doubts)
     rows: dict[str, int] = {}
     for row, cells in records[1:]:
         place = f"{path.name}, row {row}"
@@ -421,6 +424,7 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
             record = tables.records.setdefault(key, Record(patient_id))
             record.rows.append(place)
             tables.faults += _read_row(record, header, cells, place, tables.doubts)
+            _read_others(record, titles, others, cells, place, tables.doubts)
 
 
 def _read_header(path: Path, titles: list[str], features: Sequence[str], tables: Tables) -> _Header:
@@ -447,6 +451,49 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
     tables.files.append(path)
     same_id = [index for index, title in enumerate(titles) if _squeeze(title) == _squeeze(titles[patient_id])]
     return _Header(path.name, titles, patient_id, same_id, first_column(titles, _CENTRE_COLUMNS), columns, labels)
+
+
+def _other_columns(
+    path: Path, records: Sequence[tuple[int, list[str]]], features: Sequence[str], doubts: dict[str, list[str]]
+) -> dict[str, list[int]]:
+    """Columns of the clinical values besides ``features`` and the labels, without those of another coding."""
+    columns: dict[str, list[int]] = {}
+    for name in (name for name in clinical.FEATURES if name not in {*features, *clinical.LABELS}):
+        try:
+            found = clinical.match_columns(records[0][1], name)
+        except ClinicalValueError as error:
+            doubts.setdefault(name, []).append(f"{path.name}, {error}")
+            continue
+        cells = {index: [row[index] for _, row in records[1:] if index < len(row)] for index in found}
+        columns[name] = [index for index in found if not clinical.counts_from_one(name, cells[index])]
+        if columns[name] != found:
+            doubts.setdefault(name, []).append(f"{path.name}: coded by 1 and 2")
+    return columns
+
+
+def _read_others(
+    record: Record,
+    titles: Sequence[str],
+    columns: Mapping[str, Sequence[int]],
+    cells: Sequence[str],
+    place: str,
+    doubts: dict[str, list[str]],
+) -> None:
+    """Put the values of ``columns`` into the patient's record; one that cannot be read, or twice, is in doubt."""
+    for name, index in ((name, index) for name, indices in columns.items() for index in indices):
+        where = f"{place}, column '{titles[index]}', {clean_id(record.patient_id)}"
+        try:
+            value = clinical.parse_value(name, cells[index])
+        except ClinicalValueError as error:
+            doubts.setdefault(name, []).append(f"{where}: {error}")
+            continue
+        doubt = clinical.doubt_about(name, value)
+        if value is not None and record.others.get(name, value) != value:
+            doubt = f"but {record.others[name]:g} in another column or table"
+        if doubt:
+            doubts.setdefault(name, []).append(f"{value:g} in {where} ({doubt})")
+        elif value is not None:
+            record.others[name] = value
 
 
 def _read_row(

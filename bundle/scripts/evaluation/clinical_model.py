@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.cohorts.clinical import code_indicators, indicator_names, parse_value
+from scripts.cohorts.clinical import code_indicators, indicator_names
 from scripts.evaluation.survival import Calibration, CalibrationError
 
 MODEL_FILE = Path(__file__).resolve().parents[2] / "models" / "clinical_rfs.json"
@@ -80,14 +81,6 @@ class ClinicalModel:
             raise ClinicalModelError(f"{path}: its coefficients do not belong to {', '.join(columns)}")
         return model
 
-    def known(self, values: Mapping[str, object]) -> dict[str, float | None]:
-        """The values that the model reads, None where one is missing.
-
-        Raises:
-            scripts.cohorts.clinical.ClinicalValueError: one cannot be read.
-        """
-        return {name: parse_value(name, values.get(name), where=name) for name in self.features}
-
     def log_hazard(self, patients: Sequence[Mapping[str, object]]) -> np.ndarray:
         """Log hazards h(x), (N,).
 
@@ -120,6 +113,24 @@ class ClinicalModel:
             f"{text}, externally C-index {external['value']:.3f} [{external['low']:.3f}, {external['high']:.3f}] "
             f"({external['patients']} patients, {external['events']} events, {external['hospitals']} hospitals)"
         )
+
+
+@cache
+def shipped() -> ClinicalModel:
+    """The model in :data:`MODEL_FILE`, read once.
+
+    Raises:
+        ClinicalModelError: as :meth:`ClinicalModel.read`.
+    """
+    return ClinicalModel.read()
+
+
+def shipped_features() -> list[str]:
+    """Clinical values that the shipped model reads; none where there is no such model."""
+    try:
+        return shipped().features
+    except ClinicalModelError:
+        return []
 
 
 def few_known(known: int, total: int) -> bool:

@@ -225,7 +225,7 @@ class CodeClinicald(MapTransform):
 
     A dictionary of raw values is coded; None or an absent key means that all are missing; a coded vector is kept. Also
     sets ``clinical_values``: a JSON text, which can be collated, with a list of ``name``, ``value`` (None where
-    missing), ``coded`` and ``missing``.
+    missing), ``coded`` (None for those in ``clinical_others``, which the network does not read) and ``missing``.
 
     Args:
         features: names of the clinical values, in the network's order.
@@ -252,9 +252,11 @@ class CodeClinicald(MapTransform):
                     f"expected ({len(self.features)},) for {', '.join(self.features)}"
                 )
             d[key] = coded
-            d[keys.CLINICAL_VALUES] = _clinical_text(
-                self.features, coded.tolist(), (given or {}) if raw else None, d.get(keys.CLINICAL_SOURCE) or {}
-            )
+            sources, others = d.get(keys.CLINICAL_SOURCE) or {}, d.get(keys.CLINICAL_OTHERS) or {}
+            rows = _clinical_rows(self.features, coded.tolist(), (given or {}) if raw else None)
+            rows += [{"name": name, "value": value, "coded": None, "missing": False} for name, value in others.items()]
+            rows = [{**row, "source": sources[row["name"]]} if row["name"] in sources else row for row in rows]
+            d[keys.CLINICAL_VALUES] = json.dumps(rows, allow_nan=False)
         return d
 
 
@@ -367,12 +369,10 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
     return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).detach().cpu()
 
 
-def _clinical_text(
-    features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None, sources: Mapping[str, str]
-) -> str:
-    """Clinical values and their coding, as JSON; for ``given`` None the values are derived from the coding.
-
-    ``sources`` are the origins of values by name.
+def _clinical_rows(
+    features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Clinical values and their coding; for ``given`` None the values are derived from the coding.
 
     Raises:
         scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
@@ -383,9 +383,8 @@ def _clinical_text(
             value = parse_value(name, given.get(name))
         else:  # 0 is missing, levels are shifted by one (see code_clinical)
             value = None if code == 0 else code - (1.0 if feature_named(name).levels else 0.0)
-        row = {"name": name, "value": value, "coded": code, "missing": value is None}
-        rows.append({**row, "source": sources[name]} if name in sources else row)
-    return json.dumps(rows, allow_nan=False)
+        rows.append({"name": name, "value": value, "coded": code, "missing": value is None})
+    return rows
 
 
 def _box(affine: torch.Tensor, roi_size: int | Sequence[int]) -> Grid:

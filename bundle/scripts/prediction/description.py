@@ -22,6 +22,7 @@ from monai.transforms import Transform
 
 from scripts import keys
 from scripts.cohorts.thresholds import above
+from scripts.evaluation.clinical_model import ClinicalModelError, few_known, shipped
 from scripts.evaluation.survival import (
     DAYS_PER_YEAR,
     HORIZON_YEARS,
@@ -141,6 +142,7 @@ class DescribePredictiond(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Describe the patient's prediction."""
         d = dict(data)
+        values = json.loads(d.get(keys.CLINICAL_VALUES, "[]"))
         d[self.prediction_key] = {
             "schema_version": SCHEMA_VERSION,
             "patient_id": str(d.get(keys.PATIENT_ID, "")),
@@ -150,7 +152,8 @@ class DescribePredictiond(Transform):
             "survival": self._survival(d),
             "hpv": self._hpv(d),
             "tumour": d.get(keys.MEASURES),
-            "clinical": json.loads(d.get(keys.CLINICAL_VALUES, "[]")),
+            "clinical": [row for row in values if row["coded"] is not None],
+            "clinical_model": describe_clinical_model({row["name"]: row["value"] for row in values}),
             "crop": describe_crop(d),
             "quality": self._quality(d),
             "seconds": {"total": _seconds(d.get(keys.STARTED))},
@@ -258,6 +261,39 @@ def describe_survival(
     described["curve"] = survival_curve(calibration, log_hazard_folds)
     described["doubt"] = calibration.doubt
     return described
+
+
+def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any]:
+    """Recurrence-free survival by the shipped model of clinical values alone, beside the network's.
+
+    Args:
+        values: clinical values by name, as far as they are known.
+
+    Returns:
+        The part ``clinical_model`` of a prediction. Where there is no such model, ``unavailable`` says why and
+        ``survival`` is None.
+    """
+    try:
+        model = shipped()
+    except ClinicalModelError as error:
+        return {"unavailable": str(error), "summary": "", "values": [], "known": 0, "warning": "", "survival": None}
+    rows = [{"name": name, "value": values.get(name)} for name in model.features]
+    known, missing = {row["name"]: row["value"] for row in rows if row["value"] is not None}, ""
+    if few_known(len(known), len(rows)):
+        missing = ", ".join(row["name"] for row in rows if row["value"] is None)
+        missing = f"few of its values are known ({len(known)} of {len(rows)}; missing: {missing}): its risk says little"
+    log_hazard = float(model.log_hazard([known])[0])
+    survival = describe_survival(log_hazard, None, [log_hazard], {"calibration": model.calibration.to_dict()})
+    for name in ("log_hazard_std", "log_hazard_folds", "doubt", "unavailable"):  # of networks
+        del survival[name]
+    return {
+        "unavailable": "",
+        "summary": model.summary,
+        "values": rows,
+        "known": len(known),
+        "warning": missing,
+        "survival": survival,
+    }
 
 
 def read_calibration(provenance: Mapping[str, Any]) -> Calibration:

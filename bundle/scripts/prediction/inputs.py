@@ -27,6 +27,7 @@ from scripts.dicom.examinations import (
     pair_examination,
 )
 from scripts.dicom.tags import DicomError
+from scripts.evaluation.clinical_model import shipped_features
 from scripts.imaging.images import image_suffix
 
 logger = logging.getLogger(__name__)
@@ -184,8 +185,8 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
         raise CohortError(f"{source}: clinical values of one patient, but there are {len(cases)}; give a table of them")
     case, unused = cases[0], []
     for name, value in parse_clinical(given, list(FEATURES), where=source).items():
-        if value is not None and name in case[keys.CLINICAL]:
-            case[keys.CLINICAL][name] = value
+        if value is not None and (name in case[keys.CLINICAL] or name in shipped_features()):
+            case.setdefault(keys.CLINICAL if name in case[keys.CLINICAL] else keys.CLINICAL_OTHERS, {})[name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = source
         elif value is not None:
             unused.append(name)
@@ -282,7 +283,8 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
         logger.info("%s: CT from %s", patient, examination.choice.ct.paths[0].parent)
     if examination.sharing:
         logger.warning("%s: several people have this PatientID, by %s", patient, examination.sharing)
-    for name, value in clinical_values(examination.choice, features).items():
-        if case[keys.CLINICAL][name] is None:
-            case[keys.CLINICAL][name] = value
+    for name, value in clinical_values(examination.choice, FEATURES).items():
+        values = case[keys.CLINICAL if name in features else keys.CLINICAL_OTHERS]
+        if values.get(name) is None:
+            values[name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = HEADER

@@ -37,6 +37,7 @@ COLUMNS = (
     *("PatientID", "status", "reason"),
     *("log_hazard", "log_hazard_std", "percentile", "risk_group", *(f"survival_{year}y" for year in YEARS)),
     *("hpv_probability", "hpv_class"),
+    *("clinical_model_values", "clinical_model_percentile", *(f"clinical_model_survival_{year}y" for year in YEARS)),
     *("tumour_volume_ml", "lesions", "suv_max", "mtv_ml", "tlg_g"),
     *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
 )
@@ -278,12 +279,16 @@ def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
     Where it says nothing, the cell is empty.
     """
     survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
-    at = {row["years"]: row["survival"] for row in survival.get("recurrence_free_survival", [])}
+    clinical = prediction["clinical_model"]
+    at, clinically = (_at_years(part or {}) for part in (survival, clinical["survival"]))
     row = {
         **{name: survival.get(name) for name in ("log_hazard", "log_hazard_std", "percentile", "risk_group")},
         **{f"survival_{year}y": at.get(year) for year in YEARS},
         "hpv_probability": hpv.get("probability"),
         "hpv_class": {True: "positive", False: "negative"}.get(hpv.get("positive")),  # type: ignore[arg-type]
+        "clinical_model_values": f"{clinical['known']} of {len(clinical['values'])}" if clinical["values"] else None,
+        "clinical_model_percentile": (clinical["survival"] or {}).get("percentile"),
+        **{f"clinical_model_survival_{year}y": clinically.get(year) for year in YEARS},
         "tumour_volume_ml": tumour.get("volume_ml"),
         **{name: tumour.get(name) for name in ("lesions", "suv_max", "mtv_ml", "tlg_g")},
         "quality": prediction["quality"]["verdict"],
@@ -294,6 +299,10 @@ def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
         "model_sha256": prediction["model"]["sha256"],
     }
     return {name: "" if value is None else value for name, value in row.items()}
+
+
+def _at_years(survival: Mapping[str, Any]) -> dict[float, float]:
+    return {row["years"]: row["survival"] for row in survival.get("recurrence_free_survival", [])}
 
 
 def lesion_rows(prediction: Mapping[str, Any]) -> list[dict[str, Any]]:
