@@ -15,16 +15,30 @@ from experiments.clinical_cox import code_cohort, fill_missing, fit_cox
 from experiments.evidence import Run, on_one_scale
 from experiments.experiment import TRAINING
 from scripts import keys
-from scripts.cohorts.cohort import Case, CohortError, load_cohort
+from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.scans import patient_key
 from scripts.cohorts.thresholds import HALF
 from scripts.evaluation.bootstrap import paired_bootstrap
 from scripts.evaluation.case_metrics import MEASURES, PAPER_MEASURES, summarise
+from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 from scripts.evaluation.survival import CalibrationError, FoldScale
 
 CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
 COMPARED = (*PAPER_MEASURES, "hpv_auc")
 HPV_COMPARED = ("hpv_auc", "balanced_accuracy")
+
+
+def cohort_of(run: Run) -> Cohort:
+    """The cohort of an experiment.
+
+    Raises:
+        CohortError: it is gone or has changed.
+    """
+    settings = run.record["settings"]
+    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
+    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
+        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
+    return cohort
 
 
 def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -> list[tuple[list[Case], list[Case]]]:
@@ -38,11 +52,7 @@ def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -
     Raises:
         CohortError: the cohort is gone or has changed, or no held-out case has the label.
     """
-    settings = run.record["settings"]
-    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
-    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
-        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
-    found = []
+    settings, cohort, found = run.record["settings"], cohort_of(run), []
     for fold in run.folds:
         split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
         judged = split.part(run.record["held_out"]) if others is None else others
@@ -112,6 +122,8 @@ def add_clinical(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The cases with ``clinical_risk``, and the C-index of it beside the model's, or why there is none.
 
+    The bundle's own clinical model, trained on other patients, stands in ``shipped``: see :func:`add_shipped`.
+
     Args:
         run: whose folds' training cases the clinical models are fitted to.
         cases: held out by these folds, or of another cohort.
@@ -122,6 +134,7 @@ def add_clinical(
     about = {
         "model": f"Cox, ridge {CLINICAL_PENALIZER:g}, on the same folds",
         "features": run.record["settings"]["clinical_features"],
+        "shipped": add_shipped(run, cases, seed, samples, others),
     }
     try:
         cases = cases.merge(clinical_risks(run, others), on="PatientID", how="left", validate="one_to_one")
@@ -133,6 +146,33 @@ def add_clinical(
     if "log_hazard" in cases:
         about["model_minus_clinical"] = compare_tables(on_one_scale(known), clinical, seed, samples)
     return cases, about
+
+
+def add_shipped(
+    run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
+) -> dict[str, Any]:
+    """C-index of the clinical model that the bundle ships, which has seen none of these patients, or why there is none.
+
+    Arguments are those of :func:`add_clinical`. It reads every clinical value of the cohort's tables that it knows, also
+    those that the network does not read, such as T and N; ``known`` counts them.
+    """
+    try:
+        model = shipped()
+        cohort = cohort_of(run).cases if others is None else others
+    except (ClinicalModelError, CohortError, OSError) as error:
+        why = str(error).splitlines()[0]
+        return {"model": "", "known": {}, "c_index": {"value": None, "reason": why, "patients": 0}}
+    values = [{**case[keys.CLINICAL_OTHERS], **case[keys.CLINICAL]} for case in cohort]
+    risks = pd.DataFrame(
+        {"PatientID": [case[keys.PATIENT_ID] for case in cohort], "log_hazard": model.normalised(values)}
+    )
+    table = cases.drop(columns="log_hazard", errors="ignore").merge(risks, on="PatientID", how="inner")
+    known = {name: sum(each.get(name) is not None for each in values) for name in model.features}
+    about = {"model": f"clinical model of the bundle, {model.summary}", "known": known, "patients": len(values)}
+    about["c_index"] = summarise(table, seed, ("c_index",), samples=samples)["c_index"]
+    if "log_hazard" in cases:
+        about["model_minus_clinical"] = compare_tables(on_one_scale(cases), table, seed, samples)
+    return about
 
 
 def add_clinical_hpv(

@@ -86,12 +86,12 @@ class Tables:
     faults: list[Fault] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
-    def notes(self, features: Sequence[str], others: Iterable[str] = ()) -> list[str]:
+    def notes(self, features: Sequence[str], besides: Iterable[str] = ()) -> list[str]:
         """Notes on missing columns and implausible values.
 
         Args:
             features: names of the values and labels wanted.
-            others: names of values whose columns may be missing.
+            besides: names of values whose columns may be missing.
         """
         if not self.files:
             return []
@@ -101,7 +101,7 @@ class Tables:
             others = f"; unknown columns: {described(self.unknown)}" if self.unknown else ""
             notes.append(f"no column for {', '.join(absent)}: unknown for every case{others}")
         for name, doubts in self.doubts.items():
-            if name in (*features, *others):
+            if name in (*features, *besides):
                 notes.append(f"{name} is read as missing where it is implausible ({len(doubts)} x): {some(doubts)}")
         return notes
 
