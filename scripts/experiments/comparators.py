@@ -153,7 +153,7 @@ def add_shipped(
 ) -> dict[str, Any]:
     """C-index of the clinical model that the bundle ships, which has seen none of these patients, or why there is none.
 
-    Arguments are those of :func:`add_clinical`. It reads every clinical value of the cohort's tables that it knows, also
+    Arguments are those of :func:`add_clinical`. It reads the clinical values that it knows in the cohort's tables, also
     those that the network does not read, such as T and N; ``known`` counts them.
     """
     try:
