@@ -64,6 +64,7 @@ def sections_of(prediction: Mapping[str, Any]) -> list[Section]:
     """
     return [
         survival_section(prediction.get("survival")),
+        clinical_model_section(prediction.get("clinical_model")),
         hpv_section(prediction.get("hpv"), prediction.get("clinical") or []),
         tumour_section(prediction.get("tumour")),
         clinical_section(prediction.get("clinical") or []),
@@ -105,6 +106,25 @@ def survival_section(survival: Mapping[str, Any] | None) -> Section:
         )
     elif given:
         section.notes.append("A single fold answers: its own uncertainty is not known.")
+    return section
+
+
+def clinical_model_section(part: Mapping[str, Any] | None) -> Section:
+    """Recurrence-free survival by the model of clinical values alone, apart from the network's."""
+    section = Section("Recurrence-free survival from clinical values alone")
+    survival = (part or {}).get("survival")
+    if part is None or survival is None:
+        section.rows.append(("survival", f"{NOT_AVAILABLE}: {(part or {}).get('unavailable') or 'not computed'}"))
+        return section
+    percentile = f"higher than in {survival['percentile']:.0f} % of its training patients"
+    section.rows.append(("risk", f"{survival['risk_group']}, {percentile}"))
+    section.rows += [
+        (years(row["years"]), f"{100 * row['survival']:.0f} %") for row in survival["recurrence_free_survival"]
+    ]
+    section.rows.append(("values known", f"{part['known']} of {len(part['values'])}"))
+    if part["warning"]:
+        section.loud.append(f"Clinical model: {part['warning']}.")
+    section.notes.append(f"Another model than the network: {part['summary']}. It does not read the scans.")
     return section
 
 
