@@ -56,7 +56,7 @@ def case_of(folder: Path, titles: str, row: str) -> dict[str, Any]:
         pytest.param("Age,T-stage,Gender", "61,banana,1", {"gender": 1}, id="no_value_is_left_out"),
         pytest.param("Age,T-stage,T", "61,2,3", {"t_stage": 2}, id="contradiction_keeps_the_first"),
         pytest.param("Age,Site", "61,CHUM", {}, id="another_column_of_that_name"),
-        pytest.param("Age,Gender (1=F. 0=M)", "61,1", {}, id="another_coding"),
+        pytest.param("Age,Gender (1=F; 0=M)", "61,1", {}, id="another_coding"),
         pytest.param("Age,M-stage", "61,0", {}, id="none"),
     ],
 )
