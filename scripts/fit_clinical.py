@@ -135,9 +135,7 @@ def _load(path: Path, features: Sequence[str], with_scans: bool, mapping: str | 
     """A cohort from a folder or from a table alone."""
     if mapping is not None:
         if with_scans or path.is_dir():
-            raise CohortError(
-                f"--mapping is for a table without scans; {path} is read as a table, without --with_scans"
-            )
+            raise CohortError(f"--mapping is for one table, without --with_scans, not for {path}")
         return read_foreign_table(path, mapping, features).cohort
     if path.is_dir():
         return load_cohort(path, clinical_features=features, require_images=with_scans)
@@ -195,9 +193,7 @@ def fit_clinical(
     """
     if out is not None:
         if train_centres or with_scans or mapping is None:
-            raise CohortError(
-                "--out makes a model of all patients of a table read by --mapping; it takes no other split"
-            )
+            raise CohortError("--out fits all patients of a table read by --mapping: no centres, no --with_scans")
         names = FEATURES if features is None else _names(features)
         table = read_foreign_table(cohort, mapping, [*names, *HPV_FEATURES])
         others = [] if external is None else _load(Path(external), [*names, *HPV_FEATURES], False, None).cases
