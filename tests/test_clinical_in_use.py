@@ -19,6 +19,7 @@ from scripts.prediction import description
 from scripts.prediction.description import describe_clinical_model
 from scripts.prediction.findings import clinical_model_section
 from scripts.prediction.inputs import add_clinical_values
+from scripts.prediction.outputs import COLUMNS, prediction_row
 
 FEATURES = ("age", "m_stage")
 ALL = {
@@ -86,7 +87,7 @@ def test_values_of_options_and_requests(folder, caplog):
     case = case_of(folder, "Age", "61")
     with caplog.at_level(logging.WARNING):
         add_clinical_values([case], {"T": "T2", "m_stage": 0, "site": "larynx"}, "request")
-    assert case[keys.CLINICAL_OTHERS] == {"t_stage": 2, "site": 1}
+    assert case[keys.CLINICAL_OTHERS] == {"t_stage": 2}
     assert case[keys.CLINICAL] == {"age": 61, "m_stage": 0}
     assert "request: not read by this model: site" in caplog.text
 
@@ -177,3 +178,20 @@ def test_another_value_makes_a_new_prediction(tmp_path, stage, whole):
     }
     (tmp_path / "prediction.json").write_text(json.dumps(prediction))
     assert is_whole(tmp_path, case, [], force=False) is whole
+
+
+def test_columns_of_the_table():
+    prediction = {
+        **dict.fromkeys(("survival", "hpv", "tumour")),
+        "clinical_model": describe_clinical_model(ALL),
+        "quality": {"verdict": "ok", "forced": False},
+        "crop": {"method": "mask", "flag": ""},
+        "model": {"trained_on": "phantoms", "sha256": "ab"},
+    }
+    row = prediction_row(prediction)
+    rows = prediction["clinical_model"]["survival"]["recurrence_free_survival"]
+    assert set(row) <= set(COLUMNS)
+    assert row["clinical_model_values"] == "8 of 8"
+    assert [row[f"clinical_model_survival_{year}y"] for year in (1, 2, 3, 5)] == [each["survival"] for each in rows]
+    assert 0 < row["clinical_model_percentile"] < 100
+    assert row["survival_2y"] == ""
