@@ -14,7 +14,7 @@ from typing import Any
 from command_line import run_tool
 
 from experiments.comparators import HPV_COMPARED
-from experiments.evaluation import CLINICAL_ONLY, evaluate
+from experiments.evaluation import CLINICAL_ONLY, SHIPPED_CLINICAL, evaluate
 from experiments.evidence import EVALUATION_FOLDER
 from experiments.experiment import ExperimentError, as_list
 from experiments.page import read_evaluated, write_page
@@ -71,6 +71,9 @@ def told(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     hpv = clinical["hpv"] if metrics["hpv_auc"]["value"] is not None else {}
     alone = {"c_index": clinical["c_index"], **{name: hpv[name] for name in HPV_COMPARED if name in hpv}}
     lines = [format_summary(metrics), f"{CLINICAL_ONLY}\n{format_summary(alone)}"]
+    if shipped := clinical.get("shipped"):
+        title = " ".join(filter(None, [SHIPPED_CLINICAL, shipped["model"]]))
+        lines.append(f"{title}\n{format_summary({'c_index': shipped['c_index']})}")
     if report["oracle"]:
         lines.append(f"phantoms' truth\n{format_summary({'c_index': report['oracle']})}")
     less = {"c_index": clinical.get("model_minus_clinical"), **hpv.get("model_minus_clinical", {})}

@@ -19,6 +19,7 @@ from scripts import keys
 from scripts.cohorts.clinical import code_indicators
 from scripts.cohorts.cohort import load_cohort
 from scripts.evaluation.case_metrics import c_index
+from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 
 SAMPLES = 40
 
@@ -58,6 +59,33 @@ def test_clinical_values_alone_are_fitted_on_the_same_folds(run, report, cohort)
     assert row["value"] == pytest.approx(
         report["pooled"]["metrics"]["c_index"]["value"] - report["clinical_only"]["c_index"]["value"]
     )
+
+
+def test_the_clinical_model_of_the_bundle_is_a_comparator_of_its_own(run, report, cohort):
+    """Its risks are those of the file for the values in the cohort's tables; it is fitted to none of these cases."""
+    loaded = {case[keys.PATIENT_ID]: case for case in load_cohort(cohort).cases}
+    judged = pd.read_csv(run / "evaluation" / "cases.csv").dropna(subset=["time"])
+    values = [
+        {**loaded[patient][keys.CLINICAL_OTHERS], **loaded[patient][keys.CLINICAL]} for patient in judged["PatientID"]
+    ]
+    found = report["clinical_only"]["shipped"]
+    expected = c_index(judged.assign(log_hazard=shipped().log_hazard(values)))
+    assert found["c_index"]["value"] == pytest.approx(expected)
+    assert found["c_index"]["patients"] == len(judged)
+    assert found["known"]["hpv"] == sum(case[keys.HPV_KNOWN] for case in loaded.values())
+    assert "trained on 3,267 patients of one hospital" in found["model"]
+    assert found["model_minus_clinical"]["value"] == pytest.approx(
+        report["pooled"]["metrics"]["c_index"]["value"] - expected
+    )
+
+
+def test_without_the_clinical_model_the_reason_is_given(run, monkeypatch):
+    def gone() -> None:
+        raise ClinicalModelError("the clinical model x cannot be read: No such file")
+
+    monkeypatch.setattr(comparators, "shipped", gone)
+    found = comparators.add_shipped(evidence.read_run(run), pd.DataFrame(), seed=0, samples=2)
+    assert found["c_index"]["reason"] == "the clinical model x cannot be read: No such file"
 
 
 def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(run, report, cohort):

@@ -132,7 +132,6 @@ MOST_COMMANDS = 10
 USES = {  # rooms that start a command for a user
     "runtimes/grand_challenge.py": {"predict"},
     "runtimes/check.py": {"serve"},
-    "experiments/comparators.py": {"compare_clinical"},
 }
 
 

@@ -168,7 +168,7 @@ def add_shipped(
     )
     table = cases.drop(columns="log_hazard", errors="ignore").merge(risks, on="PatientID", how="inner")
     known = {name: sum(each.get(name) is not None for each in values) for name in model.features}
-    about = {"model": f"clinical model of the bundle, {model.summary}", "known": known, "patients": len(values)}
+    about: dict[str, Any] = {"model": model.summary, "known": known, "patients": len(values)}
     about["c_index"] = summarise(table, seed, ("c_index",), samples=samples)["c_index"]
     if "log_hazard" in cases:
         about["model_minus_clinical"] = compare_tables(on_one_scale(cases), table, seed, samples)

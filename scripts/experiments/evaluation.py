@@ -48,6 +48,7 @@ from scripts.evaluation.survival_metrics import MetricUnavailableError
 FIGURES_FOLDER = "figures"
 EXTERNAL_FOLDER, EXTERNAL_FIGURES_FOLDER = "external", "figures_external"
 CLINICAL_ONLY = "clinical values alone"
+SHIPPED_CLINICAL = "clinical model of the bundle"
 SEED = 0  # of the bootstrap
 
 
@@ -156,6 +157,7 @@ def forest_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     if report["protocol"] != "leave_one_centre_out":
         rows += [{"name": name, **block["metrics"]["c_index"]} for name, block in report["centres"].items()]
     rows.append({"name": CLINICAL_ONLY, **report["clinical_only"]["c_index"]})
+    rows.append({"name": SHIPPED_CLINICAL, **report["clinical_only"]["shipped"]["c_index"]})
     return rows + ([{"name": "phantoms' truth", **report["oracle"]}] if report["oracle"] else [])
 
 

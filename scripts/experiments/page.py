@@ -17,6 +17,7 @@ from jinja2 import FileSystemLoader
 from command_line import BUNDLE
 
 from experiments.comparators import HPV_COMPARED
+from experiments.evaluation import SHIPPED_CLINICAL
 from experiments.evidence import CASES_FILE, EVALUATION_FOLDER, METRICS_FILE
 from experiments.experiment import (
     FINISHED,
@@ -228,6 +229,10 @@ def comparator_rows(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> li
     rows: list[list[Any]] = [comparator_row("C-index of clinical values alone", clinical["c_index"], clinical)]
     if "model_minus_clinical" in clinical:
         rows.append(difference_row("C-index, network minus clinical values", clinical["model_minus_clinical"]))
+    if shipped := clinical.get("shipped"):
+        rows.append(comparator_row(f"C-index of the {SHIPPED_CLINICAL}", shipped["c_index"], shipped))
+        if "model_minus_clinical" in shipped:
+            rows.append(difference_row(f"C-index, network minus {SHIPPED_CLINICAL}", shipped["model_minus_clinical"]))
     if metrics["hpv_auc"]["value"] is not None:
         hpv = clinical["hpv"]
         for name in HPV_COMPARED:
