@@ -296,7 +296,9 @@ def make_shipped(
     groups = {"external": judged, "external_centres": [case for case in judged if case[keys.CENTRE] in centres]}
     report |= {name: judge_survival(model, cases, group, seed, bootstrap) for name, group in groups.items() if group}
     report["hpv"] = hpv_evidence(cases, years, others, seed, bootstrap)
-    evidence = {name: _counted(report[name]["c_index"]) for name in ("temporal", "external") if name in report}
+    evidence: dict[str, Any] = {
+        name: _counted(report[name]["c_index"]) for name in ("temporal", "external") if name in report
+    }
     if judged:
         evidence["external"]["hospitals"] = len({case[keys.CENTRE] for case in judged})
     model = make_model(cases, years, names, penalizer, table.about, evidence)

@@ -167,14 +167,14 @@ def judge_survival(
     model: ClinicalModel, train: Sequence[Case], test: Sequence[Case], seed: int, samples: int
 ) -> dict[str, Any]:
     """C-index, Uno's C, Brier score and calibration at 2 and 5 years of a model on patients it has not seen."""
-    outcomes = [
-        Outcomes(np.array([c[keys.TIME] for c in cases]), np.array([c[keys.EVENT] for c in cases]))
+    known_outcomes, judged = (
+        Outcomes(np.array([case[keys.TIME] for case in cases]), np.array([case[keys.EVENT] for case in cases]))
         for cases in (train, test)
-    ]
+    )
     risk = model.normalised([case[keys.CLINICAL] for case in test])
     years = (2.0, 5.0)
     found = survival_metrics(
-        *outcomes, risk, model.calibration, calibration_years=years, tau=TAU, seed=seed, samples=samples
+        known_outcomes, judged, risk, model.calibration, calibration_years=years, tau=TAU, seed=seed, samples=samples
     )
     known = {name: sum(case[keys.CLINICAL].get(name) is not None for case in test) for name in model.features}
     return {"known": known, **{name: value for name, value in found.items() if name != "risk_groups"}}
