@@ -277,11 +277,12 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
         model = shipped()
     except ClinicalModelError as error:
         return {"unavailable": str(error), "summary": "", "values": [], "known": 0, "warning": "", "survival": None}
-    rows = [{"name": name, "value": values.get(name)} for name in model.features]
-    known, missing = {row["name"]: row["value"] for row in rows if row["value"] is not None}, ""
-    if few_known(len(known), len(rows)):
-        missing = ", ".join(row["name"] for row in rows if row["value"] is None)
-        missing = f"few of its values are known ({len(known)} of {len(rows)}; missing: {missing}): its risk says little"
+    known = {name: value for name in model.features if (value := values.get(name)) is not None}
+    warning = ""
+    if few_known(len(known), len(model.features)):
+        missing = ", ".join(name for name in model.features if name not in known)
+        count = f"{len(known)} of {len(model.features)}"
+        warning = f"few of its values are known ({count}; missing: {missing}): its risk says little"
     log_hazard = float(model.log_hazard([known])[0])
     survival = describe_survival(log_hazard, None, [log_hazard], {"calibration": model.calibration.to_dict()})
     for name in ("log_hazard_std", "log_hazard_folds", "doubt", "unavailable"):  # of networks
@@ -289,9 +290,9 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
     return {
         "unavailable": "",
         "summary": model.summary,
-        "values": rows,
+        "values": [{"name": name, "value": known.get(name)} for name in model.features],
         "known": len(known),
-        "warning": missing,
+        "warning": warning,
         "survival": survival,
     }
 
