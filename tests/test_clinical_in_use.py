@@ -146,10 +146,10 @@ def test_the_section_names_the_model():
     assert section.title == "Recurrence-free survival from clinical values alone"
     assert "trained on 3,267 patients of one hospital, externally C-index 0.655" in section.notes[0]
     assert [name for name, _ in section.rows][1:] == [
-        "at 1 year",
-        "at 2 years",
-        "at 3 years",
-        "at 5 years",
+        "1 year",
+        "2 years",
+        "3 years",
+        "5 years",
         "values known",
     ]
 
