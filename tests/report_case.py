@@ -32,9 +32,9 @@ PREDICTION: dict[str, Any] = {
         "percentile": 81.2,
         "risk_group": "high",
         "recurrence_free_survival": [
-            {"years": 1, "days": 365.25, "survival": 0.91, "low": 0.88, "high": 0.93},
-            {"years": 2, "days": 730.5, "survival": 0.83, "low": 0.77, "high": 0.86},
-            {"years": 3, "days": 1095.75, "survival": 0.72, "low": 0.66, "high": 0.79},
+            {"years": 1, "days": 365.25, "survival": 0.91, "low": 0.88, "high": 0.93, "at_risk": 96},
+            {"years": 2, "days": 730.5, "survival": 0.83, "low": 0.77, "high": 0.86, "at_risk": 80},
+            {"years": 3, "days": 1095.75, "survival": 0.72, "low": 0.66, "high": 0.79, "at_risk": None},
         ],
         "beyond_follow_up": [5],
         "curve": {"days": DAYS, "survival": SURVIVAL, "low": SURVIVAL, "high": SURVIVAL},
@@ -57,10 +57,19 @@ PREDICTION: dict[str, Any] = {
         "suv_mean": 7.3,
         "mtv_ml": 9.8,
         "tlg_g": 93.1,
+        "classes": ["GTVp", "GTVn"],
         "mtv_rule": "41 % of the lesion's SUVmax",
         "lesion_list": [
-            {"volume_ml": 12.1, "suv_max": 14.2, "suv_mean": 8.0, "centre_mm": [1.0, 2.0, 3.0]},
-            {"volume_ml": 6.2, "suv_max": 9.0, "suv_mean": 6.0, "centre_mm": [3.0, 2.0, 1.0]},
+            {
+                **{"name": "GTVp", "label": "GTVp", "volume_ml": 12.1, "suv_max": 14.2, "suv_mean": 8.0},
+                **{"suv_peak": 12.6, "mtv_ml": 6.1, "tlg_g": 66.4, "longest_diameter_mm": 38.4},
+                "centre_mm": [-84.0, 92.0, 76.0],
+            },
+            {
+                **{"name": "GTVn", "label": "GTVn", "volume_ml": 6.2, "suv_max": 9.0, "suv_mean": 6.0},
+                **{"suv_peak": None, "mtv_ml": 3.7, "tlg_g": 26.7, "longest_diameter_mm": 21.0},
+                "centre_mm": [-48.0, 116.0, 116.0],
+            },
         ],
     },
     "clinical": [
@@ -128,11 +137,12 @@ def without_tasks() -> dict[str, Any]:
 
 
 def scans() -> tuple[tuple[np.ndarray, Grid], tuple[np.ndarray, Grid], tuple[np.ndarray, Grid]]:
-    """CT, PET on an oblique grid of its own, and a mask with a lesion."""
+    """CT, PET on an oblique grid of its own, and a mask with a primary tumour (1) and a node (2)."""
     ct = np.full((24, 24, 24), -1000, dtype=np.int16)
     ct[4:20, 4:20, :] = 40
     mask = np.zeros(ct.shape, dtype=np.uint8)
     mask[9:13, 10:14, 8:12] = 1
+    mask[5:8, 13:17, 13:17] = 2
     pet = np.ones((16, 16, 16), dtype=np.float32)
     pet[6:9, 6:9, 5:8] = 12.0
     turn = np.eye(4)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+from matplotlib.colors import to_hex
 from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure
 
 from conftest import write_image
 from scripts.imaging.geometry import Grid
-from scripts.prediction.figures import case_figure, project, save_case_figure
+from scripts.prediction.figures import (
+    TUMOUR_COLOURS,
+    case_figure,
+    cut_views,
+    draw_view,
+    patient_frame,
+    position_name,
+    project,
+    save_case_figure,
+    tile,
+)
 
 
 def scene() -> tuple[np.ndarray, Grid, np.ndarray]:
@@ -71,7 +84,7 @@ def test_projections_show_all_of_the_pet_where_it_is() -> None:
     grid = Grid(pet.shape, np.diag([-4.0, 4.0, 4.0, 1.0]))
     mask = np.zeros((10, 10, 15), dtype=np.uint8)
     mask[1, 2, 12] = 1
-    front, side = project((pet, grid), (mask, Grid(mask.shape, np.diag([-8.0, 8.0, 8.0, 1.0]))))
+    front, side = project((pet, grid), {"GTV": (mask, Grid(mask.shape, np.diag([-8.0, 8.0, 8.0, 1.0])))})
     assert (front.name, side.name) == ("coronal", "sagittal")
     assert front.pet.shape == side.pet.shape == (30, 20)
     assert not np.isnan(front.pet).any()
@@ -79,11 +92,10 @@ def test_projections_show_all_of_the_pet_where_it_is() -> None:
     assert np.argwhere(side.pet == 9.0).tolist() == [[4, 14]], "from the front"
     assert front.extent == (2.0, -78.0, -2.0, 118.0)
     assert side.extent == (78.0, -2.0, -2.0, 118.0)
-    assert front.proportion == 1.5
-    left, right, bottom, top = front.mask_extent
+    assert front.window == (-6.0, -10.0, -2.0, 118.0), "cropped to what has uptake"
+    shadow, (left, right, bottom, top) = front.masks["GTV"]
     assert ((left + right) / 2, (bottom + top) / 2) == (-8.0, 96.0)
-    assert front.mask is not None
-    assert front.mask.sum() == 1
+    assert shadow.sum() == 1
 
 
 def test_projections_of_a_turned_pet_lose_nothing() -> None:
@@ -92,8 +104,8 @@ def test_projections_of_a_turned_pet_lose_nothing() -> None:
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]]
     grid = Grid(pet.shape, turn @ np.diag([4.0, 4.0, 4.0, 1.0]))
-    front, side = project((pet, grid), (np.zeros((2, 2, 2), dtype=np.uint8), grid.crop((slice(0, 2),) * 3)))
-    assert front.mask is None
+    front, side = project((pet, grid), {"GTV": (np.zeros((2, 2, 2), dtype=np.uint8), grid.crop((slice(0, 2),) * 3))})
+    assert not front.masks
     for projection in (front, side):
         rows, columns = np.argwhere(projection.pet == 5.0).mean(axis=0)
         left, right, bottom, top = projection.extent
@@ -101,3 +113,82 @@ def test_projections_of_a_turned_pet_lose_nothing() -> None:
         height, width = projection.pet.shape
         found = (left + (columns + 0.5) * (right - left) / width, top + (rows + 0.5) * (bottom - top) / height)
         assert np.abs(world - found).max() < 3.0
+
+
+def body(width: int, depth: int, length: int = 100) -> tuple[np.ndarray, Grid]:
+    """A block of tissue of so many voxels of 4 mm in the middle of 160 x 160 x ``length``, world 0 in its middle."""
+    ct = np.full((160, 160, length), -1000, dtype=np.int16)
+    ct[80 - width // 2 : 80 + width // 2, 80 - depth // 2 : 80 + depth // 2] = 40
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = [-318, -318, -2.0 * length + 2]
+    return ct, Grid(ct.shape, affine)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "point", "centre", "size"),
+    [
+        pytest.param(40, 30, (30, 10, 0), (0, 0, 0), 176, id="a head: all of it, in its middle"),
+        pytest.param(10, 10, (0, 0, 0), (0, 0, 0), 120, id="a limb: not smaller than 120 mm"),
+        pytest.param(120, 60, (150, 0, 0), (126, 0, 0), 240, id="shoulders: 240 mm around the lesion, within the body"),
+        pytest.param(120, 60, (40, 0, 0), (40, 0, 0), 240, id="shoulders: centred on the lesion"),
+        pytest.param(40, 30, (0, 0, 190), (0, 0, 112), 176, id="not beyond the end of the scan"),
+    ],
+)
+def test_pictures_are_cropped_to_the_patient(width, depth, point, centre, size) -> None:
+    frame = patient_frame(body(width, depth), np.array(point, dtype=float))
+    assert frame.size_mm == pytest.approx(size, abs=8)
+    assert frame.centre_mm == pytest.approx(centre, abs=8)
+
+
+def test_without_a_body_the_picture_is_240_mm_around_the_point() -> None:
+    ct, grid = body(40, 30)
+    frame = patient_frame((np.full_like(ct, -1000), grid), np.array([10.0, 20.0, 0.0]))
+    assert frame.size_mm == 240
+    assert frame.centre_mm == pytest.approx([10, 20, 0])
+
+
+def test_a_lesion_is_seen_at_its_place_in_a_frame_that_is_not_centred_on_it() -> None:
+    ct, grid = body(40, 30)
+    mask = np.zeros(ct.shape, dtype=np.uint8)
+    mask[86:90, 82:86, 50:54] = 1
+    point = grid.to_world(np.argwhere(mask).mean(axis=0))
+    views = cut_views((ct, grid), (ct, grid), {"GTVn": (mask, grid)}, point)
+    size = len(views.ct[0])
+    assert size == round(views.frame.size_mm)
+    for plane, (across, along) in enumerate(((0, 1), (0, 2), (1, 2))):
+        row, column = np.argwhere(views.outlines["GTVn"][plane] > 0.5).mean(axis=0)
+        offset = views.frame.centre_mm - point
+        assert column - (size - 1) / 2 == pytest.approx(offset[across], abs=1.5)
+        assert row - (size - 1) / 2 == pytest.approx(offset[along], abs=1.5)
+
+
+@pytest.mark.parametrize("name", ["GTV", "GTVp", "GTVn"])
+def test_a_class_has_its_colour_in_every_picture(name) -> None:
+    ct, grid, mask = scene()
+    views = cut_views((ct, grid), (ct / 20, grid), {name: (mask, grid)})
+    panel = Figure().subplots()
+    draw_view(panel, views, "fusion", 0)
+    (contour,) = [c for c in panel.get_children() if isinstance(c, QuadContourSet)]
+    assert to_hex(contour.get_edgecolor()[0]) == TUMOUR_COLOURS[name]
+
+
+@pytest.mark.parametrize(
+    ("axis", "position", "said"),
+    [(0, 3.24, "R 3.2 mm"), (0, -3.2, "L 3.2 mm"), (1, 5.0, "A 5.0 mm"), (1, -5.0, "P 5.0 mm"), (2, -7.0, "I 7.0 mm")],
+)
+def test_positions_are_named_by_their_side(axis, position, said) -> None:
+    point = np.zeros(3)
+    point[axis] = position
+    assert position_name(point, axis) == said
+
+
+def test_a_tile_says_what_it_shows(monkeypatch) -> None:
+    said = []
+    monkeypatch.setattr("scripts.prediction.figures._say", lambda panel, x, y, text, *more, **style: said.append(text))
+    ct, grid, mask = scene()
+    views = cut_views((ct, grid), (ct / 20, grid), {"GTV": (mask, grid)}, grid.to_world([12.5, 42.5, 42.5]))
+    assert tile(views, "PET", 1).startswith(b"\x89PNG")
+    assert said == ["PET coronal\nA 170.0 mm", "S", "I", "R", "L", "5 cm", "12", "0 SUV"]
+    said.clear()
+    tile(views, "CT", 2)
+    assert said == ["CT sagittal\nL 50.0 mm", "S", "I", "A", "P", "5 cm"], "a CT has no SUV bar"

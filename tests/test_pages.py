@@ -73,7 +73,7 @@ def test_rows_must_fit_the_titles() -> None:
 def test_links_pairs_and_ranked_cells_are_text_too() -> None:
     cells = [[Link(EVIL, 'a b"/x.html'), Ranked(EVIL, 2.5)], ["x", Ranked("-", None)]]
     values = {"counts": [(EVIL, EVIL)], "risks": None, "titles": ["a", "b"], "patients": cells, "table": EVIL}
-    html = render("index.html", title="t", warnings=[], failures=[], findings=[], sortable=False, **values)
+    html = render("index.html", title="t", warnings=[], notice="", failures=[], findings=[], sortable=False, **values)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 5
     assert 'href="a%20b%22/x.html"' in html
@@ -82,7 +82,7 @@ def test_links_pairs_and_ranked_cells_are_text_too() -> None:
 
 
 def test_a_value_that_a_template_lacks_is_an_error() -> None:
-    with pytest.raises(UndefinedError, match="'warnings' is undefined"):
+    with pytest.raises(UndefinedError, match="'report' is undefined"):
         render("report.html", title="t")
 
 

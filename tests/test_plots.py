@@ -161,6 +161,7 @@ def test_the_curve_of_a_patient_shows_the_years_that_are_given() -> None:
     assert curve.get_ydata().tolist() == [1, 0.9, 0.8]
     assert curve.get_color() == GROUP_COLOURS["high"]
     assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [(1, 1.0), (2, 0.9)]
+    assert panel.get_xlim() == (0, pytest.approx(2 * 1.02)), "the curve ends at the last of them"
 
 
 @pytest.mark.parametrize(

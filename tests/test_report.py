@@ -17,9 +17,19 @@ from report_case import prediction, scans, uncalibrated, without_tasks
 from scripts import keys
 from scripts.imaging.geometry import Grid
 from scripts.prediction.explain import Explanation
-from scripts.prediction.findings import FORCED, Section, sections_of, warnings_of
+from scripts.prediction.findings import (
+    FORCED,
+    Section,
+    notice_of,
+    page_verdict,
+    quality_problems,
+    quality_section,
+    sections_of,
+    survival_section,
+    warnings_of,
+)
 from scripts.prediction.outputs import folder_name
-from scripts.prediction.report import ReportWriter, write_report
+from scripts.prediction.report import ReportWriter, class_masks, lesion_rows, write_report
 from scripts.prediction.sheet import Sheet, wrapped
 from scripts.prediction.summary import SummaryError, write_summary
 
@@ -34,9 +44,10 @@ def words(page: Path) -> str:
 
 def pdf_words(path: Path) -> str:
     reader = PdfReader(path)
-    assert len(reader.pages) == 1
-    assert [round(float(edge) * 25.4 / 72) for edge in reader.pages[0].mediabox[2:]] == [210, 297]
-    return " ".join(reader.pages[0].extract_text().split())
+    assert len(reader.pages) == 2
+    for page in reader.pages:
+        assert [round(float(edge) * 25.4 / 72) for edge in page.mediabox[2:]] == [210, 297]
+    return " ".join(" ".join(page.extract_text() for page in reader.pages).split())
 
 
 def written(folder: Path, said: dict[str, Any], masked: bool = True, explanation: Any = None) -> tuple[str, str]:
@@ -59,13 +70,27 @@ def explanation(tumour: bool = True) -> Explanation:
 EVERYTHING = (
     *(NOTICE, "300 digital phantoms, not for clinical use", "CHUM-001"),
     *("risk group high", "higher than in 81 % of the training cases"),
-    *("1 year 91 % [88 to 93]", "2 years 83 % [77 to 86]", "3 years 72 % [66 to 79]"),
+    *("recurrence-free at 3 years 72 % range of the folds: 66 to 79 %", "It is not a confidence interval"),
     *("5 years not given: beyond the follow-up", "0.83 ± 0.21 over 5 folds"),
     *("probability of HPV 0.73 ± 0.06 over 5 folds", "threshold 0.55", "class positive"),
     "read from PET/CT and clinical values (2 of 3 known)",
-    *("lesions 2 (12.1, 6.2 ml)", "volume 18.3 ml", "SUVmax 14.2", "SUVmean 7.3", "MTV 9.8 ml", "TLG 93 g"),
+    *(
+        "GTVp (primary tumour): 12.1 ml, SUVmax 14.2",
+        "GTVn (lymph node): 6.2 ml, SUVmax 9.0",
+        "lesions 2",
+        "volume 18.3 ml",
+        "SUVmax 14.2",
+        "SUVmean 7.3",
+        "MTV 9.8 ml",
+        "TLG 93 g",
+    ),
     *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
     *("WARNINGS (1 of 2 checks passed)", "warn: ct slice CT slice spacing: 5 mm: beyond the training range"),
+    *(
+        "Outlines: predicted primary tumour (red) and lymph node (blue)",
+        "CT window -160 to 240 HU",
+        "PET window 0 to 12 SUV",
+    ),
     *("Network 0.2.0, 5 folds", "below the brain as the PET shows it", "in 12.7 s", "2026-11-23T09:00:00+00:00"),
 )
 
@@ -112,6 +137,68 @@ def test_forced_predictions_are_loud(tmp_path: Path) -> None:
     assert warnings_of(said)[0] == FORCED
 
 
+def voxel_check(name: str, value: float, verdict: str = "warn") -> dict[str, Any]:
+    limit = "at least 6.3 and at most 6.9 mm"
+    return {"name": name, "value": value, "unit": "mm", "limit": limit, "verdict": verdict, "message": f"size {value}"}
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict", "shown", "warnings", "remarks"),
+    [
+        pytest.param([("ct_slice", 3.0)], "warn", "ok", 0, 1, id="a slice of 3 mm is ordinary"),
+        pytest.param([("ct_in_plane", 0.98), ("pet_slice", 3.27)], "warn", "ok", 0, 2, id="so are pixels of 1 mm"),
+        pytest.param([("ct_slice", 5.0)], "warn", "warn", 1, 0, id="a slice of 5 mm is not"),
+        pytest.param([("ct_slice", 3.0), ("overlap", 40.0)], "warn", "warn", 1, 1, id="other checks warn as before"),
+        pytest.param([("ct_slice", 3.0)], "reject", "reject", 0, 1, id="a rejected case stays rejected"),
+    ],
+)
+def test_ordinary_voxel_sizes_are_a_remark_and_no_warning(checks, verdict, shown, warnings, remarks) -> None:
+    quality = {"verdict": verdict, "forced": False, "checks": [voxel_check(*check) for check in checks]}
+    assert page_verdict(quality) == shown
+    assert len(quality_problems(quality)) == warnings
+    rows = quality_section(quality).rows
+    assert sum(name.startswith("remark: ") for name, _ in rows) == remarks
+    assert len(rows) == 1 + len(checks), "all are listed"
+
+
+def test_a_rejected_voxel_size_is_no_remark() -> None:
+    quality = {"verdict": "reject", "forced": True, "checks": [voxel_check("ct_slice", 3.0, "reject")]}
+    assert quality_problems(quality) == ["reject: size 3.0"]
+
+
+def test_the_largest_four_lesions_have_pictures_and_the_others_are_told() -> None:
+    ct, pet, mask = scans()
+    lesion = prediction()["tumour"]["lesion_list"][0]
+    rows = lesion_rows(ct, pet, class_masks(mask, ["GTVp", "GTVn"]), [{**lesion, "name": f"L{k}"} for k in range(6)])
+    assert [row.title.split(" ")[0] for row in rows] == ["L0", "L1", "L2", "L3"]
+    assert rows[-1].title.endswith("(no pictures of 2 more: see the table of lesions)")
+    assert {len(row.tiles) for row in rows} == {5}
+
+
+def test_a_mask_has_the_classes_that_are_in_it() -> None:
+    _, _, (mask, grid) = scans()
+    assert list(class_masks((mask, grid), ["GTVp", "GTVn"])) == ["GTVp", "GTVn"]
+    assert list(class_masks((mask == 2, grid), ["GTV"])) == ["GTV"]
+    assert list(class_masks((np.zeros_like(mask), grid), ["GTVp", "GTVn"])) == ["GTVp"]
+
+
+@pytest.mark.parametrize(
+    ("folds", "at_risk", "row"),
+    [
+        pytest.param(5, 96, ["1 year", "91 %", "88 to 93 %", "96"], id="several folds"),
+        pytest.param(5, None, ["1 year", "91 %", "88 to 93 %", "\u2013"], id="the number at risk is not known"),
+        pytest.param(1, 96, ["1 year", "91 %", "96"], id="one fold has no range"),
+    ],
+)
+def test_survival_is_given_with_the_range_of_the_folds_and_the_number_at_risk(folds, at_risk, row) -> None:
+    survival = prediction()["survival"]
+    survival["log_hazard_folds"] = [0.5] * folds
+    survival["recurrence_free_survival"][0]["at_risk"] = at_risk
+    table = survival_section(survival).table
+    assert table is not None
+    assert table[1][0] == row
+
+
 def test_doubts_are_loud() -> None:
     said = prediction()
     said["survival"]["doubt"] = "the slope is zero"
@@ -123,7 +210,7 @@ def test_doubts_are_loud() -> None:
 def test_a_model_that_does_not_say_what_it_was_trained_on() -> None:
     said = prediction()
     said["model"]["trained_on"] = ""
-    assert warnings_of(said) == [f"{NOTICE} The model was trained on: not recorded."]
+    assert notice_of(said) == f"{NOTICE} The model was trained on: not recorded."
 
 
 def test_texts_from_files_stay_text(tmp_path: Path) -> None:
@@ -131,9 +218,10 @@ def test_texts_from_files_stay_text(tmp_path: Path) -> None:
     said = prediction(patient_id=evil)
     said["quality"]["checks"][1]["message"] = evil
     said["crop"]["flag"] = evil
+    said["tumour"]["lesion_list"][0]["name"] = evil
     page, sheet = written(tmp_path, said)
-    assert page.count(evil) == 4  # title of the document, heading, check, flag
-    assert sheet.replace(" ", "").count(evil.replace(" ", "")) == 3
+    assert page.count(evil) == 7  # title of the document, heading, lesion, warning, table of lesions, check, flag
+    assert sheet.replace(" ", "").count(evil.replace(" ", "")) == 5  # in the table it is broken over lines
     assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -141,7 +229,7 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
     written(tmp_path, prediction())
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     addresses = re.findall(r'(?:src|href)="([^"]*)"', source)
-    assert len(addresses) == 2, "the pictures and the curve"
+    assert len(addresses) == 2 * 5 + 2 + 1, "planes of two lesions, projections, the curve"
     assert all(address.startswith("data:image/png;base64,") for address in addresses)
     assert "url(" not in source
     assert "http" not in source
@@ -264,11 +352,9 @@ def test_the_page_of_a_cohort(cohort: Path) -> None:
         *("warn: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
     ):
         assert said in text
-    assert re.findall(r'href="([^"]*)"', source) == [
-        "A-1/report.html",
-        "B_b/report.html",
-        "predictions.csv",
-    ]
+    assert re.findall(r'href="([^"]*)"', source) == ["B_b/report.html", "A-1/report.html", "predictions.csv"]
+    names = re.findall(r"<td>(?:<a[^>]*>)?([^<]*)(?:</a>)?</td>\s*<td>(?:ok|incomplete|failed)</td>", source)
+    assert [html.unescape(name) for name in names] == ["D-4", "C-3", "B & <b>", "A-1"], "failed and doubtful ones first"
     assert "http" not in source
     assert source.count("<script>") == 1
     assert all(address.startswith("data:") for address in re.findall(r'src="([^"]*)"', source))

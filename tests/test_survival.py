@@ -71,6 +71,16 @@ def test_baseline_is_that_of_scikit_survival() -> None:
     assert calibration.baseline_at_risk[0] == (outcomes.time >= calibration.baseline_days[0]).sum()
 
 
+def test_the_number_at_risk_is_that_of_the_next_relapse() -> None:
+    calibration, _, outcomes = fitted(250)
+    for day in (0.0, 365.25, 730.5, float(calibration.baseline_days[-1])):
+        at_risk = calibration.at_risk(day)
+        after = min(relapse for relapse in calibration.baseline_days if relapse >= day)
+        assert at_risk == (outcomes.time >= after).sum()
+        assert at_risk <= (outcomes.time >= day).sum()
+    assert calibration.at_risk(calibration.baseline_days[-1] + 1) is None
+
+
 def test_a_long_baseline_is_thinned_but_exact_at_the_horizons() -> None:
     calibration, risk, outcomes = fitted(2500, whole_days=False)
     oracle = BreslowEstimator().fit(calibration.slope * risk, outcomes.event, outcomes.time)

@@ -260,6 +260,8 @@ def _beside(panel: Axes, place: int, text: str, colour: str) -> None:
 def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8.0) -> None:
     """Predicted recurrence-free survival of one patient: the curve, the range of the folds, the reported years.
 
+    The curve ends at the last of these years (at the end of follow-up where none is reported).
+
     Args:
         panel: axes to draw into.
         survival: the entry ``survival`` of a prediction, with its ``curve``.
@@ -273,9 +275,10 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
             years, _floats(curve["low"]), _floats(curve["high"]), step="post", color=colour, alpha=0.2, linewidth=0
         )
     panel.plot(years, _floats(curve["survival"]), drawstyle="steps-post", color=colour, linewidth=1.8)
-    for given in survival.get("recurrence_free_survival", []):
-        panel.plot(given["years"], given["survival"], "o", color=colour, markersize=4)
-    panel.set(xlim=(0, max(1.0, float(years[-1])) * 1.02), ylim=(0, 1.03))
+    for row in survival.get("recurrence_free_survival", []):
+        panel.plot(row["years"], row["survival"], "o", color=colour, markersize=4)
+    given = [row["years"] for row in survival.get("recurrence_free_survival", [])]
+    panel.set(xlim=(0, max(given, default=max(1.0, float(years[-1]))) * 1.02), ylim=(0, 1.03))
     panel.set_ylabel("recurrence-free survival", fontsize=size)
     panel.set_xlabel("years", fontsize=size)
     panel.tick_params(labelsize=size)

@@ -262,6 +262,14 @@ class Calibration:
         """True for days within the training follow-up."""
         return np.asarray(days, dtype=float) <= self.last_day
 
+    def at_risk(self, day: float) -> int | None:
+        """Training patients that are still followed on the first day of a relapse at or after ``day``.
+
+        So many are at risk on ``day`` at least. None after the last of these days.
+        """
+        later = np.flatnonzero(np.asarray(self.baseline_days) >= day)
+        return int(self.baseline_at_risk[later[0]]) if len(later) else None
+
     def normalise(self, fold_log_hazards: ArrayLike) -> np.ndarray:
         """Log hazards of the members, (..., K), on the common scale.
 

@@ -251,7 +251,10 @@ def describe_survival(
     if len(log_hazard_folds) == 1:  # one fold tells no spread
         ranges = [[None] * len(at.days)] * 2
     described["recurrence_free_survival"] = [
-        {"years": year, "days": float(day), "survival": float(survival), "low": low, "high": high}
+        {
+            **{"years": year, "days": float(day), "survival": float(survival), "low": low, "high": high},
+            "at_risk": calibration.at_risk(float(day)),
+        }
         for year, day, survival, low, high in zip(years, at.days, at.survival, *ranges, strict=True)
     ]
     cuts = calibration.cut_points["tertiles"]

@@ -1,32 +1,64 @@
-"""Pictures of a case: CT, PET and both fused, in three planes through the tumour, and the PET projected as a whole."""
+"""Pictures of a case: CT, PET and both fused, in three planes through the tumour, and the PET projected as a whole.
+
+The colours of the tumour are those of :data:`scripts.imaging.lesions.COLOURS`, here as in the DICOM segmentation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 from scipy import ndimage
 
 from scripts.cohorts.files import written_whole
 from scripts.evaluation.plots import as_written
 from scripts.imaging.geometry import Grid, bounding_window, box_grid, resample
 from scripts.imaging.images import read_image
+from scripts.imaging.lesions import COLOURS
 
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue
 PET_WINDOW_SUV = (0.0, 12.0)
 FUSION_OPACITY = 0.75  # of the hottest uptake; without uptake the CT alone is seen
-OUTLINE_COLOURS = ("#00e5ff", "#ff3b30", "#ffd60a")
+TUMOUR_COLOURS = {name: "#" + "".join(f"{part:02x}" for part in colour) for name, colour in COLOURS.items()}
+TUMOUR_COLOUR_NAMES = {"GTV": "red", "GTVp": "red", "GTVn": "blue"}
+OUTLINE_COLOURS = ("#00e5ff", TUMOUR_COLOURS["GTV"], "#ffd60a")  # of masks that are compared: true, predicted, other
 DISPLAY_VOXELS, DISPLAY_MM = 240, 1.0
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, and the world axis across it
 CT, PET, FUSION = "CT", "PET", "fusion"
 ROWS = (CT, PET, FUSION)
+INFLUENCE = "influence"
+EDGES = ("APRL", "SIRL", "SIAP")  # letters at the top, bottom, left and right of each plane
+DIRECTIONS = ("RL", "AP", "SI")  # letters of positive and negative positions along the world axes (RAS+)
+BODY_HU, BODY_STEP_MM, BODY_REACH_MM, BODY_MARGIN_MM = -300.0, 4.0, 600.0, 10.0
+SMALLEST_FRAME_MM = 120.0
+BODY_SUV = 0.2  # a projection is cut where nothing reaches it
+SCALE_MM = 50.0
+TILE_INCH, TILE_DPI = 2.4, 180
+
+HALO = [Stroke(linewidth=2.8, foreground="black"), Normal()]  # an outline is seen on dark and on hot places alike
 
 Scan = tuple[np.ndarray, Grid]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What the planes through a point show of the patient: squares of one size.
+
+    Attributes:
+        centre_mm: (3,) middle of the squares, world mm (RAS+).
+        size_mm: edge.
+    """
+
+    centre_mm: np.ndarray
+    size_mm: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +67,14 @@ class Views:
 
     Attributes:
         centre_mm: (3,) the point, world mm (RAS+).
+        frame: what is shown around it.
         ct: a picture a plane of :data:`PLANES`, in HU.
         pet: likewise, in SUV.
         outlines: name of a mask to its pictures, 0 to 1; the outline is at one half.
     """
 
     centre_mm: np.ndarray
+    frame: Frame
     ct: list[np.ndarray]
     pet: list[np.ndarray]
     outlines: dict[str, list[np.ndarray]]
@@ -54,81 +88,111 @@ class Projection:
         name: of the plane.
         pet: (rows from superior, columns from the patient's right or front), in SUV.
         extent: left, right, bottom and top of ``pet`` in world mm.
-        mask: 0 and 1; None where the mask is empty.
-        mask_extent: likewise of ``mask``.
+        masks: name to mask (0 and 1) and its extent; those that are empty are left out.
     """
 
     name: str
     pet: np.ndarray
     extent: tuple[float, float, float, float]
-    mask: np.ndarray | None
-    mask_extent: tuple[float, float, float, float]
+    masks: Mapping[str, tuple[np.ndarray, tuple[float, float, float, float]]]
 
     @property
-    def proportion(self) -> float:
-        """Height to width."""
+    def window(self) -> tuple[float, float, float, float]:
+        """The part of ``extent`` with the patient in it."""
         left, right, bottom, top = self.extent
-        return abs((top - bottom) / (right - left))
+        columns = np.flatnonzero((self.pet > BODY_SUV).any(axis=0))
+        if not len(columns):
+            return self.extent
+        step = (right - left) / self.pet.shape[1]
+        return left + columns[0] * step, left + (columns[-1] + 1) * step, bottom, top
 
 
-def cut_views(ct: Scan, pet: Scan, masks: Mapping[str, Scan]) -> Views:
-    """Three planes of 240 mm through the largest lesion of the first mask that is not empty.
+def patient_frame(ct: Scan, point_mm: np.ndarray) -> Frame:
+    """The frame that is cropped to the patient: the body in the axial plane, at most 240 mm, and in the CT's length.
 
-    Only what is shown is resampled. Without a lesion the planes go through the middle of the CT.
+    Where the body is wider than the frame, the frame moves towards the point, and does not leave the body.
+
+    Args:
+        ct: array (X, Y, Z) in HU and its grid.
+        point_mm: (3,) what is to be seen, world mm (RAS+).
+    """
+    steps = round(BODY_REACH_MM / BODY_STEP_MM)
+    around = box_grid(point_mm, (steps, steps, 1), BODY_STEP_MM)
+    parts, count = ndimage.label(resample(*ct, around, "linear", -1024.0)[..., 0] > BODY_HU)
+    low, high = (point_mm + side * DISPLAY_VOXELS * DISPLAY_MM / 2 for side in (-1, 1))
+    if count:
+        body = np.argwhere(parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:])))
+        corners = [around.to_world([*corner, 0]) for corner in (body.min(axis=0), body.max(axis=0))]
+        low[:2], high[:2] = corners[0][:2] - BODY_MARGIN_MM, corners[1][:2] + BODY_MARGIN_MM
+    low[2], high[2] = ct[1].bounds[:, 2]
+    size = float(np.clip((high - low)[:2].max(), SMALLEST_FRAME_MM, DISPLAY_VOXELS * DISPLAY_MM))
+    room = np.maximum(high - low - size, 0.0) / 2
+    middle = (low + high) / 2
+    return Frame(middle + np.clip(point_mm - middle, -room, room), size)
+
+
+def cut_views(ct: Scan, pet: Scan, masks: Mapping[str, Scan], point_mm: np.ndarray | None = None) -> Views:
+    """Three planes through a point, cropped to the patient; without one, 240 mm through the largest lesion.
+
+    Only what is shown is resampled. The largest lesion is that of the first mask that is not empty. Without a lesion
+    the planes go through the middle of the CT.
 
     Args:
         ct: array (X, Y, Z) in HU and its grid.
         pet: array (X, Y, Z) in SUV and its grid.
         masks: name to label array and grid.
+        point_mm: (3,) the point, world mm (RAS+).
     """
     small = {name: _cropped(*mask) for name, mask in masks.items()}
-    centre = _middle(ct, small)
+    point = middle_of(ct, small) if point_mm is None else point_mm
+    frame = Frame(point, DISPLAY_VOXELS * DISPLAY_MM) if point_mm is None else patient_frame(ct, point)
     return Views(
-        centre,
-        cut_planes(*ct, centre, fill=-1024.0),
-        cut_planes(*pet, centre),
-        {name: cut_planes(*mask, centre) for name, mask in small.items()},
+        point,
+        frame,
+        cut_planes(*ct, point, frame, fill=-1024.0),
+        cut_planes(*pet, point, frame),
+        {name: cut_planes(*mask, point, frame) for name, mask in small.items()},
     )
 
 
-def cut_planes(array: np.ndarray, grid: Grid, centre_mm: np.ndarray, fill: float = 0.0) -> list[np.ndarray]:
+def cut_planes(
+    array: np.ndarray, grid: Grid, point_mm: np.ndarray, frame: Frame, fill: float = 0.0
+) -> list[np.ndarray]:
     """The pictures (R, R) of :data:`PLANES` through a point, linearly interpolated.
 
     Args:
         array: (X, Y, Z) values on ``grid``.
         grid: where they are.
-        centre_mm: (3,) the point, world mm (RAS+).
+        point_mm: (3,) the point, world mm (RAS+).
+        frame: what is shown.
         fill: value outside the field of view.
     """
     pictures = []
     for _, axis in PLANES:
-        shape = [DISPLAY_VOXELS] * 3
-        shape[axis] = 1
-        pictures.append(_slice(resample(array, grid, box_grid(centre_mm, shape, DISPLAY_MM), "linear", fill), axis))
+        shape, centre = [round(frame.size_mm / DISPLAY_MM)] * 3, frame.centre_mm.copy()
+        shape[axis], centre[axis] = 1, point_mm[axis]
+        pictures.append(_slice(resample(array, grid, box_grid(centre, shape, DISPLAY_MM), "linear", fill), axis))
     return pictures
 
 
-def project(pet: Scan, mask: Scan) -> list[Projection]:
+def project(pet: Scan, masks: Mapping[str, Scan]) -> list[Projection]:
     """Maximum intensity projections of the whole field of view, from the front and from the side.
 
     Args:
         pet: array (X, Y, Z) in SUV and its grid, in any orientation.
-        mask: label array and its grid, which may be another.
+        masks: name to label array and its grid, which may be another.
     """
     upright, grid = _upright(*pet)
-    labels, label_grid = _upright(*_cropped(*mask))
+    labels = {name: _upright(*_cropped(*mask)) for name, mask in masks.items()}
     projections = []
     for name, axis in PLANES[1:]:
-        shadow = labels.max(axis=axis, keepdims=True) if labels.any() else None
-        projections.append(
-            Projection(
-                name,
-                _slice(np.fmax.reduce(upright, axis=axis, keepdims=True), axis),  # NaN of a damaged PET are passed over
-                _extent(grid, axis),
-                None if shadow is None else _slice(shadow, axis),
-                _extent(label_grid, axis),
-            )
-        )
+        shadows = {
+            kind: (_slice(array.max(axis=axis, keepdims=True), axis), _extent(own, axis))
+            for kind, (array, own) in labels.items()
+            if array.any()
+        }
+        seen = np.fmax.reduce(upright, axis=axis, keepdims=True)  # NaN of a damaged PET are passed over
+        projections.append(Projection(name, _slice(seen, axis), _extent(grid, axis), shadows))
     return projections
 
 
@@ -150,9 +214,7 @@ def draw_view(panel: Axes, views: Views, row: str, plane: int) -> None:
     if row == FUSION:
         opacity = FUSION_OPACITY * np.sqrt(np.clip((np.nan_to_num(uptake) - low) / (high - low), 0, 1))
         panel.imshow(uptake, cmap="hot", vmin=low, vmax=high, alpha=opacity)
-    for colour, outline in zip(OUTLINE_COLOURS, views.outlines.values(), strict=False):
-        _outline(panel, outline[plane], colour)
-    panel.set_axis_off()
+    _outlines(panel, views, plane)
 
 
 def draw_influence(panel: Axes, views: Views, plane: int, influence: np.ndarray, limit: float) -> None:
@@ -168,29 +230,114 @@ def draw_influence(panel: Axes, views: Views, plane: int, influence: np.ndarray,
     panel.imshow(views.ct[plane], cmap="gray", vmin=CT_WINDOW_HU[0], vmax=CT_WINDOW_HU[1])
     opacity = np.clip(np.abs(influence) / limit, 0, 1) ** 0.7 * 0.8
     panel.imshow(influence, cmap="bwr", vmin=-limit, vmax=limit, alpha=opacity)
-    for colour, outline in zip(OUTLINE_COLOURS, views.outlines.values(), strict=False):
-        _outline(panel, outline[plane], colour)
-    panel.set_axis_off()
+    _outlines(panel, views, plane)
 
 
 def draw_projection(panel: Axes, projection: Projection) -> None:
-    """Draw a projection of the PET with the mask's outline, in its true proportions."""
+    """Draw a projection of the PET with the masks' outlines, in its true proportions, cropped to the patient."""
     low, high = PET_WINDOW_SUV
     panel.imshow(projection.pet, cmap="gray_r", vmin=low, vmax=high, extent=projection.extent, aspect="equal")
-    if projection.mask is not None:
-        left, right, bottom, top = projection.mask_extent
-        rows, columns = projection.mask.shape
-        panel.contour(
+    for name, (mask, extent) in projection.masks.items():
+        left, right, bottom, top = extent
+        rows, columns = mask.shape
+        drawn = panel.contour(
             left + (np.arange(columns) + 0.5) * (right - left) / columns,
             top + (np.arange(rows) + 0.5) * (bottom - top) / rows,
-            projection.mask,
+            mask,
             levels=[0.5],
-            colors=[OUTLINE_COLOURS[1]],  # cyan is lost on white
-            linewidths=0.9,
+            colors=[TUMOUR_COLOURS[name]],
+            linewidths=1.2,
         )
-    left, right, bottom, top = projection.extent
+        drawn.set_path_effects(HALO)
+    left, right, bottom, top = projection.window
     panel.set(xlim=(left, right), ylim=(bottom, top))
     panel.set_axis_off()
+
+
+def tile(views: Views, row: str, plane: int, influence: tuple[list[np.ndarray], float] | None = None) -> bytes:
+    """One picture as a PNG, with orientation letters, slice position, scale and, for PET, the SUV bar.
+
+    Args:
+        views: of the case.
+        row: ``"CT"``, ``"PET"``, ``"fusion"`` or ``"influence"``.
+        plane: index in :data:`PLANES`.
+        influence: the pictures of the planes and the value of the deepest colours, for ``"influence"``.
+    """
+    figure = Figure(figsize=(TILE_INCH, TILE_INCH), facecolor="black")
+    FigureCanvasAgg(figure)
+    panel = figure.add_axes((0, 0, 1, 1))
+    if influence is not None:
+        draw_influence(panel, views, plane, influence[0][plane], influence[1])
+    else:
+        draw_view(panel, views, row, plane)
+    size = len(views.ct[plane])
+    panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    name, axis = PLANES[plane]
+    colour = "black" if row == PET else "white"
+    _say(panel, 0.02, 0.98, f"{row} {name}\n{position_name(views.centre_mm, axis)}", colour, size=8.5)
+    _letters(panel, plane, colour)
+    length = SCALE_MM / (size * DISPLAY_MM)
+    panel.plot([0.03, 0.03 + length], [0.04, 0.04], transform=panel.transAxes, color=colour, linewidth=1.6)
+    _say(panel, 0.03, 0.105, f"{SCALE_MM / 10:.0f} cm", colour, size=7.5)
+    if row in (PET, FUSION):
+        _suv_bar(figure, "gray_r" if row == PET else "hot", colour)
+    return _png(figure)
+
+
+def projection_png(projection: Projection) -> bytes:
+    """A projection as a PNG, with orientation letters and the SUV bar."""
+    left, right, bottom, top = projection.window
+    width = TILE_INCH * 1.4 * abs((right - left) / (top - bottom))
+    figure = Figure(figsize=(min(width, TILE_INCH * 1.4), TILE_INCH * 1.4), facecolor="white")
+    FigureCanvasAgg(figure)
+    panel = figure.add_axes((0, 0, 1, 1))
+    draw_projection(panel, projection)
+    plane = [name for name, _ in PLANES].index(projection.name)
+    _letters(panel, plane, "black")
+    _suv_bar(figure, "gray_r", "black")
+    return _png(figure)
+
+
+def position_name(point_mm: np.ndarray, axis: int) -> str:
+    """Position of a slice with the letter of its side of the origin, as viewers give it.
+
+    Example:
+        >>> position_name(np.array([3.2, -11.04, 54.0]), 1), position_name(np.array([3.2, -11.0, 54.0]), 2)
+        ('P 11.0 mm', 'S 54.0 mm')
+    """
+    return f"{DIRECTIONS[axis][int(point_mm[axis] < 0)]} {abs(point_mm[axis]):.1f} mm"
+
+
+def _letters(panel: Axes, plane: int, colour: str) -> None:
+    places = [(0.5, 0.99, "center", "top"), (0.5, 0.01, "center", "bottom")]
+    places += [(0.01, 0.5, "left", "center"), (0.93, 0.5, "right", "center")]
+    for letter, (x, y, across, along) in zip(EDGES[plane], places, strict=True):
+        _say(panel, x, y, letter, colour, ha=across, va=along, weight="bold")
+
+
+def _say(panel: Axes, x: float, y: float, text: str, colour: str, size: float = 9.5, **style: Any) -> None:
+    edge = "white" if colour == "black" else "black"
+    placed: dict[str, Any] = {"ha": "left", "va": "top", **style}
+    said = panel.text(x, y, text, transform=panel.transAxes, color=colour, fontsize=size, **placed)
+    said.set_path_effects([Stroke(linewidth=1.5, foreground=edge), Normal()])
+
+
+def _suv_bar(figure: Figure, colours: str, colour: str) -> None:
+    """The colours of the SUV window at the right edge, with its ends."""
+    low, high = PET_WINDOW_SUV
+    bar = figure.add_axes((0.95, 0.2, 0.03, 0.6))
+    bar.imshow(np.linspace(high, low, 64)[:, None], cmap=colours, aspect="auto")
+    bar.set(xticks=[], yticks=[])
+    for spine in bar.spines.values():
+        spine.set(color=colour, linewidth=0.5)
+    for y, text, along in ((1.02, f"{high:.0f}", "bottom"), (-0.02, f"{low:.0f} SUV", "top")):
+        _say(bar, 1.3, y, text, colour, size=7.5, ha="right", va=along)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=TILE_DPI)
+    return buffer.getvalue()
 
 
 def case_figure(ct: Scan, pet: Scan, masks: Mapping[str, Scan], title: str = "") -> Figure:
@@ -202,7 +349,8 @@ def case_figure(ct: Scan, pet: Scan, masks: Mapping[str, Scan], title: str = "")
     Args:
         ct: array (X, Y, Z) in HU and its grid.
         pet: array (X, Y, Z) in SUV and its grid.
-        masks: name to label array and grid; outlined in this order of colours: cyan, red, yellow.
+        masks: name to label array and grid; outlined in this order of colours: cyan, red (the colour of a predicted
+            tumour everywhere), yellow.
         title: above the picture.
 
     Returns:
@@ -255,8 +403,11 @@ def _cropped(mask: np.ndarray, grid: Grid) -> Scan:
     return part, Grid(part.shape, affine)
 
 
-def _middle(ct: Scan, masks: Mapping[str, Scan]) -> np.ndarray:
-    """Middle of the largest lesion: the middle of all of them may lie in none."""
+def middle_of(ct: Scan, masks: Mapping[str, Scan]) -> np.ndarray:
+    """Middle of the largest lesion of the first mask that is not empty, world mm (RAS+); else the middle of the CT.
+
+    The middle of all lesions may lie in none.
+    """
     for array, grid in masks.values():
         lesions, count = ndimage.label(array)
         if count:
@@ -288,6 +439,12 @@ def _slice(volume: np.ndarray, axis: int) -> np.ndarray:
     return plane[::-1, ::-1].T
 
 
-def _outline(panel: Axes, plane: np.ndarray, colour: str) -> None:
-    if plane.min() < 0.5 < plane.max():
-        panel.contour(plane, levels=[0.5], colors=[colour], linewidths=1.2)
+def _outlines(panel: Axes, views: Views, plane: int) -> None:
+    """Draw the outlines of all masks: a tumour class in its colour, other masks by their order."""
+    for colour, (name, outline) in zip(OUTLINE_COLOURS, views.outlines.items(), strict=False):
+        if outline[plane].min() < 0.5 < outline[plane].max():
+            drawn = panel.contour(
+                outline[plane], levels=[0.5], colors=[TUMOUR_COLOURS.get(name, colour)], linewidths=1.5
+            )
+            drawn.set_path_effects(HALO)
+    panel.set_axis_off()

@@ -1,4 +1,4 @@
-"""What a prediction says of a patient, in words: the sections that HTML and PDF report show alike.
+"""The text of a report: the sections that the HTML page and the PDF show alike.
 
 Nothing is computed here. What the prediction leaves open (null) is said with its reason instead of a number.
 """
@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.cohorts.clinical import FEATURES
+from scripts.imaging.quality import DEFAULT_LIMITS, OK, REJECT, VOXEL_SIZES, WARN
 
 NOT_AVAILABLE = "not available"
 NO_TASK = "not a task of this model"
+NOT_KNOWN = "\u2013"
 FORCED = "FORCED: a quality check rejected this case and the prediction was made in spite of it. Do not rely on it."
 CROPS = {
     "mask": "centred on a given tumour mask",
@@ -21,7 +23,16 @@ CROPS = {
     "scan_centre": "middle of the scan",
 }
 NETWORK = "+network"  # behind a rule's name: the network itself moved the box
-VERDICTS = {"ok": "all checks passed", "warn": "WARNINGS", "reject": "REJECTED"}
+VERDICTS = {OK: "no warnings", WARN: "WARNINGS", REJECT: "REJECTED"}
+UNUSUAL = (
+    "The voxel size differs from the model's training scans, but is usual for clinical scanners. The scans are "
+    "resampled in any case."
+)
+LESION_COLUMNS = (  # title, key in lesion_list, decimals
+    *(("volume ml", "volume_ml", 1), ("SUVmax", "suv_max", 1), ("SUVmean", "suv_mean", 1), ("SUVpeak", "suv_peak", 1)),
+    *(("MTV ml", "mtv_ml", 1), ("TLG g", "tlg_g", 0), ("longest diameter mm", "longest_diameter_mm", 0)),
+)
+CLASS_NAMES = {"GTV": "tumour", "GTVp": "primary tumour", "GTVn": "lymph node"}
 NOT_CAUSES = (
     "What moved the computed risk of this model: no statement about causes, nor about what a treatment would change."
 )
@@ -34,20 +45,108 @@ class Section:
     Attributes:
         title: of the section.
         rows: names and what is said of them.
+        table: titles and rows of a table below them.
+        wide: whether the table needs the whole width of a page.
         loud: sentences that must not be missed.
         notes: sentences in small print.
     """
 
     title: str
     rows: list[tuple[str, str]] = field(default_factory=list)
+    table: tuple[list[str], list[list[str]]] | None = None
+    wide: bool = False
     loud: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def table_rows(self) -> list[tuple[str, str]]:
+        """The table as names and values, for where there is no room for its columns."""
+        titles, rows = self.table or ([], [])
+        return [
+            (row[0], ", ".join(f"{title} {cell}" for title, cell in zip(titles[1:], row[1:], strict=True)))
+            for row in rows
+        ]
+
+
+def verdict_of(prediction: Mapping[str, Any]) -> str:
+    """The sentence under the title: what quality control says of the scans."""
+    return f"Quality of the scans: {_verdict(prediction['quality'])}"
+
 
 def warnings_of(prediction: Mapping[str, Any]) -> list[str]:
-    """What stands above everything else: the notice, what the model was trained on, and a forced prediction."""
-    loud = [FORCED] if prediction["quality"].get("forced") else []
-    return [*loud, f"{prediction['notice']} {trained_on_of([prediction])}"]
+    """What a reader must know first: a forced prediction, checks that are not passed, and what is doubtful."""
+    quality, flag = prediction["quality"], (prediction.get("crop") or {}).get("flag")
+    loud = [FORCED] if quality.get("forced") else []
+    loud += quality_problems(quality)
+    if flag and not any(flag in text for text in loud):
+        loud.append(f"The position of the network's box is doubtful: {flag}")
+    if (prediction.get("survival") or {}).get("doubt"):
+        loud.append(f"The survival is doubtful: {prediction['survival']['doubt']}")
+    return loud
+
+
+def notice_of(prediction: Mapping[str, Any]) -> str:
+    """The restriction of use, and what the model was trained on."""
+    return f"{prediction['notice']} {trained_on_of([prediction])}"
+
+
+def page_verdict(quality: Mapping[str, Any]) -> str:
+    """The verdict on the scans; ordinary voxel sizes alone, which say nothing to a reader, make no warning."""
+    bad, remarks = _findings(quality)
+    return OK if quality["verdict"] == WARN and remarks and not bad else str(quality["verdict"])
+
+
+def quality_problems(quality: Mapping[str, Any]) -> list[str]:
+    """The messages of the checks that are not passed, the worst first, without ordinary voxel sizes."""
+    return [f"{check['verdict']}: {check['message']}" for check in _findings(quality)[0]]
+
+
+def _findings(quality: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Checks that are not passed, the worst first; and those of voxel sizes that are ordinary.
+
+    A voxel size warns when it is beyond the range of the model's training scans. It is ordinary within the range of
+    clinical scans that quality control accepts by default.
+    """
+    bad = [check for check in quality.get("checks") or [] if check["verdict"] != OK]
+    remarks = [check for check in bad if check["verdict"] == WARN and _is_ordinary(check)]
+    return sorted((c for c in bad if c not in remarks), key=lambda check: check["verdict"] != REJECT), remarks
+
+
+def _is_ordinary(check: Mapping[str, Any]) -> bool:
+    if check["name"] not in VOXEL_SIZES or not isinstance(check["value"], int | float):
+        return False
+    limits = DEFAULT_LIMITS[check["name"]]
+    return limits["warn_below"] <= check["value"] <= limits["warn_above"]
+
+
+def _verdict(quality: Mapping[str, Any]) -> str:
+    checks = quality.get("checks") or []
+    if not checks:
+        return f"{NOT_AVAILABLE}: the scans were not checked"
+    passed = sum(check["verdict"] == OK for check in checks)
+    forced = ", prediction FORCED" if quality.get("forced") else ""
+    return f"{VERDICTS[page_verdict(quality)]}{forced} ({passed} of {len(checks)} checks passed)"
+
+
+def key_results(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and remark of the results that stand first."""
+    survival, hpv, tumour = (prediction.get(part) or {} for part in ("survival", "hpv", "tumour"))
+    shown = []
+    if survival:
+        percentile = survival.get("percentile")
+        remark = "" if percentile is None else f"higher than in {percentile:.0f} % of the training cases"
+        shown.append(("risk of recurrence", survival.get("risk_group") or NOT_AVAILABLE, remark))
+    if survival.get("recurrence_free_survival"):
+        last = survival["recurrence_free_survival"][-1]
+        name = f"recurrence-free at {years(last['years'])}"
+        shown.append((name, f"{100 * last['survival']:.0f} %", _range_of(last, survival)))
+    if hpv:
+        status = {True: "positive", False: "negative"}.get(hpv.get("positive"), NOT_AVAILABLE)  # type: ignore[arg-type]
+        shown.append(("HPV status", status, f"probability {number(hpv.get('probability'), digits=2)}"))
+    if tumour:
+        count = tumour.get("lesions") or 0
+        remark = f"{count} lesion{'' if count == 1 else 's'}, SUVmax {number(tumour.get('suv_max'))}"
+        shown.append(("tumour volume", number(tumour.get("volume_ml"), "ml"), remark if count else "no lesion"))
+    return shown
 
 
 def trained_on_of(predictions: Sequence[Mapping[str, Any]]) -> str:
@@ -62,7 +161,9 @@ def sections_of(prediction: Mapping[str, Any]) -> list[Section]:
     Args:
         prediction: of one patient, as ``prediction.json`` has it.
     """
+    lesions = lesion_section(prediction.get("tumour"))
     return [
+        *([lesions] if lesions else []),
         survival_section(prediction.get("survival")),
         clinical_model_section(prediction.get("clinical_model")),
         hpv_section(prediction.get("hpv"), prediction.get("clinical") or []),
@@ -88,8 +189,19 @@ def survival_section(survival: Mapping[str, Any] | None) -> Section:
         ("risk", none if percentile is None else f"higher than in {percentile:.0f} % of the training cases"),
     ]
     given = survival.get("recurrence_free_survival") or []
-    section.rows += [(years(row["years"]), _survival_at(row, folds)) for row in given]
-    if not given:
+    if given:
+        titles = ["time", "recurrence-free", *(["range of the folds"] if folds > 1 else []), "training cases at risk"]
+        cells = [
+            [
+                years(row["years"]),
+                f"{100 * row['survival']:.0f} %",
+                *([_range_of(row, survival, name=False)] if folds > 1 else []),
+                NOT_KNOWN if row.get("at_risk") is None else f"{row['at_risk']}",
+            ]
+            for row in given
+        ]
+        section.table = titles, cells
+    else:
         section.rows.append(("at 1, 2, 3 and 5 years", none))
     section.rows += [
         (years(beyond), "not given: beyond the follow-up of the training cases")
@@ -102,10 +214,10 @@ def survival_section(survival: Mapping[str, Any] | None) -> Section:
         section.loud.append(f"In doubt: {survival['doubt']}")
     if given and folds > 1:
         section.notes.append(
-            f"Intervals and bands: spread over the {folds} folds of the model, not a confidence limit."
+            f"Range of the folds: lowest and highest of the model's {folds} folds. It is not a confidence interval."
         )
     elif given:
-        section.notes.append("A single fold answers: its own uncertainty is not known.")
+        section.notes.append("The model has a single fold: its uncertainty is not known.")
     return section
 
 
@@ -166,20 +278,41 @@ def tumour_section(tumour: Mapping[str, Any] | None) -> Section:
         ("volume", "volume_ml", "ml", 1),
         ("SUVmax", "suv_max", "", 1),
         ("SUVmean", "suv_mean", "", 1),
-        ("SUVpeak", "suv_peak", "", 1),  # not every version measures it
+        ("SUVpeak", "suv_peak", "", 1),
         ("MTV", "mtv_ml", "ml", 1),
         ("TLG", "tlg_g", "g", 0),
     )
-    section.rows.append(("lesions", f"{tumour['lesions']}{_lesions(tumour.get('lesion_list') or [])}"))
+    section.rows.append(("lesions", str(tumour["lesions"])))
     unseen = f"{NOT_AVAILABLE}: the PET does not reach it"
     section.rows += [
         (name, unseen if tumour[key] is None else number(tumour[key], unit, digits))
         for name, key, unit, digits in units
         if key in tumour
     ]
-    if tumour.get("mtv_rule"):
-        section.notes.append(f"MTV and TLG: {tumour['mtv_rule']}.")
     return section
+
+
+def lesion_section(tumour: Mapping[str, Any] | None) -> Section | None:
+    """A row for each lesion; None where there is none."""
+    lesions = (tumour or {}).get("lesion_list") or []
+    if tumour is None or not lesions:
+        return None
+    titles = ["lesion", "class", *(title for title, _, _ in LESION_COLUMNS)]
+    rows = [
+        [
+            lesion_name(lesion, number),
+            CLASS_NAMES.get(lesion.get("label", ""), NOT_KNOWN),
+            *(NOT_KNOWN if lesion.get(key) is None else f"{lesion[key]:.{n}f}" for _, key, n in LESION_COLUMNS),
+        ]
+        for number, lesion in enumerate(lesions, start=1)
+    ]
+    notes = [f"MTV and TLG: {tumour['mtv_rule']}."] if tumour.get("mtv_rule") else []
+    return Section("Lesions", table=(titles, rows), wide=True, notes=notes)
+
+
+def lesion_name(lesion: Mapping[str, Any], number: int) -> str:
+    """The name of a lesion, by its place in the list where it has none."""
+    return str(lesion.get("name") or f"lesion {number}")
 
 
 def clinical_section(clinical: Sequence[Mapping[str, Any]]) -> Section:
@@ -202,16 +335,11 @@ def clinical_section(clinical: Sequence[Mapping[str, Any]]) -> Section:
 def quality_section(quality: Mapping[str, Any]) -> Section:
     """The verdict and every check that is not passed, the worst first."""
     section = Section("Quality of the scans")
-    checks = quality.get("checks") or []
-    if not checks:
-        section.rows.append(("verdict", f"{NOT_AVAILABLE}: the scans were not checked"))
-        return section
-    bad = sorted(
-        (check for check in checks if check["verdict"] != "ok"), key=lambda check: check["verdict"] != "reject"
-    )
-    verdict = VERDICTS[quality["verdict"]] + (", prediction FORCED" if quality.get("forced") else "")
-    section.rows.append(("verdict", f"{verdict} ({len(checks) - len(bad)} of {len(checks)} checks passed)"))
+    bad, remarks = _findings(quality)
+    section.rows.append(("verdict", _verdict(quality)))
     section.rows += [(f"{check['verdict']}: {_words(check['name'])}", check["message"]) for check in bad]
+    section.rows += [(f"remark: {_words(check['name'])}", check["message"]) for check in remarks]
+    section.notes += [UNUSUAL] if remarks else []
     return section
 
 
@@ -303,24 +431,19 @@ def clinical_value(name: str, value: float | None) -> str:
     return f"{value:g} {known.unit if known else ''}".strip()
 
 
-def _survival_at(row: Mapping[str, Any], folds: int) -> str:
-    value = f"{100 * row['survival']:.0f} %"
+def _range_of(row: Mapping[str, Any], survival: Mapping[str, Any], name: bool = True) -> str:
+    """Lowest and highest survival of the folds; empty for a single fold."""
     low, high = row.get("low"), row.get("high")
-    return value if folds < 2 or low is None or high is None else f"{value}  [{100 * low:.0f} to {100 * high:.0f}]"
+    if len(survival.get("log_hazard_folds") or []) < 2 or low is None or high is None:
+        return ""
+    said = f"{100 * low:.0f} to {100 * high:.0f} %"
+    return f"range of the folds: {said}" if name else said
 
 
 def _with_spread(value: float | None, spread: float | None, folds: int) -> str:
     if value is None:
         return NOT_AVAILABLE
     return f"{value:.2f}" if spread is None or folds < 2 else f"{value:.2f} \u00b1 {spread:.2f} over {folds} folds"
-
-
-def _lesions(lesions: Sequence[Mapping[str, Any]]) -> str:
-    """The volumes of the first ones."""
-    if len(lesions) < 2:
-        return ""
-    shown = ", ".join(f"{lesion['volume_ml']:.1f}" for lesion in lesions[:5])
-    return f" ({shown}{', ...' if len(lesions) > 5 else ''} ml)"
 
 
 def _box(method: str, crop: Mapping[str, Any]) -> str:

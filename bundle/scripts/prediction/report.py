@@ -1,56 +1,111 @@
-"""A patient's report on one page: ``report.html``, which holds all it shows, and ``report.pdf`` on A4.
+"""A patient's report: ``report.html``, one file that holds all it shows, and ``report.pdf``, A4 pages.
 
 Both show the same sections (:mod:`scripts.prediction.findings`) and pictures (:mod:`scripts.prediction.figures`) of
-one prediction and
-compute nothing anew.
+one prediction. Nothing is computed here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from scripts import keys
 from scripts.cohorts.files import write_text
 from scripts.evaluation.plots import draw_patient_curve
+from scripts.imaging.lesions import MERGED
 from scripts.imaging.transforms import LoadScansd, array_and_grid
+from scripts.prediction.facts import study_facts
 from scripts.prediction.figures import (
+    CT,
     CT_WINDOW_HU,
-    DISPLAY_MM,
-    DISPLAY_VOXELS,
+    FUSION,
+    INFLUENCE,
+    PET,
     PET_WINDOW_SUV,
     PLANES,
-    ROWS,
-    Projection,
+    TUMOUR_COLOUR_NAMES,
     Scan,
     Views,
     cut_planes,
     cut_views,
-    draw_influence,
-    draw_projection,
-    draw_view,
+    middle_of,
     project,
+    projection_png,
+    tile,
 )
-from scripts.prediction.findings import Section, explanation_section, sections_of, warnings_of
+from scripts.prediction.findings import (
+    CLASS_NAMES,
+    Section,
+    explanation_section,
+    key_results,
+    lesion_name,
+    notice_of,
+    sections_of,
+    verdict_of,
+    warnings_of,
+)
 from scripts.prediction.pages import render
-from scripts.prediction.sheet import INK, MARGIN_MM, PALE, WIDTH_MM, Sheet, wrapped
+from scripts.prediction.sheet import write_pdf
 from scripts.prediction.summary import write_summary
 
 if TYPE_CHECKING:
     from scripts.prediction.explain import Explanation, RiskExplainer
 
 REPORT_HTML, REPORT_PDF = "report.html", "report.pdf"
-INNER_MM = WIDTH_MM - 2 * MARGIN_MM
-LABEL_MM, GAP_MM = 4.0, 1.0
-CELL_MM, CELL_MM_EXPLAINED, CELL_MM_SMALL = 38.0, 31.0, 25.0  # a picture's edge
-TALL = 1.45  # height to width of a field of view from which on one projection takes the whole column
-CURVE_MM = 46.0
-COLUMN_GAP_MM = 8.0
+MOST_LESIONS = 4  # that have a row of planes
+VIEWS_OF_LESION = ((CT, 0), (PET, 0), (FUSION, 0), (FUSION, 1), (FUSION, 2))  # row and plane of each picture
 INFLUENCE_QUANTILE = 0.998  # of the shown voxels: the value of the deepest colours
-MASK_NAME = "predicted tumour"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures side by side.
+
+    Attributes:
+        title: above them.
+        tiles: PNG and description of each.
+    """
+
+    title: str
+    tiles: list[tuple[bytes, str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows, for both formats.
+
+    Attributes:
+        title: of the document.
+        verdict: on the scans, under the title.
+        warnings: below it, the worst first.
+        notice: the restriction of use.
+        facts: of the examination.
+        results: name, value and remark of the main results.
+        rows: pictures of the lesions, and of what moved the risk.
+        projections: of the whole PET.
+        caption: of all pictures.
+        curve: PNG and caption of the survival; None where it is not known.
+        sections: all text.
+    """
+
+    title: str
+    verdict: str
+    warnings: list[str]
+    notice: str
+    facts: list[tuple[str, str]]
+    results: list[tuple[str, str, str]]
+    rows: list[Row]
+    projections: list[tuple[bytes, str]]
+    caption: str
+    curve: tuple[bytes, str] | None
+    sections: list[Section]
 
 
 def write_report(
@@ -60,6 +115,7 @@ def write_report(
     pet: Scan,
     mask: Scan | None,
     explanation: Explanation | None = None,
+    facts: Sequence[tuple[str, str]] = (),
 ) -> list[Path]:
     """Write a patient's report.
 
@@ -70,164 +126,123 @@ def write_report(
         pet: array (X, Y, Z) in SUV and its grid.
         mask: predicted tumour (X, Y, Z) and its grid, that of the CT as a rule; None without the segmentation task.
         explanation: what moved the risk, see :mod:`scripts.prediction.explain`.
+        facts: of the examination, see :func:`scripts.prediction.facts.study_facts`.
 
     Returns:
         The files.
     """
-    pictures = Pictures(ct, pet, mask, explanation)
-    sections = sections_of(prediction)
-    if explanation is not None:
-        sections.insert(1, explanation_section(explanation.to_dict()))
+    report = make_report(prediction, ct, pet, mask, explanation, facts)
     paths = [Path(folder) / REPORT_HTML, Path(folder) / REPORT_PDF]
-    write_text(paths[0], _html(prediction, sections, pictures))
+    write_text(paths[0], render("report.html", report=report, title=report.title, sortable=False))
     try:
-        _pdf(prediction, sections, pictures).save(paths[1])
+        write_pdf(paths[1], report)
     except BaseException:
         paths[0].unlink()  # a report is both
         raise
     return paths
 
 
-class Pictures:
-    """All pictures of a report, cut once and drawn wherever they are wanted.
-
-    Attributes:
-        cell: edge of a picture in mm, free to set.
-
-    Args:
-        ct: as for :func:`write_report`.
-        pet: likewise.
-        mask: likewise.
-        explanation: likewise.
-    """
-
-    def __init__(self, ct: Scan, pet: Scan, mask: Scan | None, explanation: Explanation | None = None) -> None:
-        shown = mask if mask is not None else (np.zeros((1, 1, 1), dtype=np.uint8), ct[1].crop((slice(0, 1),) * 3))
-        self.views: Views = cut_views(ct, pet, {MASK_NAME: shown})
-        self.projections: list[Projection] = project(pet, shown)
-        self.found = bool(any(outline.any() for outline in self.views.outlines[MASK_NAME]))
-        self.influence: list[np.ndarray] | None = None
-        self.limit = 1.0
-        if explanation is not None:
-            self.influence = cut_planes(explanation.smooth, explanation.grid, self.views.centre_mm)
-            largest = np.quantile(
-                np.abs(np.concatenate([plane.ravel() for plane in self.influence])), INFLUENCE_QUANTILE
-            )
-            self.limit = float(largest) or 1.0
-        self.cell = CELL_MM if explanation is None else CELL_MM_EXPLAINED
-
-    @property
-    def rows(self) -> int:
-        """Rows of pictures."""
-        return len(ROWS) + (self.influence is not None)
-
-    @property
-    def height(self) -> float:
-        """Of all of them, in mm."""
-        return LABEL_MM + self.rows * self.cell + (self.rows - 1) * GAP_MM
-
-    @property
-    def caption(self) -> str:
-        """What is to be seen."""
-        middle = "the largest lesion" if self.found else "the middle of the scan (no tumour outlined)"
-        size = f"{DISPLAY_VOXELS * DISPLAY_MM:.0f} mm"
-        text = (
-            f"Planes of {size} through {middle}; the patient's right is on the left. Outline: {MASK_NAME} (cyan, in "
-            f"the projections red). CT {CT_WINDOW_HU[0]:.0f} to {CT_WINDOW_HU[1]:.0f} HU, PET {PET_WINDOW_SUV[0]:.0f} "
-            f"to {PET_WINDOW_SUV[1]:.0f} SUV. MIP: highest PET value along each ray, the whole field of view."
-        )
-        return text if self.influence is None else f"{text} Influence: red raised the computed risk, blue lowered it."
-
-    def draw(self, sheet: Sheet, left: float, top: float) -> None:
-        """Draw them on a sheet, :data:`INNER_MM` wide, from an upper left corner in mm."""
-        cell, step = self.cell, self.cell + GAP_MM
-        small = {"color": PALE}
-        for column, (plane, _) in enumerate(PLANES):
-            x = left + LABEL_MM + column * step
-            sheet.text(x + cell / 2, top, plane, 7.5, ha="center", **small)
-            for row in range(self.rows):
-                panel = sheet.axes(x, top + LABEL_MM + row * step, cell, cell)
-                if row < len(ROWS):
-                    draw_view(panel, self.views, ROWS[row], column)
-                elif self.influence is not None:
-                    draw_influence(panel, self.views, column, self.influence[column], self.limit)
-                panel.set_aspect("auto")  # square as it is: the picture fills its place
-        for row, name in enumerate((*ROWS, "influence")[: self.rows]):
-            y = top + LABEL_MM + row * step + cell / 2
-            sheet.text(left, y, name, 7.5, rotation=90, rotation_mode="anchor", ha="center", **small)
-        taken = LABEL_MM + len(PLANES) * step + 2
-        self._draw_projections(sheet, left + taken, top, INNER_MM - taken)
-
-    def _draw_projections(self, sheet: Sheet, left: float, top: float, width: float) -> None:
-        shown = self.projections[:1] if self.projections[0].proportion > TALL else self.projections
-        room = self.height / len(shown) - LABEL_MM - GAP_MM
-        used = min(room, width * max(projection.proportion for projection in shown))
-        for k, projection in enumerate(shown):
-            y = top + k * (used + LABEL_MM + GAP_MM)
-            sheet.text(left + width / 2, y, f"PET MIP, {projection.name}", 7.5, ha="center", color=PALE)
-            panel = sheet.axes(left, y + LABEL_MM, width, used)
-            draw_projection(panel, projection)
-            panel.set_anchor("N")
-
-
-def _title(prediction: Mapping[str, Any]) -> str:
-    return f"PET/CT report: {prediction['patient_id'] or 'patient without a name'}"
-
-
-def _html(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> str:
-    drawn = Sheet("", INNER_MM, pictures.height)
-    pictures.draw(drawn, 0, 0)
-    half = (len(sections) + 1) // 2
-    has_curve = (prediction.get("survival") or {}).get("curve")
-    return render(
-        "report.html",
-        title=_title(prediction),
+def make_report(
+    prediction: Mapping[str, Any],
+    ct: Scan,
+    pet: Scan,
+    mask: Scan | None,
+    explanation: Explanation | None,
+    facts: Sequence[tuple[str, str]],
+) -> Report:
+    """Collect text and pictures; arguments as for :func:`write_report`."""
+    tumour = prediction.get("tumour") or {}
+    masks = {} if mask is None else class_masks(mask, tumour.get("classes") or MERGED)
+    rows = lesion_rows(ct, pet, masks, tumour.get("lesion_list") or [])
+    sections = sections_of(prediction)
+    if explanation is not None:
+        rows.append(influence_row(ct, pet, masks, explanation))
+        sections.insert(len(sections) - 1, explanation_section(explanation.to_dict()))
+    curve = (prediction.get("survival") or {}).get("curve")
+    return Report(
+        title=f"PET/CT report: {prediction['patient_id'] or 'patient without a name'}",
+        verdict=verdict_of(prediction),
         warnings=warnings_of(prediction),
-        pictures=drawn.png(),
-        caption=pictures.caption,
-        curve=(_curve_png(prediction), _curve_caption(prediction)) if has_curve else None,
-        columns=(sections[:half], sections[half:]),
-        sortable=False,
+        notice=notice_of(prediction),
+        facts=list(facts),
+        results=key_results(prediction),
+        rows=rows,
+        projections=[(projection_png(each), f"PET MIP, {each.name}") for each in project(pet, masks)],
+        caption=caption_of(masks, explanation is not None),
+        curve=(curve_png(prediction["survival"]), curve_caption(prediction["survival"])) if curve else None,
+        sections=sections,
     )
 
 
-def _curve_png(prediction: Mapping[str, Any]) -> bytes:
-    sheet = Sheet("", 96, 62)
-    draw_patient_curve(sheet.axes(17, 3, 76, 46), prediction["survival"])
-    return sheet.png()
+def class_masks(mask: Scan, classes: Sequence[str]) -> dict[str, Scan]:
+    """The mask of each class that is in it; a mask without any has its first class, empty.
+
+    Args:
+        mask: (X, Y, Z) with k for ``classes[k - 1]``, and its grid.
+        classes: names, such as ``("GTVp", "GTVn")``.
+    """
+    array, grid = mask
+    found = {name: (array == value, grid) for value, name in enumerate(classes, start=1) if (array == value).any()}
+    return found or {classes[0]: mask}
 
 
-def _curve_caption(prediction: Mapping[str, Any]) -> str:
-    survival = prediction["survival"]
-    spread = "; band: spread over the folds" if len(survival.get("log_hazard_folds") or []) > 1 else ""
+def lesion_rows(ct: Scan, pet: Scan, masks: Mapping[str, Scan], lesions: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row of pictures for each of the largest lesions; one through the middle of the CT where there is none."""
+    rows = []
+    for number, lesion in enumerate(lesions[:MOST_LESIONS], start=1):
+        views = cut_views(ct, pet, masks, np.array(lesion["centre_mm"], dtype=float))
+        uptake = "" if lesion.get("suv_max") is None else f", SUVmax {lesion['suv_max']:.1f}"
+        kind = f" ({CLASS_NAMES[lesion['label']]})" if lesion.get("label") in CLASS_NAMES else ""
+        rows.append(_row(f"{lesion_name(lesion, number)}{kind}: {lesion['volume_ml']:.1f} ml{uptake}", views))
+    if not rows:
+        rows.append(_row("Middle of the CT: no tumour outlined", cut_views(ct, pet, masks, middle_of(ct, {}))))
+    if len(lesions) > MOST_LESIONS:
+        more = f"no pictures of {len(lesions) - MOST_LESIONS} more: see the table of lesions"
+        rows[-1] = replace(rows[-1], title=f"{rows[-1].title} ({more})")
+    return rows
+
+
+def _row(title: str, views: Views) -> Row:
+    return Row(title, [(tile(views, row, plane), f"{row}, {PLANES[plane][0]}") for row, plane in VIEWS_OF_LESION])
+
+
+def influence_row(ct: Scan, pet: Scan, masks: Mapping[str, Scan], explanation: Explanation) -> Row:
+    """What moved the risk, in three planes through the largest lesion."""
+    point = middle_of(ct, masks)
+    views = cut_views(ct, pet, masks, point)
+    planes = cut_planes(explanation.smooth, explanation.grid, point, views.frame)
+    largest = float(np.quantile(np.abs(np.concatenate([plane.ravel() for plane in planes])), INFLUENCE_QUANTILE))
+    drawn = planes, largest or 1.0
+    tiles = [(tile(views, INFLUENCE, plane, drawn), f"influence, {name}") for plane, (name, _) in enumerate(PLANES)]
+    return Row("What moved the risk: red raised the computed risk, blue lowered it", tiles)
+
+
+def caption_of(masks: Mapping[str, Scan], explained: bool) -> str:
+    """How to read the pictures."""
+    names = [f"{CLASS_NAMES[name]} ({TUMOUR_COLOUR_NAMES[name]})" for name in masks]
+    outlines = f"Outlines: predicted {' and '.join(names)}. " if names else "No tumour outlined. "
+    return (
+        f"{outlines}The patient's right is on the left. Positions are distances from the scanner's origin. "
+        f"CT window {CT_WINDOW_HU[0]:.0f} to {CT_WINDOW_HU[1]:.0f} HU; PET window {PET_WINDOW_SUV[0]:.0f} to "
+        f"{PET_WINDOW_SUV[1]:.0f} SUV. MIP: the highest PET value along each ray."
+        + (" Influence: part of the computed risk that each place accounts for." if explained else "")
+    )
+
+
+def curve_png(survival: Mapping[str, Any]) -> bytes:
+    """The predicted survival as a picture."""
+    figure = Figure(figsize=(3.6, 2.4), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    draw_patient_curve(figure.subplots(), survival)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=170)
+    return buffer.getvalue()
+
+
+def curve_caption(survival: Mapping[str, Any]) -> str:
+    """What the curve shows."""
+    spread = "; band: range of the folds" if len(survival.get("log_hazard_folds") or []) > 1 else ""
     return f"Predicted recurrence-free survival, risk group {survival.get('risk_group')}{spread}."
-
-
-def _pdf(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> Sheet:
-    """The page, with smaller pictures where the text needs the room."""
-    sheet, left_over = _compose(prediction, sections, pictures)
-    if left_over:
-        pictures.cell = CELL_MM_SMALL
-        sheet, _ = _compose(prediction, sections, pictures)
-    return sheet
-
-
-def _compose(prediction: Mapping[str, Any], sections: Sequence[Section], pictures: Pictures) -> tuple[Sheet, int]:
-    """The page, and how many lines of text found no room on it."""
-    title = _title(prediction)
-    sheet, left = Sheet(title), MARGIN_MM
-    size = next((s for s in (14, 12, 10) if len(wrapped(title, INNER_MM, s, bold=True)) == 1), 9)
-    top = sheet.paragraph(left, 8.0, INNER_MM, title, size, fontweight="bold", color=INK) + 0.5
-    for text in warnings_of(prediction):
-        top = sheet.warning(left, top, INNER_MM, text) + 1.2
-    pictures.draw(sheet, left, top + 0.8)
-    top = sheet.paragraph(left, top + pictures.height + 2, INNER_MM, pictures.caption, 6.0, color=PALE) + 1.5
-    width = (INNER_MM - COLUMN_GAP_MM) / 2
-    below = top
-    if (prediction.get("survival") or {}).get("curve"):
-        draw_patient_curve(sheet.axes(left + 13, top + 1, width - 15, CURVE_MM - 13), prediction["survival"], size=7)
-        below += CURVE_MM
-    return sheet, sheet.columns(sections, (below, top), width, COLUMN_GAP_MM, left)
 
 
 class ReportWriter:
@@ -264,7 +279,8 @@ class ReportWriter:
         if self.explainer is not None:
             explanation = self.explainer(result)
             yield "explanation", explanation.write(folder).name
-        html, pdf = write_report(folder, result[keys.PREDICTION], ct, pet, mask, explanation)
+        facts = study_facts(case, ct[1], pet[1])
+        html, pdf = write_report(folder, result[keys.PREDICTION], ct, pet, mask, explanation, facts)
         yield from (("report", html.name), ("report_pdf", pdf.name))
 
     def write_cohort(self) -> None:

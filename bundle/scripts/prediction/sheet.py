@@ -1,7 +1,7 @@
-"""One A4 page as a PDF: text that flows in columns, in real letters, beside matplotlib's pictures.
+"""The report on two A4 pages as a PDF: the main results and the pictures; then all text, in columns.
 
 Text is broken by the widths of its letters and set smaller until all of it fits; what does not fit at the smallest
-size is left out and said to be.
+size is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -11,21 +11,31 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
+from PIL import Image
 
 from scripts.cohorts.files import written_whole
 from scripts.prediction.findings import Section
 
+if TYPE_CHECKING:
+    from scripts.prediction.report import Report
+
 WIDTH_MM, HEIGHT_MM, MARGIN_MM = 210.0, 297.0, 12.0
+INNER_MM, COLUMN_GAP_MM, GAP_MM = WIDTH_MM - 2 * MARGIN_MM, 8.0, 1.0
+OVERVIEW_MM = 50.0  # height of the projections and of the curve
+TILES = 5  # in a row
+MOST_WARNINGS, LONGEST_WARNING = 6, 250  # on the first page, and letters of one
 MM_PER_INCH, MM_PER_POINT = 25.4, 25.4 / 72
 LEADING = 1.25  # from line to line, in font sizes
 NAME_SHARE = 0.31  # of a column, for the names of rows
@@ -141,21 +151,15 @@ class Sheet:
             self.text(left + (len(tops) - 1) * (width + gap), bottom + 0.5, text, SIZES[-1], **STYLES["loud"])
         return left_over
 
-    def save(self, path: str | Path) -> None:
-        """Write the page as a PDF, whole or not at all."""
-        with (
-            written_whole(path) as partial,
-            matplotlib.rc_context({"pdf.fonttype": 42}),
-        ):  # letters that can be searched
-            self.figure.savefig(
-                partial, format="pdf", dpi=DPI, metadata={"Title": self.title, "Creator": None, "CreationDate": None}
-            )
-
-    def png(self) -> bytes:
-        """The page as a picture."""
-        buffer = BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=DPI)
-        return buffer.getvalue()
+    def picture(self, png: bytes, left: float, top: float, height: float, most: float = 1000.0) -> float:
+        """A picture in its proportions, at most so high and so wide; the result is its width in mm."""
+        pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+        height = min(height, most * pixels.shape[0] / pixels.shape[1])
+        width = height * pixels.shape[1] / pixels.shape[0]
+        panel = self.axes(left, top, width, height)
+        panel.imshow(pixels, aspect="auto")
+        panel.set_axis_off()
+        return width
 
     def _draw(self, line: Line, left: float, top: float, width: float, size: float) -> None:
         for text, indent in line.pieces:
@@ -165,6 +169,67 @@ class Sheet:
             self.figure.add_artist(
                 Line2D([left / self.width, (left + width) / self.width], [y, y], color=RULE, linewidth=0.8)
             )
+
+
+def write_pdf(path: str | Path, report: Report) -> None:
+    """Write a report on two pages, whole or not at all.
+
+    Args:
+        path: of the PDF.
+        report: what it shows.
+    """
+    pages = [_first_page(report), _second_page(report)]
+    about = {"Title": report.title, "Creator": None, "CreationDate": None}
+    letters = matplotlib.rc_context({"pdf.fonttype": 42})  # that can be searched
+    with written_whole(path) as partial, letters, PdfPages(partial, metadata=about) as file:
+        for page in pages:
+            file.savefig(page.figure, dpi=DPI)
+
+
+def _first_page(report: Report) -> Sheet:
+    sheet, left = Sheet(report.title), MARGIN_MM
+    size = next((s for s in (14, 12, 10) if len(wrapped(report.title, INNER_MM, s, bold=True)) == 1), 9)
+    top = sheet.paragraph(left, 8.0, INNER_MM, report.title, size, fontweight="bold", color=INK) + 0.5
+    for text in _short([report.verdict, *report.warnings]):
+        top = sheet.warning(left, top, INNER_MM, text, 7.5)
+    top = sheet.paragraph(left, top + 1.0, INNER_MM, report.notice, 7.5, fontweight="bold", color=INK) + 0.5
+    facts = " | ".join(f"{name}: {value}" for name, value in report.facts)
+    top = sheet.paragraph(left, top + 0.5, INNER_MM, facts, 7.0, color=PALE) + 0.8
+    width = INNER_MM / max(1, len(report.results))
+    for number, (name, value, remark) in enumerate(report.results):
+        x = left + number * width
+        sheet.text(x, top, name, 7.0, color=PALE)
+        sheet.text(x, top + 3.2, value, 12, fontweight="bold", color=INK)
+        sheet.paragraph(x, top + 8.4, width - 2, remark, 7.0, color=PALE)
+    top += 16.0
+    x = left
+    for png, _ in report.projections:
+        x += sheet.picture(png, x, top, OVERVIEW_MM, 45.0) + 3
+    if report.curve:
+        sheet.picture(report.curve[0], x, top, OVERVIEW_MM, left + INNER_MM - x)
+    top += OVERVIEW_MM + 2
+    room = (HEIGHT_MM - MARGIN_MM - 9 - top) / len(report.rows) - 5.0 - GAP_MM
+    edge = min(room, (INNER_MM - (TILES - 1) * GAP_MM) / TILES)
+    for row in report.rows:
+        top = sheet.paragraph(left, top, INNER_MM, row.title, 7.5, fontweight="bold", color=INK) + 0.8
+        for number, (png, _) in enumerate(row.tiles):
+            sheet.picture(png, left + number * (edge + GAP_MM), top, edge)
+        top += edge + GAP_MM
+    sheet.paragraph(left, top + 0.5, INNER_MM, report.caption, 6.0, color=PALE)
+    return sheet
+
+
+def _short(warnings: Sequence[str]) -> list[str]:
+    """The first warnings, each cut where it is very long: all of them stand in the section on quality."""
+    shown = [text if len(text) <= LONGEST_WARNING else f"{text[:LONGEST_WARNING]} ..." for text in warnings]
+    more = len(shown) - MOST_WARNINGS
+    return shown if more <= 0 else [*shown[:MOST_WARNINGS], f"{more} more: see the next page or report.html"]
+
+
+def _second_page(report: Report) -> Sheet:
+    sheet, width = Sheet(report.title), (INNER_MM - COLUMN_GAP_MM) / 2
+    sheet.columns(report.sections, (MARGIN_MM, MARGIN_MM), width, COLUMN_GAP_MM, MARGIN_MM)
+    return sheet
 
 
 def wrapped(text: str, width: float, size: float, bold: bool = False) -> list[str]:
@@ -218,7 +283,7 @@ def _lines(section: Section, width: float, size: float) -> list[Line]:
     for text in section.loud:
         lines += [Line(((part, 0.0),), LEADING, "loud") for part in wrapped(text, width, size, bold=True)]
     second = NAME_SHARE * width
-    for name, value in section.rows:
+    for name, value in [*section.rows, *section.table_rows()]:
         left, right = wrapped(name, second - 1.5, size), wrapped(value, width - second, size)
         for k in range(max(len(left), len(right))):
             pieces = [(left[k], 0.0)] if k < len(left) else []

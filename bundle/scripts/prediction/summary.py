@@ -6,19 +6,22 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts.cohorts.files import write_text
 from scripts.evaluation.plots import GREY, GROUP_COLOURS
+from scripts.imaging.quality import VERDICTS
 from scripts.keys import RESEARCH_USE_ONLY
-from scripts.prediction.findings import FORCED, trained_on_of
-from scripts.prediction.outputs import folder_names
+from scripts.prediction.findings import FORCED, page_verdict, quality_problems, trained_on_of
+from scripts.prediction.outputs import OK, folder_names
 from scripts.prediction.pages import Link, Ranked, render
-from scripts.prediction.sheet import Sheet
 
 INDEX, TABLE, PREDICTION, REPORT = "index.html", "predictions.csv", "prediction.json", "report.html"
 FAILED = "failed"
@@ -59,18 +62,19 @@ def write_summary(output_dir: str | Path) -> Path:
     }
     found = [prediction for prediction in predictions.values() if prediction is not None]
     forced = [prediction["patient_id"] for prediction in found if prediction["quality"]["forced"]]
-    warnings = [f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY]
-    warnings += [f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}"] if forced else []
+    warnings = [f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}"] if forced else []
+    ordered = sorted(rows, key=lambda row: _urgency(row, predictions.get(row["PatientID"])))
     html = render(
         "index.html",
         title=f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}",
         warnings=warnings,
+        notice=f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY,
         counts=_counts(rows, found),
         risks=_risks(found),
         titles=TITLES,
-        patients=[_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in rows],
+        patients=[_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in ordered],
         table=TABLE,
-        failures=[(row["PatientID"], f"{row['status']}: {row['reason']}") for row in rows if row["reason"]],
+        failures=[(row["PatientID"], f"{row['status']}: {row['reason']}") for row in ordered if row["reason"]],
         findings=_findings(found),
         sortable=True,
     )
@@ -84,10 +88,17 @@ def _prediction(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def _urgency(row: Mapping[str, str], prediction: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Sorts failed patients first, then incomplete ones, then by the verdict on the scans; else the order stays."""
+    if prediction is None:
+        return 0, 0
+    return 1 + (row["status"] == OK), -VERDICTS.index(page_verdict(prediction["quality"]))
+
+
 def _counts(rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """How many patients have which status, risk group, HPV class and quality."""
     status = Counter(row["status"] for row in rows)
-    verdicts = Counter(prediction["quality"]["verdict"] for prediction in predictions)
+    verdicts = Counter(page_verdict(prediction["quality"]) for prediction in predictions)
     said = [("patients", f"{len(rows)} ({', '.join(f'{count} {name}' for name, count in status.most_common())})")]
     groups = Counter(_survival(prediction).get("risk_group") for prediction in predictions)
     known = [f"{groups[name]} {name}" for name in GROUPS if groups[name]]
@@ -115,13 +126,16 @@ def _risks(predictions: Sequence[Mapping[str, Any]]) -> tuple[bytes, str] | None
     ]
     if not placed:
         return None
-    sheet = Sheet("", 180, 46)
-    _draw_percentiles(sheet.axes(12, 4, 164, 28), placed)
+    figure = Figure(figsize=(7.1, 1.8), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw_percentiles(figure.subplots(), placed)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
     caption = (
         "Patients by their risk percentile among the training cases, in steps of 10. A cohort like the training cases "
         "would be level."
     )
-    return sheet.png(), caption
+    return buffer.getvalue(), caption
 
 
 def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
@@ -160,8 +174,13 @@ def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | N
         _ranked(tumour.get("volume_ml"), 1),
         _ranked(tumour.get("lesions"), 0),
         _ranked(tumour.get("suv_max"), 1),
-        f"{prediction['quality']['verdict']}{' (forced)' if prediction['quality']['forced'] else ''}",
+        _quality(prediction["quality"]),
     ]
+
+
+def _quality(quality: Mapping[str, Any]) -> Ranked:
+    verdict = page_verdict(quality)
+    return Ranked(f"{verdict}{' (forced)' if quality['forced'] else ''}", VERDICTS.index(verdict))
 
 
 def _ranked(value: float | None, digits: int) -> Ranked:
@@ -169,10 +188,9 @@ def _ranked(value: float | None, digits: int) -> Ranked:
 
 
 def _findings(predictions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Every check that a patient did not pass."""
+    """Every check that a patient did not pass, but for ordinary voxel sizes."""
     return [
-        (prediction["patient_id"], f"{check['verdict']}: {check['message']}")
+        (prediction["patient_id"], problem)
         for prediction in predictions
-        for check in prediction["quality"]["checks"]
-        if check["verdict"] != "ok"
+        for problem in quality_problems(prediction["quality"])
     ]
