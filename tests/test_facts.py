@@ -87,8 +87,11 @@ def test_what_the_network_reads_comes_before_the_header(tmp_path) -> None:
 
 
 def test_without_dicom_age_and_sex_are_those_of_the_table() -> None:
-    case = {keys.CLINICAL: {"gender": 1.0, "age": 61.0}}
-    assert study_facts(case, CT, PET) == [("age", "61 years"), ("sex", "male"), *VOXELS]
+    for case in (
+        {keys.CLINICAL: {"gender": 1.0, "age": 61.0}},
+        {keys.CLINICAL: {"gender": 1.0}, keys.CLINICAL_OTHERS: {"age": 61.0}},
+    ):
+        assert study_facts(case, CT, PET) == [("age", "61 years"), ("sex", "male"), *VOXELS]
     assert study_facts({}, CT, PET) == VOXELS
 
 

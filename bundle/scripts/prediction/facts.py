@@ -35,8 +35,8 @@ def study_facts(case: Mapping[str, Any], ct: Grid, pet: Grid) -> Facts:
     """
     choice: Choice | None = case.get(keys.DICOM)
     headers = [] if choice is None else read_headers(choice.pet)
-    values = dict(case.get(keys.CLINICAL) or {})
-    if choice is not None:  # what the network reads comes first, from whatever source
+    values = {**(case.get(keys.CLINICAL_OTHERS) or {}), **(case.get(keys.CLINICAL) or {})}
+    if choice is not None:  # what the models read comes first, from whatever source
         stated = clinical_values(choice, ("age", "gender"))
         values = stated | {name: value for name, value in values.items() if value is not None}
     facts = [] if not headers else _of_scan(headers)
