@@ -1,8 +1,9 @@
 """Predict from scans: ``python scripts/predict.py INPUT OUTPUT``.
 
 INPUT is a folder of patients (NIfTI, MHA or DICOM) or a CSV or JSON list of cases; ``--ct`` and ``--pet`` name the two
-scans of one patient instead. OUTPUT receives a folder for each patient, ``predictions.csv`` and a page of the cohort.
-The prediction itself is that of the bundle's ``configs/inference.json``. See ``bundle/docs/predict.md``.
+scans of one patient instead, ``--dicomweb`` and ``--study`` a study on a DICOMweb server. OUTPUT receives a folder for
+each patient, ``predictions.csv`` and a page of the cohort. The prediction itself is that of the bundle's
+``configs/inference.json``. See ``bundle/docs/predict.md``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,8 @@ from scripts import keys
 from scripts.cohorts.clinical import FEATURES
 from scripts.cohorts.cohort import Case
 from scripts.cohorts.files import in_config, require_writable
+from scripts.dicom.tags import DicomError
+from scripts.dicom.web import DicomWeb
 from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case
 from scripts.prediction.outputs import FAILED, OK, is_link
 from scripts.training.engine import plain_errors
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("predict")
 
+WAYS = "give INPUT OUTPUT; or OUTPUT --ct CT --pet PET; or OUTPUT --dicomweb URL --study UID; --help tells more"
 PREDICTION = "prediction.json"
 ALIKE = 5  # patients with one fault, from which on they are told in one line
 TYPED = "option"  # where a clinical value comes from that was given on the command line
@@ -72,12 +78,15 @@ def predict(
     explain: bool = False,
     resume: bool = False,
     force: bool = False,
+    dicomweb: str | None = None,
+    study: str | None = None,
+    store: bool = False,
     **values: Any,
 ) -> None:
     """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
 
-    Two arguments: INPUT OUTPUT; with --ct and --pet, OUTPUT alone. Ends with exit code 1 if a patient has no
-    prediction, or not all that was asked for; the others have.
+    Two arguments: INPUT OUTPUT; with --ct and --pet, or --dicomweb and --study, OUTPUT alone. Ends with exit code 1 if
+    a patient has no prediction, or not all that was asked for; the others have.
 
     Further options are clinical values of the only patient, which go before every other source: --age 61 --gender male
     --tobacco yes --alcohol no --treatment chemoradiotherapy --performance_status 1 --m_stage M0 --t_stage T2
@@ -97,19 +106,27 @@ def predict(
         explain: say in the reports what moved each risk; takes several times as long.
         resume: leave out patients whose prediction is whole, by the same model from the same scans and clinical values.
         force: predict scans that quality control rejects, too; every output says so.
+        dicomweb: address of a DICOMweb server to download the study from. User and password are read from the
+            environment (DICOMWEB_USER and DICOMWEB_PASSWORD, or DICOMWEB_TOKEN) or from ~/.netrc.
+        study: StudyInstanceUID of the PET/CT on that server.
+        store: store the DICOM results on that server, too.
     """
-    if ct is not None and pet is not None and output is None:
+    if output is None and (dicomweb is not None or (ct is not None and pet is not None)):
         input, output = None, input
     check_usage(input, output, ct, pet, values)
+    check_web(input, ct, dicomweb, study, store)
     configure_log()
     require_writable(str(output))
     parser = load_bundle(str(output), ckpt_dir, device, force)
     features = parser.get_parsed_content("spec").clinical_features
-    if input is not None:
-        cases = gather_cases(str(input), features, clinical, values)
-    else:
-        cases = one_case(str(ct), str(pet), features, patient_id, clinical, values)
-    writer = run_cases(parser, cases, report=report, explain=explain, resume=resume)
+    with downloaded(dicomweb, study) as folder:
+        if ct is not None:
+            cases = one_case(ct, str(pet), features, patient_id, clinical, values)
+        else:
+            cases = gather_cases(str(input or folder), features, clinical, values)
+        writer = run_cases(parser, cases, report=report, explain=explain, resume=resume)
+    if store:
+        store_results(DicomWeb(str(dicomweb)), writer)
     print(summary(writer))
     if writer.problems or any(row["status"] != OK for row in writer.rows.values()):
         raise SystemExit(1)
@@ -123,12 +140,55 @@ def check_usage(
     Raises:
         UsageError: says what to give instead.
     """
-    pair = ct is not None and pet is not None
-    if output is None or (input is not None) == pair or (ct is None) != (pet is None):
-        raise UsageError("give INPUT OUTPUT, or OUTPUT --ct CT --pet PET; --help tells more")
+    if output is None or (ct is None) != (pet is None):
+        raise UsageError(WAYS)
     unknown = [name for name in values if name not in FEATURES]
     if unknown:
         raise UsageError(f"no option --{unknown[0]}; --help lists them, clinical values are {', '.join(FEATURES)}")
+
+
+def check_web(input: str | None, ct: str | None, dicomweb: str | None, study: str | None, store: bool) -> None:
+    """Refuse scans that are named in no way or in several.
+
+    Raises:
+        UsageError: says what to give instead.
+    """
+    if (dicomweb is None) != (study is None):
+        raise UsageError("--dicomweb URL and --study UID go together")
+    if store and dicomweb is None:
+        raise UsageError("--store needs --dicomweb: on which server?")
+    if [input, ct, dicomweb].count(None) != 2:
+        raise UsageError(WAYS)
+
+
+@contextmanager
+def downloaded(dicomweb: str | None, study: str | None) -> Iterator[str | None]:
+    """The folder of a study from a DICOMweb server while it is predicted; None where no server is named.
+
+    Raises:
+        DicomError: it cannot be downloaded; the message says why and what to do.
+    """
+    if dicomweb is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="study_") as folder:
+        DicomWeb(dicomweb).download(str(study), Path(folder))
+        yield folder
+
+
+def store_results(web: DicomWeb, writer: PredictionWriter) -> None:
+    """Store the DICOM results of every predicted patient; what cannot be stored is a problem of the writer."""
+    for patient, row in writer.rows.items():
+        if row["status"] == FAILED:
+            continue
+        folder = writer.folder(patient)
+        paths = [folder / file for name, file in named_files(folder).items() if name.startswith("dicom_")]
+        try:
+            web.store(paths)
+        except DicomError as error:
+            writer.problems[f"results of {patient} on the server"] = f"{error}; --resume stores without predicting"
+        else:
+            logger.info("%s: stored: %s", patient, ", ".join(path.name for path in paths))
 
 
 def configure_log() -> None:
@@ -369,4 +429,4 @@ def shown(value: Any, digits: int) -> str:
 
 if __name__ == "__main__":
     plain_errors()
-    run_tool(predict, words=("input", "output"), others=FEATURES)
+    run_tool(predict, DicomError, ImportError, words=("input", "output"), others=FEATURES)

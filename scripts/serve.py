@@ -1,7 +1,7 @@
-"""Serve the bundle with MONAI Label: ``python scripts/serve.py label --studies DIR``.
+"""Serve the bundle: with MONAI Label (``serve.py label``), or as a node of a DICOM network (``serve.py dicom``).
 
-It runs in an environment of its own that is made on first use: MONAI Label needs other versions than this project
-(pydicom below 3), so that it is never installed beside it. The server listens on this machine only, unless ``--host``
+MONAI Label runs in an environment of its own that is made on first use: it needs other versions than this project
+(pydicom below 3), so that it is never installed beside it. Its server listens on this machine only, unless ``--host``
 says otherwise: MONAI Label lets anyone who reaches it read the images and start a training.
 """
 
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from command_line import BUNDLE, ROOT, run_commands
+from command_line import BUNDLE, ROOT, UsageError, run_commands
 
 from scripts.cohorts.files import dated_name
 from scripts.cohorts.scans import CohortError, find_scans
@@ -249,7 +250,68 @@ def start_server(python: Path, app: Path, studies: str, host: str, port: int, sc
     os.execve(python, [str(python), "-m", "monailabel.main", "start_server", *where, *conf], environment)
 
 
-COMMANDS = {"label": (serve_label, (OSError,))}
+def serve_dicom(
+    spool: str,
+    peers: str | Sequence[str],
+    send: str | None = None,
+    stow: str | None = None,
+    ae_title: str = "HNPETCT",
+    host: str = "127.0.0.1",
+    port: int = 11112,
+    stable: float = 60.0,
+    keep_hours: float = 24.0,
+    min_free_gb: float = 5.0,
+    ckpt_dir: str = str(BUNDLE / "models"),
+    device: str | None = None,
+) -> None:
+    """Receive PET/CT studies by DICOM, predict them, and send SEG, SR and RTSTRUCT back. Research use only.
+
+    A study that cannot be predicted is answered by a structured report with the reason. What was received is kept in
+    SPOOL until it is answered, also when this program ends; start it again with the same options. Ctrl+C or SIGTERM
+    ends it. Needs requirements-dicom.txt.
+
+    Args:
+        spool: folder for received studies and answers (patient data: on a disk that only this user reads).
+        peers: who may send: AE_TITLE or AE_TITLE@IP_ADDRESS; several separated by commas.
+        send: node that gets the answers: AE_TITLE@HOST:PORT.
+        stow: or the address of a DICOMweb server that gets them; user and password as for predict.py --dicomweb.
+        ae_title: of this node.
+        host: address it listens on; this machine only by default.
+        port: it listens on.
+        stable: seconds without a further image after which a study is complete.
+        keep_hours: hours for which an answered study is kept, should further images of it come.
+        min_free_gb: free disk space (GB) below which images are refused.
+        ckpt_dir: folder that holds the weights, model.pt.
+        device: cpu or cuda:0; by default the GPU where there is one.
+    """
+    from runtimes import dicom_listener
+    from scripts.dicom.web import DicomWeb
+
+    if (send is None) == (stow is None):
+        raise UsageError("where do the answers go? Give --send AE_TITLE@HOST:PORT or --stow URL")
+    if not dicom_listener.AE_TITLE.fullmatch(ae_title):
+        raise UsageError(f"--ae_title has 1 to 16 letters of ASCII, got {ae_title!r}")
+    if min(stable, keep_hours, min_free_gb) < 0 or not 0 <= port < 2**16:
+        raise UsageError("--stable, --keep_hours and --min_free_gb are 0 or more, --port is below 65536")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    for name in ("serve", "scripts"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    options = {"ckpt_dir": ckpt_dir, "report": "False", **({"device": device} if device else {})}
+    dicom_listener.listen(
+        Path(spool),
+        dicom_listener.receiver(send) if send else DicomWeb(str(stow)),
+        [dicom_listener.sender(text) for text in ([peers] if isinstance(peers, str) else peers)],
+        ae_title,
+        (host, port),
+        (stable, keep_hours * 3600, min_free_gb * 1e9),
+        options,
+    )
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], Sequence[type[Exception]]]] = {
+    "label": (serve_label, (OSError,)),
+    "dicom": (serve_dicom, (OSError, ImportError, ValueError)),
+}
 
 if __name__ == "__main__":
     run_commands(COMMANDS)
