@@ -1,8 +1,8 @@
-"""Tests of MONAI Label and MONAI Deploy, each in an environment of its own: ``run_checks.py --runtime label``.
+"""Tests of MONAI Label, MONAI Deploy and Orthanc: ``run_checks.py --runtime label``, ``deploy`` or ``orthanc``.
 
-An environment is made where there is none or its requirements have changed. The program ends with 0 when the tests
-pass, with 1 when one fails, and with 77 when the environment cannot be made: then nothing was tested, and the last
-lines say why.
+MONAI Label and MONAI Deploy have environments of their own, made where there is none or its requirements have changed;
+Orthanc is a program of the system. The program ends with 0 when the tests pass, with 1 when one fails, and with 77 when
+the environment cannot be made or Orthanc is not installed: then nothing was tested, and the last lines say why.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +57,16 @@ def check_deploy(environment: str = "") -> NoReturn:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
     # In this environment nothing is skipped for want of MONAI Deploy.
     _run_tests(python, [], "tests/test_deploy.py", {"DEPLOY_ENVIRONMENT": "1"})
+
+
+def check_orthanc() -> NoReturn:
+    """Run ``tests/test_orthanc.py`` with the Orthanc that is installed, in the environment of this program."""
+    lacking = [] if shutil.which("Orthanc") else ["Orthanc and its DICOMweb plugin (Debian: orthanc, orthanc-dicomweb)"]
+    lacking += [name for name in ("pynetdicom", "dicomweb_client") if find_spec(name) is None]
+    if lacking:
+        print(f"orthanc: SKIPPED, not tested: not installed: {', '.join(lacking)}", flush=True)
+        raise SystemExit(SKIPPED)
+    _run_tests(Path(sys.executable), [], "tests/test_orthanc.py", {"ORTHANC_TESTS": "1"})
 
 
 def make_deploy_environment(folder: Path) -> Path | None:
