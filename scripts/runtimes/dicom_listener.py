@@ -114,7 +114,7 @@ class Receiver:
     Args:
         queue: gets the images.
         ae_title: of this node; associations for another one are rejected.
-        peers: who may send; associations of others are rejected.
+        peers: who may send; associations of other AE titles are rejected, those from other addresses aborted.
     """
 
     def __init__(self, queue: StudyQueue, ae_title: str, peers: Sequence[Peer]) -> None:
@@ -122,6 +122,7 @@ class Receiver:
         net = pynetdicom()
         self.node = net.AE(ae_title)
         self.node.require_called_aet = True
+        self.node.require_calling_aet = [peer.ae_title for peer in peers]
         self.node.maximum_associations = MOST_ASSOCIATIONS
         self.node.network_timeout = self.node.dimse_timeout = self.node.acse_timeout = TIMEOUT_S
         syntaxes = [*PLAIN, *filter(can_decode, PACKED)]
@@ -150,13 +151,14 @@ class Receiver:
             self._server.shutdown()
 
     def check_peer(self, event: Any) -> None:
-        """Reject an association of a node that may not send."""
+        """Abort an association that comes from another address than that of its AE title."""
         requestor = event.assoc.requestor
         title, host = str(requestor.primitive.calling_ae_title).strip(), requestor.address
         if any(peer.ae_title == title and peer.host in ("", host) for peer in self.peers):
             return
-        logger.warning("rejected: %r at %s is not among --peers", title, host)
-        event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent, by the user, calling AE title not recognised
+        logger.warning("refused: %r at %s is not among --peers", title, host)
+        if any(peer.ae_title == title for peer in self.peers):
+            event.assoc.abort()  # an unknown title is rejected by the library
 
     def store(self, event: Any) -> int:
         """Keep one object; gives the status of DICOM that the sender gets.
