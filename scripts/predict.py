@@ -81,6 +81,7 @@ def predict(
     dicomweb: str | None = None,
     study: str | None = None,
     store: bool = False,
+    audit: str | None = None,
     **values: Any,
 ) -> None:
     """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
@@ -110,6 +111,8 @@ def predict(
             environment (DICOMWEB_USER and DICOMWEB_PASSWORD, or DICOMWEB_TOKEN) or from ~/.netrc.
         study: StudyInstanceUID of the PET/CT on that server.
         store: store the DICOM results on that server, too.
+        audit: file that gets one line of JSON for each patient: UIDs or hashes of the scans, hash of the weights,
+            outcome; OUTPUT/audit.jsonl by default.
     """
     if output is None and (dicomweb is not None or (ct is not None and pet is not None)):
         input, output = None, input
@@ -118,6 +121,8 @@ def predict(
     configure_log()
     require_writable(str(output))
     parser = load_bundle(str(output), ckpt_dir, device, force)
+    if audit is not None:
+        parser["audit"] = in_config(audit)
     features = parser.get_parsed_content("spec").clinical_features
     with downloaded(dicomweb, study) as folder:
         if ct is not None:

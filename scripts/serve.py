@@ -296,7 +296,8 @@ def serve_dicom(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("serve", "scripts"):
         logging.getLogger(name).setLevel(logging.INFO)
-    options = {"ckpt_dir": ckpt_dir, "report": "False", **({"device": device} if device else {})}
+    audit = str(Path(spool).expanduser().resolve() / "audit.jsonl")
+    options = {"ckpt_dir": ckpt_dir, "report": "False", "audit": audit, **({"device": device} if device else {})}
     dicom_listener.listen(
         Path(spool),
         dicom_listener.receiver(send) if send else DicomWeb(str(stow)),

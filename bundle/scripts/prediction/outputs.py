@@ -25,6 +25,7 @@ from scripts import keys
 from scripts.cohorts.files import WriteError, require_writable, write_text
 from scripts.cohorts.scans import UNNAMED, without_formula
 from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
+from scripts.prediction.audit import AUDIT, append_audit
 from scripts.prediction.measures import OF_LESION
 from scripts.training.sampling import reason
 
@@ -49,7 +50,8 @@ NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical
 
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow: endings of files come behind
 _RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|(predictions|lesions)\.csv(\.partial)?|index\.html", re.IGNORECASE
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|(predictions|lesions)\.csv(\.partial)?|index\.html|audit\.jsonl",
+    re.IGNORECASE,
 )
 
 Product = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Iterable[tuple[str, str]]]
@@ -72,6 +74,9 @@ class PredictionWriter:
             the post transforms, ``prediction`` among them) and its folder, which give (name, path relative to the
             folder) of each file as soon as it is written, for ``files`` of the prediction. A product that fails is
             named in the row and costs neither the prediction nor the other products.
+        audit: file that gets a line for every patient (see :mod:`scripts.prediction.audit`); ``audit.jsonl`` in
+            ``output_dir`` by default.
+        checkpoint: the weights, which the audit names of a patient without a prediction, too.
 
     Attributes:
         rows: of ``predictions.csv``, by patient.
@@ -82,12 +87,20 @@ class PredictionWriter:
     """
 
     def __init__(
-        self, output_dir: str, cases: Sequence[Mapping[str, Any]], products: Mapping[str, Product] | None = None
+        self,
+        output_dir: str,
+        cases: Sequence[Mapping[str, Any]],
+        products: Mapping[str, Product] | None = None,
+        audit: str | None = None,
+        checkpoint: str | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
         self.folders = folder_names(self.cases)
         self.products = dict(products or {})
+        self.audit = Path(audit).expanduser() if audit else self.output_dir / AUDIT
+        self.checkpoint = checkpoint
+        self._audited: set[tuple[str, str]] = set()
         self.rows: dict[str, dict[str, Any]] = {}
         self.lesions: dict[str, list[dict[str, Any]]] = {}
         self.failures: dict[str, str] = {}
@@ -138,6 +151,7 @@ class PredictionWriter:
                     (folder / file).unlink(missing_ok=True)
             raise
         self._take(patient, prediction)
+        self._note(patient, prediction)
         return prediction
 
     def _write_files(
@@ -186,6 +200,19 @@ class PredictionWriter:
         """Give a patient the row ``failed``."""
         self.rows[patient] = self._row(patient, FAILED, why)
         self.lesions.pop(patient, None)
+        self._note(patient)
+
+    def _note(self, patient: str, prediction: Mapping[str, Any] | None = None) -> None:
+        """Write the patient's line of the audit, once; where that fails, ``problems`` says so."""
+        status = self.rows[patient]["status"]
+        if (patient, status) in self._audited:
+            return
+        self._audited.add((patient, status))
+        try:
+            append_audit(self.audit, self.cases[patient], status, self.checkpoint, prediction)
+        except OSError as error:
+            self.problems["audit"] = f"{self.audit}: {error.strerror}"
+            logger.error("no audit: %s", self.problems["audit"])
 
     def note_failure(self, engine: Workflow) -> None:
         """Give a failed patient its row, and keep the table so far."""

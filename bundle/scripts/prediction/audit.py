@@ -1,0 +1,82 @@
+"""The audit: one line of JSON for each prediction, or attempt at one, that says from what it was made and by what.
+
+A line names no patient: a study by its UIDs, an image file by its SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scripts import keys
+from scripts.dicom.choice import Choice
+from scripts.prediction.description import METADATA
+
+AUDIT = "audit.jsonl"
+
+
+def append_audit(
+    path: Path, case: Mapping[str, Any], outcome: str, checkpoint: str | None, prediction: Mapping[str, Any] | None
+) -> None:
+    """Append the line of one patient, in a single write, so that several programs may share a file.
+
+    Args:
+        path: of the file, which is made where it is not there.
+        case: of the patient.
+        outcome: status of the patient's row.
+        checkpoint: the weights.
+        prediction: as ``prediction.json`` has it; None where there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    metadata = json.loads(METADATA.read_text(encoding="utf-8"))
+    line = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "software": f"{metadata['name']} {metadata['version']}",
+        "weights_sha256": _weights(checkpoint, prediction),
+        "input": _inputs(case),
+        "outcome": outcome,
+        "quality": prediction["quality"]["verdict"] if prediction else None,
+        "forced": prediction["quality"]["forced"] if prediction else None,
+        "files": sorted(name for name, file in prediction["files"].items() if file) if prediction else [],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())
+
+
+def _weights(checkpoint: str | None, prediction: Mapping[str, Any] | None) -> str | None:
+    if prediction is not None:
+        return str(prediction["model"]["sha256"])
+    return None if checkpoint is None else _sha256(checkpoint, Path(checkpoint).stat().st_mtime_ns)
+
+
+def _inputs(case: Mapping[str, Any]) -> dict[str, Any]:
+    """UIDs of the series, or hashes of the files; None for a scan that is not there."""
+    choice: Choice | None = case.get(keys.DICOM)
+    if choice is not None:
+        studies = sorted({choice.ct.study_uid, choice.pet.study_uid})
+        scans = {"ct": choice.ct, "pet": choice.pet}
+        series = {name: {"series": scan.uid, "images": len(scan.paths)} for name, scan in scans.items()}
+        return {"studies": studies, **series}
+    scans = {name: case.get(key) for name, key in (("ct", keys.CT), ("pet", keys.PET))}
+    return {name: _file(scan) for name, scan in scans.items()}
+
+
+def _file(scan: Any) -> dict[str, str] | None:
+    if not isinstance(scan, str | os.PathLike) or not Path(scan).is_file():
+        return None
+    return {"sha256": _sha256(os.fspath(scan), Path(scan).stat().st_mtime_ns)}
+
+
+@cache
+def _sha256(path: str, changed_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
