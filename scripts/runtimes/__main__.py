@@ -8,4 +8,4 @@ if __name__ == "__main__":
 
     from command_line import run_room
 
-    run_room("runtimes", "export", "grand_challenge")
+    run_room("runtimes", "export", "grand_challenge", "model_card")
