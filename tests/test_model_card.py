@@ -75,7 +75,7 @@ def test_metrics_of_an_evaluation(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"held_out": 1, "data": "x", "pooled": 3}'])
 def test_a_file_without_metrics(content, tmp_path):
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(UsageError, match="is no metrics.json of"):
+    with pytest.raises(UsageError, match=r"is no metrics\.json of"):
         results({}, {}, str(tmp_path / "metrics.json"))
 
 
