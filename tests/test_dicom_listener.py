@@ -35,6 +35,9 @@ MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9
 CT, PET = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.128"
 
 
+WRITE = "import sys; from pathlib import Path; out = Path(sys.argv[2])"  # of a predict.py that only fails
+
+
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory) -> Path:
     """A patient of the tiny cohort as DICOM."""
@@ -162,6 +165,17 @@ def test_bytes_that_are_no_dicom_are_refused(node, queue, monkeypatch):
     assert list(queue.studies.iterdir()) == []
 
 
+def test_an_object_that_is_too_large_ends_the_connection(node, queue, monkeypatch, caplog):
+    monkeypatch.setattr(listener, "MOST_BYTES", 100_000)
+    image = slice_dataset("CT", np.zeros((1000, 1000), np.int16), (0, 0, 0), {})
+    association = associate(node)
+    assert "Status" not in association.send_c_store(image)
+    assert "more than 0 MB" in caplog.text
+    association = associate(node)
+    assert all(association.send_c_store(one_image()).Status == 0x0000 for _ in range(3))
+    association.release()
+
+
 def test_a_full_disk_is_told_to_the_sender(node, queue):
     queue.min_free_bytes = 1e18
     association = associate(node)
@@ -254,6 +268,15 @@ def test_half_an_examination_is_answered_by_a_reason(kind, reason, queue, phanto
         pytest.param("import sys; sys.exit('cannot write: no space')", "cannot write: no space", id="message"),
         pytest.param("import os; os.kill(os.getpid(), 9)", "ended with code -9", id="killed"),
         pytest.param("import time; time.sleep(60)", "did not end in 0 minutes", id="hangs"),
+        pytest.param(
+            f"{WRITE}; sys.exit('cannot write ' + str(out / 'ID-4711' / 'x'))", "cannot write (a file)", id="id"
+        ),
+        pytest.param(
+            f"{WRITE}; out.mkdir(); (out / 'predictions.csv').write_text('PatientID,status,reason\\nID-4711,failed,"
+            "patient ID-4711: no neck')",
+            "no neck",
+            id="id_in_a_row",
+        ),
     ],
 )
 def test_a_prediction_that_breaks_off_is_answered_by_a_reason(code, reason, queue, phantom, tmp_path, monkeypatch):
@@ -265,7 +288,21 @@ def test_a_prediction_that_breaks_off_is_answered_by_a_reason(code, reason, queu
     Worker(queue, "HNPETCT", Peer("ARCHIVE", "127.0.0.1", 1), {}, MODEL).step()
     status = queue.status(STUDY)
     assert (status.state, status.outcome, status.files) == ("sending", "reason", ["refusal_sr.dcm"])
-    assert reason in status.reason
+    assert reason in status.reason and "ID-4711" not in status.reason
+
+
+def test_a_full_disk_puts_a_study_off(queue, phantom, monkeypatch, caplog):
+    fill(queue, images(phantom)[:1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StudyQueue, "answer", full)
+    monkeypatch.setattr(Worker, "_predicted", lambda *_: ([], "no PET"))
+    worker = Worker(queue, "HNPETCT", Peer("ARCHIVE", "127.0.0.1", 1), {}, MODEL)
+    assert worker.step() and not worker.step() and "put off for 60 s" in caplog.text
+    queue.retry(STUDY, 0)
+    assert queue.next_complete() == STUDY
 
 
 def test_a_study_that_ends_the_node_again_and_again_is_given_up(queue, phantom, monkeypatch):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from command_line import BUNDLE, ROOT, UsageError
 
@@ -51,6 +52,7 @@ RETRY_S = 60.0  # until an answer that could not be sent is sent again
 LONGEST_PREDICTION_S = 3600.0
 MOST_ATTEMPTS = 5
 POLL_S = 0.5
+MOST_BYTES = 2**30  # of one object
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Receiver:
         self.node.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
         for context in net.AllStoragePresentationContexts:
             self.node.add_supported_context(context.abstract_syntax, syntaxes)
+        self._received: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # bytes of the object that is coming
         self._server: Any = None
 
     def start(self, host: str, port: int) -> int:
@@ -141,7 +144,11 @@ class Receiver:
             OSError: the address cannot be used.
         """
         events = pynetdicom().evt
-        handlers = [(events.EVT_REQUESTED, self.check_peer), (events.EVT_C_STORE, self.store)]
+        handlers = [
+            (events.EVT_REQUESTED, self.check_peer),
+            (events.EVT_PDU_RECV, self.check_size),
+            (events.EVT_C_STORE, self.store),
+        ]
         self._server = self.node.start_server((host, port), block=False, evt_handlers=handlers)
         return int(self._server.socket.getsockname()[1])
 
@@ -160,12 +167,21 @@ class Receiver:
         if any(peer.ae_title == title for peer in self.peers):
             event.assoc.abort()  # an unknown title is rejected by the library
 
+    def check_size(self, event: Any) -> None:
+        """Close the connection of a sender whose object is larger than any image: it is in memory until it is whole."""
+        size = self._received.get(event.assoc, 0) + getattr(event.pdu, "pdu_length", 0)
+        self._received[event.assoc] = size
+        if size > MOST_BYTES:
+            logger.warning("closed a connection: an object of more than %.0f MB", MOST_BYTES / 2**20)
+            event.assoc.dul.socket.close()
+
     def store(self, event: Any) -> int:
         """Keep one object; gives the status of DICOM that the sender gets.
 
         Objects other than CT and PET are accepted and not kept: archives send whole studies, and would end at the first
         that is refused.
         """
+        self._received.pop(event.assoc, None)
         try:
             instance = str(event.request.AffectedSOPInstanceUID)
             if str(event.request.AffectedSOPClassUID) not in IMAGES:
@@ -250,6 +266,9 @@ class Worker:
                 self.queue.interrupt(study, status)
                 return
             self._answer(study, status, files, reason, place)
+        except OSError as error:  # such as a full disk: further images are refused until there is room
+            logger.error("study %s: put off for %.0f s: %s", study, RETRY_S, error)
+            self.queue.retry(study, RETRY_S)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -282,12 +301,13 @@ class Worker:
             rows = list(csv.DictReader((out / "predictions.csv").read_text(encoding="utf-8").splitlines()))
         except OSError:
             lines = (place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            said = lines[-1].replace(str(place / "study"), "the study") if lines else "it said nothing"
+            # names of folders hold the patient's id
+            said = re.sub(rf"{re.escape(str(place))}\S*", "(a file)", lines[-1]) if lines else "it said nothing"
             return [], f"the prediction ended with code {code}: {said}"
         files = [path.parent / name for path in sorted(out.glob("*/prediction.json")) for name in dicom_files(path)]
-        reasons = [row["reason"] for row in rows if row["status"] == "failed"]
+        reasons = [without_id(row) for row in rows if row["status"] == "failed"]
         if not files and not reasons:
-            reasons = [row["reason"] for row in rows] or ["there is no patient in it"]
+            reasons = [without_id(row) for row in rows] or ["there is no patient in it"]
         return files, "; ".join(dict.fromkeys(reasons))
 
     def send(self, study: str) -> None:
@@ -305,6 +325,17 @@ class Worker:
             return
         self.queue.finish(study, where)
         logger.info("study %s: sent to %s: %s", study, where, ", ".join(path.name for path in paths) or "nothing")
+
+
+def without_id(row: Mapping[str, str]) -> str:
+    """The reason in a row of ``predictions.csv`` without the patient's id.
+
+    Example:
+        >>> without_id({"PatientID": "ID-1", "reason": "patient ID-1: no PET beside ID-1"})
+        'no PET beside (the patient)'
+    """
+    patient, reason = row["PatientID"], row["reason"]
+    return reason.replace(f"patient {patient}: ", "").replace(patient, "(the patient)") if patient else reason
 
 
 def dicom_files(prediction: Path) -> list[str]:

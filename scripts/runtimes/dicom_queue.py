@@ -163,6 +163,11 @@ class StudyQueue:
             self._write(study, Status(PREDICTING, status.images, status.attempts - 1))
             self._waiting[study] = 0.0
 
+    def retry(self, study: str, seconds: float) -> None:
+        """Begin a prediction that broke off again, after some seconds."""
+        with self._changing:
+            self._waiting[study] = time.monotonic() + seconds
+
     def answer(self, study: str, status: Status, outcome: str, reason: str, files: Sequence[Path]) -> None:
         """Take the answer to a study: from now on it is sent until it has arrived.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.dicom.seg import REFERRED, UTF_8, Model, _describe, code, save_whole
 from scripts.dicom.sr import _comment
 from scripts.dicom.tags import DicomError, lenient, needed_module, read_header, text_of
+from scripts.keys import RESEARCH_USE_ONLY
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -39,7 +40,7 @@ def write_refusal(path: str | PathLike[str], reason: str, images: Iterable[Path]
     with lenient():
         content = hd.sr.ContainerContentItem(name=code("LN", "18748-4", "Diagnostic imaging report"))
         content.ContentSequence = hd.sr.ContentSequence(
-            [*_observer(model), *map(_comment, (reason, *model.statements))]
+            [*_observer(model), *map(_comment, (reason, RESEARCH_USE_ONLY))]
         )
         content.ContinuityOfContent = "SEPARATE"
         document = hd.sr.EnhancedSR(
