@@ -30,6 +30,10 @@ from scripts.dicom.seg import Model  # noqa: E402
 from scripts.dicom.web import DicomWeb  # noqa: E402
 from serve import serve_dicom  # noqa: E402
 
+# pynetdicom leaves the sockets of broken connections to the garbage collector
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)
 STUDY = "1.2.3.4.101"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
 CT, PET = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.128"
@@ -349,7 +353,6 @@ def test_an_answer_is_sent_until_it_is_stored(status, sent, queue, phantom, arch
         assert worker.step() and queue.status(STUDY).state == "done"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pynetdicom leaves its socket open
 def test_an_archive_that_is_not_there(tmp_path, phantom):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
