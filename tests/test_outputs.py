@@ -114,6 +114,7 @@ def test_a_patient_has_a_mask_a_json_and_a_row(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == expected
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
         "CHUM-001__tumour.nii.gz",
+        "audit.jsonl",
         "lesions.csv",
         "prediction.json",
         "predictions.csv",

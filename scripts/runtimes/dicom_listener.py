@@ -259,7 +259,7 @@ class Worker:
             status = self.queue.begin(study, place / "study")
             logger.info("study %s: %d images, attempt %d", study, len(self.queue.images(study)), status.attempts)
             if status.attempts > MOST_ATTEMPTS:
-                files, reason = [], f"its prediction was begun {MOST_ATTEMPTS} times and never ended"
+                files, reason = list[Path](), f"its prediction was begun {MOST_ATTEMPTS} times and never ended"
             else:
                 files, reason = self._predicted(place)
             if self.stopped.is_set():
@@ -312,13 +312,13 @@ class Worker:
 
     def send(self, study: str) -> None:
         """Send an answer; one that does not arrive is sent again later."""
-        paths = self.queue.to_send(study)
-        where = self.destination.url if isinstance(self.destination, DicomWeb) else self.destination.ae_title
+        paths, to = self.queue.to_send(study), self.destination
+        where = to.url if isinstance(to, DicomWeb) else to.ae_title
         try:
-            if paths and isinstance(self.destination, DicomWeb):
-                self.destination.store(paths)
-            elif paths:
-                send_files(self.ae_title, self.destination, paths)
+            if paths and isinstance(to, DicomWeb):
+                to.store(paths)
+            elif paths and isinstance(to, Peer):
+                send_files(self.ae_title, to, paths)
         except (NotSentError, DicomError, OSError) as error:
             logger.error("study %s: not sent, again in %.0f s: %s", study, RETRY_S, error)
             self.queue.postpone(study, str(error), RETRY_S)

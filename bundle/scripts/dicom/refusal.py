@@ -40,7 +40,7 @@ def write_refusal(path: str | PathLike[str], reason: str, images: Iterable[Path]
     with lenient():
         content = hd.sr.ContainerContentItem(name=code("LN", "18748-4", "Diagnostic imaging report"))
         content.ContentSequence = hd.sr.ContentSequence(
-            [*_observer(model), *map(_comment, (reason, RESEARCH_USE_ONLY))]
+            [*_observer(model), *map(_comment, (f"No prediction: {reason}", RESEARCH_USE_ONLY))]
         )
         content.ContinuityOfContent = "SEPARATE"
         document = hd.sr.EnhancedSR(

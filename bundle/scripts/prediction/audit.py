@@ -63,8 +63,8 @@ def _inputs(case: Mapping[str, Any]) -> dict[str, Any]:
     choice: Choice | None = case.get(keys.DICOM)
     if choice is not None:
         studies = sorted({choice.ct.study_uid, choice.pet.study_uid})
-        scans = {"ct": choice.ct, "pet": choice.pet}
-        series = {name: {"series": scan.uid, "images": len(scan.paths)} for name, scan in scans.items()}
+        chosen = {"ct": choice.ct, "pet": choice.pet}
+        series = {name: {"series": scan.uid, "images": len(scan.paths)} for name, scan in chosen.items()}
         return {"studies": studies, **series}
     scans = {name: case.get(key) for name, key in (("ct", keys.CT), ("pet", keys.PET))}
     return {name: _file(scan) for name, scan in scans.items()}
