@@ -122,7 +122,7 @@ def predict(
     require_writable(str(output))
     parser = load_bundle(str(output), ckpt_dir, device, force)
     if audit is not None:
-        parser["audit"] = in_config(audit)
+        parser["handlers#0#audit"] = in_config(audit)
     features = parser.get_parsed_content("spec").clinical_features
     with downloaded(dicomweb, study) as folder:
         if ct is not None:

@@ -428,7 +428,7 @@ def test_a_node_that_is_killed_loses_nothing(phantom, archive, model, tmp_path):
     assert archive.got == []
     third = start(stable=1)
     try:
-        wait(lambda: {"SEG", "SR"} <= {dataset.Modality for dataset in archive.got}, third, tmp_path)
+        wait(lambda: {"SEG", "SR", "RTSTRUCT"} <= {dataset.Modality for dataset in archive.got}, third, tmp_path)
         wait(lambda: (tmp_path / "spool" / "answers.jsonl").is_file(), third, tmp_path)
     finally:
         third.send_signal(signal.SIGTERM)

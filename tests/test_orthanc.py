@@ -29,7 +29,7 @@ import requests
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 LOGIN = ("doctor", "secret of the test")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
-RESULTS = {"SEG", "SR"}
+RESULTS = {"SEG", "SR", "RTSTRUCT"}
 
 
 def free_port() -> int:
