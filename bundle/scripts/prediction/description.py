@@ -284,8 +284,8 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
     warning = ""
     if few_known(len(known), len(model.features)):
         missing = ", ".join(name for name in model.features if name not in known)
-        count = f"{len(known)} of {len(model.features)}"
-        warning = f"few of its values are known ({count}; missing: {missing}): its risk says little"
+        count = f"only {len(known)} of its {len(model.features)} values are known"
+        warning = f"{count} (missing: {missing}): the result is less accurate"
     log_hazard = float(model.log_hazard([known])[0])
     survival = describe_survival(log_hazard, None, [log_hazard], {"calibration": model.calibration.to_dict()})
     for name in ("log_hazard_std", "log_hazard_folds", "doubt", "unavailable"):  # of networks
