@@ -59,8 +59,8 @@ def runs(cohort, tmp_path_factory) -> Path:
         [
             ("base", 0, "partial", {}),
             ("base", 1, "partial", {}),
-            ("equal", 0, "partial", {"task_weights": None}),
-            ("equal", 1, "partial", {"task_weights": None}),
+            ("equal", 0, "partial", {"train#loss#task_weights": None}),
+            ("equal", 1, "partial", {"train#loss#task_weights": None}),
             ("surv", 0, "partial", {"tasks": ["surv"]}),
             ("full", 0, "full", {}),
         ]
