@@ -1,5 +1,7 @@
 """Synthetic DICOM series, as several modules' tests need them."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +145,11 @@ def write_mask(path, mask, ct, model, classes=MERGED):
     """The lesions of a mask on a CT as DICOM SEG."""
     lesions = find_lesions(mask, ct.grid, classes)
     return write_seg(path, lesions.on(mask.shape), lesions.found, ct, model=model)
+
+
+def dciodvfy_errors(path):
+    """What the validator of dicom3tools calls an error; None where it is not installed."""
+    if shutil.which("dciodvfy") is None:
+        return None
+    result = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
+    return [line for line in (result.stdout + result.stderr).splitlines() if line.startswith(("Error", "Abort"))]

@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_study import AXIAL, SECRETS, pet_header, write_mask, write_series
+from dicom_study import AXIAL, SECRETS, dciodvfy_errors, pet_header, write_mask, write_series
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -678,14 +678,6 @@ def test_suv_from_the_files_of_a_series(tmp_path):
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-def dciodvfy_errors(path):
-    """What the validator of dicom3tools calls an error; None where it is not installed."""
-    if shutil.which("dciodvfy") is None:
-        return None
-    result = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
-    return [line for line in (result.stdout + result.stderr).splitlines() if line.startswith(("Error", "Abort"))]
-
-
 def tumour(shape):
     mask = np.zeros(shape, dtype=np.uint8)
     mask[2:6, 4:9, 10:15] = 1
@@ -1046,8 +1038,11 @@ def test_real_patients_equal_their_nifti(patient, tmp_path):
     found = Findings(FINDINGS.tumour, [FINDINGS.tumour] * len(seg.SegmentSequence))
     write_sr(tmp_path / "sr.dcm", found, ct=choice.ct, pet=choice.pet, model=MODEL, seg=seg)
     read = hd.seg.segread(tmp_path / "seg.dcm")
-    assert read.pixel_array.sum() == (find_lesions(mask, choice.ct.grid).on(mask.shape) > 0).sum() > 0
-    assert [dciodvfy_errors(tmp_path / f) or [] for f in ("seg.dcm", "sr.dcm")] == [[], []]
+    lesions = find_lesions(mask, choice.ct.grid)
+    numbers = lesions.on(mask.shape)
+    assert read.pixel_array.sum() == (numbers > 0).sum() > 0
+    write_rtstruct(tmp_path / "rtstruct.dcm", numbers, lesions.found, choice.ct, model=MODEL)
+    assert [dciodvfy_errors(tmp_path / f"{name}.dcm") or [] for name in ("seg", "sr", "rtstruct")] == [[], [], []]
 
 
 def test_without_pydicom_the_error_says_what_to_install(tmp_path):
