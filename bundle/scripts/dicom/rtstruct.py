@@ -155,17 +155,17 @@ def polygons(part: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _joined(rings: Sequence[np.ndarray]) -> np.ndarray:
-    """An outer ring and its holes as one: each hole in turn is entered and left where it is nearest."""
-    whole, holes = rings[0], list(rings[1:])
-    while holes:
-        pairs = []
-        for hole in holes:
-            distances = np.linalg.norm(whole[:, None] - hole[None], axis=-1)
-            at = np.unravel_index(distances.argmin(), distances.shape)
-            pairs.append((distances[at], int(at[0]), int(at[1])))
-        nearest = min(range(len(holes)), key=lambda k: pairs[k][0])
-        _, here, there = pairs[nearest]
-        hole = np.roll(holes.pop(nearest), -there, axis=0)
+    """An outer ring and its holes as one.
+
+    From left to right, the leftmost point of each hole is joined to the nearest point to its left, so that no channel
+    crosses a hole that is joined later.
+    """
+    whole = rings[0]
+    for ring in sorted(rings[1:], key=lambda hole: hole[:, 0].min()):
+        hole = np.roll(ring, -int(ring[:, 0].argmin()), axis=0)
+        distances = np.linalg.norm(whole - hole[0], axis=1)
+        distances[whole[:, 0] > hole[0, 0]] = np.inf
+        here = int(distances.argmin())
         whole = np.concatenate([whole[: here + 1], hole, hole[:1], whole[here:]])
     return whole
 
