@@ -1,8 +1,10 @@
 """Masked losses of the paper: segmentation (eq. 2-5), HPV status (eq. 4, 5), survival (eq. 6), and their sum (eq. 1).
 
-Each label has a "known" flag. Every loss *selects* the known cases instead of multiplying by a mask, so a case without
-the label contributes exactly nothing to value and gradient. A batch without known labels gives an exact zero with a
-graph (the sum of an empty selection), so ``backward`` works. Half precision is computed in float32; float64 stays.
+Each label has a "known" flag. Inputs of cases without the label are replaced by zeros (:func:`cleared`) and their loss
+is left out of the mean (:func:`mean_of_known`), so that they contribute exactly nothing to value and gradient, even if
+their outputs are NaN. A batch without known labels gives an exact zero with a graph, so ``backward`` works. Shapes do
+not depend on the flags, so the host need not read them and a GPU never waits. Half precision is computed in float32;
+float64 stays.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
-        self.dice = DiceLoss(sigmoid=True, squared_pred=True)
+        self.dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
 
     def forward(self, logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
         """The loss, a scalar.
@@ -70,11 +72,11 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        logits, mask = select(known, "tumour logits", logits, mask=mask)
-        if not len(logits):
-            return logits.sum()
+        known, logits, mask = cleared(known, "tumour logits", logits, mask=mask)
         mask = mask.to(logits.dtype)
-        return self.dice(logits, mask) + sigmoid_focal_loss(logits, mask, self.gamma, self.alpha).mean()
+        dice = mean_of_known(self.dice(logits, mask), known)
+        focal = sigmoid_focal_loss(logits, mask, self.gamma, logits.new_full((), self.alpha))
+        return dice + mean_of_known(focal, known)
 
 
 class HPVLoss(nn.Module):
@@ -108,10 +110,9 @@ class HPVLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        logit, hpv = select(known, "HPV logits", logit, **{"HPV labels": hpv})
-        if not len(logit):
-            return logit.sum()
-        return sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, self.alpha).mean()
+        known, logit, hpv = cleared(known, "HPV logits", logit, **{"HPV labels": hpv})
+        alpha = logit.new_full((), self.alpha)  # a number would be copied to the GPU, which waits for the host
+        return mean_of_known(sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, alpha), known)
 
 
 class CoxLoss(nn.Module):
@@ -144,8 +145,8 @@ class CoxLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        log_hazard, time, event = select(known, "log hazards", log_hazard, times=time, events=event)
-        return negative_log_partial_likelihood(log_hazard, time, event.bool())
+        known, log_hazard, time, event = cleared(known, "log hazards", log_hazard, times=time, events=event)
+        return negative_log_partial_likelihood(log_hazard, time, event.bool(), known)
 
 
 class MultitaskLoss(nn.Module):
@@ -273,36 +274,42 @@ class MultitaskLoss(nn.Module):
         return terms
 
 
-def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """The formula of :class:`CoxLoss` for known cases.
+def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, known: Tensor) -> Tensor:
+    """The formula of :class:`CoxLoss`.
 
     Args:
         log_hazard: (N,) float32 or float64.
         time: (N,).
         event: (N,) bool.
+        known: (N,) bool: the cases that count.
 
     Returns:
-        A scalar; an exact zero with a graph if there is no event. Time and memory are O(events * N).
+        A scalar; an exact zero with a graph if there is no event. Time and memory are O(N * N).
 
     Example:
-        >>> negative_log_partial_likelihood(torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([True, False])).exp()
+        >>> event, known = torch.tensor([True, False]), torch.tensor([True, True])
+        >>> negative_log_partial_likelihood(torch.zeros(2), torch.tensor([1.0, 2.0]), event, known).exp()
         tensor(2.)
     """
-    if not event.any():
-        return log_hazard[:0].sum()
-    event_hazard, event_time = log_hazard[event], time[event]
-    at_risk = time.unsqueeze(0) >= event_time.unsqueeze(1)
-    log_total = masked_logsumexp(log_hazard, at_risk)
-    return (log_total - event_hazard).mean()
+    event = event & known
+    log_hazard = torch.where(event.any(), log_hazard, 0.0)  # without an event not even NaN counts
+    # A case is at risk at its own time. That of cases that do not count keeps the sums finite; they are left out below.
+    at_risk = (known & (time >= time.unsqueeze(1))) | torch.eye(len(time), dtype=torch.bool, device=time.device)
+    log_total = torch.where(at_risk, log_hazard, -torch.inf).logsumexp(dim=1)
+    return mean_of_known(log_total - log_hazard, event)
 
 
-def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
-    """Row-wise log-sum-exp of ``values`` (N,) where ``mask`` (M, N) is True: (M,)."""
-    return torch.where(mask, values.unsqueeze(0), -torch.inf).logsumexp(dim=1)
+def mean_of_known(values: Tensor, known: Tensor) -> Tensor:
+    """Mean of finite ``values`` (B, ...) over the cases with ``known`` (B,); an exact zero with a graph without any."""
+    cases = known.reshape(-1, *[1] * (values.ndim - 1))
+    count = known.sum() * values.shape[1:].numel()
+    return torch.where(cases, values, 0.0).sum() / count.clamp(min=1)
 
 
-def select(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) -> tuple[Tensor, ...]:
-    """The known cases of an output (at least in float32) and of its labels.
+def cleared(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) -> tuple[Tensor, ...]:
+    """The flags (B,), the output (at least in float32) and its labels, both with zeros for the cases not known.
+
+    The zeros keep NaN of those cases out of the loss and of the gradient.
 
     Raises:
         ValueError: a label has another shape, or ``known`` does not have one flag for each case.
@@ -312,12 +319,14 @@ def select(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) ->
             raise ValueError(f"{name} have shape {tuple(output.shape)} but {label} {tuple(values.shape)}")
     output, *rest = (without_metadata(tensor) for tensor in (output, *labels.values()))
     output = at_least_float32(output)
+    rest = [label.to(output.device) for label in rest]
     if known is None:
-        return (output, *rest)
+        return (output.new_ones(output.shape[:1], dtype=torch.bool), output, *rest)
     known = without_metadata(known).to(output.device).bool()
     if known.shape != output.shape[:1]:
         raise ValueError(f"known has shape {tuple(known.shape)}; one flag a case, {tuple(output.shape[:1])}, is needed")
-    return (output[known], *(label.to(output.device)[known] for label in rest))
+    cases = known.reshape(-1, *[1] * (output.ndim - 1))
+    return (known, *(torch.where(cases, tensor, torch.zeros_like(tensor)) for tensor in (output, *rest)))
 
 
 def without_metadata(tensor: Tensor) -> Tensor:
