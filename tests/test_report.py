@@ -19,7 +19,6 @@ from scripts.imaging.geometry import Grid
 from scripts.prediction.explain import Explanation
 from scripts.prediction.findings import (
     FORCED,
-    Section,
     notice_of,
     page_verdict,
     quality_problems,
@@ -30,7 +29,6 @@ from scripts.prediction.findings import (
 )
 from scripts.prediction.outputs import folder_name
 from scripts.prediction.report import ReportWriter, class_masks, lesion_rows, write_report
-from scripts.prediction.sheet import Sheet, wrapped
 from scripts.prediction.summary import SummaryError, write_summary
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
@@ -70,7 +68,7 @@ def explanation(tumour: bool = True) -> Explanation:
 EVERYTHING = (
     *(NOTICE, "300 digital phantoms, not for clinical use", "CHUM-001"),
     *("risk group high", "higher than in 81 % of the training cases"),
-    *("recurrence-free at 3 years 72 % range of the folds: 66 to 79 %", "It is not a confidence interval"),
+    *("recurrence-free at 3 years", "72 %", "range of the folds: 66 to 79 %", "It is not a confidence interval"),
     *("5 years not given: beyond the follow-up", "0.83 ± 0.21 over 5 folds"),
     *("probability of HPV 0.73 ± 0.06 over 5 folds", "threshold 0.55", "class positive"),
     "read from PET/CT and clinical values (2 of 3 known)",
@@ -221,7 +219,7 @@ def test_texts_from_files_stay_text(tmp_path: Path) -> None:
     said["tumour"]["lesion_list"][0]["name"] = evil
     page, sheet = written(tmp_path, said)
     assert page.count(evil) == 7  # title of the document, heading, lesion, warning, table of lesions, check, flag
-    assert sheet.replace(" ", "").count(evil.replace(" ", "")) == 5  # in the table it is broken over lines
+    assert sheet.replace(" ", "").count(evil.replace(" ", "")) == 6
     assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -243,7 +241,7 @@ def test_a_long_list_of_warnings_stays_on_one_page_and_what_is_cut_is_said(tmp_p
     assert "warning 59 and so on" in page
     assert "warning 0 and so on" in sheet
     assert "warning 59 and" not in sheet
-    assert re.search(r"\d+ more lines did not fit on this page: see report.html", sheet)
+    assert re.search(r"\d+ more: see report.html", sheet)
     assert "Network 0.2.0" in sheet, "the quality of the scans comes last"
 
 
@@ -261,24 +259,6 @@ def test_the_explanation_is_shown(tmp_path: Path) -> None:
 def test_an_explanation_without_a_tumour(tmp_path: Path) -> None:
     for text in written(tmp_path, without_tasks(), masked=False, explanation=explanation(tumour=False)):
         assert "images: tumour not available: segmentation is not a task of this model" in text
-
-
-def test_lines_are_as_wide_as_the_column_and_lose_nothing() -> None:
-    text = "some words and " + "x" * 300 + " the end"
-    lines = wrapped(text, 40.0, 8.0)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert len(lines) > 10
-    assert len(wrapped(text, 40.0, 8.0, bold=True)) > len(lines)
-    assert wrapped("", 40.0, 8.0) == [""]
-
-
-def test_sections_keep_together_where_there_is_room() -> None:
-    sections = [Section("one", [("a", "b")] * 5), Section("two", [("c", "d")] * 5)]
-    sheet = Sheet()
-    assert sheet.columns(sections, (255.0, 200.0), 80.0, 8.0, 12.0) == 0
-    left = {text.get_text(): text.get_position()[0] for text in sheet.figure.texts}
-    assert left["one"] < left["two"]
-    assert left["two"] == left["c"]
 
 
 # --- the handler ------------------------------------------------------------------------------------------------

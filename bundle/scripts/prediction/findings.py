@@ -58,14 +58,6 @@ class Section:
     loud: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def table_rows(self) -> list[tuple[str, str]]:
-        """The table as names and values, for where there is no room for its columns."""
-        titles, rows = self.table or ([], [])
-        return [
-            (row[0], ", ".join(f"{title} {cell}" for title, cell in zip(titles[1:], row[1:], strict=True)))
-            for row in rows
-        ]
-
 
 def verdict_of(prediction: Mapping[str, Any]) -> str:
     """The sentence under the title: what quality control says of the scans."""

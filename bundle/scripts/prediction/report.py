@@ -52,7 +52,7 @@ from scripts.prediction.findings import (
     warnings_of,
 )
 from scripts.prediction.pages import render
-from scripts.prediction.sheet import write_pdf
+from scripts.prediction.pdf import write_pdf
 from scripts.prediction.summary import write_summary
 
 if TYPE_CHECKING:
