@@ -12,7 +12,7 @@ def table(n: int = 60, seed: int = 0) -> pd.DataFrame:
     log_hazard = rng.normal(size=n)
     time = rng.exponential(1000 * np.exp(-log_hazard))
     hpv = rng.integers(0, 2, n).astype(float)
-    return pd.DataFrame(
+    cases = pd.DataFrame(
         {
             "log_hazard": log_hazard,
             "time": time,
@@ -33,3 +33,10 @@ def table(n: int = 60, seed: int = 0) -> pd.DataFrame:
             "centre": np.where(np.arange(n) < n - 8, "MDA", "USZ"),
         }
     )
+    for of in ("lesions", "primaries", "nodes"):
+        cases[f"predicted_{of}"] = cases[f"true_{of}"] + rng.integers(0, 2, n)
+        cases[f"matched_{of}"] = (cases[f"true_{of}"] - rng.integers(0, 2, n)).clip(lower=0)
+    for ending in ("gtvp", "gtvn"):
+        cases[f"dice_{ending}"] = rng.random(n)
+        cases[f"volume_ml_{ending}"], cases[f"true_volume_ml_{ending}"] = 10 + rng.random(n), 10 + rng.random(n)
+    return cases

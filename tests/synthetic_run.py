@@ -75,7 +75,12 @@ def predictions(cases: list[dict[str, Any]], truth: pd.DataFrame, plan: Plan, fo
             labels = {"dice": rng.beta(8, 2), "true_volume_ml": 20.0, "surface_distance_mm": rng.gamma(2, 2)}
             labels |= {"true_lesions": 2, "found_lesions": rng.integers(3), "false_lesions": rng.integers(2)}
             labels |= {f"{what}_{of}": 1 for what in ("true", "found") for of in ("primaries", "nodes")}
-            row |= {"volume_ml": 20 + rng.normal(), **{k: v if known else np.nan for k, v in labels.items()}}
+            labels |= {"matched_lesions": labels["found_lesions"]}
+            row |= {
+                "volume_ml": 20 + rng.normal(),
+                "predicted_lesions": 2,
+                **{k: v if known else np.nan for k, v in labels.items()},
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 

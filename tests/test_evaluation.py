@@ -147,8 +147,18 @@ def test_case_rows_hide_unknown_labels_and_measure_volumes() -> None:
     assert math.isnan(first["hpv"])
     assert first["surface_distance_mm"] == pytest.approx(4.0)
     assert (first["true_lesions"], first["found_lesions"], first["false_lesions"]) == (1, 1, 0)
+    assert first["matched_lesions"] == 1
     assert (first["true_nodes"], first["found_nodes"], first["true_primaries"]) == (1, 1, 0)
-    unknown = ("time", "event", "dice", "true_volume_ml", "surface_distance_mm", "true_lesions", "false_lesions")
+    unknown = (
+        "time",
+        "event",
+        "dice",
+        "true_volume_ml",
+        "surface_distance_mm",
+        "true_lesions",
+        "false_lesions",
+        "matched_lesions",
+    )
     assert all(math.isnan(second[name]) for name in unknown)
     assert second["predicted_lesions"] == 1
     assert second["hpv"] == 0.0

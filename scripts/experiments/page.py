@@ -33,7 +33,7 @@ from scripts import keys
 from scripts.cohorts.clinical import feature_named
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
-from scripts.evaluation.case_metrics import LESIONS, MEASURES, PAPER_MEASURES
+from scripts.evaluation.case_metrics import LESION_COUNTS, LESIONS, MEASURES, NOT_APART, PAPER_MEASURES
 from scripts.evaluation.survival import DAYS_PER_YEAR
 from scripts.prediction.figures import save_case_figure
 from scripts.prediction.outputs import folder_name
@@ -196,15 +196,16 @@ def decimals(value: float, digits: int) -> str:
 
 def counts_cell(row: Mapping[str, Any]) -> str:
     """``120 patients, 30 events`` of a figure."""
-    names = ("patients", "events", "positive", "cases", "controls", *LESIONS.values(), "missed", "both_empty")
+    names = ("patients", "events", "positive", "cases", "controls", *LESION_COUNTS)
     return Words(", ".join(f"{row[name]} {name.replace('_', ' ')}" for name in names if name in row))
 
 
 def measure_rows(metrics: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[list[object]]:
-    """Rows of measures with value, interval and counts."""
+    """Rows of measures with value, interval and counts; none of classes that the model does not tell apart."""
     return [
         [MEASURES[name].title, value_cell(metrics[name], MEASURES[name].digits), counts_cell(metrics[name])]
         for name in names
+        if metrics[name].get("reason") != NOT_APART
     ]
 
 

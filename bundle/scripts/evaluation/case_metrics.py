@@ -26,6 +26,14 @@ SMALL_GROUP = {"patients": 10, "events": 5, "positive": 3, "negative": 3}
 LESIONS = {"lesion": "lesions", "primary": "primaries", "node": "nodes"}
 """Structures of the true masks, singular and plural: any, GTVp, GTVn."""
 
+LESION_COUNTS = (*LESIONS.values(), "predicted", "matched", "missed", "both_empty")
+"""What is counted beside the metrics of the mask, in the order in which it is shown."""
+
+CLASSES = {"gtvp": ("GTVp", keys.GTVP, "primaries"), "gtvn": ("GTVn", keys.GTVN, "nodes")}
+"""Classes of tumour that some models tell apart: ending of columns -> name, value in a mask, lesions in columns."""
+NOT_APART = "the model does not tell GTVp and GTVn apart"
+"""Why their metrics are undefined for other models; tables leave them out then."""
+
 Statistic = Callable[[pd.DataFrame], float]
 
 
@@ -116,21 +124,38 @@ def _two_classes(truth: np.ndarray) -> bool:
     return bool(truth.any() and not truth.all())
 
 
-def aggregated_dice(cases: pd.DataFrame) -> float:
+def mean_of(cases: pd.DataFrame, column: str) -> float:
+    """Mean of a column over the cases; Dice is 1 in a case in which both masks are empty."""
+    return float(cases[column].mean())
+
+
+def aggregated_dice(cases: pd.DataFrame, ending: str = "") -> float:
     r"""HECKTOR's aggregated Dice of columns ``dice``, ``volume_ml`` and ``true_volume_ml``.
 
     .. math:: DSC_{agg} = \frac{2 \sum_i |P_i \cap G_i|}{\sum_i (|P_i| + |G_i|)}
 
+    A case without any tumour adds nothing to either sum. Where all cases are such, DSCagg is 1, as in the challenge.
+
+    Args:
+        cases: table of cases.
+        ending: of the columns, ``_gtvp`` for ``dice_gtvp`` etc.
+
     Reference:
         Andrearczyk V. et al. Overview of the HECKTOR challenge at MICCAI 2022. LNCS 13626, 2023.
     """
-    volumes = (cases["volume_ml"] + cases["true_volume_ml"]).to_numpy()
-    return float((cases["dice"].to_numpy() * volumes).sum() / volumes.sum()) if volumes.sum() else math.nan
+    volumes = (cases[f"volume_ml{ending}"] + cases[f"true_volume_ml{ending}"]).to_numpy()
+    return float((cases[f"dice{ending}"].to_numpy() * volumes).sum() / volumes.sum()) if volumes.sum() else 1.0
 
 
-def without_surfaces(cases: pd.DataFrame) -> pd.Series:
-    """(N,) bool, whether true and predicted mask are both empty: correct, but no surface distance exists."""
-    return (cases["volume_ml"] == 0) & (cases["true_volume_ml"] == 0)
+def both_masks_empty(cases: pd.DataFrame, ending: str = "") -> pd.Series:
+    """(N,) bool, whether true and predicted mask are both empty: correct, but no surface distance exists.
+
+    Args:
+        cases: table of cases; False where it lacks the volumes.
+        ending: of the columns, as for :func:`aggregated_dice`.
+    """
+    unknown = pd.Series(np.nan, cases.index)
+    return (cases.get(f"volume_ml{ending}", unknown) == 0) & (cases.get(f"true_volume_ml{ending}", unknown) == 0)
 
 
 def surface_distance(cases: pd.DataFrame) -> float:
@@ -158,6 +183,21 @@ def sensitivity(cases: pd.DataFrame, of: str) -> float:
     return float(cases[f"found_{of}"].sum() / true) if true else math.nan
 
 
+def aggregated_f1(cases: pd.DataFrame, of: str) -> float:
+    r"""HECKTOR's aggregated F1 score of the detection of lesions, accumulated over all cases.
+
+    .. math:: F1_{agg} = \frac{2 TP}{2 TP + FP + FN}
+
+    From columns ``matched_<of>`` (TP, by :func:`.match_lesions`), ``predicted_<of>`` (TP + FP) and ``true_<of>``
+    (TP + FN). NaN where there is no lesion, true or predicted.
+
+    Reference:
+        HECKTOR 2025, evaluation of Task 1: https://hecktor25.grand-challenge.org/tasks-and-evaluation
+    """
+    lesions = cases[f"predicted_{of}"].sum() + cases[f"true_{of}"].sum()
+    return float(2 * cases[f"matched_{of}"].sum() / lesions) if lesions else math.nan
+
+
 # --- summary ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +212,7 @@ class Measure:
         statistic: function of a table of the cases that count; NaN where it is undefined.
         why_not: the reason then; ``{events}`` and other counts are filled in.
         digits: decimals to show.
+        absent: the reason where the table lacks the first column.
     """
 
     title: str
@@ -179,17 +220,36 @@ class Measure:
     statistic: Statistic
     why_not: str
     digits: int = 3
+    absent: str = "not a task of this model"
 
 
 _HPV, _VOLUMES = ("hpv_prob", "hpv"), ("volume_ml", "true_volume_ml")
+_UNCOUNTED = "not counted by the version that judged these cases"
 _ONE_CLASS, _NO_MASKS, _NO_TUMOUR = "one class only", "no masks", "no tumour in any mask"
 MEASURES = {
     "c_index": Measure("C-index", ("log_hazard", "time", "event"), c_index, "no comparable pair ({events} events)"),
-    "dice": Measure("Dice", ("dice",), lambda c: float(c["dice"].mean()), _NO_MASKS),
+    "dice": Measure("Dice", ("dice",), partial(mean_of, column="dice"), _NO_MASKS),
     "balanced_accuracy": Measure("HPV balanced accuracy", _HPV, balanced_accuracy, _ONE_CLASS),
     "hpv_auc": Measure("HPV ROC AUC", _HPV, roc_auc, _ONE_CLASS),
     "hpv_average_precision": Measure("HPV average precision", _HPV, average_precision, _ONE_CLASS),
-    "dice_aggregated": Measure("Dice, aggregated", ("dice", *_VOLUMES), aggregated_dice, "all masks are empty"),
+    "dice_aggregated": Measure("Dice, aggregated", ("dice", *_VOLUMES), aggregated_dice, _NO_MASKS),
+    **{
+        f"dice_{ending}": Measure(
+            f"Dice, {name}", (f"dice_{ending}",), partial(mean_of, column=f"dice_{ending}"), _NO_MASKS, 3, NOT_APART
+        )
+        for ending, (name, *_) in CLASSES.items()
+    },
+    **{
+        f"dice_aggregated_{ending}": Measure(
+            f"Dice, aggregated, {name}",
+            (f"dice_{ending}", f"volume_ml_{ending}", f"true_volume_ml_{ending}"),
+            partial(aggregated_dice, ending=f"_{ending}"),
+            _NO_MASKS,
+            3,
+            NOT_APART,
+        )
+        for ending, (name, *_) in CLASSES.items()
+    },
     "surface_distance_mm": Measure(
         "surface distance, mm", ("surface_distance_mm",), surface_distance, "{missed} of {patients} are missed", 1
     ),
@@ -200,12 +260,28 @@ MEASURES = {
     "volume_error_relative": Measure("volume error, relative", _VOLUMES, relative_volume_error, _NO_TUMOUR),
     **{
         f"{name}_sensitivity": Measure(
-            f"{name} sensitivity", (f"found_{of}", f"true_{of}"), partial(sensitivity, of=of), f"no {name} in any mask"
+            f"{name} sensitivity",
+            (f"found_{of}", f"true_{of}"),
+            partial(sensitivity, of=of),
+            f"no {name} in any mask",
+            3,
+            _UNCOUNTED,
+        )
+        for name, of in LESIONS.items()
+    },
+    **{
+        f"{name}_f1": Measure(
+            f"{name} F1, aggregated",
+            (f"matched_{of}", f"predicted_{of}", f"true_{of}"),
+            partial(aggregated_f1, of=of),
+            f"no {name} in any mask, true or predicted",
+            3,
+            _UNCOUNTED if name == "lesion" else NOT_APART,
         )
         for name, of in LESIONS.items()
     },
     "false_lesions_per_case": Measure(
-        "false lesions a case", ("false_lesions",), lambda c: float(c["false_lesions"].mean()), _NO_MASKS, 2
+        "false lesions a case", ("false_lesions",), partial(mean_of, column="false_lesions"), _NO_MASKS, 2
     ),
 }
 """Metrics of :func:`summarise`; the paper's three first."""
@@ -260,17 +336,15 @@ def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
 def _metric(
     cases: pd.DataFrame, measure: Measure, name: str, seed: int, least: Mapping[str, int] | None, samples: int
 ) -> dict[str, Any]:
-    if name == "surface_distance_mm" and {"surface_distance_mm", *_VOLUMES} <= set(cases):
-        # 0 mm in tables of earlier versions
-        cases = cases.assign(surface_distance_mm=cases["surface_distance_mm"].mask(without_surfaces(cases)))
+    if name == "surface_distance_mm" and name in cases:  # 0 mm in tables of earlier versions
+        cases = cases.assign(surface_distance_mm=cases[name].mask(both_masks_empty(cases)))
     present = [column for column in (*measure.columns, "hpv_threshold") if column in cases]
     known = cases[present].dropna(subset=[column for column in present if column in measure.columns])
     if any(column not in cases for column in measure.columns[1:]):  # nobody has the label
         known = known.iloc[:0]
     head = _counts(name, known, cases)
     if measure.columns[0] not in cases:
-        counted_later = measure.columns[0].startswith("found_") and "dice" in cases
-        reason = "not counted by the version that judged these cases" if counted_later else "not a task of this model"
+        reason = measure.absent if "dice" in cases else Measure.absent
         return {"value": None, "reason": reason, **head}
     if not len(known):
         reason = _NO_TUMOUR if name == "surface_distance_mm" and head.get("both_empty") else "no labelled case"
@@ -300,10 +374,15 @@ def _counts(name: str, known: pd.DataFrame, cases: pd.DataFrame) -> dict[str, in
     elif name.endswith("_sensitivity"):
         of = LESIONS[name.removesuffix("_sensitivity")]
         counts[of] = int(known.get(f"true_{of}", nothing).sum())
+    elif name.endswith("_f1"):
+        of = LESIONS[name.removesuffix("_f1")]
+        columns = {of: f"true_{of}", "predicted": f"predicted_{of}", "matched": f"matched_{of}"}
+        counts |= {title: int(known.get(column, nothing).sum()) for title, column in columns.items()}
     elif name == "surface_distance_mm":
         counts["missed"] = int(np.isinf(known.get(name, nothing)).sum())
-    if name in ("dice", "surface_distance_mm") and set(_VOLUMES) <= set(cases):  # undefined or perfect in these
-        both_empty = int(without_surfaces(cases).sum())
+    if name.startswith(("dice", "surface_distance_mm")):  # undefined or perfect in these
+        ending = next((f"_{ending}" for ending in CLASSES if name.endswith(ending)), "")
+        both_empty = int(both_masks_empty(cases, ending).sum())
         counts |= {"both_empty": both_empty} if both_empty else {}
     return counts
 
@@ -312,8 +391,10 @@ def format_summary(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Text table of :func:`summarise`."""
     lines = []
     for name, row in summary.items():
+        if row.get("reason") == NOT_APART:
+            continue
         title, digits = MEASURES[name].title, MEASURES[name].digits
-        names = ("patients", "events", "positive", *LESIONS.values(), "missed", "both_empty")
+        names = ("patients", "events", "positive", *LESION_COUNTS)
         counts = ", ".join(f"{row[k]} {k.replace('_', ' ')}" for k in names if k in row)
         if len(row.get("thresholds", ())) == 1:
             counts += f"; called above {row['thresholds'][0]:.3f}"

@@ -26,6 +26,7 @@ from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, confusion, format_summary, roc_curve
+from scripts.evaluation.detection import match_lesions
 from scripts.evaluation.judge import judge
 from scripts.evaluation.survival import Outcomes
 from scripts.evaluation.survival_metrics import ensemble_survival
@@ -317,8 +318,8 @@ def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
     """Numbers of lesions, which are connected components (26 neighbours), of a predicted mask and a true one.
 
     A true lesion is found if the prediction covers at least 30 % of it; a predicted one is false if it overlaps no
-    true one. A primary tumour and a node that touch are one of the ``lesions``. The network does not distinguish
-    nodes, so there are no false nodes.
+    true one. HECKTOR counts otherwise, by pairs: ``matched_lesions`` (see :func:`.match_lesions`). A primary tumour and
+    a node that touch are one of the ``lesions``. The network does not distinguish nodes, so there are no false nodes.
 
     Args:
         predicted: (X, Y, Z) bool.
@@ -326,11 +327,12 @@ def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
 
     Returns:
         ``true_lesions`` and ``found_lesions``, the same of ``primaries`` and ``nodes``, ``predicted_lesions``,
-        ``false_lesions``.
+        ``false_lesions``, ``matched_lesions``.
     """
     labels, count = cc3d.connected_components(predicted, connectivity=26, return_N=True)
     touching = np.bincount(labels[truth > 0].ravel(), minlength=count + 1)[1:]
     counted = {"predicted_lesions": int(count), "false_lesions": int((touching == 0).sum())}
+    counted["matched_lesions"] = match_lesions(predicted, truth > 0)[2]
     for name, mask in {"lesions": truth > 0, "primaries": truth == keys.GTVP, "nodes": truth == keys.GTVN}.items():
         true, found = found_of(predicted, mask)
         counted |= {f"true_{name}": true, f"found_{name}": found}
