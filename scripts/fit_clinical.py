@@ -308,28 +308,28 @@ def make_shipped(
     return report
 
 
-def _counted(figure: dict[str, Any]) -> dict[str, Any]:
+def _counted(found: dict[str, Any]) -> dict[str, Any]:
     """A C-index as the model states it."""
-    numbers = {name: round(figure[name], 3) for name in ("value", "low", "high")}
-    return numbers | {name: figure[name] for name in ("patients", "events")}
+    numbers = {name: round(found[name], 3) for name in ("value", "low", "high")}
+    return numbers | {name: found[name] for name in ("patients", "events")}
 
 
 def print_shipped(report: dict[str, Any]) -> None:
     """Print the evidence, a line a metric: value, 95 % interval, patients, events."""
     rows = []
     for name in ("temporal", "external", "external_centres"):
-        for metric, figure in _flat(report.get(name, {})):
-            rows.append((name, metric, figure))
+        for metric, found in _flat(report.get(name, {})):
+            rows.append((name, metric, found))
     rows.append(("by_year", "c_index", report["by_year"]))
     for name in ("temporal", "by_year", "external"):
-        rows += [(f"HPV, {name}", metric, figure) for metric, figure in _flat(report["hpv"].get(name, {}))]
-    for name, metric, figure in rows:
-        counts = ", ".join(f"{figure[what]} {what}" for what in ("patients", "events", "positive") if what in figure)
-        print(f"{name:18}{metric:32}{_value(figure):26}{counts}")
+        rows += [(f"HPV, {name}", metric, found) for metric, found in _flat(report["hpv"].get(name, {}))]
+    for name, metric, found in rows:
+        counts = ", ".join(f"{found[what]} {what}" for what in ("patients", "events", "positive") if what in found)
+        print(f"{name:18}{metric:32}{_value(found):26}{counts}")
 
 
 def _flat(report: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, dict[str, Any]]]:
-    """Name and figure of all metrics in a report."""
+    """Name and values of all metrics in a report."""
     for name, item in report.items():
         if isinstance(item, dict) and "value" in item:
             yield f"{prefix}{name}", item
@@ -337,10 +337,10 @@ def _flat(report: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, dict[
             yield from _flat(item, f"{prefix}{name}.")
 
 
-def _value(figure: dict[str, Any]) -> str:
-    if figure["value"] is None:
-        return f"none: {figure['reason']}"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+def _value(found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return f"none: {found['reason']}"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def serve_label(
 
 
 def make_environment(place: Path) -> Path:
-    """The Python of MONAI Label's environment, which is made where it is not there yet or is of another version.
+    """The Python of MONAI Label's environment, which is created if it is missing or of another version.
 
     Raises:
         LabelEnvironmentError: it cannot be made.
@@ -149,7 +149,7 @@ def _run(command: list[str]) -> str:
 
 
 def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = False) -> Path:
-    """Put the bundle into MONAI Label's app, which is made where it is not there yet.
+    """Put the bundle into MONAI Label's app, which is created if it is missing.
 
     Configs and scripts are brought up to date each time. Weights that are there stay: they may have been trained since.
 

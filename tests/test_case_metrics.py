@@ -1,4 +1,4 @@
-"""Figures of a table of cases and their intervals, against their definitions."""
+"""Metrics of a table of cases and their intervals, against their definitions."""
 
 from __future__ import annotations
 

@@ -582,7 +582,7 @@ def test_no_usable_case_is_an_error_with_the_reasons(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        pytest.param(lambda root: root / "nowhere", "is not there", id="no_folder"),
+        pytest.param(lambda root: root / "nowhere", "does not exist", id="no_folder"),
         pytest.param(add_table, "is a file, not a folder", id="file"),
         pytest.param(
             lambda root: root, r"holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz", id="empty_folder"

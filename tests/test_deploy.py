@@ -375,7 +375,7 @@ def test_bundle_is_the_model_path_or_the_only_one_in_it(sdk, bundle, tmp_path):
         (tmp_path / name / "configs" / "inference.json").write_text("{}")
     with pytest.raises(sdk.app.AppError, match="2 bundles there"):
         sdk.app.find_bundle(tmp_path)
-    with pytest.raises(sdk.app.AppError, match=r"model\.pt is not there: put the trained weights there"):
+    with pytest.raises(sdk.app.AppError, match=r"model\.pt does not exist: put the trained weights there"):
         sdk.app.find_bundle(tmp_path / "one")
 
 

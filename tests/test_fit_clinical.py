@@ -369,7 +369,7 @@ def test_real_patients_through_the_cox_loss_and_c_index_of_the_bundle(real_csv):
 
 REAL_SCORES = {
     ("indicators", "training_median"): (0.642, 0.731),
-    # These are the figures that the data's own README reports.
+    # These are the numbers that the data's own README reports.
     ("indicators", "cohort_median"): (0.644, 0.742),
     ("indicators", "zero"): (0.645, 0.747),
     ("paper", "zero"): (0.580, 0.733),

@@ -99,7 +99,7 @@ def test_unusable_json_tables_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        pytest.param(lambda p: p / "absent", "is not there", id="absent"),
+        pytest.param(lambda p: p / "absent", "does not exist", id="absent"),
         pytest.param(lambda p: p, "holds no scan: neither .* nor DICOM", id="empty"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_pair_of_files(images):
 
 
 def test_a_pair_that_is_none(images):
-    with pytest.raises(CohortError, match=r"PET .* is not there"):
+    with pytest.raises(CohortError, match=r"PET .* does not exist"):
         pair_case(images / "images" / "a_ct.mha", images / "absent.mha")
     with pytest.raises(CohortError, match="one is a folder"):
         pair_case(images / "images" / "a_ct.mha", images / "images")

@@ -648,7 +648,7 @@ def test_the_server_lists_a_link_to_each_ct(tiny_cohort: Path, tmp_path: Path) -
     assert serve.list_studies("http://127.0.0.1:8042/dicom-web") == "http://127.0.0.1:8042/dicom-web"
 
 
-@pytest.mark.parametrize(("folder", "message"), [("none", "is not there"), ("empty", "no CT in")])
+@pytest.mark.parametrize(("folder", "message"), [("none", "does not exist"), ("empty", "no CT in")])
 def test_the_server_needs_scans(folder: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=message):

@@ -129,6 +129,13 @@ def test_training_curves_skip_epochs_without_validation() -> None:
     assert lines == {"loss (training)": [[1, 3], [2, 2]], "Dice (validation)": [[2, 0.4]]}
 
 
+def test_a_single_epoch_is_visible() -> None:
+    history = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 2.0}]
+    for rows, marker in ((history[:1], "o"), (history, "None")):
+        (panel,) = (axes for axes in training_figure({"fold 0": rows}).axes if axes.get_title())
+        assert panel.get_lines()[0].get_marker() == marker
+
+
 @pytest.mark.parametrize(
     ("figure", "text"),
     [

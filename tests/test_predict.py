@@ -426,7 +426,7 @@ def test_faults_end_the_tool_with_one_line(model, tmp_path):
     command = [sys.executable, "scripts/predict.py", str(tmp_path / "absent"), str(tmp_path / "out")]
     ended = subprocess.run([*command, "--ckpt_dir", str(model)], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'absent'} is not there"
+    assert ended.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'absent'} does not exist"
     with pytest.raises(FileNotFoundError, match="no weights at"):
         predict("x", str(tmp_path / "out"), ckpt_dir=str(tmp_path))
     with pytest.raises(CohortError, match="one patient, but there are 2"):

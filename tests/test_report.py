@@ -83,13 +83,13 @@ EVERYTHING = (
         "TLG 93 g",
     ),
     *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
-    *("WARNINGS (1 of 2 checks passed)", "warn: ct slice CT slice spacing: 5 mm: beyond the training range"),
+    *("WARNINGS (1 of 2 checks passed)", "warning: ct slice CT slice spacing: 5 mm: beyond the training range"),
     *(
         "Outlines: predicted primary tumour (red) and lymph node (blue)",
         "CT window -160 to 240 HU",
         "PET window 0 to 12 SUV",
     ),
-    *("Network 0.2.0, 5 folds", "below the brain as the PET shows it", "in 12.7 s", "2026-11-23T09:00:00+00:00"),
+    *("Network 0.2.0, 5 folds", "below the brain in the PET", "in 12.7 s", "2026-11-23T09:00:00+00:00"),
 )
 
 
@@ -161,7 +161,7 @@ def test_ordinary_voxel_sizes_are_a_remark_and_no_warning(checks, verdict, shown
 
 def test_a_rejected_voxel_size_is_no_remark() -> None:
     quality = {"verdict": "reject", "forced": True, "checks": [voxel_check("ct_slice", 3.0, "reject")]}
-    assert quality_problems(quality) == ["reject: size 3.0"]
+    assert quality_problems(quality) == ["rejected: size 3.0"]
 
 
 def test_the_largest_four_lesions_have_pictures_and_the_others_are_told() -> None:
@@ -329,7 +329,7 @@ def test_the_page_of_a_cohort(cohort: Path) -> None:
         *("Predictions of 4 patients", NOTICE, "trained on: 300 digital phantoms, not for clinical use"),
         *("4 (2 ok, 1 incomplete, 1 failed)", "2 high", "2 positive, 0 negative, 1 without a class"),
         *("incomplete: no row; no report: no space left", "failed: PET is missing"),
-        *("warn: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
+        *("warning: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
     ):
         assert said in text
     assert re.findall(r'href="([^"]*)"', source) == ["B_b/report.html", "A-1/report.html", "predictions.csv"]

@@ -1,4 +1,4 @@
-"""The learning study: what is run in which order, what is refused, and figures that are those of the runs."""
+"""The learning study: what is run in which order, what is refused, and metrics that are those of the runs."""
 
 from __future__ import annotations
 
@@ -239,9 +239,9 @@ def lifelines_c_index(cases: pd.DataFrame) -> float:
     return concordance_index(known["time"], -known["log_hazard"], known["event"])
 
 
-def test_figures_are_means_over_the_networks_own_held_out_cases(runs, report):
+def test_metrics_are_means_over_the_networks_own_held_out_cases(runs, report):
     tables = [held_out(runs, f"base_s{seed}") for seed in (0, 1)]
-    found = report["variants"]["base"]["figures"]
+    found = report["variants"]["base"]["metrics"]
     expected = [lifelines_c_index(table) for table in tables]
     assert found["c_index"]["value"] == pytest.approx(np.mean(expected))
     assert found["c_index"]["standard_deviation"] == pytest.approx(np.std(expected, ddof=1))
@@ -262,13 +262,13 @@ def test_threshold_is_chosen_on_training_cases(cohort, runs):
     known = held_out(runs, "base_s0").dropna(subset=["hpv"])
     called, positive = known["hpv_prob"] > threshold, known["hpv"] > 0.5
     expected = (called[positive].mean() + (~called[~positive]).mean()) / 2
-    figure = study_report.figure({"seed 0, fold 0": cells}, "balanced_accuracy_chosen", SAMPLES, 0)
+    figure = study_report.metric({"seed 0, fold 0": cells}, "balanced_accuracy_chosen", SAMPLES, 0)
     assert figure["value"] == pytest.approx(expected)
 
 
 def test_differences_are_on_shared_patients_and_networks(runs, report):
     less = report["variants"]["equal"]["differences"]["c_index"]
-    values = {v: report["variants"][v]["figures"]["c_index"]["value"] for v in ("base", "equal")}
+    values = {v: report["variants"][v]["metrics"]["c_index"]["value"] for v in ("base", "equal")}
     assert less["value"] == pytest.approx(values["equal"] - values["base"])
     assert less["networks"] == 2 and less["low"] <= less["value"] <= less["high"] and 0 < less["p"] <= 1
     full = report["variants"]["full"]["differences"]["c_index"]
@@ -297,14 +297,14 @@ def test_oracle_and_clinical_values_are_judged_on_the_same_patients(cohort, runs
         lifelines_c_index(table.assign(log_hazard=truth.loc[table["PatientID"]].to_numpy()))
         for table in (held_out(runs, f"base_s{seed}") for seed in (0, 1))
     ]
-    oracle = report["comparators"][study_report.ORACLE]["figures"]["c_index"]
+    oracle = report["comparators"][study_report.ORACLE]["metrics"]["c_index"]
     assert oracle["value"] == pytest.approx(np.mean(expected))
-    base = report["variants"]["base"]["figures"]["c_index"]
+    base = report["variants"]["base"]["metrics"]["c_index"]
     assert report["share_of_oracle"]["base"] == pytest.approx((base["value"] - 0.5) / (oracle["value"] - 0.5))
-    clinical = report["comparators"][study_report.CLINICAL]["figures"]["c_index"]
+    clinical = report["comparators"][study_report.CLINICAL]["metrics"]["c_index"]
     assert clinical["patients"] == base["patients"] and 0.5 < clinical["value"] < oracle["value"]
-    figures = report["comparators"][study_report.CLINICAL]["figures"]
-    assert figures["hpv_auc"]["patients"] == report["variants"]["base"]["figures"]["hpv_auc"]["patients"]
+    figures = report["comparators"][study_report.CLINICAL]["metrics"]
+    assert figures["hpv_auc"]["patients"] == report["variants"]["base"]["metrics"]["hpv_auc"]["patients"]
     assert figures["balanced_accuracy"]["value"] == figures["balanced_accuracy_chosen"]["value"]
 
 
@@ -332,7 +332,7 @@ def test_another_cohort_is_evaluated_after_the_training(cohort, others, tmp_path
     assert given["evaluation_dir"] == str(tmp_path / "burden_s0" / "fold_2" / "evaluation_others")
 
 
-def test_figures_of_another_cohort(cohort, others, runs, tmp_path):
+def test_metrics_of_another_cohort(cohort, others, runs, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(runs / "base_s0", folder / "base_s0")
     study = make_study(cohort, folder, test_dir=others)
@@ -343,10 +343,10 @@ def test_figures_of_another_cohort(cohort, others, runs, tmp_path):
     cases["PatientID"] = [f"{name[:-3]}{int(name[-3:]) + 200}" for name in cases["PatientID"]]
     cases.to_csv(place / "cases.csv", index=False)
     report = study_report.make_report(study, SAMPLES, 0, "")
-    assert report["variants"]["base"]["figures"]["c_index"]["value"] == pytest.approx(lifelines_c_index(cases))
+    assert report["variants"]["base"]["metrics"]["c_index"]["value"] == pytest.approx(lifelines_c_index(cases))
     assert "others" in report["judged_by"]
     for name in (study_report.CLINICAL, study_report.ORACLE):
-        assert report["comparators"][name]["figures"]["c_index"]["patients"] == cases["time"].notna().sum()
+        assert report["comparators"][name]["metrics"]["c_index"]["patients"] == cases["time"].notna().sum()
 
 
 def test_a_cohort_with_patients_of_the_study_is_refused(cohort, tmp_path):
@@ -365,7 +365,7 @@ def test_a_patient_of_the_study_is_known_by_any_spelling():
 
 
 def test_what_cannot_be_had_says_why(report):
-    assert report["variants"]["surv"]["figures"]["dice"] == {
+    assert report["variants"]["surv"]["metrics"]["dice"] == {
         "value": None,
         "reason": "not a task of this variant",
     }
@@ -378,6 +378,6 @@ def test_command_writes_json_and_a_table(cohort, runs):
     table = (runs / "study.md").read_text()
     assert "Research use only" in table and "--variants base,surv --seeds 0 --folds 0" in table
     written = json.loads((runs / "study.json").read_text(), parse_constant=pytest.fail)
-    value = written["variants"]["base"]["figures"]["c_index"]["value"]
+    value = written["variants"]["base"]["metrics"]["c_index"]["value"]
     row = next(line for line in table.splitlines() if line.startswith("| `base`"))
     assert f"{value:.3f} [" in row and row.count("|") == table.splitlines()[8].count("|")

@@ -202,6 +202,7 @@ def test_cut_points_make_groups_of_one_size() -> None:
     [
         pytest.param({"event": np.zeros(40)}, "0 relapses among 40 patients: absolute risk needs 10", id="no_events"),
         pytest.param({"event": np.arange(40) < 9}, "9 relapses among 40", id="too_few"),
+        pytest.param({"event": np.arange(40) < 1}, "1 relapse among 40 patients", id="one_event"),
         pytest.param({"log_hazard": np.full(40, 0.3)}, "same log hazard", id="constant"),
         pytest.param({"log_hazard": -np.arange(40.0)}, "no finite Cox slope", id="perfect_order"),
         pytest.param({"log_hazard": np.arange(39.0)}, "39 log hazards but 40 outcomes", id="lengths"),

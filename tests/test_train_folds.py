@@ -501,7 +501,7 @@ def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):
         ),
         pytest.param({"protocol": "half"}, "unknown protocol 'half'; known are partial, full", id="protocol"),
         pytest.param({"protocol": "leave_one_centre_out", "num_folds": 2}, "set it to 3", id="folds_of_centres"),
-        pytest.param({"dataset_dir": "nowhere"}, "nowhere is not there", id="no_data"),
+        pytest.param({"dataset_dir": "nowhere"}, "nowhere does not exist", id="no_data"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_runs(fake, centres, tmp_path, options, message):

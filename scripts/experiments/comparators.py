@@ -37,7 +37,7 @@ def cohort_of(run: Run) -> Cohort:
     settings = run.record["settings"]
     cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
     if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
-        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort that the folds were dealt from")
+        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort from which the folds were made")
     return cohort
 
 
@@ -178,7 +178,7 @@ def add_shipped(
 def add_clinical_hpv(
     run: Run, cases: pd.DataFrame, seed: int, samples: int, others: Sequence[Case] | None = None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The cases with ``clinical_hpv``, and its figures beside the model's, or why there are none.
+    """The cases with ``clinical_hpv``, and its metrics and the differences to the model's, or why there are none.
 
     Arguments are those of :func:`add_clinical`.
     """

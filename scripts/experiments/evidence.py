@@ -1,9 +1,9 @@
 """The held-out predictions of an experiment, brought to one scale and judged.
 
-The weights that a patient is judged by were not fitted to that patient, nor were the calibration, the cut points of
-risk groups and the HPV threshold, which come from the held-out predictions of the other folds. The epoch was: with
-``keep_epoch: best`` it is the one that was best on the fold's validation cases, which makes their figures too good
-where they are the ones that are held out. :func:`selection_of` says which it is, and every report repeats it.
+No weight was fitted to a patient whom it predicts, nor were the calibration, the cut points of the risk groups and the
+HPV threshold, which come from the held-out predictions of the other folds. The epoch may have been selected on the
+held-out cases: with ``keep_epoch: best`` it is the best one on the fold's validation cases, so that the metrics of
+these cases are optimistic. :func:`selection_of` says whether it was, and every report repeats it.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def hpv_threshold(run: Run, fold: int) -> float:
 def survival_of(cases: pd.DataFrame, calibrations: Mapping[int, Calibration | str]) -> SurvivalFunction:
     """Survival of each case by the calibration of its fold, as :func:`survival_metrics` takes it.
 
-    Where a fold has none the figures say why.
+    Where a fold has none, the metrics give the reason.
     """
     risk, folds = cases["risk"].to_numpy(), cases["fold"].to_numpy()
 
@@ -257,10 +257,10 @@ def judge(
     Args:
         run: of the experiment.
         cases: rows of its cases.
-        train: cases whose follow-up weights the survival figures.
+        train: cases whose follow-up weights the survival metrics.
         seed: of the bootstrap.
         samples: its draws.
-        least: counts below which no figure is given, such as :data:`scripts.evaluation.case_metrics.SMALL_GROUP`.
+        least: counts below which no metric is given, such as :data:`scripts.evaluation.case_metrics.SMALL_GROUP`.
 
     Returns:
         As :func:`scripts.evaluation.judge.judge`.

@@ -34,6 +34,7 @@ from scripts.cohorts.clinical import feature_named
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
 from scripts.evaluation.case_metrics import LESION_COUNTS, LESIONS, MEASURES, NOT_APART, PAPER_MEASURES
+from scripts.evaluation.plots import with_interval
 from scripts.evaluation.survival import DAYS_PER_YEAR
 from scripts.prediction.figures import save_case_figure
 from scripts.prediction.outputs import folder_name
@@ -179,23 +180,11 @@ def value_cell(row: Mapping[str, Any], digits: int = 3) -> str:
     """``0.712 [0.65, 0.77]``, or the reason why there is none."""
     if row["value"] is None:
         return NO_TASK if row["reason"] == "not a task of this model" else Words(f"none: {row['reason']}")
-    if row.get("low") is None or row.get("high") is None:
-        return decimals(row["value"], digits)
-    return f"{decimals(row['value'], digits)} [{decimals(row['low'], digits)}, {decimals(row['high'], digits)}]"
-
-
-def decimals(value: float, digits: int) -> str:
-    """A rounded number, without the sign of a zero.
-
-    Example:
-        >>> decimals(-0.0001, 3), decimals(-0.51, 1)
-        ('0.000', '-0.5')
-    """
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    return with_interval(row, digits)
 
 
 def counts_cell(row: Mapping[str, Any]) -> str:
-    """``120 patients, 30 events`` of a figure."""
+    """``120 patients, 30 events`` of a metric."""
     names = ("patients", "events", "positive", "cases", "controls", *LESION_COUNTS)
     return Words(", ".join(f"{row[name]} {name.replace('_', ' ')}" for name in names if name in row))
 
@@ -210,7 +199,7 @@ def measure_rows(metrics: Mapping[str, Mapping[str, Any]], names: Sequence[str])
 
 
 def counted_cell(row: Mapping[str, Any]) -> str:
-    """``0.712 [0.65, 0.77] (120, 30)``: a figure with the numbers of :data:`COUNTED`, or the reason for none."""
+    """``0.712 [0.65, 0.77] (120, 30)``: a metric with the counts of :data:`COUNTED`, or why there is none."""
     if row["value"] is None:
         return value_cell(row)
     return f"{value_cell(row)} ({', '.join(str(row[name]) for name in COUNTED if name in row)})"
@@ -250,7 +239,7 @@ def comparator_rows(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> li
 
 
 def comparator_row(title: str, row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Any]:
-    """A figure with its counts and the ``model`` that it is of."""
+    """A metric with its counts and the ``model`` that it describes."""
     return [title, value_cell(row), Words("; ".join(filter(None, [counts_cell(row), about.get("model")])))]
 
 
@@ -295,7 +284,7 @@ def cohort_details(main: Experiment, cohort: Cohort) -> dict[str, Any]:
             f"{len(cohort.cases) + len(cohort.exclusions)} patients in the folder or its tables",
             [f"{count} left out: {reason}" for reason, count in reasons.items()],
         ),
-        (f"{len(cohort.cases)} cases, dealt over the folds", unreadable_cases(main)),
+        (f"{len(cohort.cases)} cases, divided into the folds", unreadable_cases(main)),
         (f"{evaluated}: {labels or 'none with a label'}", []),
     ]
     doubts, said = listed(main, DOUBTS_FILE), ""
@@ -428,7 +417,7 @@ def survival_table(survival: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def survival_rows(survival: Mapping[str, Any]) -> list[list[object]]:
-    """Rows of the figures of :func:`scripts.evaluation.survival_metrics.survival_metrics`."""
+    """Rows of the metrics of :func:`scripts.evaluation.survival_metrics.survival_metrics`."""
     tau = f"tau = {survival['about']['tau_days'] / DAYS_PER_YEAR:.1f} years"
     titles = {"c_index": "C-index (Harrell)", "uno_c_index": f"C-index (Uno, up to {tau})"}
     years = {name: name[4:-1] for name in survival if name.startswith("auc_")}

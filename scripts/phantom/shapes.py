@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Vector = tuple[float, float, float]
+Keep = tuple[int, float, float]  # axis, lowest and highest body coordinate
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Ellipsoid:
     hu: float | None = None
     suv: float | None = None
     rotation: NDArray[np.float64] | None = None
-    keep: tuple[int, float, float] | None = None
+    keep: Keep | None = None
 
     def bounds(self) -> NDArray[np.float64]:
         """Corners (2, 3) of the box around it, body coordinates."""
@@ -49,10 +51,7 @@ class Ellipsoid:
         if self.rotation is not None:
             reach = np.sqrt(((self.rotation * reach) ** 2).sum(axis=1))
         low, high = np.array(self.centre) - reach, np.array(self.centre) + reach
-        if self.keep is not None:
-            axis, least, most = self.keep
-            low[axis], high[axis] = max(low[axis], least), min(high[axis], most)
-        return np.stack([low, high])
+        return _kept_bounds(low, high, self.keep)
 
     def contains(self, x: Array, y: Array, z: Array) -> NDArray[np.bool_]:
         """Whether body points, given as offsets that broadcast to (Z, Y, X), lie inside."""
@@ -62,10 +61,7 @@ class Ellipsoid:
             offsets = tuple(row[0] * offsets[0] + row[1] * offsets[1] + row[2] * offsets[2] for row in turn)
         radius = sum(np.square(offset * np.float32(1 / semi)) for offset, semi in zip(offsets, self.semi, strict=True))
         inside = radius <= 1.0
-        if self.keep is not None:
-            axis, least, most = self.keep
-            inside &= ((x, y, z)[axis] >= least) & ((x, y, z)[axis] <= most)
-        return inside
+        return inside & _kept((x, y, z), self.keep)
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,14 @@ class Tube:
     top: tuple[float, float, float, float, float]
     hu: float | None = None
     suv: float | None = None
-    keep: tuple[int, float, float] | None = None
+    keep: Keep | None = None
 
     def bounds(self) -> NDArray[np.float64]:
         """Corners (2, 3) of the box around it, body coordinates."""
         ends = np.array([self.bottom, self.top])
         low = np.array([*(ends[:, 1:3] - ends[:, 3:5]).min(axis=0), self.bottom[0]])
         high = np.array([*(ends[:, 1:3] + ends[:, 3:5]).max(axis=0), self.top[0]])
-        if self.keep is not None:
-            axis, least, most = self.keep
-            low[axis], high[axis] = max(low[axis], least), min(high[axis], most)
-        return np.stack([low, high])
+        return _kept_bounds(low, high, self.keep)
 
     def contains(self, x: Array, y: Array, z: Array) -> NDArray[np.bool_]:
         """Whether body points, given as arrays that broadcast to (Z, Y, X), lie inside."""
@@ -102,13 +95,26 @@ class Tube:
         )
         inside = np.square((x - centre_x) / half_x) + np.square((y - centre_y) / half_y) <= 1.0
         inside &= (z >= self.bottom[0]) & (z <= self.top[0])
-        if self.keep is not None:
-            axis, least, most = self.keep
-            inside &= ((x, y, z)[axis] >= least) & ((x, y, z)[axis] <= most)
-        return inside
+        return inside & _kept((x, y, z), self.keep)
 
 
 Part = Ellipsoid | Tube
+
+
+def _kept_bounds(low: NDArray[np.float64], high: NDArray[np.float64], keep: Keep | None) -> NDArray[np.float64]:
+    """Corners (2, 3) of the part of a box that is kept."""
+    if keep is not None:
+        axis, least, most = keep
+        low[axis], high[axis] = max(low[axis], least), min(high[axis], most)
+    return np.stack([low, high])
+
+
+def _kept(point: Sequence[Array], keep: Keep | None) -> NDArray[np.bool_] | bool:
+    """Whether body points, arrays of x, y and z that broadcast, are in the part that is kept."""
+    if keep is None:
+        return True
+    axis, least, most = keep
+    return (point[axis] >= least) & (point[axis] <= most)
 
 
 def vector(values: NDArray[np.float64]) -> Vector:

@@ -1,7 +1,7 @@
 """Where the time goes: seconds of each part of one patient, and of each kind of operation of network and training.
 
-For ``benchmark --stages profile_patient,profile_network,profile_training``: one run of each, so that figures tell
-shares and not hundredths.
+For ``benchmark --stages profile_patient,profile_network,profile_training``: one run of each, so that only the
+shares are meaningful, not differences of a hundredth.
 """
 
 from __future__ import annotations

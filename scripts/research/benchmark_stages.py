@@ -379,16 +379,25 @@ def check_mask(setup: Setup, plain: Answer, product: Answer) -> str:
 # --- one patient -------------------------------------------------------------------------------------------------
 def patient(setup: Setup) -> Run:
     """The bundle: files to mask and JSON."""
-    parser = bundle(setup)
-    parser.get_parsed_content("initialize")
-    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
+    predict, writer = _inference(bundle(setup))
 
     def run() -> Answer:
-        with open_silence():
-            evaluator.run()
+        predict()
         return _written(writer.output_dir)
 
     return run
+
+
+def _inference(parser: ConfigParser) -> tuple[Callable[[], None], Any]:
+    """A function that predicts the cases of a config without output on the terminal, and the writer of the results."""
+    parser.get_parsed_content("initialize")
+    evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
+
+    def predict() -> None:
+        with open_silence():
+            evaluator.run()
+
+    return predict, writer
 
 
 def patient_plainly(setup: Setup) -> Run:
@@ -463,13 +472,10 @@ def cohort(loader: Mapping[str, Any]) -> Callable[[Setup], Run]:
             link.symlink_to(setup.scan(kind))
         changes: dict[str, Any] = {f"evaluator#val_data_loader#{name}": value for name, value in loader.items()}
         changes |= {"dataset_dir": str(folder), "output_dir": str(setup.folder / "cohort_predictions")}
-        parser = bundle(setup, **changes)
-        parser.get_parsed_content("initialize")
-        evaluator, writer = parser.get_parsed_content("evaluator"), parser.get_parsed_content("handlers#0")
+        predict, writer = _inference(bundle(setup, **changes))
 
         def run() -> Answer:
-            with open_silence():
-                evaluator.run()
+            predict()
             rows = [writer.rows[name] for name in sorted(writer.rows)]
             return {keys.LOG_HAZARD: np.array([row["log_hazard"] for row in rows], dtype=float)}
 

@@ -176,7 +176,7 @@ def measure_localisation(
         jobs: processes; 0 = one for each core.
 
     Raises:
-        MeasureError: for an unknown scenario, numbers out of range, or a checkpoint that is not there.
+        MeasureError: for an unknown scenario, numbers out of range, or a checkpoint that does not exist.
     """
     names = list(SCENARIOS) if scenarios is None else _names(scenarios)
     if checkpoint is not None and not Path(checkpoint).is_file():

@@ -1,4 +1,4 @@
-"""What came out of a study of learning: figures with intervals, differences, and tables to read."""
+"""Report of a study of learning: metrics with intervals, differences, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ COLUMNS = {
 CLINICAL, ORACLE = "clinical values alone (Cox, logistic regression)", "oracle (the phantoms' true log hazard)"
 
 Cells = dict[str, pd.DataFrame]
-"""Cases that networks are judged by, by seed and fold, indexed by patient."""
+"""Cases on which networks are evaluated, by seed and fold, indexed by patient."""
 
 
 def read_cells(study: Study, variant: str) -> Cells:
-    """Cases that judge every finished network of a variant, with the HPV threshold chosen on its training cases.
+    """Cases on which the finished networks of a variant are evaluated, with the HPV threshold chosen on training cases.
 
     Raises:
         ExperimentError: a run is not what its name says.
@@ -59,14 +59,14 @@ def read_cells(study: Study, variant: str) -> Cells:
 
 
 def columns_of(name: str) -> dict[str, str]:
-    """Columns of the held-out cases that a figure reads, and what its measure calls them."""
+    """Columns of the held-out cases that a metric reads, and what its measure calls them."""
     if name == "balanced_accuracy_chosen":
         return {"hpv_prob": "hpv_prob", "hpv": "hpv", "chosen": "hpv_threshold"}
     return {column: column for column in MEASURES[name].columns}
 
 
 def wide_table(cells: Cells, name: str) -> pd.DataFrame:
-    """A row a patient, and for every network the columns that a figure reads; NaN where it did not hold it out."""
+    """A row for each patient; for every network the columns that a metric reads, NaN where it did not hold it out."""
     columns = columns_of(name)
     parts = {
         cell: table[list(columns)].astype(float).dropna().rename(columns=columns)
@@ -77,7 +77,7 @@ def wide_table(cells: Cells, name: str) -> pd.DataFrame:
 
 
 def mean_over_networks(rows: pd.DataFrame, name: str) -> float:
-    """Mean of a figure over the networks of :func:`wide_table`, each on the patients among ``rows`` that it held out.
+    """Mean of a metric over the networks of :func:`wide_table`, each on the patients among ``rows`` that it held out.
 
     Pairs of patients are compared within a network: log hazards of two networks have no common scale.
     """
@@ -86,7 +86,7 @@ def mean_over_networks(rows: pd.DataFrame, name: str) -> float:
 
 
 def each_network(rows: pd.DataFrame, name: str) -> dict[str, float]:
-    """A figure of each network; NaN where it does not exist."""
+    """A metric of each network; NaN where it is undefined."""
     statistic = MEASURES["balanced_accuracy" if name == "balanced_accuracy_chosen" else name].statistic
     names = list(columns_of(name).values())
     numbers = rows.to_numpy()
@@ -98,8 +98,8 @@ def each_network(rows: pd.DataFrame, name: str) -> dict[str, float]:
     return found
 
 
-def figure(cells: Cells, name: str, samples: int, seed: int) -> dict[str, Any]:
-    """Mean of a figure over networks with its interval over patients, the spread over networks, and counts."""
+def metric(cells: Cells, name: str, samples: int, seed: int) -> dict[str, Any]:
+    """Mean of a metric over networks with its interval over patients, the spread over networks, and counts."""
     table = wide_table(cells, name)
     if table.empty:
         return {"value": None, "reason": "not a task of this variant" if cells else "no finished run"}
@@ -109,14 +109,14 @@ def figure(cells: Cells, name: str, samples: int, seed: int) -> dict[str, Any]:
     if keys.EVENT in columns_of(name):
         head["events"] = int(table.xs(keys.EVENT, axis=1, level=1).max(axis=1).sum())
     if math.isnan(value):
-        return {"value": None, "reason": "it does not exist for these patients", **head}
+        return {"value": None, "reason": "it is undefined for these patients", **head}
     low, high = bootstrap_interval(partial(mean_over_networks, name=name), table, samples, seed)
     spread = float(np.nanstd(list(networks.values()), ddof=1)) if len(networks) > 1 else None
     return {"value": value, "low": low, "high": high, "standard_deviation": spread, **head}
 
 
 def difference(cells: Cells, base: Cells, name: str, samples: int, seed: int) -> dict[str, Any]:
-    """A figure less that of the base, on the patients that both held out with the same seed and fold."""
+    """A metric minus that of the base, on the patients that both held out with the same seed and fold."""
     shared = [cell for cell in cells if cell in base]
     pairs = [wide_table({cell: table[cell] for cell in shared}, name) for table in (cells, base)]
     if any(pair.empty for pair in pairs):
@@ -168,14 +168,14 @@ def with_risk(cases: pd.DataFrame, risk: pd.Series) -> pd.DataFrame:
 def make_report(
     study: Study, samples: int, seed: int, command: str, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Every figure of the finished runs.
+    """Every metric of the finished runs.
 
     Args:
         study: what is reported.
         samples: draws of the bootstrap.
         seed: of the draws.
-        command: that a reader types for it.
-        tell: called with a line for each variant on its turn.
+        command: that makes the report.
+        tell: called with a line of text for each variant.
 
     Raises:
         ExperimentError: nothing is finished, or a run is not what its name says.
@@ -218,7 +218,7 @@ def make_report(
 
 
 def judged_by(study: Study) -> str:
-    """Which cases the figures are of, in words."""
+    """Which cases the metrics are of, in words."""
     if study.test_dir is None:
         return "the cases that each network held out"
     cohort = load_cohort(study.test_dir)
@@ -231,11 +231,11 @@ def seed_of(cells: Cells) -> int:
 
 
 def judge(cells: Cells, against: str, others: Mapping[str, Cells], samples: int, seed: int) -> dict[str, Any]:
-    """Figures of one variant, and its differences to that of ``others`` which it is compared with."""
+    """Metrics of one variant, and its differences to that of ``others`` which it is compared with."""
     compared = () if cells is others[against] else tuple(COLUMNS)
     return {
         "networks": list(cells),
-        "figures": {name: figure(cells, name, samples, seed) for name in COLUMNS},
+        "metrics": {name: metric(cells, name, samples, seed) for name in COLUMNS},
         "against": against,
         "differences": {name: difference(cells, others[against], name, samples, seed) for name in compared},
     }
@@ -255,14 +255,14 @@ def run_facts(folder: Path) -> dict[str, Any]:
 
 def share_of_oracle(rows: Mapping[str, Any], comparators: Mapping[str, Any]) -> dict[str, float]:
     """(C - 0.5) / (oracle's C - 0.5) of each variant; none without an oracle."""
-    if ORACLE not in comparators or comparators[ORACLE]["figures"]["c_index"]["value"] is None:
+    if ORACLE not in comparators or comparators[ORACLE]["metrics"]["c_index"]["value"] is None:
         return {}
-    best = comparators[ORACLE]["figures"]["c_index"]["value"] - 0.5
-    values = {name: row["figures"]["c_index"]["value"] for name, row in rows.items()}
+    best = comparators[ORACLE]["metrics"]["c_index"]["value"] - 0.5
+    values = {name: row["metrics"]["c_index"]["value"] for name, row in rows.items()}
     return {name: (value - 0.5) / best for name, value in values.items() if value is not None and best > 0}
 
 
-# --- to read ------------------------------------------------------------------------------------------------------
+# --- Markdown ----------------------------------------------------------------------------------------------------
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
@@ -275,15 +275,15 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"**{report['notice']}**",
         "",
-        f"Data: {report['data']}. Seeds {join(report['seeds'])}, fold {join(report['folds'])} of each: a seed deals the"
-        f" folds anew. Judged by {report['judged_by']}; after the {epochs} epoch of each run.",
-        f"Figures are means over networks, [interval: {report['interval']}], ± standard deviation over networks.",
+        f"Data: {report['data']}. Seeds {join(report['seeds'])}, fold {join(report['folds'])} of each; every"
+        f" seed has other folds. Evaluated on {report['judged_by']}; after the {epochs} epoch of each run.",
+        f"Metrics are means over networks, [interval: {report['interval']}], ± standard deviation over networks.",
         f"Machine: {'; '.join(places) or 'not recorded'}"
         + (f"; {min(minutes):.0f} to {max(minutes):.0f} min a run." if minutes else "."),
         f"Command: `{report['command']}`",
         *(f"Note: {note}" for note in report["notes"]),
         "",
-        *figures_table(report),
+        *metrics_table(report),
         "",
         "Differences on the same patients (in so many networks), p two-sided, paired bootstrap:",
         "",
@@ -297,15 +297,15 @@ def join(values: Sequence[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def figures_table(report: Mapping[str, Any]) -> list[str]:
-    """A row a variant, then those who see no image."""
+def metrics_table(report: Mapping[str, Any]) -> list[str]:
+    """A row for each variant, then the references without images."""
     lines = markdown_rows([["variant", "what", "networks", "patients (events)", *COLUMNS.values(), "of the oracle"]])
     rows = {**report["variants"], **report["comparators"]}
     for name, row in rows.items():
-        survival = row["figures"]["c_index"]
+        survival = row["metrics"]["c_index"]
         known = f"{survival['patients']} ({survival['events']})" if "events" in survival else "-"
         share = report["share_of_oracle"].get(name)
-        cells = [shown(row["figures"].get(column), MEASURES.get(column)) for column in COLUMNS]
+        cells = [shown(row["metrics"].get(column), MEASURES.get(column)) for column in COLUMNS]
         title = f"`{name}`" if name in report["variants"] else name
         counts = [str(len(row["networks"])), known]
         lines += markdown_rows([[title, row.get("what", ""), *counts, *cells, f"{share:.0%}" if share else ""]], head=0)
@@ -313,8 +313,8 @@ def figures_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def differences_table(report: Mapping[str, Any]) -> list[str]:
-    """A row a variant."""
-    lines = markdown_rows([["variant", "less", *COLUMNS.values()]])
+    """A row for each variant."""
+    lines = markdown_rows([["variant", "minus", *COLUMNS.values()]])
     for name, row in {**report["variants"], **report["comparators"]}.items():
         if row["differences"]:
             title = f"`{name}`" if name in report["variants"] else name
@@ -330,7 +330,7 @@ def markdown_rows(rows: Sequence[Sequence[str]], head: int = 1) -> list[str]:
 
 
 def shown(found: Mapping[str, Any] | None, measure: Any = None) -> str:
-    """A figure to read; a dash where it is not asked for or cannot be had."""
+    """A metric as text; a dash where it is not asked for or undefined."""
     if found is None or found["value"] is None:
         return "-"
     spread = "" if found["standard_deviation"] is None else f" ± {found['standard_deviation']:.3f}"
@@ -338,7 +338,7 @@ def shown(found: Mapping[str, Any] | None, measure: Any = None) -> str:
 
 
 def shown_difference(found: Mapping[str, Any] | None) -> str:
-    """A difference to read."""
+    """A difference as text."""
     if found is None or found["value"] is None:
         return "-"
     counts = f"{found['patients']} patients in {found['networks']}"

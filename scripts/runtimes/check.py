@@ -70,7 +70,7 @@ def check_orthanc() -> NoReturn:
 
 
 def make_deploy_environment(folder: Path) -> Path | None:
-    """The Python of the environment, which is made where it is not there as it should be.
+    """The Python of the environment, which is created if it is missing or of other versions.
 
     Returns:
         None where it cannot be made; why has been printed.

@@ -153,7 +153,7 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
-        raise CohortError(f"dataset_dir {root} is {'a file, not a folder' if root.exists() else 'not there'}")
+        raise CohortError(f"dataset_dir {root} {'is a file, not a folder' if root.exists() else 'does not exist'}")
     found: dict[str, list[Scans]] = {}
     remarks = Remarks()
     place = root

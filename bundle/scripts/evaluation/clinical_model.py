@@ -64,7 +64,7 @@ class ClinicalModel:
         """The model in a file.
 
         Raises:
-            ClinicalModelError: the file is not there or is no such model.
+            ClinicalModelError: the file does not exist or is no such model.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))

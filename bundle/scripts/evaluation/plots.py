@@ -184,7 +184,7 @@ def roc_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figu
     panel.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     for number, (name, curve) in enumerate(curves.items()):
         colour, first = COLOURS[number % len(COLOURS)], number == 0
-        label = f"{name}: AUC {_interval(curve['auc'], 2)}" if first else f"{name}: {_value(curve['auc'], 2)}"
+        label = f"{name}: AUC {with_interval(curve['auc'], 2)}" if first else f"{name}: {_value(curve['auc'], 2)}"
         width, alpha = (2.2, 1.0) if first else (1.0, 0.7)
         rates = curve["false_positive_rate"], curve["true_positive_rate"]
         panel.plot(*rates, color=colour, linewidth=width, alpha=alpha, label=label)
@@ -302,7 +302,9 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         for number, (fold, history) in enumerate(histories.items()):
             points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
             if points:
-                panel.plot(*zip(*points, strict=True), color=COLOURS[number % len(COLOURS)], label=fold, linewidth=1.3)
+                line: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": fold, "linewidth": 1.3}
+                single = {"marker": "o", "markersize": 4} if len(points) == 1 else {}  # a line needs two points
+                panel.plot(*zip(*points, strict=True), **line, **single)
         panel.set_title(f"{name} ({'validation' if key in VALIDATION else 'training'})", fontsize=9)
         panel.set_xlabel("epoch", fontsize=8)
         panel.tick_params(labelsize=8)
@@ -330,23 +332,29 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _value(row: Mapping[str, Any], digits: int) -> str:
-    return "none" if row["value"] is None else _decimals(row["value"], digits)
+    return "none" if row["value"] is None else decimals(row["value"], digits)
 
 
-def _interval(row: Mapping[str, Any], digits: int) -> str:
+def with_interval(row: Mapping[str, Any], digits: int) -> str:
+    """``0.712 [0.650, 0.770]``, the value alone where there is no interval, or ``none``."""
     if row["value"] is None or row.get("low") is None or row.get("high") is None:
         return _value(row, digits)
-    value, low, high = (_decimals(row[name], digits) for name in ("value", "low", "high"))
+    value, low, high = (decimals(row[name], digits) for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def _decimals(value: float, digits: int) -> str:
-    """A rounded number, without the sign of a zero."""
+def decimals(value: float, digits: int) -> str:
+    """A rounded number, without the sign of a zero.
+
+    Example:
+        >>> decimals(-0.0001, 3), decimals(-0.51, 1)
+        ('0.000', '-0.5')
+    """
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _named(name: str, row: Mapping[str, Any], digits: int) -> str:
-    return f"no {name}: {row['reason']}" if row["value"] is None else f"{name} {_interval(row, digits)}"
+    return f"no {name}: {row['reason']}" if row["value"] is None else f"{name} {with_interval(row, digits)}"
 
 
 def _say(panel: Axes, text: str) -> None:

@@ -364,7 +364,8 @@ def fit_calibration(
     risk = checked_risk(log_hazard, outcomes)
     if outcomes.events < max(1, min_events):
         raise CalibrationError(
-            f"{outcomes.events} relapses among {outcomes.patients} patients: absolute risk needs {max(1, min_events)}"
+            f"{outcomes.events} relapse{'s' * (outcomes.events != 1)} among {outcomes.patients} patients: "
+            f"absolute risk needs {max(1, min_events)}"
         )
     fitted_slope, error = cox_slope(risk, outcomes)
     slope = max(0.0, fitted_slope)

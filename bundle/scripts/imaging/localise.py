@@ -19,6 +19,12 @@ METHOD_MASK = "mask"
 METHOD_PET_BRAIN = "pet_brain"
 METHOD_CT_TOP = "ct_body_top"
 METHOD_CENTRE = "scan_centre"
+METHOD_WORDS = {
+    METHOD_MASK: "centred on the tumour mask",
+    METHOD_PET_BRAIN: "below the brain in the PET",
+    METHOD_CT_TOP: "below the top of the body in the CT",
+    METHOD_CENTRE: "in the middle of the scan",
+}
 BY_NETWORK = "+network"  # suffix of the rule: the box was then moved to the tumour found by the network
 
 # --- the box in relation to the brain ------------------------------------------------------------------------
@@ -88,6 +94,18 @@ class Location:
     def rule(self) -> str:
         """The ``METHOD_*`` name without ``BY_NETWORK``."""
         return self.method.removesuffix(BY_NETWORK)
+
+
+def method_words(method: str) -> str:
+    """How the box was placed, in words for a reader; a method that is not known is returned as it is.
+
+    Example:
+        >>> method_words("pet_brain+network")
+        'below the brain in the PET, then moved to the tumour found by a coarse pass of the network'
+    """
+    rule = method.removesuffix(BY_NETWORK)
+    moved = ", then moved to the tumour found by a coarse pass of the network" if rule != method else ""
+    return METHOD_WORDS.get(rule, rule) + moved
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from monai.transforms import MapTransform
 
 from scripts import keys
 from scripts.imaging.geometry import Grid, box_grid
-from scripts.imaging.localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location
+from scripts.imaging.localise import METHOD_CENTRE, METHOD_MASK, METHOD_PET_BRAIN, Location, method_words
 from scripts.imaging.quality_features import feature_distance
 from scripts.imaging.quality_measures import (
     LATERAL_MM,
@@ -558,7 +558,7 @@ def _check_head(location: Location, ct: np.ndarray, ct_grid: Grid, box: Grid, ta
     A neck has air inside it over most of its length, unlike legs and arms.
     """
     limit = f"a tumour mask, a brain, or an airway of {_range(table['airway'], 'mm')}"
-    found = f"box placed by {location.method}" + (f" ({location.flag})" if location.flag else "")
+    found = f"box {method_words(location.method)}" + (f" ({location.flag})" if location.flag else "")
     if location.rule in (METHOD_MASK, METHOD_PET_BRAIN):
         return Check(HEAD_IN_VIEW, location.method, "", limit, WARN if location.flag else OK, found)
     airway = _judge("airway", airway_mm(ct, ct_grid, box), table)

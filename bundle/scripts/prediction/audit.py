@@ -27,7 +27,7 @@ def append_audit(
     """Append the line of one patient, in a single write, so that several programs may share a file.
 
     Args:
-        path: of the file, which is made where it is not there.
+        path: of the file, which is created if it does not exist.
         case: of the patient.
         outcome: status of the patient's row.
         checkpoint: the weights.
@@ -59,7 +59,7 @@ def _weights(checkpoint: str | None, prediction: Mapping[str, Any] | None) -> st
 
 
 def _inputs(case: Mapping[str, Any]) -> dict[str, Any]:
-    """UIDs of the series, or hashes of the files; None for a scan that is not there."""
+    """UIDs of the series, or hashes of the files; None for a missing scan."""
     choice: Choice | None = case.get(keys.DICOM)
     if choice is not None:
         studies = sorted({choice.ct.study_uid, choice.pet.study_uid})

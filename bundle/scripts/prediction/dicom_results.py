@@ -17,6 +17,7 @@ from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.sr import Findings, write_sr
 from scripts.imaging.lesions import find_lesions
 from scripts.prediction.description import METADATA
+from scripts.prediction.findings import CHECK_WORDS
 from scripts.prediction.measures import OF_LESION, TOTALS
 
 SEG_FILE, RTSTRUCT_FILE, SR_FILE = "tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"
@@ -92,7 +93,7 @@ def notes(prediction: Mapping[str, Any]) -> list[str]:
     if prediction["quality"]["forced"]:
         said.append("FORCED: quality control rejected these scans, and they were predicted in spite of it")
     said += [
-        f"Quality {check['verdict']}: {check['name']}: {check['message']}"
+        f"Quality control, {CHECK_WORDS[check['verdict']]}: {check['message']}"
         for check in prediction["quality"]["checks"]
         if check["verdict"] != "ok"
     ]

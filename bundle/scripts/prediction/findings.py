@@ -10,19 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.cohorts.clinical import FEATURES
+from scripts.imaging.localise import method_words
 from scripts.imaging.quality import DEFAULT_LIMITS, OK, REJECT, VOXEL_SIZES, WARN
 
 NOT_AVAILABLE = "not available"
 NO_TASK = "not a task of this model"
 NOT_KNOWN = "\u2013"
 FORCED = "FORCED: a quality check rejected this case and the prediction was made in spite of it. Do not rely on it."
-CROPS = {
-    "mask": "centred on a given tumour mask",
-    "pet_brain": "below the brain as the PET shows it",
-    "ct_body_top": "below the top of the body as the CT shows it",
-    "scan_centre": "middle of the scan",
-}
-NETWORK = "+network"  # behind a rule's name: the network itself moved the box
+CHECK_WORDS = {WARN: "warning", REJECT: "rejected"}
 VERDICTS = {OK: "no warnings", WARN: "WARNINGS", REJECT: "REJECTED"}
 UNUSUAL = (
     "The voxel size differs from the model's training scans, but is usual for clinical scanners. The scans are "
@@ -89,7 +84,7 @@ def page_verdict(quality: Mapping[str, Any]) -> str:
 
 def quality_problems(quality: Mapping[str, Any]) -> list[str]:
     """The messages of the checks that are not passed, the worst first, without ordinary voxel sizes."""
-    return [f"{check['verdict']}: {check['message']}" for check in _findings(quality)[0]]
+    return [f"{CHECK_WORDS[check['verdict']]}: {check['message']}" for check in _findings(quality)[0]]
 
 
 def _findings(quality: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -329,7 +324,7 @@ def quality_section(quality: Mapping[str, Any]) -> Section:
     section = Section("Quality of the scans")
     bad, remarks = _findings(quality)
     section.rows.append(("verdict", _verdict(quality)))
-    section.rows += [(f"{check['verdict']}: {_words(check['name'])}", check["message"]) for check in bad]
+    section.rows += [(f"{CHECK_WORDS[check['verdict']]}: {_words(check['name'])}", check["message"]) for check in bad]
     section.rows += [(f"remark: {_words(check['name'])}", check["message"]) for check in remarks]
     section.notes += [UNUSUAL] if remarks else []
     return section
@@ -339,10 +334,7 @@ def model_section(prediction: Mapping[str, Any]) -> Section:
     """What made the prediction: model, training, crop, versions."""
     model, crop = prediction["model"], prediction.get("crop") or {}
     section = Section("How it was made")
-    folds, method = model.get("folds"), crop.get("method") or ""
-    rule = method.removesuffix(NETWORK)
-    placed = CROPS.get(rule, _words(rule) or NOT_AVAILABLE)
-    placed += ", then centred on what a coarse look of the network took for tumour" if rule != method else ""
+    folds, placed = model.get("folds"), method_words(crop.get("method") or NOT_AVAILABLE)
     seconds = (prediction.get("seconds") or {}).get("total")
     section.rows += [
         (

@@ -73,7 +73,7 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
     if not source.is_dir():
         if source.exists():
             raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
-        raise CohortError(f"{source} is not there")
+        raise CohortError(f"{source} does not exist")
     found = find_scans(source)[0].values()
     if any(scans.ct or scans.pet or scans.contradiction("ct", "pet") for scans in found):
         cases, _ = cohort.folder_cases(source, clinical, features)
@@ -151,9 +151,9 @@ def pair_case(
     paths = {"CT": Path(ct).expanduser(), "PET": Path(pet).expanduser()}
     for name, path in paths.items():
         if not path.exists():
-            raise CohortError(f"{name} {path} is not there")
+            raise CohortError(f"{name} {path} does not exist")
     if paths["CT"].is_dir() != paths["PET"].is_dir():
-        raise CohortError("of CT and PET, one is a folder (DICOM) and the other a file: give two of a kind")
+        raise CohortError("of CT and PET, one is a folder (DICOM) and the other a file: give two files or two folders")
     if not paths["CT"].is_dir():
         name = paths["CT"].name.removesuffix(image_suffix(paths["CT"]))
         name = re.sub(r"__CT$", "", name, flags=re.IGNORECASE)

@@ -46,7 +46,7 @@ LESION_COLUMNS = (
     *("PatientID", "lesion", "label", *OF_LESION, "centre_x_mm", "centre_y_mm", "centre_z_mm"),
     *("forced", "trained_on", "model_sha256"),
 )
-NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values were taken as missing"
+NO_CLINICAL_ROW = "no row of the clinical table has this PatientID: all clinical values are read as missing"
 
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow: endings of files come behind
 _RESERVED = re.compile(
@@ -226,7 +226,7 @@ class PredictionWriter:
         for name, write in {TABLE: self._write_table, LESION_TABLE: self._write_lesions, **self.pages}.items():
             try:
                 write()
-            except (OSError, ValueError) as error:  # a page of a table that is not there is a ValueError
+            except (OSError, ValueError) as error:  # a page whose table is missing raises ValueError
                 self.problems[name] = str(error)
                 logger.error("no %s: %s", name, error)
                 with contextlib.suppress(OSError):  # nobody shall take an earlier one for it

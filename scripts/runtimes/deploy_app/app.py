@@ -66,7 +66,7 @@ def find_bundle(model_path: str | os.PathLike[str]) -> Path:
         raise AppError(f"{root}: {count} there; name the bundle's directory with --model or HOLOSCAN_MODEL_PATH")
     weights = found[0] / "models" / "model.pt"
     if not weights.is_file():
-        raise AppError(f"{weights} is not there: put the trained weights there first")
+        raise AppError(f"{weights} does not exist: put the trained weights there first")
     return found[0]
 
 

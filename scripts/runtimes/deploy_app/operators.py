@@ -55,13 +55,7 @@ class StudyOperator(Operator):
         spec.output("case")
 
     def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
-        """Find the study and pass it on.
-
-        Raises:
-            scripts.cohorts.cohort.CohortError: when there is no study, more than one, or one that cannot be predicted.
-            scripts.dicom.tags.DicomError: when it holds no DICOM.
-            scripts.cohorts.clinical.ClinicalValueError: when a clinical value cannot be read.
-        """
+        """Find the study and pass it on; raises what :func:`read_study` raises."""
         op_output.emit(read_study(self.folder, self.features), "case")
 
 
