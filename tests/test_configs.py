@@ -24,7 +24,7 @@ from conftest import BUNDLE, TINY, make_tiny_cohort
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.imaging.images import read_image
-from scripts.imaging.transforms import EVALUATION_KEYS, INFERENCE_KEYS, TRAINING_KEYS, LoadScansd
+from scripts.imaging.transforms import INFERENCE_KEYS, TRAINING_KEYS, LoadScansd
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec
 
@@ -82,7 +82,7 @@ def test_training_and_inference_define_the_same_network(trained: Path) -> None:
     ("purpose", "keys_kept", "use_mask"),
     [
         pytest.param("training", TRAINING_KEYS, True, id="training"),
-        pytest.param("evaluation", EVALUATION_KEYS, False, id="evaluation"),
+        pytest.param("evaluation", TRAINING_KEYS, False, id="evaluation"),
         pytest.param("inference", INFERENCE_KEYS, False, id="inference"),
     ],
 )

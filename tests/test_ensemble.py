@@ -10,6 +10,8 @@ import torch
 from ignite.handlers import Checkpoint
 
 from scripts.keys import (
+    CLASS_LOGITS,
+    CLASS_PROB,
     FEATURES,
     HPV_PROB,
     HPV_PROB_FOLDS,
@@ -78,6 +80,34 @@ HPV_KEYS = {HPV_PROB, HPV_PROB_STD, HPV_PROB_FOLDS}
 SURVIVAL_KEYS = {LOG_HAZARD, LOG_HAZARD_STD, LOG_HAZARD_FOLDS, FEATURES}
 
 # --- prediction --------------------------------------------------------------------------------------------
+
+
+def test_classes_of_tumour_are_averaged_and_add_up_to_the_tumour(image):
+    torch.manual_seed(0)
+    made = FoldEnsemble(MultitaskNet(2, seg_classes=2), {**SETTINGS, "seg_classes": ["GTVp", "GTVn"]})
+    made.resize(2)
+    for parameter in made.folds[1].parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    found = answers(made.eval(), image)
+    with torch.no_grad():
+        logits = [fold(image, torch.ones(2, 2))[CLASS_LOGITS] for fold in made.folds]
+    each = [torch.softmax(torch.cat([torch.zeros(2, 1, 16, 16, 16), one], dim=1), dim=1)[:, 1:] for one in logits]
+    torch.testing.assert_close(found[CLASS_PROB], torch.stack(each).mean(dim=0))
+    torch.testing.assert_close(found[CLASS_PROB].sum(dim=1, keepdim=True), found[SEG_PROB])
+    with torch.no_grad():
+        assert torch.equal(made(image), found[SEG_PROB])
+
+
+@pytest.mark.parametrize("seg_classes", [None, ["GTV"]])
+def test_weights_older_than_the_classes_have_one(path, seg_classes):
+    old = ensemble()
+    old.settings.pop("seg_classes", None)
+    save_weights(old, path)
+    settings = SETTINGS if seg_classes is None else {**SETTINGS, "seg_classes": seg_classes}
+    load_weights(ensemble(seed=1, settings=settings), path)
+    assert saved_spec(path).seg_classes == ("GTV",)
+    with pytest.raises(SettingsMismatch, match=r"seg_classes: weights \['GTV'\], config \['GTVp', 'GTVn'\]"):
+        load_weights(ensemble(settings={**SETTINGS, "seg_classes": ["GTVp", "GTVn"]}), path)
 
 
 def test_prediction_is_the_mean_and_the_spread_of_the_members(image):

@@ -130,9 +130,9 @@ def test_case_rows_hide_unknown_labels_and_measure_volumes() -> None:
         keys.SURV_KNOWN: torch.tensor([True, False]),
         keys.HPV: torch.tensor([1.0, 0.0]),
         keys.HPV_KNOWN: torch.tensor([False, True]),
-        keys.SEG: truth,
-        keys.SEG_LABELS: 2 * truth.to(torch.uint8),
+        keys.SEG: 2 * truth,
         keys.SEG_KNOWN: torch.tensor([True, False]),
+        keys.SEG_CLASSES_KNOWN: torch.tensor([True, False]),
         keys.SEG_INSIDE: torch.tensor([1.0, math.nan]),
         keys.BOX_AFFINE: torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])).repeat(2, 1, 1),
         keys.CROP_METHOD: ["pet_brain", "pet_brain"],
@@ -162,6 +162,34 @@ def test_case_rows_hide_unknown_labels_and_measure_volumes() -> None:
     assert all(math.isnan(second[name]) for name in unknown)
     assert second["predicted_lesions"] == 1
     assert second["hpv"] == 0.0
+    assert not any(name.startswith("dice_") for name in first), "a network of one class"
+
+
+@pytest.mark.parametrize(
+    ("true", "apart", "expected"),
+    [
+        pytest.param((1, 2), True, [2 / 3, 0.5, 0.8, 0.002, 0.003, 1], id="both"),
+        pytest.param((1, 0), True, [1 / 3, 0.5, 0.0, 0.002, 0.0, 0], id="no_node"),
+        pytest.param((1, 1), False, [2 / 3, *[math.nan] * 5], id="merged"),
+        pytest.param((0, 0), True, [0.0, 0.0, 0.0, 0.0, 0.0, 0], id="empty"),
+    ],
+)
+def test_case_rows_of_two_classes(true: tuple[int, int], apart: bool, expected: list[float]) -> None:
+    """GTVp: 2 voxels predicted, 2 true, 1 in both; GTVn: 3 true, 2 predicted, both right."""
+    each, truth = torch.zeros(1, 2, 16, 16, 16), torch.zeros(1, 1, 16, 16, 16)
+    each[0, 0, 1, 1, 1:3], each[0, 1, 9, 9, 1:3] = 0.7, 0.8
+    truth[0, 0, 1, 1, 2:4], truth[0, 0, 9, 9, 1:4] = true[0], true[1]
+    batch = {
+        **{keys.PATIENT_ID: ["a"], keys.CENTRE: ["X"], keys.CROP_METHOD: [""], keys.CROP_FLAG: [""]},
+        **{keys.TIME: torch.zeros(1), keys.EVENT: torch.tensor([False]), keys.HPV: torch.zeros(1)},
+        **{flag: torch.tensor([False]) for flag in (keys.SURV_KNOWN, keys.HPV_KNOWN)},
+        **{keys.SEG: truth, keys.SEG_KNOWN: torch.tensor([True]), keys.SEG_CLASSES_KNOWN: torch.tensor([apart])},
+        **{keys.SEG_INSIDE: torch.ones(1), keys.BOX_AFFINE: torch.eye(4)[None]},
+    }
+    (row,) = case_rows(batch, {keys.SEG_PROB: each.sum(dim=1, keepdim=True), keys.CLASS_PROB: each})
+    columns = ("dice", "dice_gtvp", "dice_gtvn", "true_volume_ml_gtvp", "true_volume_ml_gtvn", "true_nodes")
+    assert [row[name] for name in columns] == pytest.approx(expected, nan_ok=True)
+    assert [row["volume_ml_gtvp"], row["volume_ml_gtvn"]] == pytest.approx([0.002, 0.002])
 
 
 def test_the_handler_writes_table_metrics_survival_and_plots(tmp_path: Path) -> None:

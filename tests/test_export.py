@@ -20,6 +20,7 @@ from runtimes import export
 from runtimes.export import FORMATS, NAME, OUTPUTS, AllHeads, Case, ExportError, compare
 from runtimes.inference import inference_config
 from scripts.cohorts.clinical import DEFAULT_FEATURES
+from scripts.imaging.lesions import APART, MERGED
 from scripts.model.ensemble import FoldEnsemble, save_weights
 from scripts.runtimes import trt
 from scripts.training.engine import EnsembleInferer
@@ -27,9 +28,17 @@ from scripts.training.engine import EnsembleInferer
 BOX = (16, 16, 16)
 
 
-def make_ensemble(tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 1) -> FoldEnsemble:
+def make_ensemble(
+    tasks: tuple[str, ...] = ("seg", "hpv", "surv"), folds: int = 1, seg_classes: tuple[str, ...] = MERGED
+) -> FoldEnsemble:
     torch.manual_seed(0)
-    settings = {**SETTINGS, "clinical_features": list(DEFAULT_FEATURES), "roi_size": list(BOX), "tasks": list(tasks)}
+    settings = {
+        **SETTINGS,
+        "seg_classes": list(seg_classes),
+        "clinical_features": list(DEFAULT_FEATURES),
+        "roi_size": list(BOX),
+        "tasks": list(tasks),
+    }
     settings["survival_inputs"] = ["burden"] if "seg" in tasks else ["deep"]
     ensemble = empty_ensemble(settings)
     if "hpv" in tasks:
@@ -52,14 +61,17 @@ def make_case(ensemble: FoldEnsemble, cases: int = 1) -> Case:
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize(
-    ("tasks", "folds"),
+    ("tasks", "folds", "seg_classes"),
     [
-        pytest.param(("seg", "hpv", "surv"), 2, id="all_two_folds"),
-        pytest.param(("surv",), 1, id="survival_alone"),
+        pytest.param(("seg", "hpv", "surv"), 2, MERGED, id="all_two_folds"),
+        pytest.param(("seg", "hpv", "surv"), 2, APART, id="all_two_folds_two_classes"),
+        pytest.param(("surv",), 1, MERGED, id="survival_alone"),
     ],
 )
-def test_an_export_gives_all_heads_for_any_number_of_cases(tmp_path: Path, name: str, tasks, folds: int) -> None:
-    ensemble = make_ensemble(tasks, folds)
+def test_an_export_gives_all_heads_for_any_number_of_cases(
+    tmp_path: Path, name: str, tasks, folds: int, seg_classes
+) -> None:
+    ensemble = make_ensemble(tasks, folds, seg_classes)
     case, three = make_case(ensemble), make_case(ensemble, cases=3)
     ending, write, open_file = FORMATS[name]
     write(AllHeads(ensemble).eval(), case, {"model": "a test"}, tmp_path / f"m{ending}")
@@ -70,6 +82,7 @@ def test_an_export_gives_all_heads_for_any_number_of_cases(tmp_path: Path, name:
         assert {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in each.expected.items()}
         assert compare(each, run).wrong == ()
     assert ("seg_prob" in found) == ("seg" in tasks)
+    assert ("class_prob" in found) == (seg_classes == APART)
     assert found["log_hazard_folds"].shape == (3, folds)
 
 
@@ -116,6 +129,11 @@ MASK[..., :2] = 0.9
     ("found", "message"),
     [
         pytest.param({"seg_prob": MASK.roll(1, -1), "log_hazard": SCORE}, "Dice of the masks 0.50000", id="mask"),
+        pytest.param(
+            {"seg_prob": MASK, "class_prob": torch.cat([MASK.roll(1, -1), 0.5 * MASK], dim=1), "log_hazard": SCORE},
+            "Dice of the masks 0.66667",
+            id="classes",
+        ),
         pytest.param({"seg_prob": MASK, "log_hazard": SCORE * 1.002}, "log_hazard differs by 2.0e-03", id="risk"),
         pytest.param({"seg_prob": MASK, "log_hazard": SCORE * torch.nan}, "log_hazard differs by nan", id="nan"),
         pytest.param({"seg_prob": MASK, "log_hazard": torch.ones(1, 1)}, "differs by inf", id="shape"),

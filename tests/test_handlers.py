@@ -106,6 +106,40 @@ def test_validation_loss_is_the_training_loss_of_the_same_predictions() -> None:
     assert run(validation_metrics("loss", keys.TASKS, loss), [one])["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def output_of_classes(n: int = 6, seed: int = 0) -> dict:
+    """:func:`output` of a network of two classes, with masks of both, some of which do not tell them apart."""
+    rng = torch.Generator().manual_seed(seed)
+    one = output(n, seed)
+    one["label"][keys.SEG] = torch.randint(0, 3, (n, 1, 8, 8, 8), generator=rng).float()
+    one["label"][keys.SEG_CLASSES_KNOWN] = torch.arange(n) % 2 == 0
+    softmax = torch.softmax(torch.randn(n, 3, 8, 8, 8, generator=rng), dim=1)
+    one["pred"][keys.SEG_PROB], one["pred"][keys.CLASS_PROB] = 1 - softmax[:, :1], softmax[:, 1:]
+    return one
+
+
+def test_each_class_is_judged_where_masks_tell_it() -> None:
+    outputs = [output_of_classes(seed=k) for k in range(3)]
+    metrics = run(validation_metrics("dice", ("seg",), MultitaskLoss(("seg",)), ["GTVp", "GTVn"]), outputs)
+    assert list(metrics) == ["dice", "loss", "dice_gtvp", "dice_gtvn"]
+    each, truth = pooled(outputs, "pred", keys.CLASS_PROB), pooled(outputs, "label", keys.SEG)
+    known = pooled(outputs, "label", keys.SEG_KNOWN)
+    apart = known & pooled(outputs, "label", keys.SEG_CLASSES_KNOWN)
+    tumour = each.sum(dim=1, keepdim=True) > 0.5
+    assert metrics["dice"] == pytest.approx(float(compute_dice(tumour[known].float(), (truth > 0)[known]).mean()))
+    for value, name in ((1, "dice_gtvp"), (2, "dice_gtvn")):
+        own = tumour & (each[:, value - 1 : value] >= each.amax(dim=1, keepdim=True))
+        scores = compute_dice(own[apart].float(), (truth == value)[apart].float())
+        assert metrics[name] == pytest.approx(float(scores.mean())), name
+
+
+def test_validation_loss_of_classes_is_the_training_loss() -> None:
+    loss, one = MultitaskLoss(tasks=("seg",)), output_of_classes()
+    each, none = one["pred"][keys.CLASS_PROB], 1 - one["pred"][keys.SEG_PROB]
+    logits = {keys.CLASS_LOGITS: torch.log(each / none), keys.SEG_LOGITS: torch.logit(one["pred"][keys.SEG_PROB])}
+    metrics = validation_metrics("loss", ("seg",), loss, ["GTVp", "GTVn"])
+    assert run(metrics, [one])["loss"] == pytest.approx(float(loss(logits, one["label"])), rel=1e-4)
+
+
 def validation_case(survival: tuple[float, bool] | None, mask: bool) -> dict:
     time, event = survival or (0.0, False)
     known = survival is not None

@@ -15,12 +15,14 @@ from monai.losses import DiceLoss, FocalLoss
 from torchsurv.loss.cox import neg_partial_log_likelihood
 
 from scripts.keys import (
+    CLASS_LOGITS,
     EVENT,
     HPV,
     HPV_KNOWN,
     HPV_LOGIT,
     LOG_HAZARD,
     SEG,
+    SEG_CLASSES_KNOWN,
     SEG_KNOWN,
     SEG_LOGITS,
     SURV_KNOWN,
@@ -314,6 +316,103 @@ def test_hpv_gradient_is_right():
 def test_hpv_refuses_labels_of_another_shape():
     with pytest.raises(ValueError, match=r"HPV logits have shape \(3,\) but HPV labels \(3, 1\)"):
         HPVLoss()(torch.zeros(3), torch.zeros(3, 1))
+
+
+# --- classes of tumour ---------------------------------------------------------------------------------------
+
+
+def case_loss(probability, truth):
+    """Eq. 2 to 5 of one case and one class as they are written: probability and truth (V,)."""
+    dice = (2 * (probability * truth).sum() + 1e-5) / ((probability**2).sum() + (truth**2).sum() + 1e-5)
+    right = torch.where(truth > 0, probability, 1 - probability)
+    focal = -torch.where(truth > 0, 0.25, 0.75) * (1 - right) ** 2 * right.log()
+    return 1 - dice + focal.mean()
+
+
+def classes_batch(n=4, classes=2):
+    """Logits of classes and of their union, and masks with values up to the number of classes, in float64."""
+    logits = torch.randn(n, classes, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    return logits, logits.logsumexp(dim=1, keepdim=True), torch.randint(0, classes + 1, (n, 1, 4, 4, 4)).double()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("known", [(1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 1)])
+@pytest.mark.parametrize("apart", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 0, 1), (1, 1, 0, 0)])
+def test_classes_are_a_mean_over_cases_of_the_classes_or_of_the_union(classes, known, apart):
+    logits, union, mask = classes_batch(classes=classes)
+    flags = [torch.tensor(flag).bool() for flag in (known, apart)]
+    loss = SegmentationLoss()(union, mask, flags[0], logits, flags[1])
+    background = torch.zeros_like(logits[:, :1])
+    probabilities = torch.softmax(torch.cat([background, logits], dim=1), dim=1).flatten(2)
+    expected = []
+    for k in torch.nonzero(flags[0]).flatten():
+        truth = mask[k].flatten()
+        if apart[k]:
+            each = [case_loss(probabilities[k, c], (truth == c).double()) for c in range(1, classes + 1)]
+            expected.append(torch.stack(each).mean())
+        else:
+            expected.append(case_loss(1 - probabilities[k, 0], (truth > 0).double()))
+    expected = torch.stack(expected).mean()
+    torch.testing.assert_close(loss, expected)
+    slope = gradient(loss, logits)
+    torch.testing.assert_close(slope, gradient(expected, logits))
+    assert not slope[~flags[0]].any()
+
+
+def test_a_merged_mask_says_nothing_of_the_classes():
+    """A gradient step keeps the ratio of the classes' probabilities, and no value but 0 of the mask matters."""
+    logits, union, mask = classes_batch()
+    merged = torch.zeros(4, dtype=torch.bool)
+    loss = SegmentationLoss()(union, mask, None, logits, merged)
+    torch.testing.assert_close(loss, SegmentationLoss()(union, (mask > 0).double()))
+    slope = gradient(loss, logits)
+    torch.testing.assert_close(slope, slope.sum(dim=1, keepdim=True) * torch.softmax(logits, dim=1))
+
+
+def test_classes_of_unknown_masks_are_exactly_nothing():
+    logits, _, mask = classes_batch()
+    logits = logits.detach()
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    union = logits.logsumexp(dim=1, keepdim=True)
+    known, apart = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])
+    loss = SegmentationLoss()(union, mask, known, logits, apart)
+    alone = SegmentationLoss()(union[known], mask[known], None, logits[known], apart[known])
+    assert torch.equal(loss, alone) and loss.isfinite()
+    nothing = SegmentationLoss()(union, mask, ~torch.ones(4).bool(), logits, apart)
+    assert nothing.item() == 0
+    assert not gradient(nothing, logits)[[0, 2, 3]].any()
+
+
+def test_classes_in_half_precision_are_near():
+    logits, union, mask = classes_batch()
+    full = SegmentationLoss()(union, mask, None, logits)
+    half = SegmentationLoss()(union.bfloat16(), mask, None, logits.bfloat16())
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.01)
+
+
+def test_classes_refuse_masks_of_another_shape():
+    logits, union, mask = classes_batch()
+    with pytest.raises(ValueError, match=r"tumour logits have shape .* but mask"):
+        SegmentationLoss()(union, mask[..., :3], None, logits)
+
+
+@pytest.mark.parametrize("missing", [CLASS_LOGITS, SEG_CLASSES_KNOWN])
+def test_multitask_uses_the_classes_where_the_network_has_some(missing):
+    logits, union, mask = classes_batch()
+    outputs = {SEG_LOGITS: union, CLASS_LOGITS: logits}
+    targets = {SEG: mask, SEG_KNOWN: torch.ones(4).bool(), SEG_CLASSES_KNOWN: torch.tensor([True, True, False, False])}
+    loss = MultitaskLoss(("seg",))
+    expected = SegmentationLoss()(union, mask, targets[SEG_KNOWN], logits, targets[SEG_CLASSES_KNOWN])
+    assert torch.equal(loss(outputs, targets), expected)
+    if missing == SEG_CLASSES_KNOWN:
+        del targets[missing]
+        with pytest.raises(KeyError, match=missing):
+            loss(outputs, targets)
+    else:
+        del outputs[missing]
+        assert torch.equal(loss(outputs, targets), SegmentationLoss()(union, (mask > 0).double()))
 
 
 # --- all together, eq. 1 -----------------------------------------------------------------------------------

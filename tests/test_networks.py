@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from functools import partial
 
 import pytest
 import torch
 
-from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
+from scripts.keys import CLASS_LOGITS, FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS
 from scripts.model.branches import tumour_burden
-from scripts.model.losses import MultitaskLoss
-from scripts.model.networks import MultitaskNet
+from scripts.model.losses import MultitaskLoss, SegmentationLoss
+from scripts.model.networks import MultitaskNet, class_probabilities
 from scripts.model.unet import set_checkpointing
 
 SHAPES = {"seg": (SEG_LOGITS, (2, 1, 32, 32, 32)), "hpv": (HPV_LOGIT, (2,)), "surv": (LOG_HAZARD, (2,))}
@@ -404,8 +405,10 @@ def test_state_dict_round_trip(net, image):
     torch.testing.assert_close(other(image), net(image), atol=0, rtol=0)
 
 
-def test_all_heads_can_be_exported(net):
+@pytest.mark.parametrize("seg_classes", [1, 2])
+def test_all_heads_can_be_exported(seg_classes):
     """What exports need: a tuple of tensors from two inputs."""
+    net = MultitaskNet(seg_classes=seg_classes).eval()
     image = torch.rand(2, 2, 16, 16, 16)
 
     class Heads(torch.nn.Module):
@@ -420,6 +423,49 @@ def test_all_heads_can_be_exported(net):
     program = torch.export.export(Heads().eval(), (image, clinical)).module()
     for ours, exported in zip(net.heads(image, clinical), program(image, clinical), strict=True):
         torch.testing.assert_close(exported, ours)
+
+
+# --- classes of tumour ---------------------------------------------------------------------------------------
+
+
+def test_two_classes_that_share_a_tumour_are_one_to_every_other_branch(image):
+    """Each class has half the odds of the tumour of a network of one class: nothing else changes."""
+    arguments = {"survival_inputs": ["burden"], "hpv_inputs": ["image", "clinical"]}
+    one, two = MultitaskNet(**arguments).eval(), MultitaskNet(seg_classes=2, **arguments).eval()
+    weights = {**one.state_dict()}
+    weights["decoder.logits.weight"] = weights["decoder.logits.weight"].repeat(2, 1, 1, 1, 1)
+    weights["decoder.logits.bias"] = weights["decoder.logits.bias"].repeat(2) - math.log(2)
+    two.load_state_dict(weights)
+    with torch.no_grad():
+        expected, found = one(image), two(image)
+        probability = two.tumour_probability(image)
+    assert set(found) == {*expected, CLASS_LOGITS}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(probability, torch.sigmoid(expected[SEG_LOGITS]))
+    each = class_probabilities(found[SEG_LOGITS], found[CLASS_LOGITS])
+    assert each.shape == (2, 2, 32, 32, 32)
+    torch.testing.assert_close(each.sum(dim=1, keepdim=True), probability)
+
+
+def test_one_class_is_the_logit_itself(image):
+    net = MultitaskNet().eval()
+    with torch.no_grad():
+        outputs = net(image)
+        assert torch.equal(outputs[SEG_LOGITS], net.decode(net.encode(image)))
+    assert CLASS_LOGITS not in outputs
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_two_classes_train_every_parameter(amp, image):
+    net = MultitaskNet(tasks=["seg", "hpv"], seg_classes=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        outputs = net(image)
+    assert outputs[SEG_LOGITS].dtype == torch.float32
+    truth = torch.arange(2 * 32**3).reshape(2, 1, 32, 32, 32) % 3
+    SegmentationLoss()(outputs[SEG_LOGITS], truth, None, outputs[CLASS_LOGITS]).backward()
+    slopes = {name: p.grad for name, p in net.named_parameters() if name.startswith(("encoder", "decoder"))}
+    assert all(slope is not None and slope.isfinite().all() and slope.any() for slope in slopes.values())
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

@@ -214,6 +214,53 @@ def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest
     assert "P-002: left out of the training set" in caplog.text
 
 
+class MakeMask(Transform):
+    """A case of a centre, its mask holding GTVn, GTVp alone, or absent."""
+
+    def __call__(self, data: dict) -> dict:
+        holds = data["holds"]
+        known = {keys.SEG_KNOWN: torch.tensor(holds is not None), keys.SEG_CLASSES_KNOWN: torch.tensor(holds == 2)}
+        return {keys.PATIENT_ID: data[keys.PATIENT_ID], keys.CENTRE: data[keys.CENTRE], **known}
+
+
+MASKS = [("X", 2), ("X", 1), ("X", None), ("Y", 1), ("Y", 1), ("Z", 1), ("Z", 2)]  # the last two are for validation
+
+
+@pytest.mark.parametrize(
+    ("mask_labels", "expected", "words"),
+    [
+        pytest.param("auto", [1, 1, 0, 0, 0, 1, 1], ["apart in X, Z; they hold no GTVn in Y, so that 1 is"], id="auto"),
+        pytest.param("merged", [0] * 7, ["all are taken as merged (mask_labels)"], id="merged"),
+        pytest.param("apart", [1, 1, 0, 1, 1, 1, 1], ["all are taken as apart (mask_labels)"], id="apart"),
+    ],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_masks_tell_classes_apart_by_centre(tmp_path, caplog, mask_labels, expected, words, cached) -> None:
+    caplog.set_level("INFO")
+    members = [{**case(k), keys.CENTRE: centre, "holds": holds} for k, (centre, holds) in enumerate(MASKS)]
+    cache = str(tmp_path / "cache") if cached else None
+    parts = {
+        name: CaseDataset(some, Compose([MakeMask()]), cache, mask_labels)
+        for name, some in (("training", members[:5]), ("validation", members[5:]))
+    }
+    prepare_datasets(parts, str(tmp_path), show_progress=False)
+    found = [bool(part[k][keys.SEG_CLASSES_KNOWN]) for part in parts.values() for k in range(len(part))]
+    assert found == [bool(flag) for flag in expected]
+    assert all(text in caplog.text for text in words)
+
+
+def test_no_word_of_masks_where_there_are_none(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    members = [{**case(k), keys.CENTRE: "X", "holds": None} for k in range(2)]
+    prepare_datasets({"training": CaseDataset(members, Compose([MakeMask()]))}, str(tmp_path), show_progress=False)
+    assert "masks" not in caplog.text
+
+
+def test_an_unknown_kind_of_masks_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_labels is one of auto, merged, apart; got 'both'"):
+        CaseDataset([], Compose([MakeMask()]), mask_labels="both")
+
+
 def test_lists_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     for name in ("exclusions.csv", "quality.csv"):
         (tmp_path / name).write_text("PatientID\nP-000\n")

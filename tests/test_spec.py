@@ -45,6 +45,8 @@ def spec(**changes: Any) -> ModelSpec:
         pytest.param("tasks", ("seg",), ("seg",), id="tuple_as_fire_makes_it"),
         pytest.param("hpv_inputs", "clinical, image", ("image", "clinical"), id="hpv_inputs"),
         pytest.param("survival_inputs", "burden", ("burden",), id="survival_inputs"),
+        pytest.param("seg_classes", "GTVn,GTVp", ("GTVp", "GTVn"), id="seg_classes"),
+        pytest.param("seg_classes", ["GTV"], ("GTV",), id="one_class"),
         pytest.param("clinical_features", "m_stage,age", ("m_stage", "age"), id="features_keep_their_order"),
         pytest.param("clinical_features", [], (), id="no_features"),
         pytest.param("roi_size", 64, (64, 64, 64), id="cube"),

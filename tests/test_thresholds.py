@@ -47,7 +47,7 @@ def evaluated(value: float) -> int:
             keys.CROP_FLAG: [""],
             keys.BOX_AFFINE: affine,
         },
-        **{keys.SEG: torch.zeros(1, 1, *BOX.shape), keys.SEG_LABELS: torch.zeros(1, 1, *BOX.shape, dtype=torch.uint8)},
+        **{keys.SEG: torch.zeros(1, 1, *BOX.shape), keys.SEG_CLASSES_KNOWN: torch.tensor([False])},
     }
     return round(case_rows(batch, {keys.SEG_PROB: probability(value)})[0]["volume_ml"] / BOX.voxel_ml)
 

@@ -99,7 +99,7 @@ def test_item_for_training(case):
     assert (item[keys.IMAGE].shape, item[keys.IMAGE].dtype) == ((2, ROI, ROI, ROI), torch.float32)
     assert (item[keys.SEG].shape, item[keys.SEG].dtype) == ((1, ROI, ROI, ROI), torch.float32)
     assert (item[keys.CLINICAL].shape, item[keys.CLINICAL].dtype) == ((len(DEFAULT_FEATURES),), torch.float32)
-    for key in (keys.SEG_KNOWN, keys.HPV_KNOWN, keys.EVENT, keys.SURV_KNOWN):
+    for key in (keys.SEG_KNOWN, keys.SEG_CLASSES_KNOWN, keys.HPV_KNOWN, keys.EVENT, keys.SURV_KNOWN):
         assert item[key].dtype == torch.bool
     for key in (keys.HPV, keys.TIME, keys.SEG_INSIDE):
         assert (item[key].dtype, item[key].shape) == (torch.float32, ())
@@ -122,17 +122,16 @@ def test_channels_are_the_resampled_scans(case):
     assert keys.CT not in item
     labels, affine = scans()[keys.MASK]
     expected = resample(labels, Grid(labels.shape, affine), box, "nearest")
-    np.testing.assert_array_equal(item[keys.SEG][0].numpy(), expected > 0)
-    assert set(np.unique(item[keys.SEG].numpy())) == {0.0, 1.0}
-    np.testing.assert_array_equal(item[keys.SEG_LABELS][0].numpy(), expected)
-    assert set(np.unique(item[keys.SEG_LABELS].numpy())) == {keys.BACKGROUND, keys.GTVP, keys.GTVN}
+    np.testing.assert_array_equal(item[keys.SEG][0].numpy(), expected)
+    assert set(np.unique(item[keys.SEG].numpy())) == {keys.BACKGROUND, keys.GTVP, keys.GTVN}
+    assert item[keys.SEG_CLASSES_KNOWN]
 
 
 def test_a_mask_of_another_coding_holds_no_nodes(case):
     array, affine = scans()[keys.MASK]
     item = chain(4)({**case, keys.MASK: (array * 3, affine)})  # 3 and 6
-    assert set(np.unique(item[keys.SEG_LABELS].numpy())) == {keys.BACKGROUND, keys.GTVP}
-    assert item[keys.SEG].sum() == (item[keys.SEG_LABELS] > 0).sum()
+    assert set(np.unique(item[keys.SEG].numpy())) == {keys.BACKGROUND, keys.GTVP}
+    assert not item[keys.SEG_CLASSES_KNOWN]
 
 
 class Series:
@@ -186,6 +185,7 @@ def test_missing_mask_is_not_an_empty_one(case, mask):
         case[keys.MASK] = None
     item = chain()(case)
     assert not item[keys.SEG_KNOWN]
+    assert not item[keys.SEG_CLASSES_KNOWN]
     assert not item[keys.SEG].any()
     assert torch.isnan(item[keys.SEG_INSIDE])
     assert item[keys.CROP_METHOD] != "mask"
@@ -348,6 +348,27 @@ def test_native_pet_goes_with_the_item(case, dtype):
     assert item[keys.PET].numpy().dtype == dtype
     np.testing.assert_allclose(item[keys.PET].affine, PET_AFFINE)
     assert 0 <= time.monotonic() - float(item[keys.STARTED]) < 60
+
+
+def test_the_class_of_a_voxel_is_the_most_probable_one_on_the_ct():
+    """Probabilities cross between the voxels of the box: the CT, of half the voxel size, has the border there."""
+    box, ct = box_grid((0.0, 0.0, 0.0), 4, 2.0), box_grid((0.0, 0.0, 0.0), 8, 1.0)
+    each = torch.zeros(2, 4, 4, 4)
+    each[0], each[1] = (
+        torch.tensor([0.9, 0.6, 0.2, 0.1])[:, None, None],
+        torch.tensor([0.0, 0.2, 0.6, 0.2])[:, None, None],
+    )
+    item = {
+        **{keys.SEG_PROB: each.sum(dim=0, keepdim=True), keys.CLASS_PROB: each},
+        **{keys.BOX_AFFINE: torch.from_numpy(box.affine), keys.CT_AFFINE: torch.from_numpy(ct.affine)},
+        keys.CT_SHAPE: torch.tensor(ct.shape),
+    }
+    restored = RestoreMaskd()(item)
+    assert restored[keys.PRED].dtype == torch.uint8
+    assert restored[keys.PRED][0, 1:-1, 4, 4].tolist() == [1, 1, 1, 2, 2, 2]  # half of 0.8 and 0.3 is 0.55 at the end
+    merged = RestoreMaskd()({name: value for name, value in item.items() if name != keys.CLASS_PROB})
+    assert torch.equal(merged[keys.PRED], (restored[keys.PRED] > 0).to(torch.uint8))
+    assert merged[keys.VOLUME_ML] == restored[keys.VOLUME_ML]
 
 
 def test_without_a_probability_there_is_no_mask():

@@ -30,9 +30,11 @@ CLINICAL_FOUND = "clinical_found"  # bool, False where no CSV row belongs to the
 CLINICAL_SOURCE = "clinical_source"  # dict, clinical value -> where it comes from, where that is not a table
 
 # --- what it learns from: each label with a flag of its own ---------------------------------------------
-SEG = "seg"  # (1, *roi_size) float32 in {0, 1}; zeros where unknown
+SEG = "seg"  # (1, *roi_size) float32, the mask's values (BACKGROUND, GTVP, GTVN); zeros where unknown
 SEG_KNOWN = "seg_known"  # bool; True for an empty mask, False for a missing one
-SEG_LABELS = "seg_labels"  # (1, *roi_size) uint8, the mask's values (GTVP, GTVN); only in cases that are judged
+# bool; True where the mask tells primary tumour and nodes apart: it or another mask of its centre holds GTVN
+# (training/sampling.py). False: GTVP is any tumour.
+SEG_CLASSES_KNOWN = "seg_classes_known"
 SEG_INSIDE = "seg_inside"  # float, share of the mask's voxels that lie in the box; NaN where unknown or empty
 HPV = "hpv"  # float in {0, 1}; 0 where unknown
 HPV_KNOWN = "hpv_known"  # bool
@@ -55,8 +57,10 @@ REQUEST = (
 )
 
 # --- network output ----------------------------------------------------------------------------------------
-SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size)
-SEG_PROB = "seg_prob"  # (B, 1, *roi_size)
+SEG_LOGITS = "seg_logits"  # (B, 1, *roi_size), of tumour of any class
+SEG_PROB = "seg_prob"  # (B, 1, *roi_size), of tumour of any class
+CLASS_LOGITS = "class_logits"  # (B, C, *roi_size), of each class against background; only of C > 1 classes
+CLASS_PROB = "class_prob"  # (B, C, *roi_size), of each class; their sum is SEG_PROB; only of C > 1 classes
 HPV_LOGIT = "hpv_logit"  # (B,)
 HPV_PROB = "hpv_prob"  # (B,)
 LOG_HAZARD = "log_hazard"  # (B,)
@@ -66,7 +70,7 @@ HPV_PROB_FOLDS = "hpv_prob_folds"  # (B, K), of each fold
 LOG_HAZARD_FOLDS = "log_hazard_folds"  # (B, K), of each fold
 FOLD_COLUMN = "log_hazard_fold_"  # of a table of cases, then the number of the fold
 FEATURES = "features"  # (B, F) of one network, (B, K, F) of an ensemble: the deep features z1 and z2
-PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid
+PRED = "pred"  # (1, X, Y, Z) uint8, the tumour mask on the CT's own grid: k is the k-th class of the model
 VOLUME_ML = "volume_ml"  # float, volume of that mask
 MEASURES = "measures"  # dict of plain numbers, what was measured on mask and PET (prediction/measures.py)
 PREDICTION = "prediction"  # dict, all that is said of a patient, as prediction.json has it (prediction/description.py)

@@ -6,6 +6,7 @@
 prepares them; outputs, float32:
 
     seg_prob (B, 1, R, R, R), hpv_prob (B,), log_hazard (B,)     means over the folds
+    class_prob (B, 2, R, R, R)                                   likewise, of a model of GTVp and GTVn
     hpv_prob_folds, log_hazard_folds (B, K)                      of each fold
 
 without those of tasks that the model does not have. Settings, provenance and the research-use notice are stored in the
@@ -37,7 +38,7 @@ from scripts.cohorts.cohort import cases_to_predict, inference_cases
 from scripts.cohorts.files import written_whole
 from scripts.cohorts.scans import find_scans
 from scripts.cohorts.tables import read_tables
-from scripts.cohorts.thresholds import above
+from scripts.cohorts.thresholds import label_map
 from scripts.model.ensemble import (
     CheckpointError,
     FoldEnsemble,
@@ -46,6 +47,7 @@ from scripts.model.ensemble import (
     load_weights,
     name_of_release,
 )
+from scripts.model.networks import class_probabilities
 from scripts.training.engine import EnsembleInferer
 
 REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct" / "images"
@@ -55,7 +57,7 @@ NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 OPSET = 18
 INPUTS = (keys.IMAGE, keys.CLINICAL)
 SCORES = (keys.HPV_PROB, keys.LOG_HAZARD, keys.HPV_PROB_FOLDS, keys.LOG_HAZARD_FOLDS)
-OUTPUTS = (keys.SEG_PROB, *SCORES)
+OUTPUTS = (keys.SEG_PROB, *SCORES, keys.CLASS_PROB)
 LEAST_DICE = 0.999
 TOLERANCE = 1e-3  # relative, of every score
 ROUNDING = 1e-6  # absolute, for scores near 0, where float32 rounds more than that relatively
@@ -82,12 +84,16 @@ class AllHeads(nn.Module):
     def forward(self, image: Tensor, clinical: Tensor) -> dict[str, Tensor]:
         """Image (B, 2, R, R, R) and coded clinical values (B, F) -> the outputs that this module's head names."""
         masks: list[Tensor] = []
+        classes: list[Tensor] = []
         hpv: list[Tensor] = []
         hazards: list[Tensor] = []
         for fold in self.folds:
-            seg_logits, hpv_logit, log_hazard, _ = fold.heads(image, clinical)  # type: ignore[operator]
-            if seg_logits is not None:
-                masks.append(torch.sigmoid(seg_logits.float()))
+            class_logits, hpv_logit, log_hazard, _ = fold.heads(image, clinical)  # type: ignore[operator]
+            if class_logits is not None:
+                seg_logits = fold.union(class_logits.float())  # type: ignore[operator]
+                masks.append(torch.sigmoid(seg_logits))
+                if fold.seg_classes > 1:  # type: ignore[operator]
+                    classes.append(class_probabilities(seg_logits, class_logits.float()))
             if hpv_logit is not None:
                 hpv.append(torch.sigmoid(hpv_logit.float()))
             if log_hazard is not None:
@@ -95,6 +101,8 @@ class AllHeads(nn.Module):
         outputs: dict[str, Tensor] = {}
         if len(masks) > 0:
             outputs[self.names[0]] = torch.stack(masks).mean(dim=0)
+        if len(classes) > 0:
+            outputs[self.names[5]] = torch.stack(classes).mean(dim=0)
         if len(hpv) > 0:
             outputs[self.names[1]] = torch.stack(hpv).mean(dim=0)
             outputs[self.names[3]] = torch.stack(hpv, dim=1)
@@ -128,7 +136,8 @@ class Difference:
     Attributes:
         case: its name.
         voxels: of PyTorch's mask in the box.
-        dice: of the two masks, 1.0 where both are empty; None without the segmentation task.
+        dice: of the two masks, 1.0 where both are empty; the lower one of two classes; None without the segmentation
+            task.
         scores: largest relative difference of each score, over the folds.
         wrong: what is outside the limits, empty where all is well.
     """
@@ -337,8 +346,9 @@ def compare(case: Case, run: Run) -> Difference:
     wrong = [f"no {name}" for name in case.expected if name not in found]
     dice, voxels = None, 0
     if keys.SEG_PROB in case.expected and keys.SEG_PROB in found:
-        expected_mask, mask = (above(outputs[keys.SEG_PROB]) for outputs in (case.expected, found))
-        voxels, dice = int(expected_mask.sum()), dice_of(expected_mask, mask)
+        expected, mask = (label_map(each[keys.SEG_PROB], each.get(keys.CLASS_PROB)) for each in (case.expected, found))
+        voxels = int((expected > 0).sum())
+        dice = min(dice_of(expected == value, mask == value) for value in range(1, 1 + classes_in(case.expected)))
         if not dice >= LEAST_DICE:
             wrong.append(f"Dice of the masks {dice:.5f}, below {LEAST_DICE}")
     scores = {}
@@ -348,6 +358,11 @@ def compare(case: Case, run: Run) -> Difference:
             if not agree:
                 wrong.append(f"{name} differs by {scores[name]:.1e} (relative), over {TOLERANCE:.0e}")
     return Difference(case.name, voxels, dice, scores, tuple(wrong))
+
+
+def classes_in(outputs: Mapping[str, Tensor]) -> int:
+    """Number of classes of tumour that the outputs tell apart."""
+    return outputs[keys.CLASS_PROB].shape[1] if keys.CLASS_PROB in outputs else 1
 
 
 def dice_of(one: Tensor, other: Tensor) -> float:

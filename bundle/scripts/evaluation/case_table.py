@@ -24,9 +24,9 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
-from scripts.cohorts.thresholds import above
+from scripts.cohorts.thresholds import label_map
 from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, confusion, format_summary, roc_curve
-from scripts.evaluation.detection import match_lesions
+from scripts.evaluation.detection import class_columns, match_lesions
 from scripts.evaluation.judge import judge
 from scripts.evaluation.survival import Outcomes
 from scripts.evaluation.survival_metrics import ensemble_survival
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.npz"
+
+OF_CLASSES = ("_primaries", "_nodes")  # columns that need a mask that tells classes apart
 
 SURFACE_PERCENTILE = 95
 LESION_OVERLAP = 0.3  # share of a lesion that a prediction must cover to have found it
@@ -244,7 +246,8 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
     """One row for each case of a collated ``batch`` and its prediction; NaN where a label is unknown.
 
     Dice (8), surface distance and lesions are computed on the network's grid, without the part of the true mask
-    outside the box; its share is ``1 - seg_inside``.
+    outside the box; its share is ``1 - seg_inside``. A network of two classes of tumour has the columns of
+    :func:`.class_columns` too. What is true of a class is known only where the mask tells classes apart.
     """
     columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
     if keys.LOG_HAZARD in pred:
@@ -258,7 +261,11 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
         columns["hpv_prob"] = _numbers(pred[keys.HPV_PROB])
     columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
     if keys.SEG_PROB in pred:
-        columns |= _mask_columns(batch, above(pred[keys.SEG_PROB]).float().cpu())
+        labels = label_map(pred[keys.SEG_PROB], pred.get(keys.CLASS_PROB)).cpu()
+        columns |= _mask_columns(batch, (labels > 0).float())
+        if keys.CLASS_PROB in pred:
+            truth, known = torch.as_tensor(batch[keys.SEG]).cpu(), _classes_known(batch).numpy()
+            columns |= class_columns(labels, truth, known, _voxel_ml(batch))
     columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
     columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]
     return pd.DataFrame(columns).to_dict("records")
@@ -266,10 +273,10 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
 
 def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str, Any]:
     """Columns that compare predicted masks (B, 1, *roi_size) in {0, 1} with the true ones."""
-    truth, known = torch.as_tensor(batch[keys.SEG]).float().cpu(), batch[keys.SEG_KNOWN]
-    affines = np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3]
-    voxel_ml = np.abs(np.linalg.det(affines)) / 1000
-    spacing_mm = np.linalg.norm(affines, axis=1)
+    true_labels, known = torch.as_tensor(batch[keys.SEG]).cpu(), batch[keys.SEG_KNOWN]
+    truth = (true_labels > 0).float()
+    voxel_ml = _voxel_ml(batch)
+    spacing_mm = np.linalg.norm(np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3], axis=1)
     columns = {
         "dice": _numbers(compute_dice(predicted, truth, ignore_empty=False)[:, 0], known),
         "volume_ml": _numbers(predicted.flatten(1).sum(1)) * voxel_ml,
@@ -279,12 +286,23 @@ def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str
     pairs = list(zip(predicted[:, 0], truth[:, 0], strict=True))
     distances = [surface_distance_mm(*pair, of) for pair, of in zip(pairs, spacing_mm, strict=True)]
     columns["surface_distance_mm"] = _numbers(distances, known)
-    labels = torch.as_tensor(batch[keys.SEG_LABELS]).cpu()[:, 0]
-    lesions = pd.DataFrame(
-        [count_lesions(mask.numpy() > 0, true.numpy()) for mask, true in zip(predicted[:, 0], labels, strict=True)]
-    )
+    masks = zip(predicted[:, 0], true_labels[:, 0], strict=True)
+    lesions = pd.DataFrame([count_lesions(mask.numpy() > 0, true.numpy()) for mask, true in masks])
     columns["predicted_lesions"] = lesions.pop("predicted_lesions").to_numpy()
-    return columns | {name: _numbers(values.to_numpy(), known) for name, values in lesions.items()}
+    for name, values in lesions.items():
+        of_class = str(name).endswith(OF_CLASSES)
+        columns[str(name)] = _numbers(values.to_numpy(), _classes_known(batch) if of_class else known)
+    return columns
+
+
+def _classes_known(batch: Mapping[str, Any]) -> torch.Tensor:
+    """(B,) bool, whether a mask is known that tells primary tumour and nodes apart."""
+    return torch.as_tensor(batch[keys.SEG_KNOWN]).bool() & torch.as_tensor(batch[keys.SEG_CLASSES_KNOWN]).bool()
+
+
+def _voxel_ml(batch: Mapping[str, Any]) -> np.ndarray:
+    """(B,) volume of a voxel of the network's grid."""
+    return np.abs(np.linalg.det(np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3])) / 1000
 
 
 def surface_distance_mm(predicted: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence[float]) -> float:
@@ -319,7 +337,7 @@ def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
 
     A true lesion is found if the prediction covers at least 30 % of it; a predicted one is false if it overlaps no
     true one. HECKTOR counts otherwise, by pairs: ``matched_lesions`` (see :func:`.match_lesions`). A primary tumour and
-    a node that touch are one of the ``lesions``. The network does not distinguish nodes, so there are no false nodes.
+    a node that touch are one of the ``lesions``. The class of a prediction does not matter: there are no false nodes.
 
     Args:
         predicted: (X, Y, Z) bool.

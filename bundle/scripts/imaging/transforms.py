@@ -22,7 +22,7 @@ from monai.transforms import MapTransform
 
 from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
-from scripts.cohorts.thresholds import HALF, above
+from scripts.cohorts.thresholds import HALF, label_map
 from scripts.imaging.geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
 from scripts.imaging.images import read_scan
 from scripts.imaging.localise import Proposer, locate_head_neck, locate_mask
@@ -46,6 +46,7 @@ LABEL_KEYS = (
     keys.CENTRE,
     keys.SEG,
     keys.SEG_KNOWN,
+    keys.SEG_CLASSES_KNOWN,
     keys.SEG_INSIDE,
     keys.HPV,
     keys.HPV_KNOWN,
@@ -54,7 +55,6 @@ LABEL_KEYS = (
     keys.SURV_KNOWN,
 )
 TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, keys.QUALITY)
-EVALUATION_KEYS = (*TRAINING_KEYS, keys.SEG_LABELS)  # nodes are evaluated separately; augmentation does not flip them
 
 
 class LoadScansd(MapTransform):
@@ -140,10 +140,10 @@ class LocaliseBoxd(MapTransform):
 class ResampleToBoxd(MapTransform):
     """Resample CT, PET and mask to the network's box, each in one interpolation, and drop the native CT and mask.
 
-    Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 1
-    where the nearest mask voxel is GTVp or GTVn, zeros without a mask; ``seg_labels`` (1, R, R, R) uint8, 2 where it is
-    GTVn, 1 where it is GTVp (or any other value); ``seg_known``; and ``seg_inside``, the share of the mask's voxels
-    that lie in the box.
+    Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 2
+    where the nearest mask voxel is GTVn, 1 where it is GTVp (or any other value but 0), zeros without a mask;
+    ``seg_known``; ``seg_classes_known``, whether the mask holds GTVn anywhere, so that it tells primary tumour and
+    nodes apart; and ``seg_inside``, the share of the mask's voxels that lie in the box.
 
     Args:
         roi_size: voxels of the box along x, y, z, as for :class:`LocaliseBoxd`.
@@ -162,17 +162,15 @@ class ResampleToBoxd(MapTransform):
         image = np.stack(
             [resample(*array_and_grid(ct), box, fill=CT_FILL), resample(*array_and_grid(pet), box, fill=PET_FILL)]
         )
-        found, inside = np.zeros(box.shape, dtype=np.uint8), float("nan")
+        found, inside, apart = np.zeros(box.shape, dtype=np.float32), float("nan"), False
         if mask is not None:
             labels, grid = array_and_grid(mask)
             nearest = resample(labels, grid, box, "nearest")
-            found = np.where(nearest == keys.GTVN, keys.GTVN, np.where(nearest != 0, keys.GTVP, 0)).astype(np.uint8)
-            inside = share_inside(labels, grid, box)
+            found = np.where(nearest == keys.GTVN, keys.GTVN, np.where(nearest != 0, keys.GTVP, 0)).astype(np.float32)
+            inside, apart = share_inside(labels, grid, box), bool((labels == keys.GTVN).any())
         d[keys.IMAGE] = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(box.affine))
-        seg = torch.from_numpy((found[None] != keys.BACKGROUND).astype(np.float32))
-        d[keys.SEG] = MetaTensor(seg, affine=torch.from_numpy(box.affine))
-        d[keys.SEG_LABELS] = torch.from_numpy(found[None])
-        d[keys.SEG_KNOWN], d[keys.SEG_INSIDE] = mask is not None, inside
+        d[keys.SEG] = MetaTensor(torch.from_numpy(found[None]), affine=torch.from_numpy(box.affine))
+        d[keys.SEG_KNOWN], d[keys.SEG_CLASSES_KNOWN], d[keys.SEG_INSIDE] = mask is not None, apart, inside
         return d
 
 
@@ -264,7 +262,7 @@ class ToNetworkItemd(MapTransform):
     """Keep only the keys that network, loss and writer need; numbers become float32 tensors, flags bool ones.
 
     Args:
-        keys: :data:`TRAINING_KEYS`, :data:`EVALUATION_KEYS` or :data:`INFERENCE_KEYS`.
+        keys: :data:`TRAINING_KEYS` or :data:`INFERENCE_KEYS`.
         allow_missing_keys: whether a key may be absent.
     """
 
@@ -279,8 +277,9 @@ class ToNetworkItemd(MapTransform):
 class RestoreMaskd(MapTransform):
     """Convert the tumour probability on the box into a mask on the CT's grid, and measure its volume.
 
-    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. A
-    case without the probability (a model without the segmentation task) is unchanged.
+    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. With
+    the classes' probabilities ``class_prob`` (C, R, R, R) the mask holds k where the k-th class is the most probable on
+    the CT's grid, otherwise 1. A case without the probability (a model without the segmentation task) is unchanged.
 
     Args:
         keys: the probability (1, R, R, R); the box's affine and the CT's shape and affine are needed too.
@@ -308,12 +307,16 @@ class RestoreMaskd(MapTransform):
         d = dict(data)
         if d.get(self.keys[0]) is None:
             return d
-        prob = _plain(d[self.keys[0]])[0].float()
+        prob = _plain(d[self.keys[0]]).float()
+        if d.get(keys.CLASS_PROB) is not None:
+            prob = torch.cat([prob, _plain(d[keys.CLASS_PROB]).float()])
         shape = [int(n) for n in d[keys.CT_SHAPE]]
         ct = Grid((shape[0], shape[1], shape[2]), _plain(d[keys.CT_AFFINE]).numpy())
-        window, values = to_ct_window(prob.numpy(), _box(d[keys.BOX_AFFINE], prob.shape), ct)
+        box = _box(d[keys.BOX_AFFINE], prob.shape[1:])
+        (window, tumour), *classes = (to_ct_window(channel.numpy(), box, ct) for channel in prob)
+        each = torch.from_numpy(np.stack([values for _, values in classes])) if classes else None
         mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
-        mask[window] = above(values, self.threshold)
+        mask[window] = label_map(torch.from_numpy(tumour)[None], each, dim=0, threshold=self.threshold)[0].numpy()
         d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
         d[self.volume_key] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
         return d

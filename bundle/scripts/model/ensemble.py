@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from scripts.cohorts.files import written_whole
 from scripts.keys import (
+    CLASS_LOGITS,
+    CLASS_PROB,
     FEATURES,
     HPV_LOGIT,
     HPV_PROB,
@@ -34,7 +36,7 @@ from scripts.keys import (
     SEG_LOGITS,
     SEG_PROB,
 )
-from scripts.model.networks import MultitaskNet, fold_norms
+from scripts.model.networks import MultitaskNet, class_probabilities, fold_norms
 from scripts.model.spec import ModelSpec, SpecError, check_provenance, check_state
 
 __all__ = [
@@ -136,24 +138,28 @@ class FoldEnsemble(nn.Module):
             clinical: (B, F) coded clinical values; None where all are missing.
 
         Returns:
-            float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds;
+            float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds; with
+            several classes of tumour ``class_prob`` (B, C, R, R, R), also the mean, with ``seg_prob`` as its sum;
             ``hpv_prob_std``, ``log_hazard_std`` (B,), their standard deviations (not bias-corrected), of several folds;
             ``hpv_prob_folds``, ``log_hazard_folds`` (B, K), of each fold; ``features`` (B, K, F), its deep features.
             Those of absent tasks are absent, and the deviations where there is one fold.
         """
-        seg_total: Tensor | None = None
+        totals: dict[str, Tensor] = {}
         scores: dict[str, list[Tensor]] = {HPV_PROB: [], LOG_HAZARD: [], FEATURES: []}
         for fold in self.folds:
             outputs = {name: value.float() for name, value in fold(image, clinical).items()}
+            maps = {}
             if SEG_LOGITS in outputs:
-                probability = torch.sigmoid(outputs.pop(SEG_LOGITS))
-                seg_total = probability if seg_total is None else seg_total + probability
+                maps[SEG_PROB] = torch.sigmoid(outputs[SEG_LOGITS])
+            if CLASS_LOGITS in outputs:
+                maps[CLASS_PROB] = class_probabilities(outputs[SEG_LOGITS], outputs[CLASS_LOGITS])
+            totals = {name: totals[name] + value if name in totals else value for name, value in maps.items()}
             if HPV_LOGIT in outputs:
                 scores[HPV_PROB].append(torch.sigmoid(outputs[HPV_LOGIT]))
             for name in (LOG_HAZARD, FEATURES):
                 if name in outputs:
                     scores[name].append(outputs[name])
-        result = {} if seg_total is None else {SEG_PROB: seg_total / len(self.folds)}
+        result = {name: total / len(self.folds) for name, total in totals.items()}
         for name, spread, each in (
             (HPV_PROB, HPV_PROB_STD, HPV_PROB_FOLDS),
             (LOG_HAZARD, LOG_HAZARD_STD, LOG_HAZARD_FOLDS),
@@ -258,7 +264,7 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> complete({"spacing_mm": 2.0, "survival_inputs": ["burden"]})
-        {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'spacing_mm': 2.0}
+        {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'seg_classes': ['GTV'], 'spacing_mm': 2.0}
     """
     earlier = {item.name: list(item.default) for item in fields(ModelSpec) if item.default is not MISSING}
     return copy.deepcopy({**earlier, **settings})

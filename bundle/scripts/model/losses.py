@@ -41,6 +41,15 @@ class SegmentationLoss(nn.Module):
     MONAI's smoothing of 1e-5. The Dice is computed for each case and then averaged, so that small tumours count as much
     as large ones (the paper specifies neither smoothing nor averaging).
 
+    **Classes of tumour.** A network that tells C classes apart gives logits l_c. In a case whose mask does so too, the
+    bracket is the mean over the classes, each against the rest, with p_c the softmax of the l_c and of 0 (background):
+
+    .. math:: \frac{1}{C} \sum_c \Big( 1 - Dice(p_c, g_c) + \frac{1}{V} \sum_v FL(p_{c,v}, g_{c,v}) \Big), \quad
+        \mathrm{logit}\, p_c = l_c - \log \big( 1 + \sum_{j \ne c} e^{l_j} \big)
+
+    In a case whose mask does not, it is that of the union, as of a network of one class. Both have the same scale, so
+    a case counts as much either way.
+
     Args:
         alpha: focal weight of tumour voxels; background has 1 - alpha.
         gamma: focal exponent.
@@ -61,18 +70,39 @@ class SegmentationLoss(nn.Module):
         self.gamma = gamma
         self.dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
 
-    def forward(self, logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        known: Tensor | None = None,
+        class_logits: Tensor | None = None,
+        classes_known: Tensor | None = None,
+    ) -> Tensor:
         """The loss, a scalar.
 
         Args:
-            logits: (B, 1, R, R, R) tumour logits.
-            mask: (B, 1, R, R, R) in {0, 1}; any value where unknown.
+            logits: (B, 1, R, R, R) tumour logits, of the union of the classes.
+            mask: (B, 1, R, R, R), 0 for background, k for the k-th class; any value where unknown.
             known: (B,) bool; None if every mask is known.
+            class_logits: (B, C, R, R, R); None of a network of one class.
+            classes_known: (B,) bool, whether the mask tells the classes apart; None if every mask does.
 
         Raises:
             ValueError: the shapes differ.
         """
-        known, logits, mask = cleared(known, "tumour logits", logits, mask=mask)
+        if class_logits is None:
+            known, logits, mask = cleared(known, "tumour logits", logits, mask=mask > 0)
+            return self._mean(logits, mask, known)
+        mask, known = without_metadata(mask), flags(known, logits)
+        truth = torch.cat([mask == k for k in range(1, class_logits.shape[1] + 1)], dim=1)
+        apart = known & flags(classes_known, logits)
+        merged, union, tumour = cleared(known & ~apart, "tumour logits", logits, mask=mask > 0)
+        apart, each, truth = cleared(apart, "logits of the classes", class_logits, **{"masks of the classes": truth})
+        parts = (self._mean(union, tumour, merged), self._mean(one_against_rest(each), truth, apart))
+        return (merged.sum() * parts[0] + apart.sum() * parts[1]) / known.sum().clamp(min=1)
+
+    def _mean(self, logits: Tensor, mask: Tensor, known: Tensor) -> Tensor:
+        """Dice plus focal loss, each the mean over classes and known cases of (B, C, R, R, R)."""
         mask = mask.to(logits.dtype)
         dice = mean_of_known(self.dice(logits, mask), known)
         focal = sigmoid_focal_loss(logits, mask, self.gamma, logits.new_full((), self.alpha))
@@ -260,9 +290,10 @@ class MultitaskLoss(nn.Module):
         """
         terms: dict[str, Tensor] = {}
         if keys.TASK_SEG in self.tasks:
-            terms[keys.TASK_SEG] = self.segmentation(
-                outputs[keys.SEG_LOGITS], targets[keys.SEG], targets[keys.SEG_KNOWN]
-            )
+            mask = (outputs[keys.SEG_LOGITS], targets[keys.SEG], targets[keys.SEG_KNOWN])
+            several = keys.CLASS_LOGITS in outputs
+            classes = (outputs[keys.CLASS_LOGITS], targets[keys.SEG_CLASSES_KNOWN]) if several else ()
+            terms[keys.TASK_SEG] = self.segmentation(*mask, *classes)
         if keys.TASK_HPV in self.tasks:
             terms[keys.TASK_HPV] = self.hpv(outputs[keys.HPV_LOGIT], targets[keys.HPV], targets[keys.HPV_KNOWN])
         if keys.TASK_SURV in self.tasks:
@@ -306,6 +337,36 @@ def mean_of_known(values: Tensor, known: Tensor) -> Tensor:
     return torch.where(cases, values, 0.0).sum() / count.clamp(min=1)
 
 
+def one_against_rest(logits: Tensor) -> Tensor:
+    r"""Logits of each class against background and all others, from the classes' logits (B, C, ...) against background.
+
+    .. math:: z_c = l_c - \log \big( 1 + \sum_{j \ne c} e^{l_j} \big)
+
+    Example:
+        >>> logits = torch.randn(2, 2, 3)
+        >>> softmax = torch.softmax(torch.cat([torch.zeros(2, 1, 3), logits], dim=1), dim=1)[:, 1:]
+        >>> torch.testing.assert_close(torch.sigmoid(one_against_rest(logits)), softmax)
+    """
+    background = torch.zeros_like(logits[:, :1])
+    columns = [background, *logits.split(1, dim=1)]
+    rest = [torch.cat(columns[:c] + columns[c + 1 :], dim=1) for c in range(1, len(columns))]
+    return logits - torch.stack([others.logsumexp(dim=1) for others in rest], dim=1)
+
+
+def flags(known: Tensor | None, output: Tensor) -> Tensor:
+    """One flag a case, (B,) bool on the output's device; all are True for None.
+
+    Raises:
+        ValueError: there is not one for each case.
+    """
+    if known is None:
+        return output.new_ones(output.shape[:1], dtype=torch.bool)
+    known = without_metadata(known).to(output.device).bool()
+    if known.shape != output.shape[:1]:
+        raise ValueError(f"known has shape {tuple(known.shape)}; one flag a case, {tuple(output.shape[:1])}, is needed")
+    return known
+
+
 def cleared(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) -> tuple[Tensor, ...]:
     """The flags (B,), the output (at least in float32) and its labels, both with zeros for the cases not known.
 
@@ -321,10 +382,8 @@ def cleared(known: Tensor | None, name: str, output: Tensor, **labels: Tensor) -
     output = at_least_float32(output)
     rest = [label.to(output.device) for label in rest]
     if known is None:
-        return (output.new_ones(output.shape[:1], dtype=torch.bool), output, *rest)
-    known = without_metadata(known).to(output.device).bool()
-    if known.shape != output.shape[:1]:
-        raise ValueError(f"known has shape {tuple(known.shape)}; one flag a case, {tuple(output.shape[:1])}, is needed")
+        return (flags(known, output), output, *rest)
+    known = flags(known, output)
     cases = known.reshape(-1, *[1] * (output.ndim - 1))
     return (known, *(torch.where(cases, tensor, torch.zeros_like(tensor)) for tensor in (output, *rest)))
 

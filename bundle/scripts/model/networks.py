@@ -1,15 +1,15 @@
 """The multitask network: tumour segmentation, HPV status and log hazard of relapse from one PET/CT.
 
-* :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions: tumour probability map, and from the
-  encoder's five levels ``z1`` (:class:`LevelSummaries`, 124 features);
+* :class:`Encoder` and :class:`Decoder`, a 3D U-Net of residual convolutions: tumour probability map, of one class or
+  of primary tumour and nodes apart, and from the encoder's five levels ``z1`` (:class:`LevelSummaries`, 124 features);
 * :class:`HPVBranch`, a 3D DenseNet on PET, CT and the tumour probability map: HPV logit and ``z2`` (112 features);
   optionally :class:`ClinicalTerm` adds a logistic regression on the clinical values to the logit;
 * :class:`SurvivalBranch`: log hazard from ``z1``, ``z2`` and the clinical values ``z3``; or :class:`BurdenBranch`: log
   hazard from volume and uptake of the segmented tumour, the HPV probability and ``z3``.
 
 Source: "Enhancing Survival Outcomes in Head and Neck Cancer through Joint HPV Classification and Tumor Segmentation"
-(HECKTOR 2025); burden and clinical term are additions. Shapes: ``B`` cases, ``R`` voxels along an edge of the box,
-``C`` channels, ``F`` clinical values.
+(HECKTOR 2025); burden, clinical term and classes of tumour are additions. Shapes: ``B`` cases, ``R`` voxels along an
+edge of the box, ``C`` channels, ``F`` clinical values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from scripts.keys import FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SEG, TASK_SURV, TASKS
+from scripts.keys import CLASS_LOGITS, FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SEG, TASK_SURV, TASKS
 from scripts.model.branches import (
     BURDEN_FEATURES,
     BurdenBranch,
@@ -45,9 +45,18 @@ class MultitaskNet(nn.Module):
     only; without ``hpv`` survival has neither ``z2`` nor HPV probability; without ``surv`` there is no ``z1``;
     ``("hpv",)`` has no encoder. In training mode survival normalises over the batch and needs at least two cases.
 
+    **Classes of tumour.** The decoder gives a logit l_c of each class c against the background. Classes exclude each
+    other: the probabilities are the softmax of the l_c and of 0 for the background. HPV branch, survival and all other
+    readers get the union, whose logit and probability are
+
+        l = log sum_c exp(l_c),  p = sigmoid(l) = sum_c exp(l_c) / (1 + sum_c exp(l_c))
+
+    With one class l is l_c itself.
+
     Args:
         clinical_features: number F of clinical values.
         tasks: any of "seg", "hpv", "surv".
+        seg_classes: number of classes of tumour.
         mask_gradient: "stop" detaches the probability map from the HPV and survival losses, and the HPV probability
             from the survival loss; "flow" is the published setting. May be changed between steps.
         survival_inputs: inputs of the log hazard besides the clinical values: "deep" (``z1`` and ``z2``, the paper's
@@ -86,6 +95,7 @@ class MultitaskNet(nn.Module):
         self,
         clinical_features: int = 7,
         tasks: Sequence[str] = TASKS,
+        seg_classes: int = 1,
         mask_gradient: str = "stop",
         survival_inputs: Sequence[str] = ("deep",),
         hpv_inputs: Sequence[str] = ("image",),
@@ -99,12 +109,13 @@ class MultitaskNet(nn.Module):
         super().__init__()
         self.tasks = checked_tasks(tasks)
         self.clinical_features = clinical_features
+        self.seg_classes = seg_classes
         self.in_channels = in_channels
         self.mask_gradient = mask_gradient
         bn = (bn_momentum, bn_eps)
         seg, hpv, surv = (task in self.tasks for task in TASKS)
         self.encoder = Encoder(in_channels, bn) if seg or surv else None
-        self.decoder = Decoder(bn) if seg else None
+        self.decoder = Decoder(bn, seg_classes) if seg else None
         self.survival_inputs = checked_inputs(survival_inputs, self.tasks) if surv else ()
         deep, burden = (name in self.survival_inputs for name in SURVIVAL_INPUTS)
         self.hpv = HPVBranch(in_channels + int(seg), deep, dense_dropout, bn) if hpv else None
@@ -139,24 +150,31 @@ class MultitaskNet(nn.Module):
             clinical: (B, F) coded clinical values, 0 where missing; None if all are missing.
 
         Returns:
-            ``seg_logits`` (B, 1, R, R, R), ``hpv_logit`` (B,), ``log_hazard`` (B,), each only with its task; with
-            ``surv`` also ``features`` (B, ...), detached: z1, z2 and burden, if computed (236 for the paper's network).
+            ``seg_logits`` (B, 1, R, R, R) of the union, ``hpv_logit`` (B,), ``log_hazard`` (B,), each only with its
+            task; with several classes ``class_logits`` (B, C, R, R, R); with ``surv`` also ``features`` (B, ...),
+            detached: z1, z2 and burden, if computed (236 for the paper's network).
 
         Raises:
             ValueError: image or clinical values of the wrong shape, or a single case in training mode.
         """
         self.check_shapes(image, clinical)
-        seg_logits, hpv_logit, log_hazard, features = self.heads(image, clinical)
-        outputs = {SEG_LOGITS: seg_logits, HPV_LOGIT: hpv_logit, LOG_HAZARD: log_hazard, FEATURES: features}
+        class_logits, hpv_logit, log_hazard, features = self.heads(image, clinical)
+        outputs = {HPV_LOGIT: hpv_logit, LOG_HAZARD: log_hazard, FEATURES: features}
+        if class_logits is not None:
+            classes = {CLASS_LOGITS: class_logits} if self.seg_classes > 1 else {}
+            outputs = {SEG_LOGITS: self.union(class_logits), **classes, **outputs}
         return {name: value for name, value in outputs.items() if value is not None}
 
     def heads(
         self, image: Tensor, clinical: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """:meth:`forward` as a tuple, None without the task; can be traced by exporters."""
+        """Logits of the classes (B, C, R, R, R), HPV logit, log hazard, features; None without the task.
+
+        :meth:`forward` as exporters can trace it.
+        """
         maps = self.encode(image)
-        seg_logits = self.decode(maps)
-        probability = self.probability(seg_logits)
+        class_logits = self.decode(maps)
+        probability = self.probability(class_logits)
         if clinical is None:
             clinical = image.new_zeros((image.shape[0], self.clinical_features))
         hpv_logit, z2 = self.classify(image, probability, clinical)
@@ -167,8 +185,8 @@ class MultitaskNet(nn.Module):
             features.append(self.measure(image, probability, hpv_logit))
             log_hazard = self.burden(features[-1], clinical)
         else:
-            return seg_logits, hpv_logit, None, None
-        return seg_logits, hpv_logit, log_hazard, torch.cat(features, dim=1).detach().float()
+            return class_logits, hpv_logit, None, None
+        return class_logits, hpv_logit, log_hazard, torch.cat(features, dim=1).detach().float()
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """The encoder's five feature maps; empty if no task needs them."""
@@ -177,16 +195,22 @@ class MultitaskNet(nn.Module):
         return self.encoder(image)
 
     def decode(self, features: list[Tensor]) -> Tensor | None:
-        """Tumour logits (B, 1, R, R, R), or None without the segmentation task."""
+        """Logits of the classes (B, C, R, R, R), or None without the segmentation task."""
         if self.decoder is None:
             return None
         return self.decoder(features)
 
-    def probability(self, seg_logits: Tensor | None) -> Tensor | None:
+    def union(self, class_logits: Tensor) -> Tensor:
+        """Tumour logit (B, 1, R, R, R) of any class, from those of the classes (B, C, R, R, R)."""
+        if self.seg_classes == 1:
+            return class_logits
+        return torch.logsumexp(class_logits.float(), dim=1, keepdim=True)
+
+    def probability(self, class_logits: Tensor | None) -> Tensor | None:
         """Tumour probability (B, 1, R, R, R) for the other branches, or None without the segmentation task."""
-        if seg_logits is None:
+        if class_logits is None:
             return None
-        return self.passed_on(torch.sigmoid(seg_logits))
+        return self.passed_on(torch.sigmoid(self.union(class_logits)))
 
     def passed_on(self, estimate: Tensor) -> Tensor:
         """One task's estimate for another task, detached if ``mask_gradient`` is "stop"."""
@@ -233,7 +257,7 @@ class MultitaskNet(nn.Module):
         logits = self.decode(self.encode(image))
         if logits is None:
             raise RuntimeError("this network was built without the 'seg' task and gives no tumour probability")
-        return torch.sigmoid(logits.float())
+        return torch.sigmoid(self.union(logits.float()))
 
     def survival_weights(self) -> list[nn.Parameter]:
         """The weights in the L2 term of eq. 1.
@@ -270,6 +294,16 @@ class MultitaskNet(nn.Module):
                 "a batch of one case in training mode: survival normalises over the batch and needs at "
                 "least two (raise batch_size, or drop the last incomplete batch)"
             )
+
+
+def class_probabilities(seg_logits: Tensor, class_logits: Tensor) -> Tensor:
+    """Probabilities (B, C, ...) of the classes from the logits of their union (B, 1, ...) and their own (B, C, ...).
+
+    Example:
+        >>> class_probabilities(torch.zeros(1, 1), torch.tensor([[0.5, 0.5]]).log())
+        tensor([[0.2500, 0.2500]])
+    """
+    return torch.sigmoid(seg_logits) * torch.softmax(class_logits, dim=1)
 
 
 def fold_norms(network: nn.Module) -> None:

@@ -9,7 +9,6 @@ from monai.transforms import Compose
 from scripts.imaging.localise import Proposer
 from scripts.imaging.quality import CheckQualityd, Limits
 from scripts.imaging.transforms import (
-    EVALUATION_KEYS,
     INFERENCE_KEYS,
     TRAINING_KEYS,
     CodeClinicald,
@@ -24,7 +23,7 @@ from scripts.model.spec import ModelSpec
 __all__ = ["Preprocessing"]
 
 TRAINING = "training"
-KEYS = {TRAINING: TRAINING_KEYS, "evaluation": EVALUATION_KEYS, "inference": INFERENCE_KEYS}
+KEYS = {TRAINING: TRAINING_KEYS, "evaluation": TRAINING_KEYS, "inference": INFERENCE_KEYS}
 
 
 class Preprocessing(Compose):

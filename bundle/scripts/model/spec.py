@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from scripts.cohorts.clinical import FEATURES, clinical_scales
+from scripts.imaging.lesions import APART, MERGED
 from scripts.imaging.quality import VOXEL_SIZES, merge_limits
 from scripts.keys import TASK_SURV, TASKS
 from scripts.model.networks import HPV_INPUTS, SURVIVAL_INPUTS, MultitaskNet, checked_hpv_inputs, checked_inputs
@@ -54,6 +55,8 @@ class ModelSpec:
         survival_inputs: of the log hazard, "deep" or "burden"; the default is for weights older than this setting.
         hpv_inputs: of the HPV logit, "image" alone or with "clinical"; the default is for weights older than this
             setting.
+        seg_classes: classes of tumour that the mask tells apart, its values 1, 2, ...: ("GTV",), primary tumour and
+            nodes as one, or ("GTVp", "GTVn"); the default is for weights older than this setting.
 
     Raises:
         SpecError: for a value of another type, outside its range, or that contradicts another one.
@@ -76,6 +79,7 @@ class ModelSpec:
     bn_eps: float
     survival_inputs: tuple[str, ...] = ("deep",)
     hpv_inputs: tuple[str, ...] = ("image",)
+    seg_classes: tuple[str, ...] = MERGED
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -87,6 +91,7 @@ class ModelSpec:
             "pet_window": None if self.pet_window is None else _window("pet_window", self.pet_window),
             "survival_inputs": _in_order("survival_inputs", self.survival_inputs, SURVIVAL_INPUTS),
             "hpv_inputs": _in_order("hpv_inputs", self.hpv_inputs, HPV_INPUTS),
+            "seg_classes": _in_order("seg_classes", self.seg_classes, (*MERGED, *APART)),
         }
         if not _is_number(self.bn_eps) or not 0 < self.bn_eps <= MOST_BN_EPS:
             raise SpecError(f"bn_eps is a number above 0, at most {MOST_BN_EPS:g}; got {_shown(self.bn_eps)}")
@@ -95,6 +100,8 @@ class ModelSpec:
         if TASK_SURV in self.tasks:
             checked_inputs(self.survival_inputs, self.tasks)
         checked_hpv_inputs(self.hpv_inputs)
+        if self.seg_classes not in (MERGED, APART):
+            raise SpecError(f"seg_classes is {list(MERGED)} or {list(APART)}; got {_shown(list(self.seg_classes))}")
         if "clinical" in self.hpv_inputs and "hpv" in self.clinical_features:
             raise SpecError(
                 "the HPV status would be predicted from itself: 'hpv' is among clinical_features and 'clinical' among "
@@ -141,6 +148,7 @@ class ModelSpec:
         return MultitaskNet(
             clinical_features=len(self.clinical_features),
             tasks=self.tasks,
+            seg_classes=len(self.seg_classes),
             survival_inputs=self.survival_inputs,
             hpv_inputs=self.hpv_inputs,
             clinical_scales=clinical_scales(self.clinical_features),

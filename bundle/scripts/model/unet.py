@@ -128,9 +128,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up: nearest up-sampling, skip concatenation, residual convolutions; then one logit a voxel."""
+    """The way up: nearest up-sampling, skip concatenation, residual convolutions; then a logit a class and voxel."""
 
-    def __init__(self, bn: tuple[float, float]) -> None:
+    def __init__(self, bn: tuple[float, float], classes: int = 1) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
             ResidualLevel(below + c, c, n, bn)
@@ -138,10 +138,10 @@ class Decoder(nn.Module):
                 list(zip(LEVEL_CHANNELS[1:], LEVEL_CHANNELS[:-1], DECODER_CONVOLUTIONS, strict=True))
             )
         )
-        self.logits = SafeConv3d(LEVEL_CHANNELS[0], 1, kernel_size=1)
+        self.logits = SafeConv3d(LEVEL_CHANNELS[0], classes, kernel_size=1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """The encoder's five feature maps -> tumour logits (B, 1, R, R, R)."""
+        """The encoder's five feature maps -> logits (B, classes, R, R, R)."""
         x = features[-1]
         for k, level in enumerate(self.levels):
             x = level(x, features[-2 - k])

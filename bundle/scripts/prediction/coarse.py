@@ -107,7 +107,8 @@ class CoarsePass:
             state, settings = read_state(self.checkpoint), saved_spec(self.checkpoint).to_dict()
             if TASK_SEG not in settings["tasks"]:
                 raise NoCoarsePass(f"the model at {self.checkpoint} was not trained for segmentation")
-            network = MultitaskNet(tasks=[TASK_SEG], bn_eps=settings["bn_eps"])
+            classes = len(settings["seg_classes"])
+            network = MultitaskNet(tasks=[TASK_SEG], seg_classes=classes, bn_eps=settings["bn_eps"])
             names = network.state_dict().keys()
             network.load_state_dict({name: state[FIRST_FOLD + name] for name in names})
             self._loaded = network.eval(), settings

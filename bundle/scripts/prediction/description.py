@@ -31,6 +31,7 @@ from scripts.evaluation.survival import (
     group_names,
     risk_groups,
 )
+from scripts.imaging.lesions import APART, MERGED
 from scripts.imaging.quality import (
     FLAG,
     RAISE,
@@ -66,6 +67,7 @@ class Model:
         tasks: of "seg", "hpv", "surv".
         hpv_inputs: what the HPV probability is read from: "image", "clinical".
         provenance: stored with the weights (see :mod:`scripts.model.ensemble`).
+        seg_classes: names of the mask's values 1, 2, ...
     """
 
     sha256: str
@@ -73,6 +75,7 @@ class Model:
     tasks: tuple[str, ...]
     hpv_inputs: tuple[str, ...]
     provenance: Mapping[str, Any]
+    seg_classes: tuple[str, ...] = MERGED
 
     @classmethod
     def of(cls, model: FoldEnsemble | str | os.PathLike[str]) -> Model:
@@ -85,9 +88,10 @@ class Model:
         if isinstance(model, str | os.PathLike):
             (facts, folds), spec = read_facts(model), saved_spec(model)
             digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-            return cls(digest, folds, spec.tasks, spec.hpv_inputs, facts.get(PROVENANCE, {}))
+            return cls(digest, folds, spec.tasks, spec.hpv_inputs, facts.get(PROVENANCE, {}), spec.seg_classes)
         first: MultitaskNet = model.folds[0]  # type: ignore[assignment]
-        return cls(weights_sha256(model), len(model.folds), first.tasks, first.hpv_inputs, model.provenance)
+        classes = MERGED if first.seg_classes == len(MERGED) else APART
+        return cls(weights_sha256(model), len(model.folds), first.tasks, first.hpv_inputs, model.provenance, classes)
 
 
 def weights_sha256(network: torch.nn.Module) -> str:
@@ -208,6 +212,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "sha256": model.sha256,
         "folds": model.folds,
         "tasks": list(model.tasks),
+        "seg_classes": list(model.seg_classes),
         "trained_on": model.provenance.get(TRAINED_ON) or NOT_RECORDED,
     }
 

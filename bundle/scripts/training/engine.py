@@ -31,7 +31,10 @@ WORKER_KILLED = (
     "little main memory. --num_workers 0 loads without such processes."
 )
 
-TARGET_KEYS = (keys.SEG, keys.SEG_KNOWN, keys.HPV, keys.HPV_KNOWN, keys.TIME, keys.EVENT, keys.SURV_KNOWN)
+TARGET_KEYS = (
+    *(keys.SEG, keys.SEG_KNOWN, keys.SEG_CLASSES_KNOWN, keys.HPV, keys.HPV_KNOWN),
+    *(keys.TIME, keys.EVENT, keys.SURV_KNOWN),
+)
 
 
 def plain_errors() -> None:

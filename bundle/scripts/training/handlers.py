@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
-from scripts.cohorts.thresholds import above
+from scripts.cohorts.thresholds import above, label_map
+from scripts.imaging.lesions import MERGED
 from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
 from scripts.training.concordance import concordance_index
 from scripts.training.configuration import run_differences
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy", "loss"
 BEST, LAST = "best", "last"
 LOWER_IS_BETTER = (LOSS,)
+LEAST_PROBABILITY = 1e-6  # so that logits are finite
 LOST_DICE = 0.5  # share of the highest Dice below which an epoch's masks are of little use
 
 
@@ -55,7 +58,15 @@ def survival_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tenso
 def mask_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted tumour (B, 1, *roi_size) at probability 0.5 and the true one of an engine's output."""
     pred, label = output["pred"], output["label"]
-    return above(pred[keys.SEG_PROB]).float(), nan_where_unknown(label[keys.SEG], label[keys.SEG_KNOWN])
+    return above(pred[keys.SEG_PROB]).float(), nan_where_unknown(label[keys.SEG] > 0, label[keys.SEG_KNOWN])
+
+
+def class_pairs(output: Mapping[str, Any], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`mask_pairs` of the class with this value in masks; NaN where the mask does not tell classes apart."""
+    pred, label = output["pred"], output["label"]
+    known = label[keys.SEG_KNOWN].bool() & label[keys.SEG_CLASSES_KNOWN].bool()
+    predicted = label_map(pred[keys.SEG_PROB], pred[keys.CLASS_PROB]) == value
+    return predicted.float(), nan_where_unknown(label[keys.SEG] == value, known)
 
 
 def hpv_pairs(output: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +86,10 @@ def mean_loss(loss: torch.nn.Module) -> Average:
         pred = dict(output["pred"])
         for prob, logit in ((keys.SEG_PROB, keys.SEG_LOGITS), (keys.HPV_PROB, keys.HPV_LOGIT)):
             if prob in pred:
-                pred[logit] = torch.logit(pred[prob], eps=1e-6)
+                pred[logit] = torch.logit(pred[prob], eps=LEAST_PROBABILITY)
+        if keys.CLASS_PROB in pred:
+            each, none = pred[keys.CLASS_PROB], 1 - pred[keys.SEG_PROB]
+            pred[keys.CLASS_LOGITS] = torch.log(each.clamp_min(LEAST_PROBABILITY) / none.clamp_min(LEAST_PROBABILITY))
         was_training = loss.training
         loss.eval()  # learned task weights count as 1
         with torch.no_grad():
@@ -110,10 +124,13 @@ def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
     return LOSS
 
 
-def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Module) -> dict[str, Metric]:
+def validation_metrics(
+    key_metric: str, tasks: Sequence[str], loss: torch.nn.Module, seg_classes: Sequence[str] = MERGED
+) -> dict[str, Metric]:
     """Metric handlers by name, ``key_metric`` first as MONAI's evaluator requires.
 
-    The loss, and of ``tasks``: C-index (7), mean Dice (8), balanced accuracy (9), each over the cases whose label is
+    The loss, and of ``tasks``: C-index (7), mean Dice (8) of tumour of any class and, of a network of several
+    ``seg_classes``, of each (``dice_gtvp``, ``dice_gtvn``), balanced accuracy (9), each over the cases whose label is
     known.
     """
     of_tasks: dict[str, tuple[str, CumulativeIterationMetric, Callable]] = {
@@ -121,8 +138,12 @@ def validation_metrics(key_metric: str, tasks: Sequence[str], loss: torch.nn.Mod
         keys.TASK_SEG: (DICE, MaskedDiceMetric(), mask_pairs),
         keys.TASK_HPV: (BALANCED_ACCURACY, BalancedAccuracyMetric(), hpv_pairs),
     }
+    each: list[tuple[str, str, CumulativeIterationMetric, Callable]] = [(task, *of_tasks[task]) for task in of_tasks]
+    for value, name in enumerate(seg_classes if len(seg_classes) > 1 else (), start=1):
+        pairs = partial(class_pairs, value=value)
+        each.append((keys.TASK_SEG, f"{DICE}_{name.lower()}", MaskedDiceMetric(), pairs))
     metrics: dict[str, Metric] = {LOSS: mean_loss(loss)}
-    for task, (name, metric, pairs) in of_tasks.items():
+    for task, name, metric, pairs in each:
         if task in tasks:
             metrics[name] = IgniteMetricHandler(metric_fn=metric, output_transform=pairs, save_details=False)
     return {key_metric: metrics.pop(key_metric), **metrics}

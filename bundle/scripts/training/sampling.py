@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cached_property
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ERROR = "error"
 EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
+AUTO, MASKS_MERGED, MASKS_APART = "auto", "merged", "apart"
+MASK_LABELS = (AUTO, MASKS_MERGED, MASKS_APART)
 SHARED_MEMORY = Path("/dev/shm")  # of loading processes on Linux
 
 
@@ -58,10 +60,25 @@ class CaseDataset(PersistentDataset):
         data: datalist of :mod:`scripts.cohorts.cohort`.
         transform: MONAI ``Compose``.
         cache_dir: folder of the cache, or ``None`` to compute every time.
+        mask_labels: whether masks tell primary tumour (1) and nodes (2) apart: ``"apart"`` all, ``"merged"`` none,
+            ``"auto"`` those that hold a 2 and, once :func:`prepare_datasets` has seen all masks, those of a centre with
+            such a mask.
+
+    Attributes:
+        centres_apart: the centres with such a mask.
+
+    Raises:
+        ValueError: another ``mask_labels``.
     """
 
-    def __init__(self, data: Sequence[Mapping], transform: Compose, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, data: Sequence[Mapping], transform: Compose, cache_dir: str | None = None, mask_labels: str = AUTO
+    ) -> None:
+        if mask_labels not in MASK_LABELS:
+            raise ValueError(f"mask_labels is one of {', '.join(MASK_LABELS)}; got {mask_labels!r}")
         super().__init__(data=list(data), transform=transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+        self.mask_labels = mask_labels
+        self.centres_apart: frozenset[str] = frozenset()
         self._told_of_disk = False
 
     def __getitem__(self, index: Any) -> Any:
@@ -70,7 +87,18 @@ class CaseDataset(PersistentDataset):
             if isinstance(self.transform, Randomizable):
                 self.transform.set_random_state(seed=index.seed)
             index = index.case
-        return super().__getitem__(index)
+        item = super().__getitem__(index)
+        if isinstance(item, Mapping) and keys.SEG_CLASSES_KNOWN in item:
+            return {**item, keys.SEG_CLASSES_KNOWN: torch.tensor(self._tells_classes(item))}
+        return item
+
+    def _tells_classes(self, item: Mapping[Any, Any]) -> bool:
+        """Whether the mask of a case tells primary tumour and nodes apart; False without a mask."""
+        if self.mask_labels == AUTO:
+            found = bool(item[keys.SEG_CLASSES_KNOWN]) or item[keys.CENTRE] in self.centres_apart
+        else:
+            found = self.mask_labels == MASKS_APART
+        return found and bool(item[keys.SEG_KNOWN])
 
     def prepare(self, index: int) -> Any:
         """Case ``index`` as the cache, which it fills, has it; augmentation is not drawn."""
@@ -259,7 +287,8 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
 
     A case that fails is logged and listed in ``<output_dir>/exclusions.csv``. Doubtful cases are kept, listed in
     ``<output_dir>/quality.csv`` and counted in the log; voxel sizes are not checked, since the cohort defines their
-    range. Empty lists are not written. All ranks of a training share the result.
+    range. Empty lists are not written. The datasets are told in which centres masks tell primary tumour and nodes
+    apart. All ranks of a training share the result.
 
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
@@ -271,11 +300,12 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     """
     excluded: list[dict[str, Any]] = []
     doubtful: list[dict[str, Any]] = []
+    holds_nodes: dict[str, tuple[str, bool]] = {}
     for name, dataset in datasets.items():
         if len(dataset) == 0:
             raise RuntimeError(f"the {name} set is empty: check dataset_dir, protocol, fold and num_folds")
-        failures, doubts = _prepare(dataset, name, show_progress and _rank() == 0)
-        failures, doubts = _over_ranks(failures), _over_ranks(doubts)
+        failures, doubts, masks = map(_over_ranks, _prepare(dataset, name, show_progress and _rank() == 0))
+        holds_nodes |= masks
         cases = len(_over_ranks({case[keys.PATIENT_ID]: None for case in dataset.data}))
         for patient, why in failures.items():
             logger.warning("%s: left out of the %s set: %s", patient, name, why)
@@ -294,9 +324,30 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
         dataset.data = [case for case in dataset.data if case[keys.PATIENT_ID] not in failures]
         if len(dataset) == 0:
             raise RuntimeError(f"no case of the {name} set can be read; the first one: {next(iter(failures.values()))}")
+    _tell_centres_apart(datasets.values(), holds_nodes)
     if _rank() == 0:
         _write_rows(Path(output_dir) / EXCLUSIONS_FILE, excluded)
         _write_rows(Path(output_dir) / DOUBTS_FILE, doubtful)
+
+
+def _tell_centres_apart(datasets: Iterable[CaseDataset], holds_nodes: Mapping[str, tuple[str, bool]]) -> None:
+    """Set ``centres_apart`` of the datasets and log it.
+
+    Args:
+        datasets: of one run.
+        holds_nodes: patient id -> centre, and whether the mask holds GTVn; of patients with a mask.
+    """
+    apart = frozenset(centre for centre, nodes in holds_nodes.values() if nodes)
+    for dataset in datasets:
+        dataset.centres_apart = apart
+        asked = dataset.mask_labels
+    if not holds_nodes:
+        return
+    merged = sorted({centre for centre, _ in holds_nodes.values()} - apart)
+    found = [f"tell GTVp (1) and GTVn (2) apart in {', '.join(sorted(apart))}"] if apart else []
+    found += [f"hold no GTVn in {', '.join(merged)}, so that 1 is tumour of any class there"] if merged else []
+    said = "" if asked == AUTO else f"; all are taken as {asked} (mask_labels)"
+    logger.info("%d masks: they %s%s", len(holds_nodes), "; they ".join(found), said)
 
 
 def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
@@ -308,14 +359,20 @@ def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
     return {patient: value for each in reversed(gathered) for patient, value in each.items()}
 
 
-def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[str, str], dict[str, list[Check]]]:
-    """By patient id: the errors of cases that cannot be prepared, and the doubts about others."""
+def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[str, Any], ...]:
+    """By patient id: errors of cases that cannot be prepared, doubts about others, centre and nodes of their masks.
+
+    The last is whether the mask holds GTVn; it leaves out cases without a mask.
+    """
+    masks: dict[str, tuple[str, bool]] = {}
 
     def attempt(index: int) -> str | list[Check]:
         try:
             item = dataset.prepare(index)
         except Exception as error:
             return reason(error)
+        if item.get(keys.SEG_KNOWN):
+            masks[dataset.data[index][keys.PATIENT_ID]] = item[keys.CENTRE], bool(item[keys.SEG_CLASSES_KNOWN])
         checks = checks_from_json(item.get(keys.QUALITY, "[]"))
         return [check for check in checks if check.verdict != OK and check.name not in VOXEL_SIZES]
 
@@ -330,7 +387,7 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
         )
         found = {dataset.data[index][keys.PATIENT_ID]: outcome for index, outcome in enumerate(bar) if outcome}
     failures = {patient: outcome for patient, outcome in found.items() if isinstance(outcome, str)}
-    return failures, {patient: outcome for patient, outcome in found.items() if isinstance(outcome, list)}
+    return failures, {patient: outcome for patient, outcome in found.items() if isinstance(outcome, list)}, masks
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
