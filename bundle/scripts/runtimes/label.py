@@ -303,7 +303,7 @@ def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) ->
     PET, survival, HPV status and clinical values are looked up by patient id.
 
     Args:
-        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid, 1 GTVp and 2 GTVn; tumour
+        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid: 1 GTVp, 2 GTVn; tumour
             where it is not 0).
         features: names of the clinical values, in the network's order.
     """
