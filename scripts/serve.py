@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from command_line import BUNDLE, ROOT, UsageError, run_commands
 
-from scripts.cohorts.files import dated_name
+from scripts.cohorts.files import dated_name, write_text
 from scripts.cohorts.scans import CohortError, find_scans
 from scripts.runtimes.label_web import HOSTS, allowed
 
@@ -98,7 +98,7 @@ def serve_label(
     except LabelEnvironmentError as error:
         sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
-    install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model)
+    name_segments(install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model))
     reach = scans or ("" if str(studies).startswith(("http://", "https://")) else str(studies))
     start_server(python, folder, list_studies(str(studies), store), host, port, reach)
 
@@ -186,6 +186,29 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
     elif served.read_bytes() != weights.read_bytes():
         print(f"serve_label: serving the weights in {served}, not the bundle's own (--fresh_model for those)")
     return target
+
+
+def name_segments(bundle: Path) -> None:
+    """Write the classes of the served weights into the metadata, from which MONAI Label's clients name the segments.
+
+    Args:
+        bundle: of :func:`install_bundle`. The metadata of a model of one class stay as they are.
+
+    Raises:
+        SystemExit: its weights cannot be read.
+    """
+    from scripts.model.ensemble import CheckpointError, saved_spec  # torch is slow to import
+
+    try:
+        classes = saved_spec(bundle / "models" / "model.pt").seg_classes
+    except CheckpointError as error:
+        sys.exit(f"serve_label: {error}")
+    if len(classes) > 1:
+        path = bundle / "configs" / "metadata.json"
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        named = {str(value): name for value, name in enumerate(("background", *classes))}
+        metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = named
+        write_text(path, json.dumps(metadata, indent=4) + "\n")
 
 
 def list_studies(studies: str, store: str | None = None) -> str:

@@ -681,6 +681,27 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"model_before_\d{8}_\d{6}(_\d+)?\.pt", path.name) for path in backups)
 
 
+@pytest.mark.parametrize(
+    ("classes", "named"),
+    [
+        pytest.param(["GTV"], {"0": "background", "1": "tumour"}, id="one_class"),
+        pytest.param(["GTVp", "GTVn"], {"0": "background", "1": "GTVp", "2": "GTVn"}, id="two_classes"),
+    ],
+)
+def test_segments_are_named_by_the_classes_of_the_model(tmp_path: Path, classes: list[str], named: dict) -> None:
+    ensemble = FoldEnsemble(MultitaskNet(len(FEATURES), seg_classes=len(classes)), {**SETTINGS, "seg_classes": classes})
+    ensemble.settings["survival_inputs"] = ["deep"]
+    save_weights(ensemble, tmp_path / "models" / "model.pt")
+    path = tmp_path / "configs" / "metadata.json"
+    path.parent.mkdir()
+    shutil.copy(BUNDLE / "configs" / "metadata.json", path)
+    serve.name_segments(tmp_path)
+    metadata = json.loads(path.read_text())
+    assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"] == named
+    metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "background", "1": "tumour"}
+    assert metadata == json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+
+
 def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Path, capsys: Any) -> None:
     studies = tmp_path / "studies"
     shutil.copytree(ct_of(tiny_cohort, 1).parent, studies / "CHUM-001")
