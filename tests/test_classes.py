@@ -75,8 +75,8 @@ def test_training_tells_classes_apart_where_masks_do(two_classes: Path) -> None:
     log = (two_classes / "log.txt").read_text()
     assert f"5 masks: they tell GTVp (1) and GTVn (2) apart in {APART}; they hold no GTVn in {MERGED}" in log
     last = json.loads((two_classes / "history.json").read_text())[-1]
-    assert all(0 <= last[name] <= 1 for name in ("dice", "dice_gtvp", "dice_gtvn"))
-    assert math.isfinite(last["loss"])
+    assert all(0 <= last[f"val_{name}"] <= 1 for name in ("dice", "dice_gtvp", "dice_gtvn"))
+    assert math.isfinite(last["val_loss"])
     assert saved_spec(two_classes / "models" / "model.pt").seg_classes == ("GTVp", "GTVn")
 
 
@@ -134,7 +134,7 @@ NODES = [
 def study(tmp_path: Path) -> tuple[Path, np.ndarray]:
     """DICOM of a patient, and the true mask (X, Y, Z)."""
     folder = make_tiny_cohort(tmp_path / "cohort", 1) / "Task 1" / "CHUM-001"
-    ct, pet = (np.array(nibabel.load(folder / f"CHUM-001__{kind}.nii.gz").dataobj) for kind in ("CT", "PT"))
+    ct, pet = (np.asarray(nibabel.load(folder / f"CHUM-001__{kind}.nii.gz").dataobj).copy() for kind in ("CT", "PT"))
     truth = np.zeros(ct.shape, dtype=np.uint8)
     truth[PRIMARY] = 1
     for node in NODES:
