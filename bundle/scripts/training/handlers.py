@@ -133,15 +133,16 @@ def validation_metrics(
     ``seg_classes``, of each (``dice_gtvp``, ``dice_gtvn``), balanced accuracy (9), each over the cases whose label is
     known.
     """
-    of_tasks: dict[str, tuple[str, CumulativeIterationMetric, Callable]] = {
-        keys.TASK_SURV: (C_INDEX, ConcordanceIndexMetric(), survival_pairs),
-        keys.TASK_SEG: (DICE, MaskedDiceMetric(), mask_pairs),
-        keys.TASK_HPV: (BALANCED_ACCURACY, BalancedAccuracyMetric(), hpv_pairs),
-    }
-    each: list[tuple[str, str, CumulativeIterationMetric, Callable]] = [(task, *of_tasks[task]) for task in of_tasks]
-    for value, name in enumerate(seg_classes if len(seg_classes) > 1 else (), start=1):
-        pairs = partial(class_pairs, value=value)
-        each.append((keys.TASK_SEG, f"{DICE}_{name.lower()}", MaskedDiceMetric(), pairs))
+    each: list[tuple[str, str, CumulativeIterationMetric, Callable]] = [
+        (keys.TASK_SURV, C_INDEX, ConcordanceIndexMetric(), survival_pairs),
+        (keys.TASK_SEG, DICE, MaskedDiceMetric(), mask_pairs),
+        (keys.TASK_HPV, BALANCED_ACCURACY, BalancedAccuracyMetric(), hpv_pairs),
+    ]
+    if len(seg_classes) > 1:
+        each += [
+            (keys.TASK_SEG, f"{DICE}_{name.lower()}", MaskedDiceMetric(), partial(class_pairs, value=value))
+            for value, name in enumerate(seg_classes, start=1)
+        ]
     metrics: dict[str, Metric] = {LOSS: mean_loss(loss)}
     for task, name, metric, pairs in each:
         if task in tasks:
