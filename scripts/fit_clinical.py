@@ -22,7 +22,7 @@ import pandas as pd
 
 from command_line import run_tool
 
-from experiments.clinical_cox import CODINGS, FILLS, Result, Score, evaluate_coding
+from experiments.clinical_cox import Result, Score, evaluate_cox
 from experiments.clinical_evidence import (
     FEATURES,
     HPV_FEATURES,
@@ -96,22 +96,12 @@ def _interval(item: Score) -> str:
     return f"{item.c_index:.3f}" + ("" if math.isnan(item.low) else f" [{item.low:.3f}, {item.high:.3f}]")
 
 
-def _variants(missing: dict[str, int], coding: str, fill: str) -> list[tuple[str, str]]:
-    """Codings to compare, the chosen one first; fills differ only where a number or a stage is missing."""
-    numbers = any(count and clinical.feature_named(name).kind != clinical.CATEGORY for name, count in missing.items())
-    fills = FILLS if numbers else (fill,)
-    variants = [("indicators", name) for name in fills] + [("paper", "zero")]
-    chosen = (coding, "zero" if coding == "paper" else fill)
-    return [chosen, *(variant for variant in variants if variant != chosen)]
-
-
-def print_report(report: dict[str, Any], results: Sequence[Result]) -> None:
-    """Print what was compared on which data, the scores of every coding and the chosen model's coefficients."""
-    chosen = results[0]
+def print_report(report: dict[str, Any], result: Result) -> None:
+    """Print the data, the model's scores and its coefficients."""
     print(f"Cox model of clinical values alone (lifelines, ridge penalizer {report['penalizer']:g})")
     print(f"data: {', '.join(report['data'])}")
-    print(f"train: {report['train']}, {chosen.train.patients} patients, {chosen.train.events} events")
-    print(f"test: {report['test']}, {chosen.test.patients} patients, {chosen.test.events} events")
+    print(f"train: {report['train']}, {result.train.patients} patients, {result.train.events} events")
+    print(f"test: {report['test']}, {result.test.patients} patients, {result.test.events} events")
     print(
         f"values missing among {report['patients']}: "
         + ", ".join(f"{name} {count}" for name, count in report["missing"].items())
@@ -120,28 +110,24 @@ def print_report(report: dict[str, Any], results: Sequence[Result]) -> None:
         print(f"left out: {count} patients, {reason}")
     for note in report["notes"]:
         print(f"note: {note}")
-    rows = [(r.coding, r.fill, _interval(r.train), _interval(r.test)) for r in results]
-    print("\nC-index [95 % bootstrap interval over patients, model fixed]; the first line is the chosen coding")
-    print(pd.DataFrame(rows, columns=["coding", "missing number", "train", "test"]).to_string(index=False))
+    print("\nC-index [95 % bootstrap interval over patients, model fixed]")
+    print(f"train {_interval(result.train)}, test {_interval(result.test)}")
     print(f"\ncoefficients ({report['coefficients_of']})")
-    print(pd.DataFrame(chosen.coefficients).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
-    if chosen.dropped:
-        print(f"columns left out, as constant or redundant among training patients: {', '.join(chosen.dropped)}")
-    for text in chosen.warnings:
+    print(pd.DataFrame(result.coefficients).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+    if result.dropped:
+        print(f"columns left out, as constant or redundant among training patients: {', '.join(result.dropped)}")
+    for text in result.warnings:
         print(f"lifelines warns: {text}")
 
 
-def _load(path: Path, features: Sequence[str], with_scans: bool, mapping: str | None) -> Cohort:
+def _load(path: Path, features: Sequence[str], mapping: str | None) -> Cohort:
     """A cohort from a folder or from a table alone."""
     if mapping is not None:
-        if with_scans or path.is_dir():
-            raise CohortError(f"--mapping is for one table, without --with_scans, not for {path}")
+        if path.is_dir():
+            raise CohortError(f"--mapping is for one table, not for the folder {path}")
         return read_foreign_table(path, mapping, features).cohort
-    if path.is_dir():
-        return load_cohort(path, clinical_features=features, require_images=with_scans)
-    if with_scans:
-        raise CohortError(f"--with_scans needs the folder of the data set, not a table: {path}")
-    return load_cohort(None, path, features, require_images=False)
+    folder, table = (path, None) if path.is_dir() else (None, path)
+    return load_cohort(folder, table, features, require_images=False)
 
 
 def _json_ready(value: Any) -> Any:
@@ -158,13 +144,10 @@ def fit_clinical(
     train_centres: str | Sequence[str] = (),
     test_centres: str | Sequence[str] = (),
     features: str | Sequence[str] | None = None,
-    coding: str = "indicators",
-    fill: str = "training_median",
     penalizer: float | None = None,
     num_folds: int = 3,
     seed: int = 0,
     bootstrap: int = 1000,
-    with_scans: bool = False,
     mapping: str | None = None,
     out: str | None = None,
     external: str | None = None,
@@ -178,63 +161,54 @@ def fit_clinical(
         test_centres: centres to test on; with --out, centres of --external that are also judged on their own.
         features: clinical features, such as ``age,t_stage,n_stage,hpv``; by default the paper's, with --out those of
             the bundle's model.
-        coding: ``indicators`` (a 0/1 column for each level of a category) or ``paper`` (missing 0, levels from 1).
-        fill: what a missing number or stage becomes with indicators: ``training_median``, ``cohort_median`` (which
-            looks at the test patients' clinical values too) or ``zero``.
         penalizer: strength of the ridge penalty, 0.1 by default, with --out 0.01.
         num_folds: number of folds.
         seed: seed of folds and bootstrap.
         bootstrap: number of bootstrap resamples.
-        with_scans: use only patients with scans, so that the folds are those of the bundle's training.
         mapping: JSON file that tells how to read a table of another data set.
         out: JSON file for a model of all patients with its evidence; needs --mapping, as it needs the years.
         external: table of other hospitals to test that model on, read like any cohort.
         output: JSON file for the result.
     """
     if out is not None:
-        if train_centres or with_scans or mapping is None:
-            raise CohortError("--out fits all patients of a table read by --mapping: no centres, no --with_scans")
+        if train_centres or mapping is None:
+            raise CohortError("--out fits all patients of a table read by --mapping: no --train_centres")
         names = FEATURES if features is None else _names(features)
         table = read_foreign_table(cohort, mapping, [*names, *HPV_FEATURES])
-        others = [] if external is None else _load(Path(external), [*names, *HPV_FEATURES], False, None).cases
+        others = [] if external is None else _load(Path(external), [*names, *HPV_FEATURES], None).cases
         strength = PENALIZER if penalizer is None else penalizer
         report = make_shipped(table, others, _centres(test_centres), out, names, strength, seed, bootstrap)
     elif external is not None:
         raise CohortError("--external tests the model that --out makes; it needs --out")
     else:
         names = list(clinical.DEFAULT_FEATURES) if features is None else _names(features)
-        loaded = _load(Path(cohort).expanduser(), names, with_scans, mapping)
+        loaded = _load(Path(cohort).expanduser(), names, mapping)
         centres = (_centres(train_centres), _centres(test_centres))
         strength = 0.1 if penalizer is None else penalizer
-        report = compare(loaded, centres, names, (coding, fill), strength, num_folds, seed, bootstrap)
+        report = evaluate(loaded, centres, names, strength, num_folds, seed, bootstrap)
     if output:
         write_text(output, json.dumps(_json_ready(report), indent=2) + "\n")
         print(f"\nwritten: {output}")
 
 
-def compare(
+def evaluate(
     loaded: Cohort,
     centres: tuple[list[str], list[str]],
     names: Sequence[str],
-    variant: tuple[str, str],
     penalizer: float,
     num_folds: int,
     seed: int,
     bootstrap: int,
 ) -> dict[str, Any]:
-    """Fit, score and print every coding; arguments as :func:`fit_clinical`.
+    """Fit, score and print a model; arguments as :func:`fit_clinical`.
 
     Raises:
         CohortError: an option cannot be met.
     """
-    if variant[0] not in CODINGS or variant[1] not in FILLS:
-        raise CohortError(f"--coding is one of {', '.join(CODINGS)} and --fill one of {', '.join(FILLS)}")
     groups = split_groups(loaded, centres[0], centres[1], num_folds, seed)
     known = [case for pair in groups[:1] for side in pair for case in side]
     missing = {name: sum(case[keys.CLINICAL][name] is None for case in known) for name in names}
-    results = [
-        evaluate_coding(groups, names, *each, penalizer, bootstrap, seed) for each in _variants(missing, *variant)
-    ]
+    result = evaluate_cox(groups, names, penalizer, bootstrap, seed)
     folds = f"{num_folds}-fold cross-validation, seed {seed}"
     report = {
         "data": loaded.files,
@@ -247,9 +221,9 @@ def compare(
         "left_out": _left_out(loaded, centres),
         "notes": loaded.notes,
         "coefficients_of": "model of the training centres" if centres[0] else "model of all patients",
-        "results": [asdict(result) for result in results],
+        "result": asdict(result),
     }
-    print_report(report, results)
+    print_report(report, result)
     return report
 
 

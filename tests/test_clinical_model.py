@@ -62,7 +62,7 @@ def model() -> ClinicalModel:
 
 def test_coefficients_and_ranks_are_those_of_lifelines(model):
     cases, _ = made_up()
-    table, _ = fill_missing(*[code_cohort(cases, FEATURES, "indicators")] * 2, "training_median")
+    table, _ = fill_missing(*[code_cohort(cases, FEATURES)] * 2)
     reference = CoxPHFitter(penalizer=0.01).fit(table, keys.TIME, keys.EVENT)
     np.testing.assert_allclose(list(model.coefficients.values()), reference.params_, rtol=1e-5)
     found = model.log_hazard([case[keys.CLINICAL] for case in cases])
@@ -92,12 +92,12 @@ def test_nothing_of_single_patients_is_stored(model):
 def test_out_of_fold_log_hazards_are_of_models_of_other_years():
     cases, years = made_up(200)
     risks, tables, pooled = made.out_of_fold(cases, years, FEATURES, 0.01)
-    table, folds = code_cohort(cases, FEATURES, "indicators"), made.year_folds(years)
+    table, folds = code_cohort(cases, FEATURES), made.year_folds(years)
     assert sum(map(len, risks)) == sum(map(len, tables)) == 200
     for rows, others in folds:
         assert not {years[row] for row in rows} & {years[row] for row in others}
     rows, others = folds[3]
-    train, test = fill_missing(table.iloc[rows], table.iloc[others], "training_median")
+    train, test = fill_missing(table.iloc[rows], table.iloc[others])
     reference = CoxPHFitter(penalizer=0.01).fit(train, keys.TIME, keys.EVENT)
     columns = list(reference.params_.index)
     scale = FoldScale.of(train[columns].to_numpy() @ reference.params_.to_numpy())
@@ -251,7 +251,6 @@ def test_the_shipped_model_can_be_remade(tmp_path, capsys):
     [
         pytest.param({"out": "m.json"}, "--out fits all patients of a table read by --mapping", id="no_mapping"),
         pytest.param({"external": "x.csv"}, "--external tests the model that --out makes", id="external_alone"),
-        pytest.param({"mapping": "m.json", "with_scans": True}, "--mapping is for one table", id="with_scans"),
     ],
 )
 def test_options_that_cannot_be_met(options, message):

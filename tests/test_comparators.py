@@ -14,7 +14,7 @@ from synthetic_run import make_run
 
 import evaluate_folds
 from experiments import comparators, evidence
-from experiments.clinical_cox import evaluate_coding
+from experiments.clinical_cox import evaluate_cox
 from scripts import keys
 from scripts.cohorts.clinical import code_indicators
 from scripts.cohorts.cohort import load_cohort
@@ -51,7 +51,7 @@ def test_clinical_values_alone_are_fitted_on_the_same_folds(run, report, cohort)
     for fold in range(3):
         split = loaded.split("partial", 3, fold, 0)
         groups = [[case for case in part if case[keys.SURV_KNOWN]] for part in (split.training, split.validation)]
-        expected = evaluate_coding([tuple(groups)], features, "indicators", "training_median", 0.1, 2, 0)
+        expected = evaluate_cox([tuple(groups)], features, 0.1, 2, 0)
         rows = judged[judged["fold"] == fold]
         assert c_index(rows.assign(log_hazard=rows["clinical_risk"])) == pytest.approx(expected.test.c_index)
     row = report["clinical_only"]["model_minus_clinical"]

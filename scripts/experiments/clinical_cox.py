@@ -18,9 +18,6 @@ from scripts.cohorts import clinical
 from scripts.cohorts.cohort import Case, CohortError
 from scripts.training.concordance import comparable_pairs, resampled_concordance
 
-CODINGS = ("indicators", "paper")
-FILLS = ("training_median", "cohort_median", "zero")
-
 
 @dataclass(frozen=True)
 class Score:
@@ -43,11 +40,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """One coding, fitted and scored.
+    """A fitted and scored model.
 
     Attributes:
-        coding: ``indicators`` or ``paper``.
-        fill: what stood for a missing number or stage; always ``zero`` in the paper's coding.
         train: score on the patients the model was fitted to; in cross-validation over all folds, without interval.
         test: score on the other patients; in cross-validation out of fold, with pairs formed within folds.
         coefficients: a row for each column; in cross-validation of a model fitted to all patients.
@@ -55,8 +50,6 @@ class Result:
         warnings: what lifelines found doubtful about the fit.
     """
 
-    coding: str
-    fill: str
     train: Score
     test: Score
     coefficients: list[dict[str, Any]]
@@ -74,24 +67,19 @@ class Fit:
     warnings: list[str]
 
 
-def code_cohort(cases: Sequence[Case], features: Sequence[str], coding: str) -> pd.DataFrame:
+def code_cohort(cases: Sequence[Case], features: Sequence[str]) -> pd.DataFrame:
     """Coded clinical values, time and event of a cohort.
 
     Args:
         cases: cases with known survival.
         features: names of the clinical features.
-        coding: ``paper`` (missing = 0, levels shifted by one) or ``indicators`` (a column a level of a category,
-            numbers and stages as numbers, NaN where these are missing).
 
     Returns:
-        One row a patient, indexed by patient id: the coded columns, then ``time`` and ``event``.
+        One row for each patient, indexed by patient id: a column for each level of a category, numbers and stages as
+        numbers (NaN where missing), then ``time`` and ``event``.
     """
-    if coding == "paper":
-        names = list(features)
-        rows = [clinical.code_clinical(case[keys.CLINICAL], features) for case in cases]
-    else:
-        names = clinical.indicator_names(features)
-        rows = [clinical.code_indicators(case[keys.CLINICAL], features, missing_number=np.nan) for case in cases]
+    names = clinical.indicator_names(features)
+    rows = [clinical.code_indicators(case[keys.CLINICAL], features, missing_number=np.nan) for case in cases]
     table = pd.DataFrame(np.asarray(rows, dtype=float).reshape(len(cases), len(names)), columns=names)
     table.index = pd.Index([case[keys.PATIENT_ID] for case in cases], name="patient_id")
     table[keys.TIME] = [float(case[keys.TIME]) for case in cases]
@@ -99,16 +87,9 @@ def code_cohort(cases: Sequence[Case], features: Sequence[str], coding: str) -> 
     return table
 
 
-def fill_missing(train: pd.DataFrame, test: pd.DataFrame, fill: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Put a number where one is missing: the training patients' median, that of all patients, or zero.
-
-    ``cohort_median`` looks at the clinical values (not the outcomes) of the test patients; a column that is missing
-    everywhere becomes zero.
-    """
-    if fill == "zero":
-        values = pd.Series(0.0, index=train.columns)
-    else:
-        values = (train if fill == "training_median" else pd.concat([train, test])).median().fillna(0.0)
+def fill_missing(train: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Replace missing numbers by the training patients' median; by zero in a column that is missing everywhere."""
+    values = train.median().fillna(0.0)
     return train.fillna(values), test.fillna(values)
 
 
@@ -187,22 +168,18 @@ def score(risks: Sequence[np.ndarray], tables: Sequence[pd.DataFrame], bootstrap
     return Score(float(found[0] / found[1]), float(low), float(high), patients, events)
 
 
-def evaluate_coding(
+def evaluate_cox(
     groups: Sequence[tuple[Sequence[Case], Sequence[Case]]],
     features: Sequence[str],
-    coding: str,
-    fill: str,
     penalizer: float = 0.1,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Result:
-    """Fit and score one coding.
+    """Fit and score a model.
 
     Args:
-        groups: (training cases, test cases) with known survival: one pair, or one a fold.
+        groups: (training cases, test cases) with known survival: one pair, or one for each fold.
         features: names of the clinical features.
-        coding: one of :data:`CODINGS`.
-        fill: one of :data:`FILLS`.
         penalizer: strength of the ridge penalty.
         bootstrap: number of bootstrap resamples.
         seed: seed of the bootstrap.
@@ -212,20 +189,20 @@ def evaluate_coding(
     """
     fits, sides, risks = [], [], []
     for train_cases, test_cases in groups:
-        pair = fill_missing(code_cohort(train_cases, features, coding), code_cohort(test_cases, features, coding), fill)
+        pair = fill_missing(code_cohort(train_cases, features), code_cohort(test_cases, features))
         fits.append(fit_cox(pair[0], penalizer))
         sides.append(pair)
         risks.append([fits[-1].model.predict_log_partial_hazard(table[fits[-1].used]).to_numpy() for table in pair])
     train, test = (score([r[k] for r in risks], [pair[k] for pair in sides], bootstrap, seed) for k in (0, 1))
     shown = fits[0]
     if len(groups) > 1:
-        everyone = pd.concat([code_cohort(cases, features, coding) for _, cases in groups])
-        shown = fit_cox(fill_missing(everyone, everyone, fill)[0], penalizer)
+        everyone = pd.concat([code_cohort(cases, features) for _, cases in groups])
+        shown = fit_cox(fill_missing(everyone, everyone)[0], penalizer)
         # Training sets of folds overlap: an interval over their patients would be too narrow.
         train = replace(train, low=math.nan, high=math.nan, patients=test.patients, events=test.events)
     dropped = sorted({name for fit in fits for name in fit.dropped})
     doubts = sorted({text for fit in fits for text in fit.warnings})
-    return Result(coding, fill, train, test, _coefficients(shown), dropped, doubts)
+    return Result(train, test, _coefficients(shown), dropped, doubts)
 
 
 def _coefficients(fit: Fit) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ from scripts.evaluation.survival import (
 )
 from scripts.evaluation.survival_metrics import survival_metrics
 
-CODING, FILL = "indicators", "training_median"
 FEATURES = ("age", "gender", "performance_status", "tobacco", "treatment", "t_stage", "n_stage", "hpv")
 """Chosen on RADCURE by cross-validation over years, see docs/clinical.md."""
 HPV_FEATURES = ("gender", "age", "tobacco", "t_stage", "n_stage", "site")
@@ -68,10 +67,10 @@ def out_of_fold(
         Of each fold the log hazards of its patients and their coded table; and all log hazards (N,), each normalised by
         mean and standard deviation of its fold's training patients, in the order of ``cases``.
     """
-    table, risks, tables, scales = code_cohort(cases, features, CODING), [], [], []
+    table, risks, tables, scales = code_cohort(cases, features), [], [], []
     raw, numbers = np.zeros(len(cases)), np.zeros(len(cases), dtype=int)
     for number, (train_rows, test_rows) in enumerate(year_folds(years)):
-        train, test = fill_missing(table.iloc[train_rows], table.iloc[test_rows], FILL)
+        train, test = fill_missing(table.iloc[train_rows], table.iloc[test_rows])
         fit = fit_cox(train, penalizer)
         scales.append(FoldScale.of(linear_risk(fit, train)))
         raw[test_rows], numbers[test_rows] = linear_risk(fit, test), number
@@ -101,8 +100,8 @@ def make_model(
         about: of the source.
         evidence: C-index by name.
     """
-    table = code_cohort(cases, features, CODING)
-    filled, _ = fill_missing(table, table, FILL)
+    table = code_cohort(cases, features)
+    filled, _ = fill_missing(table, table)
     fit = fit_cox(filled, penalizer)
     columns = [name for name in table.columns if name not in (keys.TIME, keys.EVENT)]
     coefficients = {name: _rounded(fit.model.params_[name]) if name in fit.used else 0.0 for name in columns}
@@ -216,7 +215,7 @@ def fit_hpv(cases: Sequence[Case], features: Sequence[str]) -> tuple[Pipeline, p
 
 def hpv_table(cases: Sequence[Case], features: Sequence[str]) -> pd.DataFrame:
     """Coded clinical values without outcome."""
-    return code_cohort(cases, features, CODING).drop(columns=[keys.TIME, keys.EVENT])
+    return code_cohort(cases, features).drop(columns=[keys.TIME, keys.EVENT])
 
 
 def hpv_probabilities(model: tuple[Pipeline, pd.Series], cases: Sequence[Case], features: Sequence[str]) -> np.ndarray:

@@ -23,7 +23,7 @@ from scripts.evaluation.case_metrics import MEASURES, PAPER_MEASURES, summarise
 from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 from scripts.evaluation.survival import CalibrationError, FoldScale
 
-CLINICAL_CODING, CLINICAL_FILL, CLINICAL_PENALIZER = "indicators", "training_median", 0.1
+CLINICAL_PENALIZER = 0.1
 COMPARED = (*PAPER_MEASURES, "hpv_auc")
 HPV_COMPARED = ("hpv_auc", "balanced_accuracy")
 
@@ -81,8 +81,8 @@ def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFra
     """
     features, tables = run.record["settings"]["clinical_features"], []
     for parts in clinical_parts(run, keys.SURV_KNOWN, others):
-        train, test = (code_cohort(part, features, CLINICAL_CODING) for part in parts)
-        train, test = fill_missing(train, test, CLINICAL_FILL)
+        train, test = (code_cohort(part, features) for part in parts)
+        train, test = fill_missing(train, test)
         fit = fit_cox(train, CLINICAL_PENALIZER)
         risks = [fit.model.predict_log_partial_hazard(table[fit.used]).to_numpy() for table in (train, test)]
         scale = FoldScale.of(risks[0])
@@ -106,8 +106,8 @@ def clinical_hpv(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame
         raise CohortError("the network reads no clinical values")
     tables = []
     for parts in clinical_parts(run, keys.HPV_KNOWN, others):
-        train, test = (code_cohort(part, features, CLINICAL_CODING) for part in parts)
-        coded = fill_missing(train, test, CLINICAL_FILL)
+        train, test = (code_cohort(part, features) for part in parts)
+        coded = fill_missing(train, test)
         train, test = (table.drop(columns=[keys.TIME, keys.EVENT]) for table in coded)
         status = [int(case[keys.HPV]) for case in parts[0]]
         if len(set(status)) < 2:
