@@ -250,14 +250,10 @@ def _hpv_slope(table: pd.DataFrame) -> float:
 
 
 def hpv_evidence(
-    cases: Sequence[Case],
-    years: Sequence[int],
-    others: Sequence[Case],
-    seed: int,
-    samples: int,
-    features: Sequence[str] = HPV_FEATURES,
+    cases: Sequence[Case], years: Sequence[int], others: Sequence[Case], seed: int, samples: int
 ) -> dict[str, Any]:
     """HPV status from clinical values alone: from early to late years, by year, and on another cohort."""
+    features = HPV_FEATURES
     known = [case for case in cases if case[keys.HPV_KNOWN]]
     its_years = [year for case, year in zip(cases, years, strict=True) if case[keys.HPV_KNOWN]]
     early, late, middle = split_by_year(known, its_years)

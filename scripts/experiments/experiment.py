@@ -275,13 +275,12 @@ def find_config(name: str) -> str:
     raise ExperimentError(f"no config file {name}, neither in {BUNDLE} nor in {Path.cwd()}")
 
 
-def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser, options: Sequence[str] = OPTIONS) -> None:
+def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
     """Refuse overrides that MONAI accepts silently: ids that no config has, or that train_folds sets.
 
     Args:
         overrides: ids and their values.
         parser: of the configs.
-        options: of the tool itself, one of which may be meant.
 
     Raises:
         ExperimentError: there is one; the message gives the most similar id.
@@ -290,7 +289,7 @@ def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser, options:
         if name in SET_HERE:
             raise ExperimentError(f"--{name} is set by train_folds for each fold")
         if name not in parser and name != "tracking":
-            raise ExperimentError(unknown_id(name, [*all_ids(parser.get()), *options]))
+            raise ExperimentError(unknown_id(name, [*all_ids(parser.get()), *OPTIONS]))
 
 
 def default_name(dataset_dir: str, protocol: str, overrides: Mapping[str, Any]) -> str:

@@ -32,7 +32,6 @@ def write_rtstruct(
     *,
     model: Model,
     description: str = "Tumour contours, automatic; research use only",
-    series_number: int = RTSTRUCT_SERIES_NUMBER,
 ) -> Dataset:
     """Write lesions as a DICOM RT Structure Set with one ROI for each, unapproved.
 
@@ -47,7 +46,6 @@ def write_rtstruct(
         source: the CT, whose patient, study, frame of reference and images the contours refer to.
         model: what made the contours.
         description: series description, 64 characters at most.
-        series_number: of the new series.
 
     Returns:
         The dataset as written.
@@ -61,7 +59,7 @@ def write_rtstruct(
     described = [(lesion.name, lesion.label, lesion.volume_ml) for lesion in lesions] or [("GTV", "GTV", 0.0)]
     with lenient():
         dataset = _structure_set(headers, model)
-        dataset.SeriesDescription, dataset.SeriesNumber = description, series_number
+        dataset.SeriesDescription, dataset.SeriesNumber = description, RTSTRUCT_SERIES_NUMBER
         dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
         dataset.RTROIObservationsSequence = []
         for number, (name, label, volume) in enumerate(described, start=1):

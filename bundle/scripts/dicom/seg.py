@@ -82,7 +82,6 @@ def write_seg(
     *,
     model: Model,
     description: str = "Tumour, automatic; research use only",
-    series_number: int = SEG_SERIES_NUMBER,
 ) -> Dataset:
     """Write lesions as a binary DICOM segmentation of the CT, one segment for each.
 
@@ -102,7 +101,6 @@ def write_seg(
         source: the CT, whose patient, study, frame of reference and images the segmentation refers to.
         model: what made the segmentation.
         description: series description, 64 characters at most.
-        series_number: of the new series.
 
     Returns:
         The dataset as written, for :func:`write_sr`.
@@ -125,7 +123,7 @@ def write_seg(
             segmentation_type="BINARY",
             segment_descriptions=[_segment(k, *one, model) for k, one in enumerate(described, start=1)],
             series_instance_uid=hd.UID(),
-            series_number=series_number,
+            series_number=SEG_SERIES_NUMBER,
             sop_instance_uid=hd.UID(),
             instance_number=1,
             **model.equipment,

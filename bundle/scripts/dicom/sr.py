@@ -87,7 +87,6 @@ def write_sr(
     seg: Dataset | None = None,
     notes: Sequence[str] = (),
     description: str = "PET/CT measurements and prediction (research use only)",
-    series_number: int = SR_SERIES_NUMBER,
 ) -> Dataset:
     """Write measurements and prediction as a DICOM structured report (Comprehensive SR, template TID 1500).
 
@@ -106,7 +105,6 @@ def write_sr(
         notes: remarks for the reader, e.g. quality flags; each becomes a comment of tumour and prediction. They must
             not identify the patient.
         description: series description, 64 characters at most.
-        series_number: of the new series.
 
     Returns:
         The dataset as written.
@@ -139,7 +137,7 @@ def write_sr(
             evidence=evidence,
             content=report[0],
             series_instance_uid=hd.UID(),
-            series_number=series_number,
+            series_number=SR_SERIES_NUMBER,
             sop_instance_uid=hd.UID(),
             instance_number=1,
             **model.equipment,

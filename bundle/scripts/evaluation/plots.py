@@ -257,7 +257,7 @@ def _beside(panel: Axes, place: int, text: str, colour: str) -> None:
     panel.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), **style)
 
 
-def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8.0) -> None:
+def draw_patient_curve(panel: Axes, survival: Mapping[str, Any]) -> None:
     """Predicted recurrence-free survival of one patient: the curve, the range of the folds, the reported years.
 
     The curve ends at the last of these years (at the end of follow-up where none is reported).
@@ -265,7 +265,6 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
     Args:
         panel: axes to draw into.
         survival: the entry ``survival`` of a prediction, with its ``curve``.
-        size: of the text, in points.
     """
     curve = survival["curve"]
     years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR
@@ -279,9 +278,9 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any], size: float = 8
         panel.plot(row["years"], row["survival"], "o", color=colour, markersize=4)
     given = [row["years"] for row in survival.get("recurrence_free_survival", [])]
     panel.set(xlim=(0, max(given, default=max(1.0, float(years[-1]))) * 1.02), ylim=(0, 1.03))
-    panel.set_ylabel("recurrence-free survival", fontsize=size)
-    panel.set_xlabel("years", fontsize=size)
-    panel.tick_params(labelsize=size)
+    panel.set_ylabel("recurrence-free survival", fontsize=8)
+    panel.set_xlabel("years", fontsize=8)
+    panel.tick_params(labelsize=8)
     panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25)

@@ -339,7 +339,6 @@ def fit_calibration(
     time: ArrayLike,
     event: ArrayLike,
     scales: Sequence[FoldScale] = (FoldScale(),),
-    min_events: int = MIN_EVENTS,
 ) -> Calibration:
     r"""Cox slope and Breslow baseline of pooled out-of-fold log hazards.
 
@@ -353,7 +352,6 @@ def fit_calibration(
         time: (N,) days.
         event: (N,) bool or 0/1.
         scales: used for normalising, in the order of the ensemble's members.
-        min_events: smallest number of relapses.
 
     Raises:
         CalibrationError: too few relapses, log hazards that are all the same or that separate the relapses completely,
@@ -362,10 +360,10 @@ def fit_calibration(
     """
     outcomes = Outcomes(np.asarray(time), np.asarray(event))
     risk = checked_risk(log_hazard, outcomes)
-    if outcomes.events < max(1, min_events):
+    if outcomes.events < MIN_EVENTS:
         raise CalibrationError(
             f"{outcomes.events} relapse{'s' * (outcomes.events != 1)} among {outcomes.patients} patients: "
-            f"absolute risk needs {max(1, min_events)}"
+            f"absolute risk needs {MIN_EVENTS}"
         )
     fitted_slope, error = cox_slope(risk, outcomes)
     slope = max(0.0, fitted_slope)
