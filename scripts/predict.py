@@ -8,17 +8,16 @@ each patient, ``predictions.csv`` and a page of the cohort. The prediction itsel
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_line import BUNDLE, UsageError, run_tool
 
+from runtimes.inference import configure_log, load_bundle, named_files, run_cases
 from scripts import keys
 from scripts.cohorts.clinical import FEATURES
 from scripts.cohorts.cohort import Case
@@ -26,18 +25,12 @@ from scripts.cohorts.files import in_config, require_writable
 from scripts.dicom.tags import DicomError
 from scripts.dicom.web import DicomWeb
 from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case
-from scripts.prediction.outputs import FAILED, OK, is_link
+from scripts.prediction.outputs import FAILED, OK, PredictionWriter
 from scripts.training.engine import plain_errors
-
-if TYPE_CHECKING:
-    from monai.bundle import ConfigParser
-
-    from scripts.prediction.outputs import PredictionWriter
 
 logger = logging.getLogger("predict")
 
 WAYS = "give INPUT OUTPUT; or OUTPUT --ct CT --pet PET; or OUTPUT --dicomweb URL --study UID; --help tells more"
-PREDICTION = "prediction.json"
 ALIKE = 5  # patients with one fault, from which on they are told in one line
 TYPED = "option"  # where a clinical value comes from that was given on the command line
 COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, digits
@@ -54,15 +47,6 @@ COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, d
     "quality": ("quality", 0),
     "forced": ("forced", 0),
 }
-
-
-class CaseList(tuple):
-    """Cases that a config parser hands on as they are: no copies, and no reading of ``$`` and ``@`` in paths."""
-
-    __slots__ = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CaseList:
-        return self
 
 
 def predict(
@@ -196,45 +180,6 @@ def store_results(web: DicomWeb, writer: PredictionWriter) -> None:
             logger.info("%s: stored: %s", patient, ", ".join(path.name for path in paths))
 
 
-def configure_log() -> None:
-    """One line a message on the error stream; of libraries only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("predict", "scripts"):
-        logging.getLogger(name).setLevel(logging.INFO)
-
-
-def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bool = False) -> ConfigParser:
-    """The bundle's ``inference.json`` with its places and options set.
-
-    Args:
-        output: folder for the results.
-        ckpt_dir: folder that holds ``model.pt``.
-        device: None for the config's own choice.
-        force: predict what quality control rejects.
-
-    Raises:
-        FileNotFoundError: there are no weights.
-        scripts.model.ensemble.CheckpointError: the file is none.
-        scripts.training.configuration.ConfigurationError: there is no such device.
-    """
-    from monai.bundle import ConfigParser
-
-    from scripts.model.ensemble import read_state
-    from scripts.training.configuration import check_device
-
-    if device is not None:
-        check_device(device)
-    read_state(Path(ckpt_dir) / "model.pt")
-    parser = ConfigParser()
-    parser.read_config(str(BUNDLE / "configs" / "inference.json"))
-    for name, place in (("bundle_root", BUNDLE), ("output_dir", output), ("ckpt_dir", ckpt_dir)):
-        parser[name] = in_config(str(Path(place).expanduser().resolve()))
-    parser["force"] = force
-    if device is not None:
-        parser["device"] = f"$torch.device({device!r})"
-    return parser
-
-
 def gather_cases(source: str, features: Sequence[str], clinical: str | None, values: Mapping[str, Any]) -> list[Case]:
     """The cases of a folder or list with all that is known of them.
 
@@ -276,126 +221,6 @@ def with_values(
             names = ", ".join(name for name, of in sources.items() if of == source)
             logger.info("%s: %s from: %s", case[keys.PATIENT_ID], names, source)
     return cases
-
-
-def run_cases(
-    parser: ConfigParser, cases: Sequence[Case], report: bool = False, explain: bool = False, resume: bool = False
-) -> PredictionWriter:
-    """Predict the cases; what happened to each stands in the ``rows`` of the writer that is given back.
-
-    Args:
-        parser: of :func:`load_bundle`.
-        cases: what to predict.
-        report: write reports and the page of the cohort.
-        explain: with what moved each risk.
-        resume: leave out what is done.
-    """
-    from scripts.prediction.dicom_results import write_dicom_results
-
-    parser["dataset#data"] = CaseList(cases)
-    writer = parser.get_parsed_content("handlers#0")
-    wanted = [*(["report", "report_pdf"] if report or explain else []), *(["explanation"] if explain else [])]
-    done = finished(parser, writer, cases, wanted) if resume else set()
-    todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
-    parser.get_parsed_content("dataset").data = todo
-    writer.products["DICOM objects"] = write_dicom_results
-    if report or explain:
-        add_reports(parser, writer, explain)
-    for case in todo:
-        try:
-            forget(writer.folder(case[keys.PATIENT_ID]))
-        except OSError as error:
-            case[keys.PROBLEM] = case.get(keys.PROBLEM) or f"an earlier prediction cannot be removed: {error}"
-    if todo:
-        parser.get_parsed_content("initialize")
-        parser.get_parsed_content("run")
-    else:
-        writer.write_table()
-    return writer
-
-
-def forget(folder: Path) -> None:
-    """Remove an earlier prediction and the files it names: should the patient fail now, they must not stand there.
-
-    Only files that lie in the folder itself: a name that leads elsewhere, or a folder that is a link, is left alone.
-    """
-    if is_link(folder):
-        return
-    for path in (folder / Path(file).name for file in (*named_files(folder).values(), PREDICTION)):
-        if path.is_file() or path.is_symlink():
-            path.unlink()
-
-
-def named_files(folder: Path) -> dict[str, str]:
-    """The files that a patient's prediction names; none where there is no readable prediction."""
-    try:
-        files = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))["files"]
-        return {name: str(file) for name, file in files.items() if file is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], wanted: Sequence[str]) -> set[str]:
-    """Ids of the patients who are done, by the same model from the same scans and values; takes their rows.
-
-    Args:
-        parser: of :func:`load_bundle`.
-        writer: gets the rows.
-        cases: of this run.
-        wanted: names of files, besides those that each prediction names, that there have to be.
-    """
-    from scripts.prediction.description import Model
-
-    sha256 = Model.of(parser.get_parsed_content("checkpoint")).sha256
-    force = parser.get_parsed_content("force")
-    done = {
-        case[keys.PATIENT_ID]
-        for case in cases
-        if is_whole(writer.folder(case[keys.PATIENT_ID]), case, [*wanted, *dicom_files(case)], force)
-        and writer.take_over(case[keys.PATIENT_ID], sha256)
-    }
-    logger.info("%d of %d patients are done already", len(done), len(cases))
-    return done
-
-
-def dicom_files(case: Case) -> list[str]:
-    """Names of the files that only a case given as DICOM has."""
-    return ["dicom_sr"] if keys.DICOM in case else []
-
-
-def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bool:
-    """Whether a patient's folder holds a prediction from this case's scans and values, and every file that it names."""
-    if is_link(folder):
-        return False
-    files = named_files(folder)
-    try:
-        prediction = json.loads((folder / PREDICTION).read_text(encoding="utf-8"))
-        scans = prediction["fingerprint"]
-        clinical = {row["name"]: row["value"] for row in prediction["clinical"]}
-        others = {row["name"]: row["value"] for row in prediction["clinical_model"]["values"]}
-        forced = prediction["quality"]["forced"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    there = all((folder / file).is_file() for file in files.values()) and set(wanted) <= set(files)
-    given = {**case.get(keys.CLINICAL_OTHERS, {}), **case[keys.CLINICAL]}
-    same = clinical == case[keys.CLINICAL] and all(given.get(name) == value for name, value in others.items())
-    same = same and scans == case.get(keys.FINGERPRINT)
-    return there and same and (force or not forced)
-
-
-def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> None:
-    """Let the writer make a report of each patient, and a page of them all at the end."""
-    from scripts.prediction.report import ReportWriter
-    from scripts.prediction.summary import INDEX
-
-    explainer = None
-    if explain:
-        from scripts.prediction.explain import RiskExplainer
-
-        explainer = RiskExplainer(parser.get_parsed_content("network"))
-    reports = ReportWriter(str(writer.output_dir), explainer)
-    writer.products["report"] = reports
-    writer.pages[INDEX] = reports.write_cohort
 
 
 def summary(writer: PredictionWriter) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from predict import is_whole
+from runtimes.inference import is_whole
 from scripts import keys
 from scripts.cohorts.cohort import inference_cases, load_cohort
 from scripts.evaluation.clinical_model import ClinicalModelError, shipped

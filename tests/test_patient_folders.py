@@ -10,7 +10,8 @@ import pytest
 from tiny_model import write_model
 
 from conftest import make_tiny_cohort
-from predict import forget, predict
+from predict import predict
+from runtimes.inference import forget
 
 
 @pytest.fixture(scope="module")

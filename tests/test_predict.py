@@ -25,7 +25,8 @@ from command_line import read_arguments
 
 import predict as tool
 from conftest import ROOT, SHARED_DATA, make_tiny_cohort
-from predict import UsageError, is_whole, predict
+from predict import UsageError, predict
+from runtimes.inference import is_whole
 from scripts import keys
 from scripts.cohorts.clinical import FEATURES
 from scripts.cohorts.cohort import CohortError
@@ -591,7 +592,7 @@ def test_an_earlier_prediction_that_cannot_be_removed_fails_its_patient_only(pat
         if folder.name == "CHUM-001":
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "prediction.json"))
 
-    monkeypatch.setattr(tool, "forget", keep)
+    monkeypatch.setattr("runtimes.inference.forget", keep)
     run(patients, tmp_path / "out", code=1, **options)
     rows = rows_of(tmp_path / "out")
     assert {patient: row["status"] for patient, row in rows.items()} == {"CHUM-001": "failed", "CHUM-002": "ok"}
