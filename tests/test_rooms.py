@@ -130,7 +130,6 @@ def test_what_is_allowed_is_no_fault(source: str) -> None:
 COMMANDS = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"command_line"}
 MOST_COMMANDS = 10
 USES = {  # rooms that start a command for a user
-    "runtimes/check.py": {"serve"},
 }
 
 

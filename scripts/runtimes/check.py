@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from command_line import ROOT
 
-import serve
+from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment
 
 APP = ROOT / "scripts" / "runtimes" / "deploy_app"
 SKIPPED = 77  # as test runners understand it
@@ -33,8 +33,8 @@ def check_label(environment: str = "") -> NoReturn:
         environment: folder of the virtual environment.
     """
     try:
-        python = serve.make_environment(Path(environment or serve.ENVIRONMENT).expanduser().resolve())
-    except serve.LabelEnvironmentError as error:
+        python = make_environment(Path(environment or ENVIRONMENT).expanduser().resolve())
+    except LabelEnvironmentError as error:
         print(f"label: SKIPPED, not tested: MONAI Label's environment cannot be made: {error}", flush=True)
         raise SystemExit(SKIPPED) from None
     # Other packages' warnings are no errors there, and their modules hold no doctests of ours.
