@@ -114,13 +114,18 @@ def test_the_year_decides_on_the_sign_and_nothing_of_another_year_stays(given, m
         run(given, tmp_path / "out", model, 2024)
 
 
-def test_2026_may_give_the_hpv_status(given, model, tmp_path, caplog):
-    (given / "ehr.json").write_text(json.dumps({**EHR, "HPV Status": 1}))
-    run_2026(given, tmp_path / "out", model)
-    assert "ehr.json: not read by this model: hpv" in caplog.text
+def test_2026_may_give_the_hpv_status(given, tmp_path):
+    """A network that reads it takes it; a value that means nothing is refused."""
+    features = ["age", "gender", "m_stage", "hpv"]
+    reader = write_model(tmp_path / "reader", clinical_features=features, hpv_inputs=["image"])
+    answered = []
+    for status in (None, 0, 1):
+        (given / "ehr.json").write_text(json.dumps({**EHR, "HPV Status": status}))
+        answered.append(run_2026(given, tmp_path / "out", reader))
+    assert len(set(answered)) == 3
     (given / "ehr.json").write_text(json.dumps({**EHR, "HPV Status": "maybe"}))
     with pytest.raises(ValueError, match="HPV Status: 'maybe' is no value of hpv"):
-        run(given, tmp_path / "out", model, 2026)
+        run(given, tmp_path / "out", reader, 2026)
 
 
 @pytest.mark.parametrize(
