@@ -23,8 +23,8 @@ RUN pip install -r requirements.txt
 
 COPY bundle bundle
 COPY scripts/command_line.py scripts/
-COPY scripts/runtimes/__init__.py scripts/runtimes/__main__.py scripts/runtimes/grand_challenge.py \
-    scripts/runtimes/inference.py scripts/runtimes/
+COPY scripts/runtimes/__init__.py scripts/runtimes/__main__.py scripts/runtimes/
+COPY scripts/runtimes/grand_challenge.py scripts/runtimes/inference.py scripts/runtimes/
 RUN python -m compileall -q bundle scripts
 
 USER 10001:10001

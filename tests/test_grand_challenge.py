@@ -337,12 +337,10 @@ def test_2026_needs_no_hpv_status_of_the_model(tmp_path):
 
 
 def test_the_dockerfile_copies_all_that_the_command_imports(tmp_path):
-    """The copies of the Dockerfile, of files that .dockerignore lets through, start the command by themselves."""
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    """The copies of the Dockerfile start the command by themselves."""
+    text = (ROOT / "Dockerfile").read_text()
     for *sources, target in (line.split()[1:] for line in text.splitlines() if line.startswith("COPY")):
         for source in sources:
-            assert source in let_through, source
             place = tmp_path / target / Path(source).name if target.endswith(("/", ".")) else tmp_path / target
             place.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / source).is_dir():
