@@ -140,6 +140,15 @@ def test_what_is_not_answered_is_said(year, classes, said):
     assert [line.split(":")[0] for line in not_answered(CONTRACTS[year], classes)] == said
 
 
+def test_a_model_of_two_classes_answers_1_and_2_and_says_nothing_of_them(given, tmp_path, caplog):
+    apart = write_model(tmp_path / "apart", seg_classes=["GTVp", "GTVn"])
+    run_2026(given, tmp_path / "out", apart)
+    values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / MASK_2026))))
+    assert 2 in values and set(values) <= {0, 1, 2}
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("not answered")]
+    assert len(said) == 1 and "t-stage.json and n-stage.json" in said[0]
+
+
 # --- weights and PET in Bq/ml ----------------------------------------------------------------------------------------
 def test_uploaded_weights_go_before_those_of_the_bundle(tmp_path, caplog):
     assert str(UPLOADED) == "/opt/ml/model"

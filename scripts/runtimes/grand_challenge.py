@@ -26,7 +26,7 @@ from scripts.cohorts.tables import check_names, read_json
 from scripts.cohorts.thresholds import HALF, above
 from scripts.dicom.suv_table import ActivityScan, read_suv_factor
 from scripts.imaging.images import image_suffix
-from scripts.imaging.lesions import APART, MERGED
+from scripts.imaging.lesions import APART
 from scripts.prediction.inputs import add_clinical_values, pair_case
 from scripts.prediction.outputs import FAILED
 from scripts.training.engine import plain_errors
@@ -112,7 +112,7 @@ def grand_challenge(
         place = writer.folder(case[keys.PATIENT_ID])
         prediction = json.loads((place / "prediction.json").read_text(encoding="utf-8"))
         write_answers(prediction, place, Path(output), CONTRACTS[year])
-        unanswered = not_answered(CONTRACTS[year], getattr(spec, "seg_classes", MERGED))
+        unanswered = not_answered(CONTRACTS[year], spec.seg_classes)
     for line in unanswered:
         logger.error("not answered: %s", line)
     if unanswered:
