@@ -29,7 +29,7 @@ from scripts.imaging.transforms import RestoreMaskd
 from scripts.model.ensemble import saved_spec
 from scripts.prediction.coarse import CoarsePass
 
-CLASSES = ["--spec#seg_classes", "['GTVp','GTVn']"]
+CLASSES = ["--spec#seg_classes", "GTVp,GTVn"]
 APART, MERGED = "CHUM", "CHUS"
 SPACING = 8.0
 

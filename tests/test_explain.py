@@ -24,9 +24,10 @@ FEATURES = ["age", "gender", "tobacco"]
 STEPS = 6
 
 
-def ensemble(folds: int = 2, tasks: tuple[str, ...] = keys.TASKS) -> FoldEnsemble:
+def ensemble(folds: int = 2, tasks: tuple[str, ...] = keys.TASKS, seg_classes: int = 1) -> FoldEnsemble:
     torch.manual_seed(0)
-    network = FoldEnsemble(MultitaskNet(clinical_features=3, tasks=tasks), {"clinical_features": FEATURES}).eval()
+    network = MultitaskNet(clinical_features=3, tasks=tasks, seg_classes=seg_classes)
+    network = FoldEnsemble(network, {"clinical_features": FEATURES}).eval()
     network.resize(folds)
     for fold in network.folds[1:]:
         for parameter in fold.parameters():
@@ -65,9 +66,16 @@ def test_clinical_values_that_reach_the_risk_by_hpv_status_add_up() -> None:
     assert min(alone["age"], alone["tobacco"]) > 0.02, "nothing but HPV status carries them: there is no other weight"
 
 
-@pytest.mark.parametrize("tasks", [keys.TASKS, (keys.TASK_SURV,)], ids=["all tasks", "survival alone"])
-def test_contributions_add_up(tasks: tuple[str, ...]) -> None:
-    network, (image, clinical) = ensemble(tasks=tasks), patient()
+@pytest.mark.parametrize(
+    ("tasks", "seg_classes"),
+    [
+        pytest.param(keys.TASKS, 1, id="all tasks"),
+        pytest.param(keys.TASKS, 2, id="all tasks, two classes"),
+        pytest.param((keys.TASK_SURV,), 1, id="survival alone"),
+    ],
+)
+def test_contributions_add_up(tasks: tuple[str, ...], seg_classes: int) -> None:
+    network, (image, clinical) = ensemble(tasks=tasks, seg_classes=seg_classes), patient()
     found = explain_risk(network, image, clinical, tumour(), GRID, STEPS)
     empty = numbers(network, torch.zeros_like(image), torch.zeros_like(clinical))
     assert found.log_hazard == pytest.approx(numbers(network, image, clinical), abs=1e-5)

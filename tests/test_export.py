@@ -185,9 +185,10 @@ def test_the_overlay_compiles_after_the_weights_are_loaded() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch would rather have its newer exporter used
-def test_every_part_goes_to_tensorrt_as_onnx_that_gives_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seg_classes", [MERGED, APART], ids=["one_class", "two_classes"])
+def test_every_part_goes_to_tensorrt_as_onnx_that_gives_the_same(tmp_path: Path, seg_classes) -> None:
     """As MONAI's TrtCompiler exports it, run by onnxruntime in the place of TensorRT."""
-    ensemble = make_ensemble()
+    ensemble = make_ensemble(seg_classes=seg_classes)
     fold = ensemble.folds[0]
     image = torch.rand(1, 2, *BOX)
     with torch.no_grad():

@@ -65,6 +65,7 @@ NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", 
 NESTED = {
     "ct_window": "spec#ct_window",
     "bn_eps": "spec#bn_eps",
+    "seg_classes": "spec#seg_classes",
     "bn_momentum": "network_def#network#bn_momentum",
     "mask_gradient": "network_def#network#mask_gradient",
     "task_weights": "train#loss#task_weights",

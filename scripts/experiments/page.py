@@ -53,7 +53,7 @@ PROTOCOL_NAMES = {
 }
 SHOWN_SETTINGS = (
     *("epochs", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
-    *("mask_gradient", "task_weights", "event_fraction", "seed"),
+    *("seg_classes", "mask_gradient", "task_weights", "event_fraction", "seed"),
 )
 CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed minus predicted, 2 years")
 COUNTED = ("patients", "events", "positive")
