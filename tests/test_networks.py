@@ -356,6 +356,33 @@ def test_it_learns_to_segment():
     assert values[-1] < values[0] / 2
 
 
+def test_classes_are_learned_from_masks_that_tell_them_and_serve_cases_that_do_not():
+    """Two bright cubes, of which the node's is dense too; the second case's mask calls both tumour."""
+    image, mask = torch.rand(2, 2, 16, 16, 16), torch.zeros(2, 1, 16, 16, 16)
+    primary, node = (..., slice(2, 7), slice(2, 8), slice(2, 8)), (..., slice(9, 14), slice(8, 14), slice(8, 14))
+    mask[primary], mask[node] = 1, 2
+    image[:, 1:] += 2 * (mask > 0)
+    image[:, :1] += 2 * (mask == 2)
+    classes = mask.clone()
+    mask[1] = (mask[1] > 0).float()
+    net, loss = MultitaskNet(tasks=("seg",), seg_classes=2), MultitaskLoss(("seg",))
+    targets = {"seg": mask, "seg_known": torch.tensor([True, True]), "seg_classes_known": torch.tensor([True, False])}
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    values = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        outputs = net(image)
+        value = loss(outputs, targets)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] / 2
+    called = 1 + outputs[CLASS_LOGITS].argmax(dim=1, keepdim=True)
+    for k in (0, 1):
+        tumour = classes[k] > 0
+        assert (called[k][tumour] == classes[k][tumour]).float().mean() > 0.9, f"case {k}"
+
+
 # --- copies and state --------------------------------------------------------------------------------------
 
 
