@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,17 @@ def changed(**new: Any) -> dict[str, Any]:
     return {**SMALL, **new}
 
 
+FAILURE: dict[str, Any] = SMALL["survival"]["failures"][0]
+
+
+def failing(failure: Any) -> dict[str, Any]:
+    return {**SMALL["survival"], "failures": [failure]}
+
+
+def levels(feature: str, entry: Any) -> dict[str, Any]:
+    return {feature: {"column": "HPV", "levels": entry}}
+
+
 @pytest.mark.parametrize(
     "mapping, message",
     [
@@ -166,6 +178,36 @@ def changed(**new: Any) -> dict[str, Any]:
             changed(survival=SMALL["survival"] | {"failures": [{"date": "Date Local"}]}), "each is", id="failure"
         ),
         pytest.param(changed(survival=SMALL["survival"] | {"start": "RT"}), "start: no column 'RT'", id="start"),
+        pytest.param(changed(survival=SMALL["survival"] | {"start": None}), "start: no column None", id="start_null"),
+        pytest.param(changed(survival="RT Start"), "survival: give start, failures", id="survival_text"),
+        pytest.param(changed(survival=["start", "failures"]), "survival: give start, failures", id="survival_list"),
+        pytest.param(changed(survival=failing("Local")), "each is", id="failure_text"),
+        pytest.param(changed(survival=failing(["date", "status", "levels"])), "each is", id="failure_list"),
+        pytest.param(changed(survival=failing(FAILURE | {"levels": None})), "each is", id="no_failure_levels"),
+        pytest.param(changed(survival=failing(FAILURE | {"levels": ["Yes"]})), "each is", id="list_of_failure_levels"),
+        pytest.param(changed(survival=failing(FAILURE | {"levels": {"Yes": [1]}})), "each is", id="failure_level"),
+        pytest.param(
+            changed(survival=failing(FAILURE | {"levels": {"Yes": 1, "YES ": 0}})), "each is", id="failure_level_twice"
+        ),
+        pytest.param(changed(values=["age"]), "values: give an object", id="values_list"),
+        pytest.param(changed(values=None), "values: give an object", id="values_null"),
+        pytest.param(changed(values={"age": {"column": None}}), "values.age: no column None", id="column_null"),
+        pytest.param(changed(values=levels("hpv", None)), "values.hpv: levels is an object", id="levels_null"),
+        pytest.param(changed(values=levels("hpv", ["p16"])), "values.hpv: levels is an object", id="levels_list"),
+        pytest.param(
+            changed(values=levels("hpv", {"p16": 1, "P16 ": 0})), "values.hpv: levels is an object", id="level_twice"
+        ),
+        pytest.param(changed(values=levels("hpv", {"p16": [1]})), r"values.hpv: \[1\] is no level", id="level_list"),
+        pytest.param(changed(values=levels("age", {"old": "90"})), "values.age: '90' is no level", id="level_text"),
+        pytest.param(changed(values=levels("age", {"old": 1e9})), "values.age: 1000000000.0 is no", id="level_range"),
+        pytest.param(changed(values=levels("age", {"old": math.nan})), "values.age: nan is no level", id="level_nan"),
+        pytest.param(changed(date_format=None), "date_format: None is no text", id="format_null"),
+        pytest.param(changed(date_format="%Q"), "date_format: '%Q' gives no day", id="format_unknown"),
+        pytest.param(changed(date_format="%d/%m"), "date_format: '%d/%m' gives no day", id="format_without_year"),
+        pytest.param(changed(patient_id=3), "patient_id: 3 is no text", id="id_number"),
+        pytest.param(changed(centre=["Toronto"]), "centre: .* is no text", id="centre_list"),
+        pytest.param(changed(about="RADCURE"), "about: give an object of texts", id="about_text"),
+        pytest.param(changed(about={"source": {}}), "about: give an object of texts", id="about_nested"),
     ],
 )
 def test_mappings_at_fault(tmp_path, mapping, message):

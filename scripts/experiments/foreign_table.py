@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class _Reader:
 
     def column(self, place: str, name: object) -> str:
         """A column that the mapping names; one that the table lacks is a fault."""
-        if str(name).strip() not in self.titles:
+        if not isinstance(name, str) or name.strip() not in self.titles:
             listed = ", ".join(printable(title, 40) for title in self.titles)
             self.faults.append(f"{place}: no column {name!r} in {self.table.name}; its columns are {listed}")
         return str(name).strip()
@@ -140,36 +140,88 @@ def read_foreign_table(table: str | Path, mapping: str | Path, features: Sequenc
 
 
 def _checked(content: Any, mapping: Path) -> dict[str, Any]:
-    """The mapping, as far as it has the names it needs and no others."""
+    """The mapping, if it has the names that it needs and no others, and each holds what it must."""
     if not isinstance(content, dict):
         raise CohortError(f"{mapping}: a mapping is an object with {', '.join(sorted(NAMES))}")
     faults = [f"no {name!r}" for name in sorted(NAMES - set(content))]
+    known = ", ".join(sorted(NAMES | OPTIONAL))
+    faults += [f"{name!r} is not known; known are {known}" for name in content if name not in NAMES | OPTIONAL]
     faults += [
-        f"{name!r} is not known; known are {', '.join(sorted(NAMES | OPTIONAL))}"
-        for name in content
-        if name not in NAMES | OPTIONAL
+        f"{name}: {content[name]!r} is no text"
+        for name in ("patient_id", "centre", "date_format")
+        if name in content and not isinstance(content[name], str)
     ]
-    for name, entry in (content.get("values") or {}).items():
-        try:
-            known = feature_named(name)
-        except ValueError as error:
-            faults.append(f"values: {error}")
-            continue
-        if not isinstance(entry, dict) or "column" not in entry or set(entry) - {"column", "levels"}:
-            faults.append(f'values.{name}: give {{"column": ..., "levels": {{...}}}}')
-        elif wrong := [
-            v for v in entry.get("levels", {}).values() if v is not None and known.levels and v not in known.levels
-        ]:
-            faults.append(f"values.{name}: {wrong[0]!r} is no level; accepted: {known.accepted}")
-    survival = content.get("survival") or {}
-    if set(survival) != {"start", "failures", "last_follow_up"} or not survival.get("failures"):
-        faults.append("survival: give start, failures and last_follow_up")
-    for failure in survival.get("failures", []):
-        if set(failure) != {"date", "status", "levels"} or not set(failure["levels"].values()) <= {0, 1}:
-            faults.append('survival.failures: each is {"date": column, "status": column, "levels": {text: 1 or 0}}')
+    about = content.get("about", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        faults.append("about: give an object of texts")
+    if isinstance(form := content.get("date_format"), str) and not _is_date_format(form):
+        faults.append(
+            f"date_format: {form!r} gives no day, month and year; write it as for Python's strptime: %d/%m/%Y"
+        )
+    values, survival = content.get("values", {}), content.get("survival")
+    if isinstance(values, dict):
+        faults += [fault for name, entry in values.items() for fault in _value_faults(name, entry)]
+    else:
+        faults.append('values: give an object, feature -> {"column": ..., "levels": {...}}')
+    faults += _survival_faults(survival)
     if faults:
         raise CohortError(list_faults(f"{mapping} is no mapping that can be used", faults))
     return content
+
+
+def _is_date_format(form: str) -> bool:
+    """Whether a date that is written in a format can be read again."""
+    day = datetime(2001, 2, 3, tzinfo=timezone.utc)
+    try:
+        return datetime.strptime(day.strftime(form), form).date() == day.date()
+    except ValueError:
+        return False
+
+
+def _value_faults(name: str, entry: Any) -> list[str]:
+    """What is wrong with the entry of a feature."""
+    try:
+        feature = feature_named(name)
+    except ValueError as error:
+        return [f"values: {error}"]
+    if not isinstance(entry, dict) or "column" not in entry or set(entry) - {"column", "levels"}:
+        return [f'values.{name}: give {{"column": ..., "levels": {{...}}}}']
+    levels = entry.get("levels", {})
+    if not _is_levels(levels):
+        return [f"values.{name}: levels is an object, text -> level; case and spaces of a text do not matter"]
+    wrong = [level for level in levels.values() if not _is_level(name, level)]
+    return [f"values.{name}: {wrong[0]!r} is no level; accepted: {feature.accepted}"] if wrong else []
+
+
+def _survival_faults(survival: Any) -> list[str]:
+    """What is wrong with the part that tells how time and event follow."""
+    parts = survival if isinstance(survival, dict) else {}
+    if set(parts) != {"start", "failures", "last_follow_up"} or not parts["failures"]:
+        return ["survival: give start, failures and last_follow_up"]
+    failures = parts["failures"] if isinstance(parts["failures"], list) else [None]
+    each = 'survival.failures: each is {"date": column, "status": column, "levels": {text: 1 or 0}}'
+    return [each for failure in failures if not _is_failure(failure)]
+
+
+def _is_failure(failure: Any) -> bool:
+    if not isinstance(failure, dict) or set(failure) != {"date", "status", "levels"}:
+        return False
+    levels = failure["levels"]
+    return _is_levels(levels) and all(isinstance(level, int | float) and level in (0, 1) for level in levels.values())
+
+
+def _is_levels(levels: Any) -> bool:
+    return isinstance(levels, dict) and len(set(map(_plain, levels))) == len(levels)
+
+
+def _is_level(name: str, level: Any) -> bool:
+    """Whether a feature may have a level: None (missing), or a number that a table may have."""
+    if level is None or isinstance(level, bool) or not isinstance(level, int | float):
+        return level is None
+    try:
+        return parse_value(name, level) is not None
+    except ClinicalValueError:
+        return False
 
 
 def _check_columns(reader: _Reader) -> None:
