@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -26,6 +27,7 @@ class FakeServer:
         self.requests: list[requests.PreparedRequest] = []
         self.faults: dict[tuple[str, str], int | Exception | bytes] = {}
         self.refused: set[str] = set()  # SOP classes
+        self.changed: dict[str, str] = {}  # tags of retrieved images, as of a server that confuses them
         monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", lambda adapter, request, **_: self.send(request))
 
     def send(self, request: requests.PreparedRequest) -> requests.Response:
@@ -63,8 +65,10 @@ class FakeServer:
         body = b""
         for dataset in self.held:
             if dataset.SeriesInstanceUID == series:
+                sent = copy.copy(dataset)
+                sent.update(self.changed)
                 file = io.BytesIO()
-                dataset.save_as(file)
+                sent.save_as(file)
                 head = f"\r\n--{BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n"
                 body += head.encode() + file.getvalue()
         body += f"\r\n--{BOUNDARY}--".encode()

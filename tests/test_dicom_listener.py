@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import nibabel
@@ -148,6 +149,7 @@ def test_an_image_is_on_the_disk_when_it_is_acknowledged(node, queue):
         pytest.param({"StudyInstanceUID": "../../../etc/cron.d/x"}, 0xC000, id="path_for_a_study"),
         pytest.param({"StudyInstanceUID": None}, 0xC000, id="no_study"),
         pytest.param({"StudyInstanceUID": ["1.2", "1.3"]}, 0xC000, id="two_studies"),
+        pytest.param({"SOPClassUID": "1.2"}, 0xC000, id="not_of_the_announced_class"),
     ],
 )
 def test_hostile_objects_are_refused(tags, status, node, queue, tmp_path):
@@ -318,8 +320,21 @@ def test_a_study_that_ends_the_node_again_and_again_is_given_up(queue, phantom, 
     assert "was begun 5 times and never ended" in queue.status(STUDY).reason
 
 
-def test_images_that_no_report_can_refer_to_leave_a_line(queue, tmp_path, monkeypatch):
-    queue.receive("1.2", "1.3", b"no DICOM")
+@pytest.mark.parametrize(
+    "tags",
+    [
+        pytest.param(None, id="no_dicom"),
+        pytest.param({"SOPClassUID": "1.2"}, id="unknown_class"),
+        pytest.param({"SOPClassUID": "x"}, id="class_that_is_no_uid"),
+        pytest.param({"SeriesInstanceUID": ["1.2", "1.3"]}, id="two_series"),
+    ],
+)
+def test_images_that_no_report_can_refer_to_leave_a_line(tags, queue, tmp_path, monkeypatch):
+    with pydicom.config.disable_value_validation():
+        content = BytesIO(b"no DICOM")
+        if tags is not None:
+            one_image(**tags).save_as(content, enforce_file_format=True)
+    queue.receive("1.2", "1.3", content.getvalue())
     monkeypatch.setattr(Worker, "_predicted", lambda *_: ([], "nothing can be read"))
     worker = Worker(queue, "HNPETCT", Peer("ARCHIVE", "127.0.0.1", 1), {}, MODEL)
     assert worker.step() and worker.step()

@@ -64,6 +64,19 @@ def test_an_image_that_comes_during_the_prediction_is_predicted_too(start, tmp_p
     assert queue.next_to_send() is None  # the new answer takes the place of the old one
 
 
+def test_files_of_one_name_are_all_sent(start, tmp_path):
+    """A study of two examinations has two results, whose files have the same names."""
+    queue = start()
+    queue.receive(STUDY, "1.1", b"a")
+    files = [tmp_path / patient / name for patient in ("ID", "ID_2") for name in ("seg.dcm", "sr.dcm")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(f"{file.parent.name} {file.name}".encode())
+    queue.answer(STUDY, queue.begin(STUDY, queue.work / "first"), "results", "", files)
+    sent = [path.read_text() for path in queue.to_send(STUDY)]
+    assert sent == ["ID seg.dcm", "ID sr.dcm", "ID_2 seg.dcm", "ID_2 sr.dcm"]
+
+
 def test_the_same_images_again_are_not_predicted_again(start, tmp_path):
     queue = start()
     queue.receive(STUDY, "1.1", b"a")

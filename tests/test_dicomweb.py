@@ -121,6 +121,21 @@ def test_a_series_that_is_not_whole(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "tag, value, said",
+    [
+        pytest.param("StudyInstanceUID", "1.2.3.4.666", "1.2.3.4.666", id="another_study"),
+        pytest.param("StudyInstanceUID", "", "none", id="no_study"),
+        pytest.param("SeriesInstanceUID", "1.2.3.4.666", "1.2.3.4.666", id="another_series"),
+    ],
+)
+def test_an_image_of_another_study_or_series_is_refused(tag, value, said, server, tmp_path):
+    server.changed[tag] = value
+    with pytest.raises(DicomError, match=f"an image of series .* of study {STUDY} has {tag} {said}"):
+        DicomWeb(ADDRESS).download(STUDY, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     "url, message",
     [
         pytest.param("ftp://x/dicom-web", "is no address of a DICOMweb server", id="scheme"),

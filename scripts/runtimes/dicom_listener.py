@@ -188,11 +188,12 @@ class Receiver:
                 logger.info("not kept: %s of class %s", instance, event.request.AffectedSOPClassUID)
                 return SUCCESS
             content = event.encoded_dataset()
-            tags = ["SOPInstanceUID", "StudyInstanceUID"]
+            tags = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
             header = needed_module("pydicom").dcmread(BytesIO(content), stop_before_pixels=True, specific_tags=tags)
             study = text_of(header, "StudyInstanceUID")
-            if text_of(header, "SOPInstanceUID") != instance:
-                raise ValueError("its SOP Instance UID is not the one that was announced")
+            announced = (str(event.request.AffectedSOPClassUID), instance)
+            if (text_of(header, "SOPClassUID"), text_of(header, "SOPInstanceUID")) != announced:
+                raise ValueError("its SOP Class UID or SOP Instance UID is not the one that was announced")
         except Exception as error:  # damaged or hostile bytes end in nearly any error
             logger.warning("refused an object that cannot be read: %s", error)
             return NOT_UNDERSTOOD
@@ -278,8 +279,10 @@ class Worker:
             try:
                 write_refusal(place / "refusal_sr.dcm", reason, sorted((place / "study").iterdir()), model=self.model)
                 files.append(place / "refusal_sr.dcm")
-            except DicomError as error:
-                logger.error("study %s: the reason cannot be sent: %s", study, error)
+            except OSError:
+                raise
+            except Exception as error:  # headers are whatever the sender wrote; the node goes on
+                logger.error("study %s: the reason cannot be sent: %r", study, error)
         self.queue.answer(study, status, "reason" if reason else "results", reason, files)
 
     def _predicted(self, place: Path) -> tuple[list[Path], str]:

@@ -176,15 +176,17 @@ class StudyQueue:
             status: as :meth:`begin` gave it.
             outcome: "results" or "reason".
             reason: why there is no prediction, "" otherwise.
-            files: to send; they are moved.
+            files: to send, in this order; they are copied. Several examinations of a study have files of one name.
         """
         results = self._place(study) / "results"
         with self._changing:
             shutil.rmtree(results, ignore_errors=True)
             results.mkdir(mode=0o700)
+            names: list[str] = []
             for file in files:
-                write_durably(results / file.name, file.read_bytes())
-            names = [file.name for file in files]
+                names.append(f"{len(names) + 1}_{file.name}" if file.name in names else file.name)
+            for name, file in zip(names, files, strict=True):
+                write_durably(results / name, file.read_bytes())
             self._write(study, Status(SENDING, status.images, status.attempts, outcome, reason, names))
             self._later[study] = 0.0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.dicom.seg import REFERRED, UTF_8, Model, _describe, code, save_whole
 from scripts.dicom.sr import _comment
 from scripts.dicom.tags import DicomError, lenient, needed_module, read_header, text_of
+from scripts.dicom.web import is_uid
 from scripts.keys import RESEARCH_USE_ONLY
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _one_of_each_series(images: Iterable[Path]) -> Sequence[Dataset]:
                 header = read_header(path)
             except DicomError:
                 continue
-            if header is not None and all(text_of(header, keyword) for keyword in REFERRED):
+            if header is not None and all(is_uid(text_of(header, keyword)) for keyword in REFERRED):
                 _describe(header)
                 found.setdefault(text_of(header, "SeriesInstanceUID"), header)
         studies = [text_of(header, "StudyInstanceUID") for header in found.values()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from scripts.cohorts.scans import printable
 from scripts.dicom.tags import DicomError, integer_of, items_of, lenient, needed_module, text_of
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ class DicomWeb:
             The series that were downloaded.
 
         Raises:
-            DicomError: as :meth:`series`; a modality is missing; or a series did not come whole.
+            DicomError: as :meth:`series`; a modality is missing; a series did not come whole; or an image of another
+            study or series came.
         """
         listed = self.series(study)
         lacking = [name for name in modalities if name not in {each.modality for each in listed}]
@@ -150,6 +152,7 @@ class DicomWeb:
             count = 0
             with self._told(f"download series {series.uid} of"), lenient():
                 for count, dataset in enumerate(self._client.iter_series(study, series.uid), 1):
+                    self._require_part(dataset, study, series.uid)
                     path = folder / f"{number:03d}_{count:05d}.dcm"
                     dataset.save_as(path, enforce_file_format=True)
                     digest = hashlib.sha256(text_of(dataset, "SOPInstanceUID").encode()).digest()
@@ -160,6 +163,17 @@ class DicomWeb:
                 )
             logger.info("downloaded: %s, %d images", series.modality, count)
         return wanted
+
+    def _require_part(self, image: Any, study: str, series: str) -> None:
+        """Refuse an image of another study or series: it may be of another patient.
+
+        Raises:
+            DicomError: it is one.
+        """
+        for name, asked in (("StudyInstanceUID", study), ("SeriesInstanceUID", series)):
+            if (got := text_of(image, name)) != asked:
+                shown = printable(got or "none", LONGEST_UID)
+                raise DicomError(f"{self.url}: an image of series {series} of study {study} has {name} {shown}")
 
     def store(self, paths: Sequence[Path]) -> None:
         """Store DICOM files.
