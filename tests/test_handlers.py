@@ -204,13 +204,12 @@ def training_state(folder: Path, metric: str, patience: int, keep: str = "best")
 )
 def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep, best_epoch, stops_at) -> None:
     state = training_state(tmp_path, metric, patience, keep)
-    trainer = SimpleNamespace(
-        state=SimpleNamespace(epoch=0, max_epochs=len(values), output=[{"loss": 1.0}]), stopped_at=None
-    )
+    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=len(values)), stopped_at=None)
     trainer.terminate = lambda: setattr(trainer, "stopped_at", trainer.state.epoch)
     for epoch, value in enumerate(values, start=1):
         trainer.state.epoch = epoch
         state.evaluator.state.metrics = {metric: value}
+        trainer.state.output = {"loss": torch.tensor(1.0)}
         state.begin_epoch(trainer)
         state.record_loss(trainer)
         state.parts["optimizer"].step()
@@ -228,7 +227,7 @@ def trained_state(folder: Path, epochs: int) -> TrainingState:
     """A run of so many epochs whose validation C-index is 0.1 times the epoch."""
     state = training_state(folder, "c_index", 0)
     for epoch in range(1, epochs + 1):
-        trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch, max_epochs=9, output=[{"loss": 1.0}]))
+        trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch, max_epochs=9, output={"loss": torch.tensor(1.0)}))
         state.evaluator.state.metrics = {"c_index": 0.1 * epoch}
         state.begin_epoch(trainer)
         state.record_loss(trainer)

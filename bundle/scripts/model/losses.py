@@ -5,6 +5,10 @@ is left out of the mean (:func:`mean_of_known`), so that they contribute exactly
 their outputs are NaN. A batch without known labels gives an exact zero with a graph, so ``backward`` works. Shapes do
 not depend on the flags, so the host need not read them and a GPU never waits. Half precision is computed in float32;
 float64 stays.
+
+Where several ranks train together, every loss in training mode is that of the one batch that their batches make up:
+means and risk sets are over all ranks, and all ranks get the same value. In evaluation mode it is that of this rank's
+batch.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from scripts import keys
 from scripts.model.networks import checked_tasks
+from scripts.model.ranks import all_ranks, world_size
 
 ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive class
 GAMMA = 2.0
@@ -104,9 +109,9 @@ class SegmentationLoss(nn.Module):
     def _mean(self, logits: Tensor, mask: Tensor, known: Tensor) -> Tensor:
         """Dice plus focal loss, each the mean over classes and known cases of (B, C, R, R, R)."""
         mask = mask.to(logits.dtype)
-        dice = mean_of_known(self.dice(logits, mask), known)
+        dice = mean_of_known(self.dice(logits, mask), known, self.training)
         focal = sigmoid_focal_loss(logits, mask, self.gamma, logits.new_full((), self.alpha))
-        return dice + mean_of_known(focal, known)
+        return dice + mean_of_known(focal, known, self.training)
 
 
 class HPVLoss(nn.Module):
@@ -142,7 +147,8 @@ class HPVLoss(nn.Module):
         """
         known, logit, hpv = cleared(known, "HPV logits", logit, **{"HPV labels": hpv})
         alpha = logit.new_full((), self.alpha)  # a number would be copied to the GPU, which waits for the host
-        return mean_of_known(sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, alpha), known)
+        focal = sigmoid_focal_loss(logit, hpv.to(logit.dtype), self.gamma, alpha)
+        return mean_of_known(focal, known, self.training)
 
 
 class CoxLoss(nn.Module):
@@ -176,6 +182,10 @@ class CoxLoss(nn.Module):
             ValueError: the shapes differ.
         """
         known, log_hazard, time, event = cleared(known, "log hazards", log_hazard, times=time, events=event)
+        if self.training and world_size() > 1:
+            columns = [column.double() for column in (log_hazard, time, event, known)]  # exact, in one message
+            gathered = all_ranks(torch.stack(columns)).transpose(0, 1).flatten(1)
+            log_hazard, time, event, known = gathered[0].to(log_hazard.dtype), *gathered[1:3], gathered[3].bool()
         return negative_log_partial_likelihood(log_hazard, time, event.bool(), known)
 
 
@@ -192,8 +202,8 @@ class MultitaskLoss(nn.Module):
 
     which for a fixed loss is minimal at :math:`s = \log 2 L`. Weights start at 1. A task whose loss is exactly 0 in a
     batch (no known label, no event) does not change its log variance. In evaluation mode the weights are 1, so that
-    validation losses of different epochs are comparable. Each rank learns its own; the checkpoint holds the first
-    rank's. Given weights, and that of the L2 term, are constant.
+    validation losses of different epochs are comparable. Ranks compute the same loss, so they learn the same weights.
+    Given weights, and that of the L2 term, are constant.
 
     Args:
         tasks: any of "seg", "hpv", "surv".
@@ -203,6 +213,7 @@ class MultitaskLoss(nn.Module):
         task_weights: weight by task name, by default 1 (no effect for tasks that are not trained); or "uncertainty".
         hpv_alpha: of :class:`HPVLoss`; the paper's 0.25 gives HPV-negative cases three times the weight.
         hpv_gamma: of :class:`HPVLoss`.
+        device: of the learned weights: that of the network, which else waits for them.
 
     Attributes:
         parts: after each call, every unweighted term by name ("seg", "hpv", "surv", "l2"), detached, and learned
@@ -224,13 +235,14 @@ class MultitaskLoss(nn.Module):
         task_weights: Mapping[str, float] | str | None = None,
         hpv_alpha: float = ALPHA,
         hpv_gamma: float = GAMMA,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
         if isinstance(task_weights, str) and task_weights != UNCERTAINTY:
             raise ValueError(f"task_weights is {task_weights!r}; it must be '{UNCERTAINTY}' or a weight by task")
         learned = self.tasks if task_weights == UNCERTAINTY else ()
-        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
+        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros((), device=device)) for task in learned})
         weights = {} if isinstance(task_weights, str) else dict(task_weights or {})
         if not set(weights) <= set(keys.TASKS):
             raise ValueError(f"task_weights names {sorted(weights)}; the tasks are {', '.join(keys.TASKS)}")
@@ -330,11 +342,19 @@ def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Ten
     return mean_of_known(log_total - log_hazard, event)
 
 
-def mean_of_known(values: Tensor, known: Tensor) -> Tensor:
-    """Mean of finite ``values`` (B, ...) over the cases with ``known`` (B,); an exact zero with a graph without any."""
+def mean_of_known(values: Tensor, known: Tensor, over_ranks: bool = False) -> Tensor:
+    """Mean of finite ``values`` (B, ...) over the cases with ``known`` (B,); an exact zero with a graph without any.
+
+    Args:
+        values: of each case.
+        known: bool.
+        over_ranks: over the cases of all ranks instead of this one's.
+    """
     cases = known.reshape(-1, *[1] * (values.ndim - 1))
-    count = known.sum() * values.shape[1:].numel()
-    return torch.where(cases, values, 0.0).sum() / count.clamp(min=1)
+    total, count = torch.where(cases, values, 0.0).sum(), known.sum()
+    if over_ranks and world_size() > 1:
+        total, count = all_ranks(torch.stack([total, count.to(total.dtype)])).sum(dim=0)
+    return total / (count * values.shape[1:].numel()).clamp(min=1)
 
 
 def one_against_rest(logits: Tensor) -> Tensor:

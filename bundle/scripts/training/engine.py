@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
+from torch.nn.parallel import DistributedDataParallel
 
 from scripts import keys
 from scripts.model.ensemble import FoldEnsemble
@@ -124,6 +126,36 @@ def speed_up(
         logger.warning("compile: %s; the network runs uncompiled, which is slower", reason(error))
         for fold in network.folds:
             fold._compiled_call_impl = None
+
+
+def local_rank() -> int:
+    """Number of this process among those of its computer.
+
+    Raises:
+        RuntimeError: it was not started by ``torchrun``.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError("multi_gpu_train.json is for processes that torchrun starts: see docs/training.md")
+    return int(os.environ["LOCAL_RANK"])
+
+
+def join_ranks(device: torch.device, backend: str) -> None:
+    """Join the other processes of a training; this one's GPU becomes its default, which collective calls use."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+
+
+def over_ranks(network: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """``network``, to be trained by all ranks: gradients are averaged.
+
+    On GPUs batch norms are computed over the batches of all ranks (``SyncBatchNorm``, in place). On CPU, where torch
+    cannot, each rank has those of its own, which :class:`scripts.training.handlers.RankStatistics` averages.
+    """
+    if device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
 def learning_rate_schedule(

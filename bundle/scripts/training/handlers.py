@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ignite.engine import Events
 from ignite.metrics import Average, Metric
 from monai.engines import Evaluator, Workflow
@@ -26,6 +27,7 @@ from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above, label_map
 from scripts.imaging.lesions import MERGED
 from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
+from scripts.model.ranks import rank, world_size
 from scripts.training.concordance import concordance_index
 from scripts.training.configuration import run_differences
 from scripts.training.metrics import BalancedAccuracyMetric, ConcordanceIndexMetric, MaskedDiceMetric
@@ -37,6 +39,7 @@ C_INDEX, DICE, BALANCED_ACCURACY, LOSS = "c_index", "dice", "balanced_accuracy",
 BEST, LAST = "best", "last"
 LOWER_IS_BETTER = (LOSS,)
 LEAST_PROBABILITY = 1e-6  # so that logits are finite
+BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm3d)
 LOST_DICE = 0.5  # share of the highest Dice below which an epoch's masks are of little use
 
 
@@ -232,7 +235,7 @@ class TrainingState:
         self.stale = 0
         self.stopped_early = False
         self.history: list[dict[str, float]] = []
-        self._losses: list[dict[str, float]] = []
+        self._losses: list[dict[str, torch.Tensor]] = []
 
     def attach(self, engine: Workflow) -> None:
         """Register with the trainer ``engine``."""
@@ -258,7 +261,7 @@ class TrainingState:
             setattr(self, name, state[name])
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        if is_first_rank():
+        if rank() == 0:
             self._write_history()  # a kill may have come between last.pt and history.json
         if self.stopped_early or state["epoch"] >= engine.state.max_epochs:
             why = "stopped early" if self.stopped_early else "is complete"
@@ -274,10 +277,11 @@ class TrainingState:
         self._losses = []
 
     def record_loss(self, engine: Workflow) -> None:
-        """Remember the parts of the loss of one batch."""
-        loss = self.parts["loss"]
-        parts = {name: float(value) for name, value in getattr(loss, "parts", {}).items()}
-        self._losses.append({"loss": float(engine.state.output[0]["loss"]), **parts})
+        """Remember the parts of the loss of one batch, unread, since the host would wait for the device."""
+        loss = engine.state.output["loss"].detach()
+        self._losses.append({"loss": loss, **getattr(self.parts["loss"], "parts", {})})
+        # As logging handlers (MLflow's) read it. Decollating the output would read the loss at each step.
+        engine.state.output = [{"loss": loss}]
 
     def end_epoch(self, engine: Workflow) -> None:
         """Validate if due, save the epoch, and stop the run after ``patience`` validations without improvement."""
@@ -286,7 +290,9 @@ class TrainingState:
         if last and not due:  # else the ValidationHandler has run it
             self.evaluator.run(epoch)
         validated = due or last
-        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"], **self._mean_losses()}
+        losses = self._mean_losses()
+        engine.state.metrics = {f"train_{name}": value for name, value in losses.items()}  # for logging handlers
+        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"], **losses}
         self.parts["scheduler"].step()
         improved = False
         if validated:
@@ -294,7 +300,7 @@ class TrainingState:
             row.update(metrics)
             improved = self._judge(epoch)
         self.history.append(row)
-        if is_first_rank():
+        if rank() == 0:
             if improved:
                 save_weights(self.ensemble, self.best_path)
             with written_whole(self.last_path) as partial:
@@ -326,8 +332,11 @@ class TrainingState:
         return improved
 
     def _mean_losses(self) -> dict[str, float]:
-        names = self._losses[0] if self._losses else {}
-        return {name: sum(row[name] for row in self._losses) / len(self._losses) for name in names}
+        if not self._losses:
+            return {}
+        rows = torch.stack([torch.stack(list(row.values())) for row in self._losses]).tolist()  # read at once
+        means = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+        return dict(zip(self._losses[0], means, strict=True))
 
     def _read_state(self) -> dict[str, Any] | None:
         """State of the last epoch with a readable file; None before the first complete epoch."""
@@ -396,6 +405,34 @@ class TrainingState:
             )
 
 
+@dataclass
+class RankStatistics:
+    """Averages the statistics of batch norms over ranks at the end of each epoch, before validation.
+
+    All ranks then evaluate and save the same network. Attach *before* the validation handler. No effect with a single
+    process, nor on norms that are computed over all ranks (``SyncBatchNorm``, on GPUs).
+
+    Args:
+        network: with the batch norms.
+    """
+
+    network: torch.nn.Module
+
+    def attach(self, engine: Workflow) -> None:
+        """Register with the trainer ``engine``."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.average)
+
+    def average(self) -> None:
+        """Average means and variances; the averaged variance is that within the ranks' batches, as always."""
+        if world_size() == 1:
+            return
+        for norm in self.network.modules():
+            if isinstance(norm, BATCH_NORMS):
+                for values in (norm.running_mean, norm.running_var):
+                    dist.all_reduce(values)
+                    values.div_(world_size())  # type: ignore[union-attr]
+
+
 def tensorboard(output_dir: str, **options: Any) -> TensorBoardStatsHandler | None:
     """MONAI's TensorBoard handler in ``<output_dir>/tensorboard``; None, so none at all, in a process but the first.
 
@@ -403,12 +440,7 @@ def tensorboard(output_dir: str, **options: Any) -> TensorBoardStatsHandler | No
         output_dir: of the run.
         **options: of ``monai.handlers.TensorBoardStatsHandler``.
     """
-    return TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", **options) if is_first_rank() else None
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes files: the only one, or the first of several."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", **options) if rank() == 0 else None
 
 
 def _without_nan(row: Mapping[str, float]) -> dict[str, float | None]:
@@ -443,7 +475,7 @@ class Progress:
         self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
         epochs_left = (state.max_epochs or 1) - state.epoch if self.unit == "batch" and state.max_epochs else 1
         total = max(1, epochs_left) * (state.epoch_length or 0)
-        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=not is_first_rank(), leave=True)
+        self.bar = tqdm(total=total, desc=self.desc, unit=self.unit, disable=rank() > 0, leave=True)
 
     def _advance(self, engine: Workflow) -> None:
         if self.bar is not None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from scripts import keys
 from scripts.cohorts.files import written_whole
 from scripts.imaging.quality import OK, VOXEL_SIZES, Check, checks_from_json
+from scripts.model.ranks import rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class EventBatchSampler(Sampler[list[Draw]]):
             self.groups = [(np.flatnonzero(has_event), events), (np.flatnonzero(~has_event), self.batch_size - events)]
         elif event_fraction is not None:
             logger.info("batches are not balanced: %d of %d cases have an event", has_event.sum(), len(cases))
-        self.num_batches = max(1, len(cases) // (self.batch_size * _world_size()))
+        self.num_batches = max(1, len(cases) // (self.batch_size * world_size()))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -260,11 +261,12 @@ class EventBatchSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        total = self.num_batches * _world_size()
+        total = self.num_batches * world_size()
         columns = [_stream(indices, share * total, rng).reshape(total, share) for indices, share in self.groups]
         batches = np.concatenate(columns, axis=1)
         seeds = rng.integers(0, 2**31, size=batches.shape)
-        for row, row_seeds in zip(batches[_rank() :: _world_size()], seeds[_rank() :: _world_size()], strict=True):
+        own = slice(rank(), None, world_size())
+        for row, row_seeds in zip(batches[own], seeds[own], strict=True):
             yield [Draw(int(i), int(s)) for i, s in zip(row, row_seeds, strict=True)]
 
 
@@ -274,12 +276,17 @@ def _stream(indices: np.ndarray, length: int, rng: np.random.Generator) -> np.nd
     return np.concatenate([rng.permutation(indices) for _ in range(passes)])[:length]
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def share_of_rank(dataset: CaseDataset) -> range:
+    """Indices of the cases that this rank validates, for a loader's ``sampler``; every case is of exactly one rank.
 
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    Raises:
+        RuntimeError: there are fewer cases than ranks.
+    """
+    if len(dataset) < world_size():
+        raise RuntimeError(
+            f"{world_size()} processes cannot share {len(dataset)} validation cases: start at most {len(dataset)}"
+        )
+    return range(rank(), len(dataset), world_size())
 
 
 def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_progress: bool = True) -> None:
@@ -288,7 +295,7 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     A case that fails is logged and listed in ``<output_dir>/exclusions.csv``. Doubtful cases are kept, listed in
     ``<output_dir>/quality.csv`` and counted in the log; voxel sizes are not checked, since the cohort defines their
     range. Empty lists are not written. The datasets are told in which centres masks tell primary tumour and nodes
-    apart. All ranks of a training share the result.
+    apart. All ranks of a training share the work and the result.
 
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
@@ -304,9 +311,9 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     for name, dataset in datasets.items():
         if len(dataset) == 0:
             raise RuntimeError(f"the {name} set is empty: check dataset_dir, protocol, fold and num_folds")
-        failures, doubts, masks = map(_over_ranks, _prepare(dataset, name, show_progress and _rank() == 0))
+        failures, doubts, masks = map(_over_ranks, _prepare(dataset, name, show_progress and rank() == 0))
         holds_nodes |= masks
-        cases = len(_over_ranks({case[keys.PATIENT_ID]: None for case in dataset.data}))
+        cases = len(dataset)
         for patient, why in failures.items():
             logger.warning("%s: left out of the %s set: %s", patient, name, why)
             excluded.append({"PatientID": patient, "set": name, "reason": why})
@@ -325,7 +332,7 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
         if len(dataset) == 0:
             raise RuntimeError(f"no case of the {name} set can be read; the first one: {next(iter(failures.values()))}")
     _tell_centres_apart(datasets.values(), holds_nodes)
-    if _rank() == 0:
+    if rank() == 0:
         _write_rows(Path(output_dir) / EXCLUSIONS_FILE, excluded)
         _write_rows(Path(output_dir) / DOUBTS_FILE, doubtful)
 
@@ -351,19 +358,20 @@ def _tell_centres_apart(datasets: Iterable[CaseDataset], holds_nodes: Mapping[st
 
 
 def _over_ranks(found: dict[str, Any]) -> dict[str, Any]:
-    """Results of all ranks by patient id; the first rank's where several have one."""
-    if _world_size() == 1:
+    """Results of all ranks by patient id."""
+    if world_size() == 1:
         return found
-    gathered: list[dict[str, Any]] = [{} for _ in range(_world_size())]
+    gathered: list[dict[str, Any]] = [{} for _ in range(world_size())]
     dist.all_gather_object(gathered, found)
-    return {patient: value for each in reversed(gathered) for patient, value in each.items()}
+    return {patient: value for each in gathered for patient, value in each.items()}
 
 
 def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict[str, Any], ...]:
     """By patient id: errors of cases that cannot be prepared, doubts about others, centre and nodes of their masks.
 
-    The last is whether the mask holds GTVn; it leaves out cases without a mask.
+    Of this rank's share of the cases. The last is whether the mask holds GTVn; it leaves out cases without a mask.
     """
+    share = range(rank(), len(dataset), world_size())
     masks: dict[str, tuple[str, bool]] = {}
 
     def attempt(index: int) -> str | list[Check]:
@@ -379,13 +387,13 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
     # Threads suffice: decompression and matrix products release the interpreter lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         bar = tqdm(
-            pool.map(attempt, range(len(dataset))),
-            total=len(dataset),
+            pool.map(attempt, share),
+            total=len(share),
             desc=f"preparing {name} cases",
             unit="case",
             disable=not show_progress,
         )
-        found = {dataset.data[index][keys.PATIENT_ID]: outcome for index, outcome in enumerate(bar) if outcome}
+        found = {dataset.data[k][keys.PATIENT_ID]: outcome for k, outcome in zip(share, bar, strict=True) if outcome}
     failures = {patient: outcome for patient, outcome in found.items() if isinstance(outcome, str)}
     return failures, {patient: outcome for patient, outcome in found.items() if isinstance(outcome, list)}, masks
 
@@ -403,4 +411,4 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def seed_epoch(seed: int, epoch: int) -> None:
     """Seed torch (dropout) for one epoch of one rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, _rank()]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank()]).generate_state(1)[0]))
