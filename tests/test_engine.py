@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
+from torch.profiler import profile
 
 from conftest import BUNDLE
 from scripts import keys
@@ -186,3 +190,39 @@ def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -
     assert result.returncode == (-signal.SIGINT if "KeyboardInterrupt" in statement else 1)
     assert shown in result.stderr
     assert hidden not in result.stderr
+
+
+READ_BY_THE_HOST = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+"""Operators whose result the host, or the shape of a tensor, waits for."""
+FUSED_ADAM = "aten::_fused_adam_"  # on CPU it reads its own counters; on a GPU its kernel does
+
+
+def callers(event: Any) -> list[str]:
+    """The name of a profiled operator, then those that called it."""
+    return [event.name, *(callers(event.cpu_parent) if event.cpu_parent else [])]
+
+
+@pytest.mark.parametrize(
+    "weights", [{}, {"train#loss#task_weights": "uncertainty"}], ids=["default", "learned_weights"]
+)
+def test_a_step_of_training_never_waits_for_the_device(tiny_cohort: Path, tmp_path: Path, monkeypatch, weights) -> None:
+    """Forward, loss, backward, optimizer and handlers of the config itself, on cases with labels missing."""
+    monkeypatch.chdir(BUNDLE)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    options = {"dataset_dir": str(tiny_cohort), "output_dir": str(tmp_path), "num_folds": 2, "epochs": 1, **weights}
+    tiny = {"roi_size": [32] * 3, "spacing_mm": 8.0, "num_workers": 0, "device": "cpu", "batch_size": 2}
+    workflow = ConfigWorkflow(
+        str(BUNDLE / "configs/train.json"), logging_file=False, workflow_type="train", **options, **tiny
+    )
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    profiles: list[profile] = []
+    steps = (lambda: profiles.append(profile().__enter__()), lambda: profiles[-1].__exit__(None, None, None))
+    for event, act in zip((Events.ITERATION_STARTED, Events.ITERATION_COMPLETED), steps, strict=True):
+        trainer.add_event_handler(event, act)
+    workflow.run()
+    assert profiles
+    for of_step in profiles:
+        calls = [callers(event) for event in of_step.events()]
+        assert {"aten::convolution", "aten::logsumexp", FUSED_ADAM} <= {call[0] for call in calls}
+        assert not [call for call in calls if call[0] in READ_BY_THE_HOST and FUSED_ADAM not in call]

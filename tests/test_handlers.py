@@ -308,11 +308,12 @@ def test_a_kill_between_state_and_history_loses_no_row(tmp_path) -> None:
 )
 def test_an_epoch_kept_whose_masks_are_of_little_use_is_told(tmp_path, caplog, c_index, dice, keep, warning) -> None:
     state = training_state(tmp_path, "c_index", 0, keep)
-    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=2, output=[{"loss": 1.0}]))
+    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=2))
     for epoch in (1, 2):
         trainer.state.epoch = epoch
         metrics = {"c_index": c_index[epoch - 1], "dice": dice[epoch - 1]}
         state.evaluator.state.metrics = {name: value for name, value in metrics.items() if value is not None}
+        trainer.state.output = {"loss": torch.tensor(1.0)}
         state.begin_epoch(trainer)
         state.record_loss(trainer)
         state.parts["optimizer"].step()

@@ -139,23 +139,24 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"])
 
 
-def join_ranks(device: torch.device, backend: str) -> None:
+def join_ranks(device: torch.device | str) -> None:
     """Join the other processes of a training; this one's GPU becomes its default, which collective calls use."""
-    if device.type == "cuda":
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
 
 
-def over_ranks(network: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+def over_ranks(network: torch.nn.Module, device: torch.device | str) -> DistributedDataParallel:
     """``network``, to be trained by all ranks: gradients are averaged.
 
     On GPUs batch norms are computed over the batches of all ranks (``SyncBatchNorm``, in place). On CPU, where torch
     cannot, each rank has those of its own, which :class:`scripts.training.handlers.RankStatistics` averages.
     """
-    if device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+    if torch.device(device).type != "cuda":
+        return DistributedDataParallel(network, forward_sync_buffers=False)
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, device_ids=[device], forward_sync_buffers=False)
 
 
 def learning_rate_schedule(
