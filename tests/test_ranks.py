@@ -12,7 +12,7 @@ from torch import nn
 
 from scripts import keys
 from scripts.model import ranks
-from scripts.model.losses import CoxLoss, MultitaskLoss
+from scripts.model.losses import CoxLoss, MultitaskLoss, SegmentationLoss
 from scripts.model.networks import MultitaskNet
 from scripts.training.engine import local_rank, over_ranks
 from scripts.training.handlers import RankStatistics
@@ -76,6 +76,17 @@ def step(scenario: str, own: slice, wrap: bool) -> dict[str, Any]:
     return {"value": value.detach(), "parts": loss.parts, "gradients": gradients, "learned": learned}
 
 
+def classes(own: slice) -> dict[str, Any]:
+    """Loss and gradient of logits of two classes, which some masks tell apart, and one is not known."""
+    generator = torch.Generator().manual_seed(5)
+    logits, union = (torch.randn(CASES, n, 4, 4, 4, generator=generator, dtype=torch.float64) for n in (2, 1))
+    mask = torch.randint(0, 3, (CASES, 1, 4, 4, 4), generator=generator).double()
+    known, apart = torch.tensor([1, 1, 1, 0, 1, 1]).bool(), torch.tensor([1, 1, 1, 1, 0, 0]).bool()
+    inputs = [tensor[own].requires_grad_() for tensor in (union, logits)]
+    loss = SegmentationLoss()(inputs[0], mask[own], known[own], inputs[1], apart[own])
+    return {"value": loss.detach(), "gradients": torch.autograd.grad(loss, inputs)}
+
+
 def statistics(rank: int) -> dict[str, Any]:
     """Batch norms that each rank trained on other data, before and after they are averaged."""
     torch.manual_seed(rank)
@@ -106,6 +117,7 @@ def process(rank: int, folder: str) -> None:
         share = CASES // size
         own = slice(rank * share, (rank + 1) * share)
         found: dict[str, Any] = {name: step(name, own, wrap=True) for name in SCENARIOS}
+        found["classes"] = classes(own)
         found |= {"statistics": statistics(rank), "judged": {n: judged(n) for n in (size, size + 1, 2 * size + 1)}}
         found["cox_in_evaluation"] = CoxLoss().eval()(torch.ones(rank + 1), torch.ones(rank + 1), torch.ones(rank + 1))
         sampler = EventBatchSampler([{keys.EVENT: k < 4, keys.SURV_KNOWN: True} for k in range(24)], 4)
@@ -134,6 +146,16 @@ def test_ranks_have_the_loss_and_the_gradients_of_the_one_large_batch(results, s
         torch.testing.assert_close(found["parts"], whole["parts"], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found["gradients"], whole["gradients"], rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(found["learned"], whole["learned"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_classes_of_tumour_are_weighed_over_all_ranks(results, size: int) -> None:
+    whole = classes(slice(0, CASES))
+    for k in range(2):
+        mean = torch.cat([found["classes"]["gradients"][k] for found in results[size]]) / size  # as DDP averages
+        torch.testing.assert_close(mean, whole["gradients"][k])
+    for found in results[size]:
+        torch.testing.assert_close(found["classes"]["value"], whole["value"])
 
 
 @pytest.mark.parametrize("size", SIZES)

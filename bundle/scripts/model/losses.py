@@ -104,7 +104,8 @@ class SegmentationLoss(nn.Module):
         merged, union, tumour = cleared(known & ~apart, "tumour logits", logits, mask=mask > 0)
         apart, each, truth = cleared(apart, "logits of the classes", class_logits, **{"masks of the classes": truth})
         parts = (self._mean(union, tumour, merged), self._mean(one_against_rest(each), truth, apart))
-        return (merged.sum() * parts[0] + apart.sum() * parts[1]) / known.sum().clamp(min=1)
+        cases = summed(torch.stack([merged.sum(), apart.sum(), known.sum()]), self.training)
+        return (cases[0] * parts[0] + cases[1] * parts[1]) / cases[2].clamp(min=1)
 
     def _mean(self, logits: Tensor, mask: Tensor, known: Tensor) -> Tensor:
         """Dice plus focal loss, each the mean over classes and known cases of (B, C, R, R, R)."""
@@ -342,6 +343,11 @@ def negative_log_partial_likelihood(log_hazard: Tensor, time: Tensor, event: Ten
     return mean_of_known(log_total - log_hazard, event)
 
 
+def summed(values: Tensor, over_ranks: bool) -> Tensor:
+    """``values``, or with ``over_ranks`` their sum over the ranks."""
+    return all_ranks(values).sum(dim=0) if over_ranks and world_size() > 1 else values
+
+
 def mean_of_known(values: Tensor, known: Tensor, over_ranks: bool = False) -> Tensor:
     """Mean of finite ``values`` (B, ...) over the cases with ``known`` (B,); an exact zero with a graph without any.
 
@@ -353,7 +359,7 @@ def mean_of_known(values: Tensor, known: Tensor, over_ranks: bool = False) -> Te
     cases = known.reshape(-1, *[1] * (values.ndim - 1))
     total, count = torch.where(cases, values, 0.0).sum(), known.sum()
     if over_ranks and world_size() > 1:
-        total, count = all_ranks(torch.stack([total, count.to(total.dtype)])).sum(dim=0)
+        total, count = summed(torch.stack([total, count.to(total.dtype)]), over_ranks)
     return total / (count * values.shape[1:].numel()).clamp(min=1)
 
 
