@@ -278,6 +278,7 @@ def test_without_a_cohort_one_line_says_how_to_make_one(tmp_path: Path, run_bund
     assert "python scripts/make_cohort.py --out" in last
 
 
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as docs/training.md says: else a restart finds old addresses
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
 
 
@@ -287,7 +288,7 @@ def start_two_processes(cohort: Path, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *TORCHRUN, "-m", "monai.bundle", "run", "training", "--config_file", files, *where],
         cwd=BUNDLE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **NEW_STORE, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
