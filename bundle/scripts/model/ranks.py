@@ -26,7 +26,7 @@ def all_ranks(values: Tensor) -> Tensor:
     parameters are then averaged over ranks, as ``DistributedDataParallel`` does. The average is the gradient of that
     loss, once.
     """
-    return _AllRanks.apply(values)  # type: ignore[no-any-return]
+    return _AllRanks.apply(values)
 
 
 class _AllRanks(torch.autograd.Function):
