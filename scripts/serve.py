@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +21,9 @@ from command_line import BUNDLE, UsageError, run_commands
 from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment, run_step
 from scripts.cohorts.files import dated_name, write_text
 from scripts.cohorts.scans import CohortError, find_scans
+from scripts.dicom.tags import DicomError
+from scripts.dicom.web import PASSWORD, TOKEN, USER, checked_address, user_and_password
+from scripts.runtimes.label_guard import AUDIT, SCANS
 from scripts.runtimes.label_web import HOSTS, allowed
 
 NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task
@@ -36,12 +39,13 @@ def serve_label(
     bundle: str | None = None,
     fresh_model: bool = False,
     scans: str | None = None,
+    audit: str | None = None,
 ) -> None:
     """Start MONAI Label with this bundle; Ctrl+C or SIGTERM ends it.
 
     Args:
         studies: folder with CT and PET in one of HECKTOR's layouts (``<PatientID>/<PatientID>__CT.nii.gz`` and
-            ``__PT.nii.gz``); or the address of a DICOMweb server.
+            ``__PT.nii.gz``); or the address of a DICOMweb server, user and password as for predict.py --dicomweb.
         port: of the server.
         host: address it listens on; this machine only by default.
         env: folder of its Python environment; ``.label_env`` beside this project by default (about 2.5 GB).
@@ -50,9 +54,11 @@ def serve_label(
         bundle: the bundle to serve; this project's by default.
         fresh_model: serve the bundle's weights again where training from MONAI Label has put others in their place.
         scans: folder whose files a request may name; ``studies`` by default, if that is a folder.
+        audit: file that gets a line for each prediction; ``output/audit.jsonl`` of the bundle in ``app`` by default.
     """
     if not studies:
         sys.exit("serve_label: name the folder of the scans with --studies")
+    login = web_login(str(studies))
     place = Path(env or ENVIRONMENT).expanduser().resolve()
     try:
         python = make_environment(place)
@@ -60,8 +66,36 @@ def serve_label(
         sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
     name_segments(install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model))
-    reach = scans or ("" if str(studies).startswith(("http://", "https://")) else str(studies))
-    start_server(python, folder, list_studies(str(studies), store), host, port, reach)
+    reach = scans or ("" if is_address(str(studies)) else str(studies))
+    places = {name: str(Path(each).expanduser().resolve()) for name, each in ((SCANS, reach), (AUDIT, audit)) if each}
+    start_server(python, folder, list_studies(str(studies), store), host, port, places, login)
+
+
+def is_address(studies: str) -> bool:
+    """Whether the studies are on a DICOMweb server."""
+    return studies.startswith(("http://", "https://"))
+
+
+def web_login(studies: str) -> dict[str, str]:
+    """MONAI Label's variables for user and password of the DICOMweb server, from those of this project.
+
+    Args:
+        studies: as for :func:`serve_label`; of a folder there are none.
+
+    Raises:
+        SystemExit: the address is none, or what the environment says cannot be used.
+    """
+    if not is_address(studies):
+        return {}
+    try:
+        checked_address(studies)
+        login = user_and_password()
+    except DicomError as error:
+        sys.exit(f"serve_label: {error}")
+    if login and not isinstance(login, tuple):
+        sys.exit(f"serve_label: MONAI Label has no use for {TOKEN}: set {USER} and {PASSWORD}")
+    names = ("MONAI_LABEL_DICOMWEB_USERNAME", "MONAI_LABEL_DICOMWEB_PASSWORD")
+    return dict(zip(names, login, strict=True)) if login else {}
 
 
 def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = False) -> Path:
@@ -139,7 +173,7 @@ def list_studies(studies: str, store: str | None = None) -> str:
     Raises:
         SystemExit: there are no scans.
     """
-    if studies.startswith(("http://", "https://")):
+    if is_address(studies):
         return studies
     try:
         scans, notes = find_scans(studies)
@@ -171,18 +205,36 @@ def _link(folder: Path, cts: Sequence[Path]) -> None:
         (folder / ct.name).symlink_to(ct)
 
 
-def start_server(python: Path, app: Path, studies: str, host: str, port: int, scans: str = "") -> NoReturn:
-    """Become MONAI Label's server."""
-    environment = dict(os.environ)
+def start_server(
+    python: Path,
+    app: Path,
+    studies: str,
+    host: str,
+    port: int,
+    places: Mapping[str, str] | None = None,
+    login: Mapping[str, str] | None = None,
+) -> NoReturn:
+    """Become MONAI Label's server.
+
+    Args:
+        python: of its environment.
+        app: folder of its app.
+        studies: folder or address.
+        host: address it listens on.
+        port: of the server.
+        places: further settings of the bundle, for ``--conf``.
+        login: environment variables with user and password of the DICOMweb server.
+    """
+    environment = {**os.environ, **(login or {})}
+    # dcmqi's programs, which it would download
+    environment["PATH"] = os.pathsep.join(filter(None, (str(python.parent), environment.get("PATH", ""))))
     environment.pop("PYTHONPATH", None)  # of this project's environment
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # training from MONAI Label takes one GPU
     try:
         environment[HOSTS] = json.dumps([*allowed(HOSTS), host])
     except ValueError as error:
         sys.exit(f"serve_label: {error}")
-    settings = {"models": NAME, "zoo_source": "local", "sam2": "false"}
-    if scans:
-        settings["scans"] = str(Path(scans).expanduser().resolve())
+    settings = {"models": NAME, "zoo_source": "local", "sam2": "false", **(places or {})}
     conf = [word for pair in settings.items() for word in ("--conf", *pair)]
     where = ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
     print(f"serve_label: starting http://{host}:{port} (model {NAME}); research use only", flush=True)

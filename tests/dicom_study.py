@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -14,6 +15,8 @@ from scripts.imaging.lesions import MERGED, find_lesions
 
 SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 AXIAL = (1, 0, 0, 0, 1, 0)
+# MONAI Label has pydicom 2, where the option has another name
+WHOLE_FILE = {"write_like_original": False} if pydicom.__version__ < "3" else {"enforce_file_format": True}
 SECRETS = ("Doe", "Jane", "ID-4711", "19991231", "ACC-0815", "1.2.3.4.")
 
 
@@ -62,7 +65,7 @@ def slice_dataset(modality, values, position, tags):
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", SOP_CLASS.get(modality, SOP_CLASS["CT"]))
     meta.MediaStorageSOPInstanceUID = generate_uid(prefix="1.2.3.4.")
-    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=False)
     dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     defaults = {
         **{"Modality": modality, "PatientName": "Doe^Jane", "PatientID": "ID-4711", "PatientBirthDate": "19991231"},
@@ -112,7 +115,7 @@ def write_series(
             dataset = slice_dataset(modality, stored[k], position, own)
             if syntax is not None:
                 dataset.compress(syntax, generate_instance_uid=False)
-            dataset.save_as(Path(folder) / f"IM{names[k]:04d}", enforce_file_format=True)
+            dataset.save_as(Path(folder) / f"IM{names[k]:04d}", **WHOLE_FILE)
     return stored
 
 

@@ -45,19 +45,21 @@ class FakeServer:
         return self.retrieve(request, series[2]) if series else self.list(request)
 
     def list(self, request: requests.PreparedRequest) -> requests.Response:
-        study = re.search(r"/studies/([\d.]+)/series", request.url)[1]
-        numbers: dict[tuple[str, str], int] = {}
+        study = re.search(r"/studies/([\d.]+)/series", request.url)
+        series = re.search(r"[?&](?:SeriesInstanceUID|0020000E)=([\d.]+)", request.url)
+        numbers: dict[tuple[str, str, str], int] = {}
         for dataset in self.held:
-            if dataset.StudyInstanceUID == study:
-                key = (dataset.SeriesInstanceUID, dataset.Modality)
+            key = (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.Modality)
+            if (study is None or study[1] == key[0]) and (series is None or series[1] == key[1]):
                 numbers[key] = numbers.get(key, 0) + 1
         items = [
             {
+                "0020000D": {"vr": "UI", "Value": [in_study]},
                 "0020000E": {"vr": "UI", "Value": [uid]},
                 "00080060": {"vr": "CS", "Value": [modality]},
                 "00201209": {"vr": "IS", "Value": [number]},
             }
-            for (uid, modality), number in numbers.items()
+            for (in_study, uid, modality), number in numbers.items()
         ]
         return answer(request, 200, json.dumps(items).encode(), "application/dicom+json")
 

@@ -6,6 +6,7 @@ What needs MONAI Label itself runs in its own environment: ``python scripts/run_
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from dicom_study import write_pet_ct
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
@@ -859,30 +862,19 @@ def draw_mask(ct: Path, path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+@contextmanager
+def serving(folder: Path, bundle: Path, studies: str, **settings: str) -> Iterator[tuple[str, Path]]:
     """Address of a server that ``scripts/serve.py label`` started, and its copy of the bundle."""
-    folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--studies", str(studies), "--bundle", str(bundle), "--app", str(folder / "monaibundle"))
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "serve.py"),
-        "label",
-        *options,
-        "--env",
-        sys.prefix,
-        f"--port={port}",
-    ]
-    settings = {
-        "MONAI_LABEL_ALLOWED_ORIGINS": json.dumps([VIEWER]),
-        "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
-    }
-    environment = {**os.environ, "PYTHONPATH": "", **settings}
+    options = ("--studies", studies, "--bundle", str(bundle), "--app", str(folder / "monaibundle"))
+    script = str(ROOT / "scripts" / "serve.py")
+    command = [sys.executable, script, "label", *options, "--env", sys.prefix, f"--port={port}"]
+    command.append(f"--audit={folder / 'audit.jsonl'}")
+    settings = {"MONAI_LABEL_SESSION_PATH": str(folder / "sessions"), "PYTHONPATH": "", **settings}
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **settings})
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(address), process, folder / "log.txt")
@@ -890,6 +882,14 @@ def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(studies: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server of a folder of scans, which pages of :data:`VIEWER` may use."""
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, bundle, str(studies), MONAI_LABEL_ALLOWED_ORIGINS=json.dumps([VIEWER])) as started:
+        yield started
 
 
 def answers(address: str) -> bool:
@@ -1094,6 +1094,18 @@ def test_a_server_answers_and_trains(
     named = infer("LONE-001__CT", "json", pet=str(cts[0]).replace("__CT", "__PT"))
     assert (named.status_code, named.json()["patient_id"]) == (200, "LONE-001")
 
+    # each prediction that was tried left a line, with what it was made from
+    audit = served.parents[2] / "audit.jsonl"
+    lines = [json.loads(line) for line in audit.read_text().splitlines()][-6:]
+    assert [line["outcome"] for line in lines] == ["ok", "ok", "failed", "failed", "failed", "ok"]
+    hashes = {
+        name: hashlib.sha256(Path(str(cts[0]).replace("__CT", f"__{file}")).read_bytes()).hexdigest()
+        for name, file in (("ct", "CT"), ("pet", "PT"))
+    }
+    assert lines[0]["input"] == {name: {"sha256": digest} for name, digest in hashes.items()}
+    assert lines[0]["weights_sha256"] == reply.json()["model"]["sha256"]
+    assert not any(word in audit.read_text() for word in ("LONE", "LOST", cts[0].parent.name, str(studies)))
+
     # one epoch on edited masks
     for ct, image in zip(cts, ids, strict=True):
         with draw_mask(ct, tmp_path / "edited.nii.gz").open("rb") as file:
@@ -1122,3 +1134,131 @@ def test_a_server_answers_and_trains(
     older = infer(ids[0], "json", model_filename=backup.name)
     assert older.json()["model"]["trained_on"] == "nothing at all"
     assert older.json()["model"]["folds"] == 2
+
+
+# --- with a DICOMweb server, as OHIF uses it -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def archived(studies: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of two studies as DICOM: a phantom's PET/CT, and a CT alone."""
+    folder = tmp_path_factory.mktemp("dicom")
+    ct, pet = (resample_to_cubes(sorted(studies.glob(f"Task 1/[!L]*/*__{kind}.nii.gz"))[0]) for kind in ("CT", "PT"))
+    write_pet_ct(folder / "both", ct, pet, 4.0, {"PatientID": "ID-4711"}, 1)
+    write_pet_ct(folder / "other", ct, pet, 4.0, {"PatientID": "ID-4712"}, 2)
+    return {"both": folder / "both", "alone": folder / "other" / "CT"}
+
+
+def resample_to_cubes(path: Path, spacing: float = 4.0) -> np.ndarray:
+    """A scan on cubic voxels over the field of view of the phantom's CT, clipped to what 16 bits hold."""
+    from nibabel.processing import resample_from_to
+
+    ct = nibabel.load(str(path).replace("__PT", "__CT"))
+    extent = np.array(ct.shape) * nibabel.affines.voxel_sizes(ct.affine)
+    affine = ct.affine @ np.diag([*(spacing / nibabel.affines.voxel_sizes(ct.affine)), 1.0])
+    shape = tuple(int(n) for n in extent // spacing)
+    low = -1000.0 if "__CT" in path.name else 0.0
+    cubes = resample_from_to(nibabel.load(path), (shape, affine), order=1, cval=low)
+    return np.asarray(cubes.dataobj).clip(low, 600)
+
+
+@pytest.fixture(scope="module")
+def ohif(
+    bundle: Path, archived: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Any]]:
+    """Address of a server whose studies are in Orthanc, its folder, and Orthanc."""
+    import orthanc_server
+
+    if not orthanc_server.is_installed():
+        pytest.skip("DICOMweb is not tested: Orthanc is not installed (Debian: orthanc, orthanc-dicomweb)")
+    user, password = orthanc_server.LOGIN
+    folder = tmp_path_factory.mktemp("ohif")
+    with orthanc_server.running(tmp_path_factory.mktemp("orthanc")) as archive:
+        for study in archived.values():
+            archive.upload(study)
+        login = {"DICOMWEB_USER": user, "DICOMWEB_PASSWORD": password, "NETRC": os.devnull}
+        (folder / "tmp").mkdir()
+        cache = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+        with serving(folder, bundle, f"{archive.url}/dicom-web", **login, **cache) as (address, _):
+            yield address, folder, archive
+
+
+@in_monai_label
+def test_ohif_names_the_ct_and_gets_a_mask_on_it(
+    ohif: tuple[str, Path, Any], bundle: Path, archived: dict[str, Path], tmp_path: Path
+) -> None:
+    import io
+
+    import pydicom
+    import requests
+    import SimpleITK
+
+    address, folder, archive = ohif
+    ct, pet = "1.2.3.4.301", "1.2.3.4.401"
+
+    def infer(image: str, output: str, **params: Any) -> requests.Response:
+        form = {"params": json.dumps({"device": "cpu", "result_extension": ".nrrd", **params})}
+        return requests.post(f"{address}/infer/{NAME}?image={image}&output={output}", data=form, timeout=900)
+
+    assert requests.get(f"{address}/datastore/", timeout=300).json()["total"] == 2  # the CTs
+    reply = infer(ct, "image")
+    assert reply.status_code == 200, reply.text
+    (tmp_path / "mask.nrrd").write_bytes(reply.content)
+    mask = SimpleITK.ReadImage(str(tmp_path / "mask.nrrd"))
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(archived["both"] / "CT")))
+    shown = reader.Execute()
+    assert mask.GetSize() == shown.GetSize()
+    for one, other in ((mask.GetOrigin(), shown.GetOrigin()), (mask.GetSpacing(), shown.GetSpacing())):
+        assert np.allclose(one, other, atol=1e-3)
+    assert np.allclose(mask.GetDirection(), shown.GetDirection(), atol=1e-6)
+
+    # the numbers of predict.py for the same study
+    told = infer(ct, "json").json()
+    options = [f"--ckpt_dir={bundle / 'models'}", "--device=cpu", "--report=False"]
+    command = [MAIN_PYTHON, str(ROOT / "scripts" / "predict.py"), str(archived["both"]), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = json.loads((tmp_path / "out" / "ID-4711" / "prediction.json").read_text())
+    assert told["patient_id"] == "ID-4711"
+    assert told["survival"]["log_hazard"] == pytest.approx(wanted["survival"]["log_hazard"], abs=1e-4)
+    assert told["tumour"]["volume_ml"] == pytest.approx(wanted["tumour"]["volume_ml"], rel=1e-3)
+    assert told["tumour"]["suv_max"] == pytest.approx(wanted["tumour"]["suv_max"], rel=1e-4)
+    voxels = SimpleITK.GetArrayFromImage(mask)
+    assert (voxels > 0).sum() * 4.0**3 / 1000 == pytest.approx(wanted["tumour"]["volume_ml"], rel=1e-3)
+    assert told["clinical"][0] == {**told["clinical"][0], "name": "age", "value": 20.0, "source": "DICOM header"}
+
+    # DICOM SEG by dcmqi's program of the environment: nothing is downloaded
+    seg = infer(ct, "dicom_seg", label_info=[{"name": "tumour", "model_name": NAME}])
+    assert seg.status_code == 200, seg.text
+    dataset = pydicom.dcmread(io.BytesIO(seg.content))
+    assert (dataset.Modality, dataset.StudyInstanceUID) == ("SEG", "1.2.3.4.101")
+    assert not list((folder / "monaibundle" / "bin").iterdir())
+    assert not list(folder.glob("tmp/*.nii.gz")), "a copy of a scan stays behind"
+
+    # a mask that is submitted goes into the archive
+    with (tmp_path / "mask.nrrd").open("rb") as file:
+        params = {"params": json.dumps({"label_info": [{"name": "tumour", "model_name": NAME}]})}
+        url = f"{address}/datastore/label?image={ct}&tag=final"
+        put = requests.put(url, data=params, files={"label": ("mask.nrrd", file)}, timeout=300)
+    assert put.status_code == 200, put.text
+    assert archive.modalities("1.2.3.4.101") == {"SEG"}
+
+    for image, message in (
+        ("1.2.3.4.302", "has no PET; its series are of: CT"),
+        (pet, "no usable CT"),
+        ("1.2.3.4.999", "has no series 1.2.3.4.999"),
+        ("CHUM-001", "'CHUM-001' is no UID of a series"),
+    ):
+        refused = infer(image, "json")
+        assert refused.status_code == 400, refused.text
+        assert message in refused.json()["detail"]
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["ok", "ok", "ok", "failed", "failed"]
+    assert lines[0]["input"]["studies"] == ["1.2.3.4.101"]
+    assert [lines[0]["input"][name]["series"] for name in ("ct", "pet")] == [ct, pet]
+    assert lines[3]["input"]["ct"]["series"] == "1.2.3.4.302"
+    assert "ID-471" not in (folder / "audit.jsonl").read_text()
+
+    archive.stop()
+    unreachable = infer(ct, "json")
+    assert (unreachable.status_code, "it cannot be reached" in unreachable.json()["detail"]) == (400, True)

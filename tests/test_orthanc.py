@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,93 +20,17 @@ from conftest import ROOT, make_tiny_cohort
 
 if not os.environ.get("ORTHANC_TESTS"):
     pytest.skip("run by scripts/run_checks.py --runtime orthanc", allow_module_level=True)
-import pydicom
-import requests
+from orthanc_server import LOGIN, Orthanc, is_installed, running, wait
 
-PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
-LOGIN = ("doctor", "secret of the test")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
 RESULTS = {"SEG", "SR", "RTSTRUCT"}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Orthanc:
-    """The archive; ``node`` is the port at which it knows the listener."""
-
-    def __init__(self, folder: Path) -> None:
-        self.web, self.dicom, self.node = free_port(), free_port(), free_port()
-        self.url, self.log = f"http://127.0.0.1:{self.web}", folder / "orthanc.txt"
-        settings = {
-            **{"StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "HttpPort": self.web},
-            **{"DicomPort": self.dicom, "DicomAet": "ORTHANC", "DicomCheckCalledAet": True, "Plugins": [PLUGIN]},
-            **{"AuthenticationEnabled": True, "RegisteredUsers": dict([LOGIN]), "DicomWeb": {"Enable": True}},
-            "DicomModalities": {"node": ["HNPETCT", "127.0.0.1", self.node]},
-        }
-        (folder / "orthanc.json").write_text(json.dumps(settings))
-        with self.log.open("wb") as log:
-            command = ["Orthanc", str(folder / "orthanc.json")]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def ask(self, method: str, path: str, **options) -> object:
-        answer = requests.request(method, self.url + path, auth=LOGIN, timeout=60, **options)
-        answer.raise_for_status()
-        return answer.json()
-
-    def runs(self) -> bool:
-        try:
-            return bool(self.ask("GET", "/system"))
-        except requests.ConnectionError:
-            return False
-
-    def upload(self, folder: Path) -> None:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            self.ask("POST", "/instances", data=path.read_bytes())
-
-    def send(self, study: str) -> None:
-        """Send a study to the listener, whatever is in it."""
-        self.ask("POST", "/modalities/node/store", json={"Resources": [self.study(study)]})
-
-    def study(self, study: str) -> str:
-        query = {"Level": "Study", "Query": {"StudyInstanceUID": study}}
-        (found,) = self.ask("POST", "/tools/find", json=query)
-        return found
-
-    def objects(self, study: str) -> list[pydicom.Dataset]:
-        """The objects of a study that are no images of the phantom."""
-        found = []
-        for series in self.ask("GET", f"/studies/{self.study(study)}/series"):
-            if series["MainDicomTags"]["Modality"] not in ("CT", "PT"):
-                for instance in series["Instances"]:
-                    file = requests.get(f"{self.url}/instances/{instance}/file", auth=LOGIN, timeout=60).content
-                    found.append(pydicom.dcmread(pydicom.filebase.DicomBytesIO(file)))
-        return found
-
-    def modalities(self, study: str) -> set[str]:
-        return {dataset.Modality for dataset in self.objects(study)}
-
-
-def wait(until: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not until():
-        assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-5000:]
-        time.sleep(0.3)
-
-
 @pytest.fixture(scope="module")
 def orthanc(tmp_path_factory) -> Iterator[Orthanc]:
-    assert shutil.which("Orthanc") and Path(PLUGIN).is_file()
-    archive = Orthanc(tmp_path_factory.mktemp("orthanc"))
-    try:
-        wait(archive.runs, archive.process, archive.log, 60)
+    assert is_installed()
+    with running(tmp_path_factory.mktemp("orthanc")) as archive:
         yield archive
-    finally:
-        archive.process.terminate()
-        archive.process.wait(30)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from command_line import ROOT
 ENVIRONMENT = ROOT / ".label_env"
 
 # Without their own requirements: MONAI Label asks for sam2, mlflow and more that this needs not, torchvision for CUDA.
-ALONE = ("monailabel==0.8.5", "torchvision==0.28.0", "pydicom-seg==0.4.1")
+ALONE = ("monailabel==0.8.5", "torchvision==0.28.0", "pydicom-seg==0.4.1", "dcmqi==1.5.7")
 REQUIREMENTS = (
     *("torch==2.13.0", "monai==1.6.1", "pytorch-ignite==0.5.5", "numpy==1.26.4", "scipy==1.17.1", "pandas==2.3.3"),
     # what MONAI Label imports

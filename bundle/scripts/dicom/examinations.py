@@ -161,17 +161,19 @@ def _named(patients: Mapping[str, Sequence[Examination]]) -> list[Examination]:
     return named
 
 
-def pair_examination(ct: str | PathLike[str], pet: str | PathLike[str]) -> Examination:
-    """The PET/CT with the CT in one folder and the PET in another (or in the same one).
+def pair_examination(ct: str | PathLike[str], *pets: str | PathLike[str]) -> Examination:
+    """The PET/CT with the CT in one folder and the PET, or several to choose from, in others (or in the same one).
 
     Raises:
         scripts.dicom.tags.DicomError: the folders hold no DICOM.
     """
-    series = find_series(ct, pet)
-    logger.info("%s, %s: %s", Path(ct).name, Path(pet).name, series.account)
+    series = find_series(ct, *pets)
+    logger.info("%s: %s", ", ".join(Path(folder).name for folder in (ct, *pets)), series.account)
     problems = "; ".join(describe(series.lost))
     if not series:
-        raise DicomError(f"{ct} and {pet}: no DICOM series in them" + (f" ({problems})" if problems else ""))
+        raise DicomError(
+            f"{' and '.join(map(str, (ct, *pets)))}: no DICOM series in them" + (f" ({problems})" if problems else "")
+        )
     patients = [each.patient_id for each in series if each.modality in ("CT", "PT")]
     found = _chosen(patients[0] if patients else "", series)
     found = replace(found, name=found.patient_id or UNNAMED)

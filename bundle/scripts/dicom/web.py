@@ -8,6 +8,7 @@ password are never part of an address or a command line: they come from the envi
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from scripts.cohorts.scans import printable
 from scripts.dicom.tags import DicomError, integer_of, items_of, lenient, needed_module, text_of
@@ -42,6 +43,24 @@ def is_uid(text: str) -> bool:
         (True, False, False)
     """
     return len(text) <= LONGEST_UID and UID.fullmatch(text) is not None
+
+
+def checked_address(url: str) -> SplitResult:
+    """The parts of a DICOMweb server's address.
+
+    Raises:
+        DicomError: it is no such address, or holds a password.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise DicomError(f"{url!r} is no address of a DICOMweb server, such as https://HOST/dicom-web")
+    if parts.username or parts.password:
+        raise DicomError(f"the address of the DICOMweb server holds a user or password; {CREDENTIALS}")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -72,26 +91,22 @@ class DicomWeb:
     """
 
     def __init__(self, url: str, session: Any = None) -> None:
-        try:
-            parts = urlsplit(url)
-            host = parts.hostname
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https"):
-            raise DicomError(f"{url!r} is no address of a DICOMweb server, such as https://HOST/dicom-web")
-        if parts.username or parts.password:
-            raise DicomError(f"the address of the DICOMweb server holds a user or password; {CREDENTIALS}")
+        parts = checked_address(url)
         try:
             api = needed_module("dicomweb_client.api")
         except ImportError as error:
             raise ImportError(f"DICOMweb needs dicomweb-client: {INSTALL}") from error
         self.url = url.rstrip("/")
         session = needed_module("requests").Session() if session is None else session
-        session.auth = _authentication()
-        if session.auth and parts.scheme == "http" and host not in LOCAL:
+        login = user_and_password()
+        session.auth = _bearer(login) if isinstance(login, str) else login
+        _wait_at_most(session, WAIT_S)
+        if session.auth and parts.scheme == "http" and parts.hostname not in LOCAL:
             logger.warning("%s: the password is sent without encryption; use https", self.url)
         with self._told("use"):
-            self._client = api.DICOMwebClient(self.url, session, permissive_uid=True, timeout=WAIT_S)
+            client = api.DICOMwebClient
+            checks_uids = "permissive_uid" in inspect.signature(client).parameters  # not before 0.60
+            self._client = client(self.url, session, **({"permissive_uid": True} if checks_uids else {}))
         self._client.set_http_retry_params(retry=False)  # it would try for half a minute before it says what is wrong
 
     def series(self, study: str) -> list[WebSeries]:
@@ -123,6 +138,36 @@ class DicomWeb:
             raise DicomError(f"{self.url}: study {study} has {len(bad)} series without a valid SeriesInstanceUID")
         return found
 
+    def study_of(self, series: str) -> str:
+        """StudyInstanceUID of a series.
+
+        Args:
+            series: SeriesInstanceUID.
+
+        Raises:
+            DicomError: it is no UID, the server cannot be reached or refuses, or it has no such series.
+        """
+        if not is_uid(series):
+            raise DicomError(f"{series!r} is no UID of a series: digits and dots, {LONGEST_UID} at most")
+        with self._told(f"look for series {series} on"):
+            answer = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
+            headers = [needed_module("pydicom").Dataset.from_json(item) for item in answer]
+        mine = [header for header in headers if text_of(header, "SeriesInstanceUID") == series]
+        studies = {uid for header in mine if is_uid(uid := text_of(header, "StudyInstanceUID"))}
+        if len(studies) != 1:
+            raise DicomError(f"{self.url} has {'several series' if studies else 'no series'} {series}")
+        return studies.pop()
+
+    def wanted(self, study: str, modalities: Sequence[str] = ("CT", "PT")) -> list[WebSeries]:
+        """The series of these modalities in a study; arguments and errors as for :meth:`download`."""
+        listed = self.series(study)
+        lacking = [name for name in modalities if name not in {each.modality for each in listed}]
+        if lacking:
+            there = ", ".join(sorted({each.modality or "unknown" for each in listed}))
+            names = " and no ".join("PET" if name == "PT" else name for name in lacking)
+            raise DicomError(f"study {study} of {self.url} has no {names}; its series are of: {there}")
+        return [each for each in listed if each.modality in modalities]
+
     def download(self, study: str, folder: Path, modalities: Sequence[str] = ("CT", "PT")) -> list[WebSeries]:
         """Write the images of a study into a folder, one file an image, in uncompressed form where the server can.
 
@@ -140,29 +185,37 @@ class DicomWeb:
             DicomError: as :meth:`series`; a modality is missing; a series did not come whole; or an image of another
             study or series came.
         """
-        listed = self.series(study)
-        lacking = [name for name in modalities if name not in {each.modality for each in listed}]
-        if lacking:
-            there = ", ".join(sorted({each.modality or "unknown" for each in listed}))
-            names = " and no ".join("PET" if name == "PT" else name for name in lacking)
-            raise DicomError(f"study {study} of {self.url} has no {names}; its series are of: {there}")
-        wanted = [each for each in listed if each.modality in modalities]
-        folder.mkdir(parents=True, exist_ok=True)
+        wanted = self.wanted(study, modalities)
         for number, series in enumerate(wanted):
-            count = 0
-            with self._told(f"download series {series.uid} of"), lenient():
-                for count, dataset in enumerate(self._client.iter_series(study, series.uid), 1):
-                    self._require_part(dataset, study, series.uid)
-                    path = folder / f"{number:03d}_{count:05d}.dcm"
-                    dataset.save_as(path, enforce_file_format=True)
-                    digest = hashlib.sha256(text_of(dataset, "SOPInstanceUID").encode()).digest()
-                    os.utime(path, ns=(0, int.from_bytes(digest[:7], "big")))
-            if count < max(series.instances, 1):
-                raise DicomError(
-                    f"{self.url}: series {series.uid} did not come whole: {count} of {series.instances} images"
-                )
-            logger.info("downloaded: %s, %d images", series.modality, count)
+            self.fetch(study, series, folder, f"{number:03d}_")
         return wanted
+
+    def fetch(self, study: str, series: WebSeries, folder: Path, prefix: str = "") -> None:
+        """Write the images of one series into a folder; see :meth:`download`.
+
+        Args:
+            study: StudyInstanceUID.
+            series: of the study, as the server lists it.
+            folder: receives the files; made where it is not there.
+            prefix: of the names of the files.
+
+        Raises:
+            DicomError: the series did not come whole, or an image of another study or series came.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        count = 0
+        with self._told(f"download series {series.uid} of"), lenient():
+            for count, dataset in enumerate(self._client.iter_series(study, series.uid), 1):
+                self._require_part(dataset, study, series.uid)
+                path = folder / f"{prefix}{count:05d}.dcm"
+                dataset.save_as(path)  # as it came, which is a whole file
+                digest = hashlib.sha256(text_of(dataset, "SOPInstanceUID").encode()).digest()
+                os.utime(path, ns=(0, int.from_bytes(digest[:7], "big")))
+        if count < max(series.instances, 1):
+            raise DicomError(
+                f"{self.url}: series {series.uid} did not come whole: {count} of {series.instances} images"
+            )
+        logger.info("downloaded: %s, %d images", series.modality, count)
 
     def _require_part(self, image: Any, study: str, series: str) -> None:
         """Refuse an image of another study or series: it may be of another patient.
@@ -237,14 +290,24 @@ def _status(response: Any) -> str:
     return f"it answers {code} {response.reason}"
 
 
-def _authentication() -> Any:
-    """Authentication of the session as the environment says; None leaves it to ``.netrc``."""
+def _wait_at_most(session: Any, seconds: tuple[float, float]) -> None:
+    """Let every request of a session end after these times; the dicomweb-client of MONAI Label has no option for it."""
+    send = session.send
+    session.send = lambda request, **options: send(request, **{**options, "timeout": seconds})
+
+
+def user_and_password() -> tuple[str, str] | str | None:
+    """User and password, or the token, from the environment; None leaves it to ``.netrc``.
+
+    Raises:
+        DicomError: one is set without the other, or both ways are.
+    """
     user, password, token = (os.environ.get(name) for name in (USER, PASSWORD, TOKEN))
     if token and (user or password):
         raise DicomError(f"{TOKEN} is set, and {USER} or {PASSWORD}, too: which is meant?")
     if bool(user) != bool(password):
         raise DicomError(f"of {USER} and {PASSWORD}, one alone is set in the environment")
-    return _bearer(token) if token else (user, password) if user else None
+    return token or ((user, password) if user and password else None)
 
 
 def _bearer(token: str) -> Callable[[Any], Any]:

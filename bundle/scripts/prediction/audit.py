@@ -16,6 +16,7 @@ from typing import Any
 
 from scripts import keys
 from scripts.dicom.choice import Choice
+from scripts.dicom.web import is_uid
 from scripts.prediction.description import METADATA
 
 AUDIT = "audit.jsonl"
@@ -70,8 +71,12 @@ def _inputs(case: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _file(scan) for name, scan in scans.items()}
 
 
-def _file(scan: Any) -> dict[str, str] | None:
-    if not isinstance(scan, str | os.PathLike) or not Path(scan).is_file():
+def _file(scan: Any) -> dict[str, Any] | None:
+    if not isinstance(scan, str | os.PathLike):
+        return None
+    if Path(scan).is_dir() and is_uid(Path(scan).name):  # of a server's cache
+        return {"series": Path(scan).name, "images": sum(path.is_file() for path in Path(scan).iterdir())}
+    if not Path(scan).is_file():
         return None
     return {"sha256": _sha256(os.fspath(scan), Path(scan).stat().st_mtime_ns)}
 

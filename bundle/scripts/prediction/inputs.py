@@ -18,6 +18,7 @@ from scripts.cohorts import tables as cohort_tables
 from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
 from scripts.cohorts.cohort import Case, CohortError
 from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, patient_key, some
+from scripts.cohorts.tables import Tables
 from scripts.dicom.examinations import (
     HEADER,
     DicomScan,
@@ -159,9 +160,35 @@ def pair_case(
         name = re.sub(r"__CT$", "", name, flags=re.IGNORECASE)
         scans = Scans(patient_id or name, paths["CT"].parent, paths["CT"], paths["PET"])
         return {**cohort.make_case(scans, None, features, False), keys.PROBLEM: ""}
-    examination = pair_examination(paths["CT"], paths["PET"])
-    scans = Scans(patient_id or examination.name, paths["CT"])
-    case = {**cohort.make_case(scans, None, features, False), keys.PROBLEM: ""}
+    return examination_case(pair_examination(paths["CT"], paths["PET"]), paths["CT"], features, patient_id=patient_id)
+
+
+def examination_case(
+    examination: Examination,
+    place: Path,
+    features: Sequence[str] = DEFAULT_FEATURES,
+    tables: Tables | None = None,
+    problems: Mapping[str, Sequence[str]] | None = None,
+    patient_id: str | None = None,
+) -> Case:
+    """The case of a PET/CT in DICOM, with age and sex from its headers where no table has them.
+
+    Args:
+        examination: the PET/CT, or why there is none, which becomes the case's problem.
+        place: where it was found, for messages.
+        features: names of the clinical values, in the network's order.
+        tables: of clinical values.
+        problems: of patients in the tables, by key, see :func:`scripts.cohorts.cohort.patient_problems`.
+        patient_id: id of the patient; None: that of the header.
+    """
+    tables, key = tables or Tables(), patient_key(patient_id or examination.patient_id or UNNAMED)
+    scans = Scans(patient_id or examination.name, place)
+    case = cohort.make_case(scans, tables.records.get(key), features, bool(tables.files))
+    case[keys.PROBLEM] = "; ".join((problems or {}).get(key, []))
+    if examination.sharing and key in tables.records:
+        case[keys.PROBLEM] = (
+            f"its row of the table may be another's: several people have this PatientID, by {examination.sharing}"
+        )
     _take_dicom(case, examination, features)
     return case
 
@@ -245,17 +272,7 @@ def _dicom_cases(
     paths = [clinical] if clinical else cohort_tables.find_tables(folder, ids)
     tables = cohort_tables.read_tables(paths, features)
     problems = cohort.patient_problems(tables, features)
-    cases = []
-    for each in found:
-        key = patient_key(each.patient_id or UNNAMED)
-        case = cohort.make_case(Scans(each.name, folder), tables.records.get(key), features, bool(tables.files))
-        case[keys.PROBLEM] = "; ".join(problems.get(key, []))
-        if each.sharing and key in tables.records:
-            case[keys.PROBLEM] = (
-                f"its row of the table may be another's: several people have this PatientID, by {each.sharing}"
-            )
-        _take_dicom(case, each, features)
-        cases.append(case)
+    cases = [examination_case(each, folder, features, tables, problems) for each in found]
     absent = sorted(set(tables.records) - ids)
     if table_alone and absent and all(folder.resolve() in Path(path).resolve().parents for path in tables.files):
         cases += cohort.cases_to_predict(absent, {}, tables, features, str(folder))

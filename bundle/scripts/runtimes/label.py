@@ -30,6 +30,7 @@ from scripts.cohorts.cohort import Case, Cohort, CohortError, Split
 from scripts.cohorts.files import dated_name, written_whole
 from scripts.cohorts.scans import Scans, patient_key
 from scripts.cohorts.tables import Tables, find_tables, read_tables
+from scripts.dicom.examinations import Examination, pair_examination
 from scripts.imaging.headers import read_header
 from scripts.imaging.images import image_suffix
 from scripts.imaging.transforms import INFERENCE_KEYS, ToNetworkItemd
@@ -37,7 +38,10 @@ from scripts.model.ensemble import EXTRA_STATE, PROVENANCE, SETTINGS, TRAINED_ON
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec, check_provenance, check_state
 from scripts.prediction import inputs
-from scripts.runtimes.label_guard import TABLES, RequestError, confined, is_upload, read_prediction
+from scripts.prediction.audit import append_audit
+from scripts.prediction.outputs import FAILED, OK
+from scripts.runtimes.label_guard import TABLES, RequestError, confined, dicomweb_address, is_upload, read_prediction
+from scripts.runtimes.label_study import fetched_series, study_examination
 from scripts.training.engine import EnsembleInferer
 from scripts.training.sampling import CaseDataset
 
@@ -50,7 +54,8 @@ LATENCIES = "latencies"  # MONAI Label's own notes in the request
 class TakeRequestd(MapTransform):
     """Turn a request into a case.
 
-    The PET is the one named in the request under ``pet``, or else the one in the CT's folder with HECKTOR's name
+    The PET is the one named in the request under ``pet``, or else that of the study where the CT is from a DICOMweb
+    server (:mod:`scripts.runtimes.label_study`), or the one in the CT's folder with HECKTOR's name
     (``<PatientID>__CT.nii.gz``, ``<PatientID>__PT.nii.gz``). Clinical values are taken from the request, by any name
     that a CSV column may have, or else from the CSV of the cohort, by patient id. The request is kept under
     ``request``.
@@ -123,18 +128,19 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
 
     Args:
         request: ``image``, the path of the CT (or a folder with its DICOM series); optional ``pet`` (a path, or a name
-            beside the CT; needed for DICOM), ``patient_id``, ``ehr_csv`` (the table to look the patient up in) and
-            clinical values. Other names that MONAI Label knows have no meaning here.
+            beside the CT; needed for DICOM, but for that of a DICOMweb server), ``patient_id``, ``ehr_csv`` (the table
+            to look the patient up in) and clinical values. Other names that MONAI Label knows have no meaning here.
         features: names of the clinical values, in the network's order.
 
     Raises:
         scripts.runtimes.label_guard.RequestError: a parameter is not known, or is none of the values accepted.
         scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
-        what to do,
-            and nothing of what stands in a table.
+            what to do, and nothing of what stands in a table.
+        scripts.dicom.tags.DicomError: the DICOMweb server, or the study, does not give the PET.
         scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     request = read_prediction(request)
+    address = dicomweb_address()
     ct = named_file(request, keys.IMAGE)
     if ct is None:
         raise CohortError("image: the server has no such CT; its list is at datastore/?output=all")
@@ -144,15 +150,18 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
     if is_upload(ct) and read_header(ct, image_suffix(ct)).path != ct:  # what lies beside it is somebody else's
         raise RequestError("an uploaded scan is one file; this one names another file for its voxels")
     patient = request.get("patient_id")
-    if ct.is_dir():
+    named = named_file(request, "ehr_csv", ct)
+    if named is not None and named.suffix.lower() not in TABLES:
+        raise RequestError(f"ehr_csv is a table ({', '.join(TABLES)}), got {named.name!r}")
+    series = fetched_series(ct) if address and pet is None else None
+    if address and series:
+        case = _dicom_case(study_examination(ct, series, address), ct, features, named, patient)
+    elif ct.is_dir():
         if pet is None:
             raise CohortError(f"{ct} holds DICOM: name the folder of the PET series in the request as 'pet'")
-        case = inputs.pair_case(ct, pet, features, patient)
+        case = _dicom_case(pair_examination(ct, pet), ct, features, named, patient)
     else:
         scans = _scans_with(ct, pet, patient)
-        named = named_file(request, "ehr_csv", ct)
-        if named is not None and named.suffix.lower() not in TABLES:
-            raise RequestError(f"ehr_csv is a table ({', '.join(TABLES)}), got {named.name!r}")
         # of an uploaded file without a name nobody knows whose it is
         found = _tables_of(scans) if named is None and (patient or named_ct(ct)) else []
         tables = found if named is None else [named]
@@ -161,6 +170,29 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
         raise CohortError(f"patient {case[keys.PATIENT_ID]}: {case[keys.PROBLEM]}")
     inputs.add_clinical_values([case], request, "request")
     return case
+
+
+def audit_request(
+    path: Path, request: Mapping[str, Any], checkpoint: str, prediction: Mapping[str, Any] | None = None
+) -> None:
+    """Append the line of a request to the audit, see :mod:`scripts.prediction.audit`.
+
+    Args:
+        path: of the audit.
+        request: as :func:`request_case` takes it.
+        checkpoint: the weights.
+        prediction: what was answered; None: it failed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        case = request_case(request)
+    except Exception:  # then the CT is all that is known
+        ct = request.get(keys.IMAGE)
+        series = fetched_series(Path(ct)) if ct and dicomweb_address() else None
+        case = {keys.CT: series or ct}
+    append_audit(path, case, FAILED if prediction is None else OK, checkpoint, prediction)
 
 
 def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) -> Path | None:
@@ -226,6 +258,18 @@ def _named_case(scans: Scans, features: Sequence[str], tables: Sequence[str | Pa
     key = patient_key(scans.patient_id)
     read = _read_tables(tables, features)
     return cohort.cases_to_predict([key], {key: scans}, read, features, str(scans.folder))[0]
+
+
+def _dicom_case(
+    examination: Examination, ct: Path, features: Sequence[str], table: Path | None, patient: str | None
+) -> Case:
+    """The case of a PET/CT in DICOM; its CT is the image file that the mask is to lie on, where there is one."""
+    tables = _read_tables([] if table is None else [table], features)
+    problems = cohort.patient_problems(tables, features)
+    case = inputs.examination_case(examination, ct, features, tables, problems, patient)
+    if case[keys.CT] is not None and not ct.is_dir():
+        case[keys.CT] = str(ct)
+    return case
 
 
 def _read_tables(paths: Sequence[str | Path], features: Sequence[str]) -> Tables:

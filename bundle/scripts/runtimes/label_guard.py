@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import math
 import os
 import re
@@ -25,12 +26,16 @@ from typing import Any
 
 from scripts.cohorts.clinical import FEATURES, match_columns, parse_clinical
 from scripts.cohorts.files import in_config
+from scripts.dicom.web import DicomWeb
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT, FORCE = "checkpoint", "force"  # ids of inference.json
 PREDICTION_OVERLAY, TRAINING_OVERLAY = "label.json", "label_train.json"
 DEFAULT_WEIGHTS = "model.pt"
 TABLES = (".csv", ".tsv", ".json")
 SCANS = "scans"  # ``--conf scans DIR``: a folder beside the studies whose files a request may name
+AUDIT = "audit"  # ``--conf audit FILE``: the file that gets a line for each prediction
 NAME = r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*"  # of a scan, a mask or a tag: no path
 UPLOAD = r"tmp[a-z0-9_]{8}(\..*)?"  # how MONAI Label names the file of a request, by the module tempfile
 LOGGING = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -266,6 +271,13 @@ def _settings() -> Any:
     return getattr(sys.modules.get("monailabel.config"), "settings", None)
 
 
+def dicomweb_address() -> str | None:
+    """Address of the DICOMweb server that the studies are on, as the server was started; None for a folder."""
+    settings = _settings()
+    studies = settings.MONAI_LABEL_STUDIES if settings is not None else ""
+    return studies if studies and studies.startswith(("http://", "https://")) else None
+
+
 def request_places() -> list[Path] | None:
     """The folders whose files a request may name, links resolved; None where no server is at work.
 
@@ -277,7 +289,7 @@ def request_places() -> list[Path] | None:
         return None
     cache = Path.home() / ".cache" / "monailabel"
     places = [settings.MONAI_LABEL_SESSION_PATH.strip() or cache / "sessions"]
-    if settings.MONAI_LABEL_STUDIES.startswith(("http://", "https://")):
+    if dicomweb_address():
         places += [settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or cache / "dicom"]
         places += [settings.MONAI_LABEL_DATASTORE_CACHE_PATH]
     else:
@@ -358,6 +370,26 @@ def _add_overlay(task: Any, name: str) -> None:
         task.bundle_config = task._load_bundle_config(task.bundle_path, task.bundle_config_path)
 
 
+def audit_file(bundle_path: str) -> Path:
+    """The server's audit: the file of ``--conf audit FILE``, by default ``output/audit.jsonl`` of the bundle."""
+    settings = _settings()
+    named = settings.MONAI_LABEL_APP_CONF.get(AUDIT) if settings is not None else None
+    return Path(named).expanduser() if named else Path(bundle_path) / "output" / "audit.jsonl"
+
+
+def _audit(task: Any, taken: Mapping[str, Any], checkpoint: str, prediction: Mapping[str, Any] | None = None) -> None:
+    """Append a request to the audit; where that fails, the log says so."""
+    sys.path.insert(0, task.bundle_path)  # MONAI Label takes it away, and the modules too
+    try:
+        from scripts.runtimes.label import audit_request
+
+        audit_request(audit_file(task.bundle_path), taken, checkpoint, prediction)
+    except OSError as error:
+        logger.error("no audit: %s: %s", audit_file(task.bundle_path), error.strerror)
+    finally:
+        sys.path.remove(task.bundle_path)
+
+
 def _guard_predictions(task_class: Any) -> None:
     """Pass requests to the task of a bundle only after :func:`read_prediction`."""
     predict, show = task_class.__call__, task_class.config
@@ -374,7 +406,13 @@ def _guard_predictions(task_class: Any) -> None:
             chosen = Path(task.bundle_path) / "models" / taken["model_filename"]
             task.bundle_config.set(in_config(str(chosen)), CHECKPOINT)
             task.bundle_config.set(taken.get(FORCE, False), FORCE)
-            return predict(task, taken, *more, **options)
+            try:
+                reply = predict(task, taken, *more, **options)
+            except Exception:
+                _audit(task, taken, str(chosen))
+                raise
+            _audit(task, taken, str(chosen), reply[1])
+            return reply
 
     @functools.wraps(show)
     def config(task: Any) -> dict[str, Any]:
@@ -420,6 +458,17 @@ def _guard_jobs(job_class: Any) -> None:
     job_class.run = staticmethod(guarded)
 
 
+def _fetch(datastore: Any, image: str) -> None:
+    """Let MONAI Label fetch a CT into its cache.
+
+    The first time it names a temporary copy of the image, without anything beside it, and leaves that behind; from then
+    on the file in its cache.
+    """
+    named = Path(datastore.get_image_uri(image))
+    if is_upload(named):
+        named.unlink(missing_ok=True)
+
+
 def _guard_app(app_class: Any) -> None:
     """Check the image before the list of scans is used; refuse whole-slide images."""
     infer, infer_wsi = app_class.infer, app_class.infer_wsi
@@ -430,6 +479,9 @@ def _guard_app(app_class: Any) -> None:
         if serves(app, request.get("model")):
             if not isinstance(image, str):
                 raise RequestError(f"image is {PREDICTION['image'].accepted}, got {_shown(image)}")
+            if image and (address := dicomweb_address()) and not os.path.exists(image):  # noqa: PTH110 - as below
+                DicomWeb(address).study_of(image)  # MONAI Label would not say what is wrong with it
+                _fetch(datastore or app.datastore(), image)
             if image and (os.path.exists(image) or not re.fullmatch(NAME, image)):  # noqa: PTH110 - it raises nothing
                 confined("image", Path(image))
         return infer(app, request, datastore)
