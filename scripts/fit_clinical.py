@@ -1,4 +1,4 @@
-"""Models of clinical values alone: what a model that sees images has to beat, and the one that the bundle ships.
+"""Models of clinical values alone: a reference for models with images, and the model that the bundle ships.
 
 Usage:
     python scripts/fit_clinical.py COHORT.csv --train_centres HGJ,CHUS --test_centres HMR,CHUM \
@@ -289,7 +289,7 @@ def _counted(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_shipped(report: dict[str, Any]) -> None:
-    """Print the evidence, a line a metric: value, 95 % interval, patients, events."""
+    """Print the evidence, a line for each metric: value, 95 % interval, patients, events."""
     rows = []
     for name in ("temporal", "external", "external_centres"):
         for metric, found in _flat(report.get(name, {})):

@@ -613,8 +613,8 @@ def test_multitask_passes_the_focal_parameters_of_hpv_on():
 
 
 MULTITASK_ERRORS = [
-    pytest.param({"tasks": ("seg", "os")}, "tasks is", id="unknown_task"),
-    pytest.param({"tasks": ()}, "tasks is", id="no_task"),
+    pytest.param({"tasks": ("seg", "os")}, "tasks are some of", id="unknown_task"),
+    pytest.param({"tasks": ()}, "tasks are some of", id="no_task"),
     pytest.param({"tasks": ("seg",), "task_weights": {"os": 1.0}}, "task_weights names", id="weight_of_unknown_task"),
     pytest.param(
         {"task_weights": "equal"}, "task_weights is 'equal'; it must be 'uncertainty'", id="unknown_weighting"

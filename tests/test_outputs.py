@@ -1,4 +1,4 @@
-"""What the writer leaves on disk: whole files, one row a patient, nothing kept in memory."""
+"""What the writer leaves on disk: whole files, one row for each patient, nothing kept in memory."""
 
 from __future__ import annotations
 

@@ -144,8 +144,8 @@ def score(risks: Sequence[np.ndarray], tables: Sequence[pd.DataFrame], bootstrap
     """C-index over one or several sets of patients, with a bootstrap interval; pairs are formed within a set.
 
     Args:
-        risks: log hazard of each patient, one array a set.
-        tables: ``time`` and ``event`` of each patient, one table a set.
+        risks: log hazard of each patient, one array for each set.
+        tables: ``time`` and ``event`` of each patient, one table for each set.
         bootstrap: number of resamples of patients, drawn within each set.
         seed: seed of the resampling.
 

@@ -89,8 +89,8 @@ def make_model(
 ) -> ClinicalModel:
     """Ridge Cox model of all cases; slope and Breslow baseline of its out-of-fold log hazards.
 
-    What could tell of single patients is coarsened: the baseline to months, percentiles of the log hazard to a hundred,
-    and nothing is said beyond the month in which fewer than :data:`LEAST_AT_RISK` patients are followed.
+    Values of single patients are coarsened: the baseline to months, percentiles of the log hazard to a hundred,
+    and nothing is stored beyond the month in which fewer than :data:`LEAST_AT_RISK` patients are followed.
 
     Args:
         cases: with known survival.
@@ -227,7 +227,7 @@ def judge_hpv(probability: np.ndarray, cases: Sequence[Case], seed: int, samples
     """ROC AUC and calibration of HPV probabilities, each with interval and counts.
 
     ``difference`` is the share of positives less the mean probability; ``slope`` and the intercept of a logistic
-    regression on the log odds, 1 where probabilities are neither too extreme nor too timid.
+    regression on the log odds, 1 where probabilities are neither too extreme nor too moderate.
     """
     table = pd.DataFrame({keys.HPV: [float(case[keys.HPV]) for case in cases], keys.HPV_PROB: probability})
     counts = {"patients": len(table), "positive": int(table[keys.HPV].sum())}

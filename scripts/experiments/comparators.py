@@ -1,4 +1,4 @@
-"""What an experiment is held against: clinical values alone, another experiment, the phantoms' truth."""
+"""References for an experiment: clinical values alone, another experiment, the phantoms' truth."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFra
 
     Raises:
         CohortError: as :func:`clinical_parts`, or no model can be fitted.
-        CalibrationError: the model gives everybody the same.
+        CalibrationError: the model gives all patients the same log hazard.
     """
     features, tables = run.record["settings"]["clinical_features"], []
     for parts in clinical_parts(run, keys.SURV_KNOWN, others):
@@ -93,7 +93,7 @@ def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFra
 def clinical_hpv(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
     """HPV probabilities by a logistic regression of clinical values alone, fitted like :func:`clinical_risks`.
 
-    Both classes weigh alike, so that 0.5 is the threshold.
+    Both classes have the same weight, so that 0.5 is the threshold.
 
     Returns:
         ``PatientID`` and ``clinical_hpv``; a patient of several folds has the mean.

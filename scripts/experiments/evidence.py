@@ -50,7 +50,7 @@ NO_CALIBRATION = "there are no held-out cases of another fold to calibrate on"
 
 @dataclass(frozen=True)
 class Run:
-    """The held-out predictions of an experiment, one row a patient.
+    """The held-out predictions of an experiment, one row for each patient.
 
     Attributes:
         folder: of the experiment.
@@ -60,7 +60,7 @@ class Run:
         reference: the same of other cases than those judged, for the ablation, whose test cases are judged by what
             its validation cases tell; None where the folds do that for each other.
         calibrations: fold to the calibration by other cases, or why there is none.
-        normalisation: how log hazards were brought to one scale, in words.
+        normalisation: how log hazards were normalised to one scale, as text.
         notes: what a reader must know.
     """
 
@@ -87,7 +87,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read an experiment, bring its log hazards to one scale, and fit for each fold what the others tell.
+    """Read an experiment, normalise its log hazards, and fit for each fold the calibration on the other folds.
 
     Raises:
         ExperimentError: it is none, or no fold is finished.
@@ -181,7 +181,7 @@ def add_risk(cases: pd.DataFrame, scales: Mapping[int, FoldScale]) -> pd.DataFra
 
 
 def merge_shared(cases: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """One row a patient: of those whom several folds predict the mean, as fold :data:`SHARED`."""
+    """One row for each patient: of those whom several folds predict the mean, as fold :data:`SHARED`."""
     repeated = cases["PatientID"].duplicated(keep=False)
     if not repeated.any():
         return cases.reset_index(drop=True)

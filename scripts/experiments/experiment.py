@@ -3,7 +3,7 @@
 :mod:`train_folds` runs a plan; :mod:`ensemble_folds` and other tools read what it left ::
 
     runs/NAME/experiment.json   what was run on what: settings, cohort, versions, metrics of each fold
-    runs/NAME/out_of_fold.csv   a row a case, from a network that has not seen it, with its fold
+    runs/NAME/out_of_fold.csv   a row for each case, from a network that has not seen it, with its fold
     runs/NAME/cache/            preprocessed cases, shared by the folds
     runs/NAME/fold_0/           the bundle's output_dir: models/model.pt, history.json, evaluation/cases.csv ...
     runs/NAME/fold_0/fold.json  how the fold ended, and its metrics
@@ -224,7 +224,7 @@ def make_plan(
 def merge_configs(
     files: Sequence[str], protocol: str, overrides: Mapping[str, Any]
 ) -> tuple[ConfigParser, dict[str, Any]]:
-    """The configs in one parser, and the overrides with what the protocol brings along.
+    """The configs in one parser, and the overrides with the settings of the protocol.
 
     Raises:
         ExperimentError: an override of an id that does not exist or is not the user's to set.
@@ -235,7 +235,7 @@ def merge_configs(
     overlaid = {name for path in files[1:] for name in ConfigParser.load_config_file(str(BUNDLE / path))}
     brought = PROTOCOL_SETTINGS.get(protocol, {})
     values = {name: value for name, value in brought.items() if name not in overlaid} | dict(overrides)
-    # The bundle runs in its own folder, where a path that was typed elsewhere leads nowhere.
+    # The bundle runs in its own folder, where relative paths would refer to other files.
     if values.get("cache_dir") is not None:
         values["cache_dir"] = str(Path(values["cache_dir"]).expanduser().resolve())
     if isinstance(values.get("ehr_csv"), str) and Path(values["ehr_csv"]).is_file():  # else it lies in dataset_dir

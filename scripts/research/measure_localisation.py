@@ -2,8 +2,8 @@
 
 ``python scripts/research measure_localisation --checkpoint MODEL.pt`` draws patients of the demonstration cohort in
 every position and with every fault of :data:`SCENARIOS`, places the box without their masks, and writes
-``localisation.json`` (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row a box). Scans have the
-hospitals' extents with voxels of 4 and 5 mm, which is what localisation looks with; ``demonstration`` is the cohort as
+``localisation.json`` (summary), ``localisation.md`` (the table) and ``cases.csv`` (one row for each box). Scans have
+the hospitals' extents with voxels of 4 and 5 mm, at which localisation works; ``demonstration`` is the cohort as
 ``make_cohort`` makes it. Phantoms show how the rules behave, not how often a real scan is difficult.
 """
 
@@ -311,7 +311,7 @@ def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def as_markdown(summary: Sequence[dict[str, Any]]) -> str:
-    """A table for each crop: a row a scenario, a column a rule.
+    """A table for each crop: a row for each scenario, a column for each rule.
 
     A cell holds the lowest share of a primary tumour and of all tumour in the box, in percent, and how many cases lost
     more than 1 % of the primary.

@@ -89,7 +89,7 @@ VARIANTS = {
         "weight 10"
     ),
     BURDEN: burden("survival from burden, HPV probability and clinical values; HPV from the image", BASE),
-    CLINICAL_HPV: Variant("as burden, HPV from image and clinical values: the configs as they stand", against=BURDEN),
+    CLINICAL_HPV: Variant("as burden, HPV from image and clinical values, the default of the configs", against=BURDEN),
     "surv": deep("survival alone", tasks=["surv"]),
     "seg_surv": deep("segmentation and survival", tasks=["seg", "surv"]),
     "flow": deep("gradient flows through the probability map", mask_gradient="flow"),

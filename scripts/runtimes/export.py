@@ -393,7 +393,7 @@ def relative_difference(expected: Tensor, found: Tensor) -> tuple[float, bool]:
 
 
 def report(name: str, path: Path, size: int, differences: Sequence[Difference]) -> str:
-    """The comparison, a line a case."""
+    """The comparison, a line for each case."""
     opset = f", opset {OPSET}" if name == "onnx" else ""
     lines = [f"{name}{opset}: {path}, {size / 1e6:.1f} MB"]
     for row in differences:

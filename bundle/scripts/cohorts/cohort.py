@@ -212,7 +212,7 @@ class Cohort:
 
 
 def _by_reason(exclusions: Sequence[Exclusion]) -> list[str]:
-    """One line a reason with the number of patients and the first of them."""
+    """One line for each reason with the number of patients and the first of them."""
     reasons: dict[str, list[Exclusion]] = {}
     for exclusion in exclusions:
         reasons.setdefault(exclusion.reason, []).append(exclusion)

@@ -23,7 +23,7 @@ def bootstrap_interval(
 
     Args:
         statistic: function of a table of cases.
-        cases: one row a patient.
+        cases: one row for each patient.
         samples: number of draws.
         seed: of the draws.
 
@@ -55,7 +55,7 @@ def paired_bootstrap(
 
     Args:
         statistic: function of a table of cases; NaN where it is undefined.
-        cases_a: one row a patient, as in ``cases.csv``.
+        cases_a: one row for each patient, as in ``cases.csv``.
         cases_b: the same patients, in any order where both have a column ``PatientID``.
         samples: number of draws.
         seed: of the draws.

@@ -471,7 +471,7 @@ def _vector(name: str, values: ArrayLike) -> np.ndarray:
     """(N,) float64, finite."""
     vector = np.asarray(values, dtype=float)
     if vector.ndim != 1:
-        raise ValueError(f"{name} has shape {vector.shape}; one value a patient is needed")
+        raise ValueError(f"{name} has shape {vector.shape}; one value for each patient is needed")
     if not np.isfinite(vector).all():
         raise ValueError(f"{int((~np.isfinite(vector)).sum())} of {len(vector)} values of {name} are not finite")
     return vector

@@ -23,7 +23,7 @@ from monai.losses.focal_loss import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from scripts import keys
-from scripts.model.networks import checked_tasks
+from scripts.model.choices import checked_tasks
 from scripts.model.ranks import all_ranks, world_size
 
 ALPHA = 0.25  # of the focal losses, eq. 4 and 5: the weight of the positive class

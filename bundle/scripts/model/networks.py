@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from scripts.keys import CLASS_LOGITS, FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SEG, TASK_SURV, TASKS
+from scripts.keys import CLASS_LOGITS, FEATURES, HPV_LOGIT, LOG_HAZARD, SEG_LOGITS, TASK_SURV, TASKS
 from scripts.model.branches import (
     BURDEN_FEATURES,
     BurdenBranch,
@@ -29,12 +29,11 @@ from scripts.model.branches import (
     SurvivalBranch,
     tumour_burden,
 )
+from scripts.model.choices import SURVIVAL_INPUTS, checked_hpv_inputs, checked_inputs, checked_tasks
 from scripts.model.layers import fuse, initialise
 from scripts.model.unet import ROI_FACTOR, Decoder, Encoder, LevelSummaries, ResidualConv
 
 MASK_GRADIENTS = ("stop", "flow")
-SURVIVAL_INPUTS = ("deep", "burden")
-HPV_INPUTS = ("image", "clinical")
 LEVEL_SCALE = (1.0, 1.0, 1.0)  # of a clinical value that is a level, coded 1, 2, ...; see ClinicalTerm
 
 
@@ -286,8 +285,8 @@ class MultitaskNet(nn.Module):
         expected = (image.shape[0], self.clinical_features)
         if clinical is not None and tuple(clinical.shape) != expected:
             raise ValueError(
-                f"the clinical values' shape is {tuple(clinical.shape)}; {expected} is expected: one row a case, "
-                "one column a feature of the config's list"
+                f"the clinical values' shape is {tuple(clinical.shape)}; {expected} is expected: one row for each "
+                "case, one column for each feature of the config's list"
             )
         if self.training and TASK_SURV in self.tasks and image.shape[0] < 2:
             raise ValueError(
@@ -326,59 +325,6 @@ def fold_norms(network: nn.Module) -> None:
                 level[0], level[1] = fuse(level[0], level[1])  # type: ignore[index,operator]
 
 
-def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The tasks in their fixed order.
-
-    Raises:
-        ValueError: no, unknown or repeated tasks.
-
-    Example:
-        >>> checked_tasks(["surv", "seg"])
-        ('seg', 'surv')
-    """
-    chosen = _listed(tasks)
-    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(TASKS):
-        raise ValueError(f"tasks is {chosen}; it must name one or more of {', '.join(TASKS)}, each once")
-    return tuple(task for task in TASKS if task in chosen)
-
-
-def checked_inputs(survival_inputs: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
-    """Inputs of the log hazard.
-
-    Raises:
-        ValueError: not exactly one known input, or "burden" without the segmentation.
-
-    Example:
-        >>> checked_inputs(["burden"], ("seg", "surv"))
-        ('burden',)
-    """
-    chosen = _listed(survival_inputs)
-    if len(chosen) != 1 or chosen[0] not in SURVIVAL_INPUTS:
-        raise ValueError(f"survival_inputs is {chosen}; it must be ['deep'] or ['burden'], not both")
-    if "burden" in chosen and TASK_SEG not in tasks:
-        raise ValueError(
-            f"survival_inputs is {chosen} and tasks is {list(tasks)}: without the task 'seg' there is no tumour whose "
-            "burden could be measured; set survival_inputs to ['deep']"
-        )
-    return tuple(chosen)
-
-
-def checked_hpv_inputs(hpv_inputs: Sequence[str]) -> tuple[str, ...]:
-    """Inputs of the HPV logit, in their fixed order.
-
-    Raises:
-        ValueError: unknown or repeated inputs, or no image.
-
-    Example:
-        >>> checked_hpv_inputs(["clinical", "image"])
-        ('image', 'clinical')
-    """
-    chosen = _listed(hpv_inputs)
-    if "image" not in chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(HPV_INPUTS):
-        raise ValueError(f"hpv_inputs is {chosen}; it must be ['image'] or ['image', 'clinical']")
-    return tuple(name for name in HPV_INPUTS if name in chosen)
-
-
 def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: int) -> list[Sequence[float]]:
     """The scale of each clinical value; by default that of a level.
 
@@ -391,7 +337,3 @@ def checked_scales(scales: Sequence[Sequence[float]] | None, clinical_features: 
             f"clinical_scales is {scales}; it must give three positive numbers for each of {clinical_features} values"
         )
     return checked
-
-
-def _listed(names: Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)

@@ -9,7 +9,7 @@ weights and the provenance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from numbers import Real
@@ -20,8 +20,19 @@ import torch
 from scripts.cohorts.clinical import FEATURES, clinical_scales
 from scripts.imaging.lesions import APART, MERGED
 from scripts.imaging.quality import VOXEL_SIZES, merge_limits
-from scripts.keys import TASK_SURV, TASKS
-from scripts.model.networks import HPV_INPUTS, SURVIVAL_INPUTS, MultitaskNet, checked_hpv_inputs, checked_inputs
+from scripts.keys import TASK_SURV
+from scripts.model.choices import (
+    SHOWN,
+    SURVIVAL_INPUTS,
+    SpecError,
+    checked_hpv_inputs,
+    checked_inputs,
+    checked_names,
+    checked_tasks,
+    in_order,
+    shown,
+)
+from scripts.model.networks import MultitaskNet
 from scripts.model.unet import ROI_FACTOR
 
 __all__ = ["ModelSpec", "SpecError", "check_provenance", "check_state"]
@@ -31,11 +42,6 @@ SPACING_MM = (0.1, 50.0)
 MOST_BN_EPS = 0.1
 LARGEST_VALUE = 1e6  # of a window's ends, in HU or SUV
 MOST_VALUES, DEEPEST, LONGEST_TEXT = 1_000_000, 12, 10_000  # of a provenance
-SHOWN = 100  # characters of a wrong value in a message
-
-
-class SpecError(ValueError):
-    """An invalid setting of a model or entry of a checkpoint; the message says what is accepted."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class ModelSpec:
         (('seg', 'surv'), (64, 64, 64))
         >>> ModelSpec(["seg"], [], 64, "$open('x')", [-1000, 1000], None, 1e-5)
         Traceback (most recent call last):
-        scripts.model.spec.SpecError: spacing_mm is a number of mm, or three, from 0.1 to 50; got "$open('x')"
+        scripts.model.choices.SpecError: spacing_mm is a number of mm, or three, from 0.1 to 50; got "$open('x')"
     """
 
     tasks: tuple[str, ...]
@@ -83,25 +89,24 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "tasks": _in_order("tasks", self.tasks, TASKS),
-            "clinical_features": _names("clinical_features", self.clinical_features, tuple(FEATURES)),
+            "tasks": checked_tasks(self.tasks),
+            "clinical_features": checked_names("clinical_features", self.clinical_features, tuple(FEATURES)),
             "roi_size": _roi_size(self.roi_size),
             "spacing_mm": _spacing(self.spacing_mm),
             "ct_window": _window("ct_window", self.ct_window),
             "pet_window": None if self.pet_window is None else _window("pet_window", self.pet_window),
-            "survival_inputs": _in_order("survival_inputs", self.survival_inputs, SURVIVAL_INPUTS),
-            "hpv_inputs": _in_order("hpv_inputs", self.hpv_inputs, HPV_INPUTS),
-            "seg_classes": _in_order("seg_classes", self.seg_classes, (*MERGED, *APART)),
+            "survival_inputs": in_order("survival_inputs", self.survival_inputs, SURVIVAL_INPUTS),
+            "hpv_inputs": checked_hpv_inputs(self.hpv_inputs),
+            "seg_classes": in_order("seg_classes", self.seg_classes, (*MERGED, *APART)),
         }
         if not _is_number(self.bn_eps) or not 0 < self.bn_eps <= MOST_BN_EPS:
-            raise SpecError(f"bn_eps is a number above 0, at most {MOST_BN_EPS:g}; got {_shown(self.bn_eps)}")
+            raise SpecError(f"bn_eps is a number above 0, at most {MOST_BN_EPS:g}; got {shown(self.bn_eps)}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if TASK_SURV in self.tasks:
             checked_inputs(self.survival_inputs, self.tasks)
-        checked_hpv_inputs(self.hpv_inputs)
         if self.seg_classes not in (MERGED, APART):
-            raise SpecError(f"seg_classes is {list(MERGED)} or {list(APART)}; got {_shown(list(self.seg_classes))}")
+            raise SpecError(f"seg_classes is {list(MERGED)} or {list(APART)}; got {shown(list(self.seg_classes))}")
         if "clinical" in self.hpv_inputs and "hpv" in self.clinical_features:
             raise SpecError(
                 "the HPV status would be predicted from itself: 'hpv' is among clinical_features and 'clinical' among "
@@ -120,13 +125,13 @@ class ModelSpec:
             SpecError: for anything else.
         """
         if not isinstance(stored, Mapping):
-            raise SpecError(f"{where}: the settings are {_shown(stored)}; a dictionary is expected")
+            raise SpecError(f"{where}: the settings are {shown(stored)}; a dictionary is expected")
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(str(name) for name in stored if name not in known)
         missing = [name for name, field in known.items() if field.default is MISSING and name not in stored]
         if unknown or missing:
             wrong = [f"settings without {', '.join(missing)}"] if missing else []
-            wrong += [f"unknown settings {_shown(unknown)}"] if unknown else []
+            wrong += [f"unknown settings {shown(unknown)}"] if unknown else []
             raise SpecError(f"{where}: {' and '.join(wrong)}: was it written by another version?")
         try:
             return cls(**stored)
@@ -157,28 +162,13 @@ class ModelSpec:
         )
 
 
-def _names(name: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
-    chosen = [item.strip() for item in given.split(",") if item.strip()] if isinstance(given, str) else given
-    listed = isinstance(chosen, list | tuple) and all(isinstance(item, str) for item in chosen)
-    if not listed or not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
-        raise SpecError(f"{name} are some of {list(known)}, each once; got {_shown(given)}")
-    return tuple(chosen)
-
-
-def _in_order(name: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
-    chosen = _names(name, given, known)
-    if not chosen:
-        raise SpecError(f"{name} are some of {list(known)}, each once; got {_shown(given)}")
-    return tuple(item for item in known if item in chosen)
-
-
 def _roi_size(given: Any) -> tuple[int, ...]:
     size = (given,) * 3 if _is_number(given) else given
     right = isinstance(size, list | tuple) and len(size) == 3 and all(_is_number(n) and n == int(n) for n in size)
     if not right or any(n < ROI_FACTOR or n % ROI_FACTOR for n in size) or math.prod(size) > MOST_VOXELS:
         raise SpecError(
             f"roi_size is one number of voxels, or three, multiples of {ROI_FACTOR}, at most {MOST_VOXELS} in all "
-            f"(256 x 256 x 256); got {_shown(given)}"
+            f"(256 x 256 x 256); got {shown(given)}"
         )
     return tuple(int(n) for n in size)
 
@@ -188,26 +178,20 @@ def _spacing(given: Any) -> float | tuple[float, ...]:
     low, high = SPACING_MM
     right = isinstance(edges, list | tuple) and len(edges) in ((1, 3) if _is_number(given) else (3,))
     if not right or not all(_is_number(edge) and low <= edge <= high for edge in edges):
-        raise SpecError(f"spacing_mm is a number of mm, or three, from {low:g} to {high:g}; got {_shown(given)}")
+        raise SpecError(f"spacing_mm is a number of mm, or three, from {low:g} to {high:g}; got {shown(given)}")
     return given if _is_number(given) else tuple(given)
 
 
 def _window(name: str, given: Any) -> tuple[float, float]:
     right = isinstance(given, list | tuple) and len(given) == 2 and all(map(_is_number, given))
     if not right or not -LARGEST_VALUE <= given[0] < given[1] <= LARGEST_VALUE:
-        raise SpecError(f"{name} is the lowest and the highest value, such as [-1000, 1000]; got {_shown(given)}")
+        raise SpecError(f"{name} is the lowest and the highest value, such as [-1000, 1000]; got {shown(given)}")
     return given[0], given[1]
 
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number, which True is not."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    """A wrong value for a message: on one line, printable and short."""
-    text = ascii(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -231,7 +215,7 @@ def check_state(state: Mapping[Any, Any], spec: ModelSpec, folds: int, extra: st
     missing, strange = sorted(set(expected) - set(weights)), [key for key in weights if key not in expected]
     if missing or strange:
         wrong = [f"{len(missing)} weights are missing, such as {missing[0]}"] if missing else []
-        wrong += [f"{len(strange)} are not the network's, such as {_shown(strange[0])}"] if strange else []
+        wrong += [f"{len(strange)} are not the network's, such as {shown(strange[0])}"] if strange else []
         raise SpecError(f"{where}: {' and '.join(wrong)}: the weights are not those of the network in its settings")
     for name, (shape, floating) in expected.items():
         value = weights[name]
@@ -265,12 +249,12 @@ def check_provenance(stored: Any, folds: int, where: str) -> None:
         SpecError: for anything else; it names the entry.
     """
     if not isinstance(stored, Mapping):
-        raise SpecError(f"{where}: the provenance is {_shown(stored)}; a dictionary is expected")
+        raise SpecError(f"{where}: the provenance is {shown(stored)}; a dictionary is expected")
     try:
         _check_plain(stored, "provenance", 0, [MOST_VALUES])
         trained_on = stored.get("trained_on", "")
         if not isinstance(trained_on, str) or not trained_on.isprintable():
-            raise SpecError(f"trained_on is {_shown(trained_on)}; one line of text is expected")
+            raise SpecError(f"trained_on is {shown(trained_on)}; one line of text is expected")
         _check_limits(stored.get("voxel_limits", {}))
         _check_threshold(stored.get("hpv_threshold"))
         _check_calibration(stored.get("calibration"), folds)
@@ -287,7 +271,7 @@ def _check_plain(value: Any, name: str, depth: int, left: list[int]) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise SpecError(f"{name[:SHOWN]} has the key {_shown(key)}, which is not text")
+                raise SpecError(f"{name[:SHOWN]} has the key {shown(key)}, which is not text")
             _check_plain(key, f"a key of {name}", depth + 1, left)
             _check_plain(item, f"{name}.{key}", depth + 1, left)
     elif isinstance(value, list):
@@ -295,9 +279,9 @@ def _check_plain(value: Any, name: str, depth: int, left: list[int]) -> None:
             _check_plain(item, f"{name}[{k}]", depth + 1, left)
     elif isinstance(value, str):
         if len(value) > LONGEST_TEXT or not value.translate(LINE_ENDS).isprintable():
-            raise SpecError(f"{name[:SHOWN]} is {_shown(value)}; printable text of at most {LONGEST_TEXT} characters")
+            raise SpecError(f"{name[:SHOWN]} is {shown(value)}; printable text of at most {LONGEST_TEXT} characters")
     elif not (value is None or isinstance(value, bool) or _is_number(value)):
-        raise SpecError(f"{name[:SHOWN]} is {_shown(value)}; text, finite numbers, lists and dictionaries are read")
+        raise SpecError(f"{name[:SHOWN]} is {shown(value)}; text, finite numbers, lists and dictionaries are read")
 
 
 LINE_ENDS = {ord("\n"): " ", ord("\t"): " "}
@@ -308,7 +292,7 @@ def _check_limits(stored: Any) -> None:
         name in VOXEL_SIZES and isinstance(kinds, Mapping) and all(map(_is_number, kinds.values()))
         for name, kinds in stored.items()
     ):
-        raise SpecError(f"voxel_limits are numbers for {', '.join(VOXEL_SIZES)}; got {_shown(stored)}")
+        raise SpecError(f"voxel_limits are numbers for {', '.join(VOXEL_SIZES)}; got {shown(stored)}")
     try:
         merge_limits(stored)
     except ValueError as error:
@@ -321,7 +305,7 @@ def _check_threshold(stored: Any) -> None:
     right = isinstance(stored, Mapping) and isinstance(stored.get("reason", ""), str)
     value = stored.get("value") if right else None
     if not right or not ("reason" in stored if value is None else _is_number(value) and 0 <= value <= 1):
-        raise SpecError(f"hpv_threshold is a value from 0 to 1, or a reason why there is none; got {_shown(stored)}")
+        raise SpecError(f"hpv_threshold is a value from 0 to 1, or a reason why there is none; got {shown(stored)}")
 
 
 def _check_calibration(stored: Any, folds: int) -> None:
@@ -329,16 +313,16 @@ def _check_calibration(stored: Any, folds: int) -> None:
     if stored is None:
         return
     if not stored or not isinstance(stored, Mapping) or not isinstance(stored.get("reason", ""), str):
-        raise SpecError(f"calibration is {_shown(stored)}; numbers, or a reason why there is none")
+        raise SpecError(f"calibration is {shown(stored)}; numbers, or a reason why there is none")
     if "reason" in stored:
         return
     for name, value in stored.items():
         groups = list(value.values()) if isinstance(value, Mapping) else [value]
         if not all(_is_number(group) or _is_vector(group) for group in groups):
-            raise SpecError(f"calibration.{name} is {_shown(value)}; numbers are expected")
+            raise SpecError(f"calibration.{name} is {shown(value)}; numbers are expected")
     scales = stored.get("fold_scales", [1.0] * folds)
     if not _is_vector(scales) or len(scales) != folds or min(scales) <= 0:
-        raise SpecError(f"calibration.fold_scales is {_shown(scales)}; {folds} positive numbers are expected")
+        raise SpecError(f"calibration.fold_scales is {shown(scales)}; {folds} positive numbers are expected")
 
 
 def _check_statistics(stored: Any, folds: int) -> None:
@@ -346,13 +330,13 @@ def _check_statistics(stored: Any, folds: int) -> None:
     if stored is None:
         return
     if not isinstance(stored, list) or len(stored) not in (0, folds):
-        raise SpecError(f"feature_statistics are {_shown(stored)}; one for each of {folds} folds is expected")
+        raise SpecError(f"feature_statistics are {shown(stored)}; one for each of {folds} folds is expected")
     for k, entry in enumerate(stored):
         if isinstance(entry, Mapping) and isinstance(entry.get("reason"), str):
             continue
         if not isinstance(entry, Mapping) or not _are_statistics(entry):
             raise SpecError(
-                f"feature_statistics[{k}] is {_shown(entry)}; mean, scale, axes, variances, noise, reference"
+                f"feature_statistics[{k}] is {shown(entry)}; mean, scale, axes, variances, noise, reference"
             )
 
 

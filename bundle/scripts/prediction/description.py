@@ -113,7 +113,7 @@ class DescribePredictiond(Transform):
 
     Args:
         model: the model file, or the network itself. The file is read at the first patient.
-        on_reject: ``"raise"`` stops a patient whose features are unlike those of training; ``"flag"`` goes on and says
+        on_reject: ``"raise"`` stops a patient whose features are unlike those of training; ``"flag"`` predicts and sets
             ``forced``.
         limits: of the quality checks, as :class:`scripts.imaging.quality.CheckQualityd` takes them.
         prediction_key: where the dictionary goes.
