@@ -66,6 +66,7 @@ def predict(
     study: str | None = None,
     store: bool = False,
     audit: str | None = None,
+    viewer: str | None = None,
     **values: Any,
 ) -> None:
     """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
@@ -97,6 +98,8 @@ def predict(
         store: store the DICOM results on that server, too.
         audit: file that gets one line of JSON for each patient: UIDs or hashes of the scans, hash of the weights,
             outcome; OUTPUT/audit.jsonl by default.
+        viewer: write viewer.html of each patient: CT, PET and mask in the browser, some MB. The npm package of niivue,
+            which is not part of this software: niivue-niivue-0.69.0.tgz, from: npm pack @niivue/niivue@0.69.0
     """
     if output is None and (dicomweb is not None or (ct is not None and pet is not None)):
         input, output = None, input
@@ -107,6 +110,8 @@ def predict(
     parser = load_bundle(str(output), ckpt_dir, device, force)
     if audit is not None:
         parser["handlers#0#audit"] = in_config(audit)
+    if viewer is not None:
+        parser["handlers#0#viewer"] = in_config(str(viewer))
     features = parser.get_parsed_content("spec").clinical_features
     with downloaded(dicomweb, study) as folder:
         if ct is not None:

@@ -22,7 +22,7 @@ from scripts.cohorts.files import written_whole
 from scripts.evaluation.plots import as_written
 from scripts.imaging.geometry import Grid, bounding_window, box_grid, resample
 from scripts.imaging.images import read_image
-from scripts.imaging.lesions import COLOURS
+from scripts.imaging.lesions import COLOURS, find_lesions
 
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue
 PET_WINDOW_SUV = (0.0, 12.0)
@@ -409,10 +409,9 @@ def middle_of(ct: Scan, masks: Mapping[str, Scan]) -> np.ndarray:
     The middle of all lesions may lie in none.
     """
     for array, grid in masks.values():
-        lesions, count = ndimage.label(array)
-        if count:
-            largest = 1 + int(np.argmax(np.bincount(lesions.ravel())[1:]))
-            return grid.to_world(np.argwhere(lesions == largest).mean(axis=0))
+        lesions = find_lesions(array != 0, grid)
+        for largest in (*lesions.found, *lesions.small):
+            return largest.centre_mm
     return ct[1].centre
 
 

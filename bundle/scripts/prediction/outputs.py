@@ -77,6 +77,8 @@ class PredictionWriter:
         audit: file that gets a line for every patient (see :mod:`scripts.prediction.audit`); ``audit.jsonl`` in
             ``output_dir`` by default.
         checkpoint: the weights, which the audit names of a patient without a prediction, too.
+        viewer: npm package of niivue, with which ``viewer.html`` of each patient is written (see
+            :mod:`scripts.prediction.viewer`); where it cannot be read, the log says how to get it.
 
     Attributes:
         rows: of ``predictions.csv``, by patient.
@@ -93,11 +95,12 @@ class PredictionWriter:
         products: Mapping[str, Product] | None = None,
         audit: str | None = None,
         checkpoint: str | None = None,
+        viewer: str | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case[keys.PATIENT_ID]: case for case in cases}
         self.folders = folder_names(self.cases)
-        self.products = dict(products or {})
+        self.products = {**_viewer(viewer), **(products or {})}
         self.audit = Path(audit).expanduser() if audit else self.output_dir / AUDIT
         self.checkpoint = checkpoint
         self._audited: set[tuple[str, str]] = set()
@@ -287,6 +290,19 @@ class PredictionWriter:
 
     def _table(self) -> str:
         return _csv(COLUMNS, [self.rows[patient] for patient in self.cases if patient in self.rows])
+
+
+def _viewer(niivue: str | None) -> dict[str, Product]:
+    """The product that writes the viewer; none where it is not wanted or niivue is not there."""
+    if niivue is None:
+        return {}
+    from scripts.prediction.viewer import VIEWER_HTML, ViewerError, ViewerWriter
+
+    try:
+        return {"viewer": ViewerWriter(niivue)}
+    except ViewerError as error:
+        logger.warning("no %s: %s", VIEWER_HTML, error)
+        return {}
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

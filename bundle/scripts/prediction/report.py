@@ -35,7 +35,6 @@ from scripts.prediction.figures import (
     Views,
     cut_planes,
     cut_views,
-    middle_of,
     project,
     projection_png,
     tile,
@@ -93,6 +92,7 @@ class Report:
         caption: of all pictures.
         curve: PNG and caption of the survival; None where it is not known.
         sections: all text.
+        viewer: file of the viewer beside the report; None where there is none.
     """
 
     title: str
@@ -106,6 +106,7 @@ class Report:
     caption: str
     curve: tuple[bytes, str] | None
     sections: list[Section]
+    viewer: str | None
 
 
 def write_report(
@@ -153,10 +154,11 @@ def make_report(
     """Collect text and pictures; arguments as for :func:`write_report`."""
     tumour = prediction.get("tumour") or {}
     masks = {} if mask is None else class_masks(mask, tumour.get("classes") or MERGED)
-    rows = lesion_rows(ct, pet, masks, tumour.get("lesion_list") or [])
+    lesions = tumour.get("lesion_list") or []
+    rows = lesion_rows(ct, pet, masks, lesions)
     sections = sections_of(prediction)
     if explanation is not None:
-        rows.append(influence_row(ct, pet, masks, explanation))
+        rows.append(influence_row(ct, pet, masks, lesions, explanation))
         sections.insert(len(sections) - 1, explanation_section(explanation.to_dict()))
     curve = (prediction.get("survival") or {}).get("curve")
     return Report(
@@ -171,6 +173,7 @@ def make_report(
         caption=caption_of(masks, explanation is not None),
         curve=(curve_png(prediction["survival"]), curve_caption(prediction["survival"])) if curve else None,
         sections=sections,
+        viewer=(prediction.get("files") or {}).get("viewer"),
     )
 
 
@@ -186,29 +189,49 @@ def class_masks(mask: Scan, classes: Sequence[str]) -> dict[str, Scan]:
     return found or {classes[0]: mask}
 
 
-def lesion_rows(ct: Scan, pet: Scan, masks: Mapping[str, Scan], lesions: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """A row of pictures for each of the largest lesions; one through the middle of the CT where there is none."""
+def lesion_rows(
+    ct: Scan,
+    pet: Scan,
+    masks: Mapping[str, Scan],
+    lesions: Sequence[Mapping[str, Any]],
+    shown: Sequence[tuple[str, int]] = VIEWS_OF_LESION,
+) -> list[Row]:
+    """A row of pictures for each of the largest lesions; one through the middle of the CT where there is none.
+
+    Args:
+        ct: array (X, Y, Z) in HU and its grid.
+        pet: array (X, Y, Z) in SUV and its grid.
+        masks: of each class, see :func:`class_masks`.
+        lesions: ``lesion_list`` of the prediction.
+        shown: row (CT, PET, fusion) and plane of each picture.
+    """
     rows = []
     for number, lesion in enumerate(lesions[:MOST_LESIONS], start=1):
         views = cut_views(ct, pet, masks, np.array(lesion["centre_mm"], dtype=float))
         uptake = "" if lesion.get("suv_max") is None else f", SUVmax {lesion['suv_max']:.1f}"
         kind = f" ({CLASS_NAMES[lesion['label']]})" if lesion.get("label") in CLASS_NAMES else ""
-        rows.append(_row(f"{lesion_name(lesion, number)}{kind}: {lesion['volume_ml']:.1f} ml{uptake}", views))
+        rows.append(_row(f"{lesion_name(lesion, number)}{kind}: {lesion['volume_ml']:.1f} ml{uptake}", views, shown))
     if not rows:
-        rows.append(_row("Middle of the CT: no tumour outlined", cut_views(ct, pet, masks, middle_of(ct, {}))))
+        rows.append(_row("Middle of the CT: no tumour outlined", cut_views(ct, pet, masks, ct[1].centre), shown))
     if len(lesions) > MOST_LESIONS:
         more = f"no pictures of {len(lesions) - MOST_LESIONS} more: see the table of lesions"
         rows[-1] = replace(rows[-1], title=f"{rows[-1].title} ({more})")
     return rows
 
 
-def _row(title: str, views: Views) -> Row:
-    return Row(title, [(tile(views, row, plane), f"{row}, {PLANES[plane][0]}") for row, plane in VIEWS_OF_LESION])
+def _row(title: str, views: Views, shown: Sequence[tuple[str, int]]) -> Row:
+    return Row(title, [(tile(views, row, plane), f"{row}, {PLANES[plane][0]}") for row, plane in shown])
 
 
-def influence_row(ct: Scan, pet: Scan, masks: Mapping[str, Scan], explanation: Explanation) -> Row:
-    """What moved the risk, in three planes through the largest lesion."""
-    point = middle_of(ct, masks)
+def influence_row(
+    ct: Scan,
+    pet: Scan,
+    masks: Mapping[str, Scan],
+    lesions: Sequence[Mapping[str, Any]],
+    explanation: Explanation,
+) -> Row:
+    """What moved the risk, in three planes through the largest lesion, or the middle of the CT where there is none."""
+    point = np.array(lesions[0]["centre_mm"], dtype=float) if lesions else ct[1].centre
     views = cut_views(ct, pet, masks, point)
     planes = cut_planes(explanation.smooth, explanation.grid, point, views.frame)
     largest = float(np.quantile(np.abs(np.concatenate([plane.ravel() for plane in planes])), INFLUENCE_QUANTILE))
@@ -245,6 +268,19 @@ def curve_caption(survival: Mapping[str, Any]) -> str:
     return f"Predicted recurrence-free survival, risk group {survival.get('risk_group')}{spread}."
 
 
+def scans_of(case: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Scan, Scan, Scan | None]:
+    """CT, PET and predicted mask of a case; scans that the result lacks are loaded again.
+
+    Args:
+        case: of the datalist.
+        result: the item after the post transforms, without a batch axis.
+    """
+    wanted = [key for key in (keys.CT, keys.PET) if result.get(key) is None]
+    loaded = LoadScansd(wanted)({key: case[key] for key in wanted}) if wanted else {}
+    ct, pet = (array_and_grid(loaded[key] if key in loaded else result[key]) for key in (keys.CT, keys.PET))
+    return ct, pet, None if result.get(keys.PRED) is None else array_and_grid(result[keys.PRED])
+
+
 class ReportWriter:
     """Writes the report of each patient, and at the end the page of the cohort.
 
@@ -271,10 +307,7 @@ class ReportWriter:
         Yields:
             Name and file of what was written.
         """
-        wanted = [key for key in (keys.CT, keys.PET) if result.get(key) is None]
-        loaded = LoadScansd(wanted)({key: case[key] for key in wanted}) if wanted else {}
-        ct, pet = (array_and_grid(loaded[key] if key in loaded else result[key]) for key in (keys.CT, keys.PET))
-        mask = None if result.get(keys.PRED) is None else array_and_grid(result[keys.PRED])
+        ct, pet, mask = scans_of(case, result)
         explanation = None
         if self.explainer is not None:
             explanation = self.explainer(result)

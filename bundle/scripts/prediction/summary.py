@@ -24,12 +24,14 @@ from scripts.prediction.outputs import OK, folder_names
 from scripts.prediction.pages import Link, Ranked, render
 
 INDEX, TABLE, PREDICTION, REPORT = "index.html", "predictions.csv", "prediction.json", "report.html"
+VIEWER = "viewer.html"
 FAILED = "failed"
 GROUPS = tuple(GROUP_COLOURS)
 TITLES = (
     *("patient", "status", "risk percentile", "risk group", "HPV probability", "HPV", "tumour ml", "lesions"),
     *("SUVmax", "quality"),
 )
+SCANS = "scans"  # title of a column that is there if a patient has the viewer
 NOTHING = "\u2013"
 
 
@@ -64,6 +66,11 @@ def write_summary(output_dir: str | Path) -> Path:
     forced = [prediction["patient_id"] for prediction in found if prediction["quality"]["forced"]]
     warnings = [f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}"] if forced else []
     ordered = sorted(rows, key=lambda row: _urgency(row, predictions.get(row["PatientID"])))
+    patients = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in ordered]
+    scans = [_viewer(folders[row["PatientID"]], predictions.get(row["PatientID"])) for row in ordered]
+    titles = TITLES
+    if any(isinstance(cell, Link) for cell in scans):
+        titles, patients = (*TITLES, SCANS), [[*row, cell] for row, cell in zip(patients, scans, strict=True)]
     html = render(
         "index.html",
         title=f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}",
@@ -71,8 +78,8 @@ def write_summary(output_dir: str | Path) -> Path:
         notice=f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY,
         counts=_counts(rows, found),
         risks=_risks(found),
-        titles=TITLES,
-        patients=[_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in ordered],
+        titles=titles,
+        patients=patients,
         table=TABLE,
         failures=[(row["PatientID"], f"{row['status']}: {row['reason']}") for row in ordered if row["reason"]],
         findings=_findings(found),
@@ -176,6 +183,13 @@ def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | N
         _ranked(tumour.get("suv_max"), 1),
         _quality(prediction["quality"]),
     ]
+
+
+def _viewer(folder: Path, prediction: Mapping[str, Any] | None) -> str:
+    """The way to a patient's viewer."""
+    if prediction is None or "viewer" not in prediction["files"] or not (folder / VIEWER).is_file():
+        return NOTHING
+    return Link("view", f"{folder.name}/{VIEWER}")
 
 
 def _quality(quality: Mapping[str, Any]) -> Ranked:
