@@ -166,7 +166,7 @@ def _row(folder: Path, row: Mapping[str, str], prediction: Mapping[str, Any] | N
     patient = row["PatientID"]
     report = folder / REPORT
     if prediction is None:  # whatever report an earlier run has left there
-        return [patient, row["status"], *[NOTHING] * (len(TITLES) - 2)]
+        return [patient, row["status"], *[Ranked(NOTHING, None)] * (len(TITLES) - 2)]
     name = Link(patient, f"{folder.name}/{REPORT}") if report.is_file() else patient
     survival, hpv, tumour = (prediction.get(part) or {} for part in ("survival", "hpv", "tumour"))
     group = survival.get("risk_group")

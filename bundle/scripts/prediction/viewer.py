@@ -10,7 +10,7 @@ import base64
 import gzip
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,18 @@ from scripts.prediction.report import class_masks, lesion_rows, scans_of
 from scripts.prediction.summary import VIEWER as VIEWER_HTML
 
 NIIVUE_VERSION = "0.69.0"
-HOW_TO_GET = f"get niivue-niivue-{NIIVUE_VERSION}.tgz with: npm pack @niivue/niivue@{NIIVUE_VERSION}; then give its path"
+HOW_TO_GET = (
+    f"get niivue-niivue-{NIIVUE_VERSION}.tgz with: npm pack @niivue/niivue@{NIIVUE_VERSION}; then give its path"
+)
 CODE = "package/dist/niivue.umd.js"  # in the npm package
 LIMIT_BYTES = 8_000_000  # of the page
-PET_BYTES = 1_200_000  # of the PET in it
+PET_BYTES = 1_600_000  # of the PET in it
 REST_BYTES = 100_000  # of text, style and mask
 SMALLEST_BOX_MM, MARGIN_MM = 240.0, 20.0
-CT_STEP_HU, PET_STEP_SUV = 2.0, 0.01  # smaller than a grey level on the screen
-STEPS_MM = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # voxels of a scan that is too large as it is
+CT_STEP_HU, PET_STEP_SUV = 2.0, 0.02  # of values: no more than a grey level on the screen
+CT_VOXELS_MM = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # if its own are too many
+PET_VOXELS_MM = (2.0, 2.5, 3.0, 4.0)  # niivue does not interpolate what it lays over the CT
+AIR_HU = -1024.0
 CT_WINDOWS_HU = {"soft tissue": CT_WINDOW_HU, "bone": (-450.0, 1050.0)}
 NIFTI_LABELS = 1002  # intent code
 FALLBACK_VIEWS = tuple((FUSION, plane) for plane in range(len(PLANES)))
@@ -93,8 +97,9 @@ def write_viewer(
 ) -> Path:
     """Write ``viewer.html``.
 
-    The scans are cropped to the tumour with 20 mm around it, at least 240 mm. PET and CT keep their voxels where the
-    page stays below 8 MB; else they are resampled (linearly) to the smallest of :data:`STEPS_MM` with which it does.
+    The scans are cropped to the tumour with 20 mm around it, at least 240 mm. The mask keeps its voxels, and the CT,
+    too, where the page stays below 8 MB; else it is resampled (linearly) to the smallest of :data:`CT_VOXELS_MM` with
+    which it does. The PET is resampled to voxels of 2 mm, or larger ones where it takes more than 1.6 MB.
 
     Args:
         folder: of the patient.
@@ -114,12 +119,14 @@ def write_viewer(
     classes, lesions = tumour.get("classes") or MERGED, tumour.get("lesion_list") or []
     pictures = lesion_rows(ct, pet, {} if mask is None else class_masks(mask, classes), lesions, FALLBACK_VIEWS)
     box = shown_box(ct[1], mask)
-    volumes = {"pet": packed(pet, box, PET_STEP_SUV, PET_BYTES)}
+    volumes = {"pet": packed(pet, box, PET_STEP_SUV, PET_BYTES, [np.full(3, size) for size in PET_VOXELS_MM], 0.0)}
     if mask is not None:
         cropped, grid = crop(*mask, box)
         volumes["mask"] = nifti(cropped.astype(np.uint8), grid, labels=True)
     used = sum(map(len, volumes.values())) + sum(len(png) * 4 // 3 for row in pictures for png, _ in row.tiles)
-    volumes["ct"] = packed(ct, box, CT_STEP_HU, LIMIT_BYTES - REST_BYTES - len(niivue.encode()) - used)
+    room = LIMIT_BYTES - REST_BYTES - len(niivue.encode()) - used
+    own = ct[1].spacing[np.abs(ct[1].affine[:3, :3]).argmax(axis=1)]
+    volumes["ct"] = packed(ct, box, CT_STEP_HU, room, [None, *(np.maximum(own, size) for size in CT_VOXELS_MM)], AIR_HU)
     middle = (box[0] + box[1]) / 2
     data = {
         "volumes": volumes,
@@ -135,7 +142,6 @@ def write_viewer(
         sortable=False,
         verdict=verdict_of(prediction),
         warnings=warnings_of(prediction),
-        forced=prediction["quality"]["forced"],
         notice=notice_of(prediction),
         windows=list(CT_WINDOWS_HU),
         suv=PET_WINDOW_SUV,
@@ -195,7 +201,9 @@ def crop(array: np.ndarray, grid: Grid, box: np.ndarray) -> Scan:
     return array[x, y, z], grid.crop((x, y, z))
 
 
-def packed(scan: Scan, box: np.ndarray, step: float, most: int) -> str:
+def packed(
+    scan: Scan, box: np.ndarray, step: float, most: int, voxels: Sequence[np.ndarray | None], fill: float
+) -> str:
     """The part of a scan in a box as :func:`nifti`, of at most ``most`` characters.
 
     Args:
@@ -203,24 +211,24 @@ def packed(scan: Scan, box: np.ndarray, step: float, most: int) -> str:
         box: lowest and highest corner, world mm (RAS+), (2, 3).
         step: values are rounded to multiples of it (larger where they do not fit into 16 bits).
         most: characters.
+        voxels: sizes along x, y and z in mm, of which the first that is small enough is taken; None: its own voxels.
+        fill: value outside the field of view.
 
     Raises:
-        ViewerError: it is larger with voxels of 4 mm, too.
+        ViewerError: none is.
     """
     part, grid = crop(*scan, box)
-    text = _rounded(part, grid, step)
-    spacing = grid.spacing[np.abs(grid.affine[:3, :3]).argmax(axis=1)]
-    for size in STEPS_MM:
+    text = ""
+    for size in voxels:
+        if size is None:
+            text = _rounded(part, grid, step)
+        else:
+            count = np.maximum(1, np.round((box[1] - box[0]) / size)).astype(int)
+            target = box_grid(box.mean(axis=0), count.tolist(), size)
+            text = _rounded(resample(part, grid, target, "linear", fill), target, step)
         if len(text) <= most:
             return text
-        if (spacing < size).any():
-            steps = np.maximum(spacing, size)
-            count = np.maximum(1, np.round((box[1] - box[0]) / steps)).astype(int)
-            target = box_grid(box.mean(axis=0), count.tolist(), steps)
-            text = _rounded(resample(part, grid, target, "linear", float(np.nanmin(part))), target, step)
-    if len(text) > most:
-        raise ViewerError(f"a scan takes {len(text) / 1e6:.1f} MB in {VIEWER_HTML}: no room in a page of 8 MB")
-    return text
+    raise ViewerError(f"a scan takes {len(text) / 1e6:.1f} MB in {VIEWER_HTML}: no room in a page of 8 MB")
 
 
 def _rounded(array: np.ndarray, grid: Grid, step: float) -> str:

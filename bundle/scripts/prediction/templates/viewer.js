@@ -16,7 +16,7 @@
   const grey = { R: [255, 0], G: [255, 0], B: [255, 0], A: [255, 255], I: [0, 255] };
 
   const show = new niivue.Niivue({
-    backColor: [0, 0, 0, 1], crosshairColor: [0.2, 0.9, 0.3, 0.8], crosshairWidth: 0.8, isRadiologicalConvention: true,
+    backColor: [0, 0, 0, 1], crosshairColor: [0.2, 0.9, 0.3, 0.8], crosshairWidth: 0.6, crosshairWidthUnit: "mm", crosshairGap: 6, fontColor: [1, 1, 1, 1], isRadiologicalConvention: true,
     multiplanarShowRender: 0, sagittalNoseLeft: true, showAllOrientationMarkers: true, dragMode: 9, loadingText: "", dragAndDropEnabled: false,
     viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", isResizeCanvas: true, show3Dcrosshair: false,
     yoke3Dto2DZoom: false, logLevel: "error",
@@ -26,7 +26,7 @@
   const side = (value, letters) => `${letters[value < 0 ? 1 : 0]} ${Math.abs(value).toFixed(1)}`;
   show.onLocationChange = place => {
     const [x, y, z] = place.mm, [ct, pet] = place.values;
-    element("position").textContent = `${side(x, "RL")}  ${side(y, "AP")}  ${side(z, "SI")} mm: `
+    element("position").textContent = `${side(x, "RL")}  ${side(y, "AP")}  ${side(z, "SI")} mm\n`
       + `${Math.round(ct.value)} HU, SUV ${pet.value.toFixed(1)}`;
   };
   message.hidden = false;
