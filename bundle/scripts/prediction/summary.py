@@ -68,7 +68,7 @@ def write_summary(output_dir: str | Path) -> Path:
     ordered = sorted(rows, key=lambda row: _urgency(row, predictions.get(row["PatientID"])))
     patients = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in ordered]
     scans = [_viewer(folders[row["PatientID"]], predictions.get(row["PatientID"])) for row in ordered]
-    titles = TITLES
+    titles: tuple[str, ...] = TITLES
     if any(isinstance(cell, Link) for cell in scans):
         titles, patients = (*TITLES, SCANS), [[*row, cell] for row, cell in zip(patients, scans, strict=True)]
     html = render(

@@ -224,7 +224,7 @@ def packed(
             text = _rounded(part, grid, step)
         else:
             count = np.maximum(1, np.round((box[1] - box[0]) / size)).astype(int)
-            target = box_grid(box.mean(axis=0), count.tolist(), size)
+            target = box_grid(box.mean(axis=0), count.tolist(), size.tolist())
             text = _rounded(resample(part, grid, target, "linear", fill), target, step)
         if len(text) <= most:
             return text
