@@ -96,6 +96,7 @@ def run_cases(
     parser["dataset#data"] = CaseList(cases)
     writer = parser.get_parsed_content("handlers#0")
     wanted = [*(["report", "report_pdf"] if report or explain else []), *(["explanation"] if explain else [])]
+    wanted += [name for name in writer.products if name == "viewer"]
     done = finished(parser, writer, cases, wanted) if resume else set()
     todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
     parser.get_parsed_content("dataset").data = todo
