@@ -19,7 +19,7 @@ from command_line import BUNDLE, UsageError, run_tool
 
 from runtimes.inference import configure_log, load_bundle, named_files, run_cases
 from scripts import keys
-from scripts.cohorts.clinical import FEATURES
+from scripts.cohorts.clinical import FEATURES, parse_clinical
 from scripts.cohorts.cohort import Case
 from scripts.cohorts.files import in_config, require_writable
 from scripts.dicom.tags import DicomError
@@ -219,6 +219,7 @@ def with_values(
     """The cases with values of a single patient added; typed ones go before those of a file."""
     if own is not None:
         add_clinical_values(cases, own, Path(str(clinical)).name)
+    parse_clinical(values, list(FEATURES), where=TYPED)  # a mistyped one is an error, whichever model reads it
     add_clinical_values(cases, values, TYPED)
     for case in cases:
         sources = case.get(keys.CLINICAL_SOURCE, {})

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from predict import with_values
 from runtimes.inference import is_whole
 from scripts import keys
+from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import inference_cases, load_cohort
 from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 from scripts.imaging.transforms import CodeClinicald
@@ -90,6 +92,18 @@ def test_values_of_options_and_requests(folder, caplog):
     assert case[keys.CLINICAL_OTHERS] == {"t_stage": 2}
     assert case[keys.CLINICAL] == {"age": 61, "m_stage": 0}
     assert "request: not read by this model: site" in caplog.text
+
+
+def test_a_value_of_one_patient_that_only_the_clinical_model_reads_is_optional(folder, caplog):
+    case = case_of(folder, "Age", "61")
+    with caplog.at_level(logging.WARNING):
+        add_clinical_values([case], {"T": "banana", "N": "N1", "m_stage": 0}, "ehr.json")
+    assert (case[keys.CLINICAL_OTHERS], case[keys.CLINICAL]) == ({"n_stage": 1}, {"age": 61, "m_stage": 0})
+    assert "ehr.json, T: 'banana' is no value of t_stage" in caplog.text and "read as missing" in caplog.text
+    with pytest.raises(ClinicalValueError, match="M-stage: 'banana' is no value"):
+        add_clinical_values([case], {"M-stage": "banana"}, "ehr.json")
+    with pytest.raises(ClinicalValueError, match="option, t_stage: 'banana' is no value"):
+        with_values([case], None, None, {"t_stage": "banana"})
 
 
 def test_they_travel_beside_the_vector_of_the_network():

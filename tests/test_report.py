@@ -19,6 +19,7 @@ from scripts.imaging.geometry import Grid
 from scripts.prediction.explain import Explanation
 from scripts.prediction.findings import (
     FORCED,
+    NO_TUMOUR,
     notice_of,
     page_verdict,
     quality_problems,
@@ -112,6 +113,7 @@ def test_what_is_not_known_is_said_with_its_reason(tmp_path: Path) -> None:
         assert "risk group not available" in text
         assert "class not available" in text
         assert "no tumour found" in text
+        assert NO_TUMOUR in text, "among the warnings"
         assert "SUVmax" not in text
         assert "None" not in text
         assert "nan" not in text.split()
@@ -124,6 +126,19 @@ def test_tasks_that_a_model_has_not(tmp_path: Path) -> None:
         assert "not available: the scans were not checked" in text
         assert "no tumour outlined" in text
         assert NOTICE in text
+
+
+@pytest.mark.parametrize(
+    "patient, shown",
+    [
+        pytest.param("\u738b\u660e-7", r"\u738b\u660e-7", id="letters_that_the_font_lacks"),
+        pytest.param("\u041f\u0451\u0442\u0440-7", "\u041f\u0451\u0442\u0440-7", id="cyrillic"),
+        pytest.param("**b** <b>x</b>", "**b** <b>x</b>", id="markup"),
+    ],
+)
+def test_no_letter_of_an_id_is_lost_on_paper(patient, shown, tmp_path: Path) -> None:
+    _, sheet = written(tmp_path, prediction() | {"patient_id": patient})
+    assert f"PET/CT report: {shown}" in sheet
 
 
 def test_forced_predictions_are_loud(tmp_path: Path) -> None:

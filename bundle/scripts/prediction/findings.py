@@ -18,6 +18,7 @@ NO_TASK = "not a task of this model"
 NOT_KNOWN = "\u2013"
 FORCED = "FORCED: a quality check rejected this case and the prediction was made in spite of it. Do not rely on it."
 CHECK_WORDS = {WARN: "warning", REJECT: "rejected"}
+NO_TUMOUR = "No tumour found: the other results assume that there is one."
 VERDICTS = {OK: "no warnings", WARN: "WARNINGS", REJECT: "REJECTED"}
 UNUSUAL = (
     "The voxel size differs from the model's training scans, but is usual for clinical scanners. The scans are "
@@ -64,6 +65,8 @@ def warnings_of(prediction: Mapping[str, Any]) -> list[str]:
     quality, flag = prediction["quality"], (prediction.get("crop") or {}).get("flag")
     loud = [FORCED] if quality.get("forced") else []
     loud += quality_problems(quality)
+    if prediction.get("tumour") and not prediction["tumour"].get("volume_ml"):
+        loud.append(NO_TUMOUR)
     if flag and not any(flag in text for text in loud):
         loud.append(f"The position of the network's box is doubtful: {flag}")
     if (prediction.get("survival") or {}).get("doubt"):

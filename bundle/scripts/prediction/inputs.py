@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts import keys
 from scripts.cohorts import cohort
 from scripts.cohorts import tables as cohort_tables
-from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, parse_clinical
+from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, ClinicalValueError, parse_clinical
 from scripts.cohorts.cohort import Case, CohortError
 from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, patient_key, some
 from scripts.cohorts.tables import Tables
@@ -203,7 +203,8 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
 
     Raises:
         CohortError: there are several patients.
-        scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
+        scripts.cohorts.clinical.ClinicalValueError: a value that the network reads cannot be read. Another one is
+            missing then, with a message in the log.
     """
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
@@ -211,7 +212,7 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
     if len(cases) != 1:
         raise CohortError(f"{source}: clinical values of one patient, but there are {len(cases)}; give a table of them")
     case, unused = cases[0], []
-    for name, value in parse_clinical(given, list(FEATURES), where=source).items():
+    for name, value in _parsed(given, case[keys.CLINICAL], source).items():
         if value is not None and (name in case[keys.CLINICAL] or name in shipped_features()):
             case.setdefault(keys.CLINICAL if name in case[keys.CLINICAL] else keys.CLINICAL_OTHERS, {})[name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = source
@@ -219,6 +220,17 @@ def add_clinical_values(cases: Sequence[Case], values: Mapping[str, Any], source
             unused.append(name)
     if unused:
         logger.warning("%s: not read by this model: %s", source, ", ".join(unused))
+
+
+def _parsed(given: Mapping[str, Any], needed: Collection[str], source: str) -> dict[str, float | None]:
+    """Values by feature name; one that cannot be read is an error if it is needed, otherwise missing."""
+    found = parse_clinical(given, [name for name in FEATURES if name in needed], where=source)
+    for name in (name for name in FEATURES if name not in needed):
+        try:
+            found |= parse_clinical(given, [name], where=source)
+        except ClinicalValueError as error:
+            logger.warning("%s: read as missing", error)
+    return found
 
 
 def clinical_object(path: str | Path) -> dict[str, Any] | None:

@@ -64,6 +64,16 @@ class _Pdf(FPDF):
         self.set_title(title)
         self.add_page()
 
+    def normalize_text(self, text: str) -> str:
+        """The text with an escape for every character that the font lacks: none of a patient's id is lost."""
+        known = self.current_font.cmap
+        return super().normalize_text(
+            "".join(
+                sign if ord(sign) in known or sign.isspace() else sign.encode("unicode_escape").decode()
+                for sign in text
+            )
+        )
+
     def say(self, text: str, size: float, style: str = "", colour: str = INK, fill: str | None = None) -> None:
         """A paragraph."""
         self.set_font(FONT, style, size)
