@@ -22,6 +22,7 @@ from scripts import keys
 from scripts.cohorts.clinical import FEATURES, parse_clinical
 from scripts.cohorts.cohort import Case
 from scripts.cohorts.files import in_config, require_writable
+from scripts.cohorts.scans import printable
 from scripts.dicom.tags import DicomError
 from scripts.dicom.web import DicomWeb
 from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case
@@ -32,6 +33,7 @@ logger = logging.getLogger("predict")
 
 WAYS = "give INPUT OUTPUT; or OUTPUT --ct CT --pet PET; or OUTPUT --dicomweb URL --study UID; --help tells more"
 ALIKE = 5  # patients with one fault, from which on they are told in one line
+WIDEST = 40  # letters of a cell on the screen
 TYPED = "option"  # where a clinical value comes from that was given on the command line
 COLUMNS = {  # of the table on the screen: title -> column of predictions.csv, digits
     "patient": ("PatientID", 0),
@@ -260,7 +262,7 @@ def shown(value: Any, digits: int) -> str:
     """A cell of the table: numbers rounded, yes or nothing for flags, "" where there is nothing to say."""
     if isinstance(value, bool):
         return "yes" if value else ""
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else printable(str(value), WIDEST)
 
 
 if __name__ == "__main__":

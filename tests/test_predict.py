@@ -557,6 +557,12 @@ def test_a_place_without_scans_is_told_with_what_to_do_here_alone(name, patients
 
 
 # --- an output that takes nothing ----------------------------------------------------------------------------------
+def test_a_long_id_is_cut_on_the_screen():
+    row = dict.fromkeys((name for name, _ in tool.COLUMNS.values()), "")
+    lines = tool.table([row | {"PatientID": "a" * 600, "status": "ok"}, row | {"PatientID": "b\u202e", "status": "ok"}])
+    assert lines == [f"{'patient':43}  status", f"{'a' * 40}...  ok", f"{'b' + chr(92) + 'u202e':43}  ok"]
+
+
 def test_a_full_disk_costs_the_patients_it_meets_and_the_rows_are_shown(
     patients, options, tmp_path, monkeypatch, capsys
 ):

@@ -67,12 +67,8 @@ class _Pdf(FPDF):
     def normalize_text(self, text: str) -> str:
         """The text with an escape for every character that the font lacks: none of a patient's id is lost."""
         known = self.current_font.cmap
-        return super().normalize_text(
-            "".join(
-                sign if ord(sign) in known or sign.isspace() else sign.encode("unicode_escape").decode()
-                for sign in text
-            )
-        )
+        signs = (sign if ord(sign) in known or sign.isspace() else ascii(sign)[1:-1] for sign in text)
+        return super().normalize_text("".join(signs))
 
     def say(self, text: str, size: float, style: str = "", colour: str = INK, fill: str | None = None) -> None:
         """A paragraph."""
