@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 from fpdf import FPDF, FontFace
 from fpdf.enums import TableBordersLayout
+from fpdf.fonts import TTFFont
 
 from scripts.cohorts.files import written_whole
 
@@ -66,7 +67,7 @@ class _Pdf(FPDF):
 
     def normalize_text(self, text: str) -> str:
         """The text with an escape for every character that the font lacks: none of a patient's id is lost."""
-        known = self.current_font.cmap
+        known = self.current_font.cmap if isinstance(self.current_font, TTFFont) else {}
         signs = (sign if ord(sign) in known or sign.isspace() else ascii(sign)[1:-1] for sign in text)
         return super().normalize_text("".join(signs))
 
