@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -39,6 +41,13 @@ pytestmark = pytest.mark.filterwarnings(
 STUDY = "1.2.3.4.101"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
 CT, PET = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.128"
+
+
+@pytest.fixture(autouse=True)
+def collect_sockets() -> Iterator[None]:
+    """Such sockets are collected here, where they are ignored, and not in another test."""
+    yield
+    gc.collect()
 
 
 WRITE = "import sys; from pathlib import Path; out = Path(sys.argv[2])"  # of a predict.py that only fails

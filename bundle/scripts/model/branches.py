@@ -172,7 +172,7 @@ class SurvivalBranch(nn.Module):
         return self.log_hazard(self.dropout(self.norm(torch.cat(parts, dim=1)))).squeeze(1)
 
 
-def tumour_burden(probability: Tensor, pet: Tensor) -> Tensor:
+def tumour_burden(probability: Tensor, pet: Tensor, floor: float = BURDEN_FLOOR) -> Tensor:
     r"""Volume and uptake of the tumour, from its probability map p over the N voxels of the box.
 
     .. math:: \ln\Bigl(\frac{1000}{N} \sum p + 0.1\Bigr), \qquad \frac{\sum p \cdot PET}{1 + \sum p}, \qquad
@@ -184,6 +184,7 @@ def tumour_burden(probability: Tensor, pet: Tensor) -> Tensor:
     Args:
         probability: (B, R, R, R).
         pet: (B, R, R, R).
+        floor: permille of the box below which volumes do not differ; an argument, since TorchScript reads no globals.
 
     Returns:
         (B, 3) float32.
@@ -201,7 +202,7 @@ def tumour_burden(probability: Tensor, pet: Tensor) -> Tensor:
     p = probability.float().flatten(1)
     uptake = p * pet.float().flatten(1)
     size = p.sum(dim=1)
-    volume = torch.log(1000 * p.mean(dim=1) + BURDEN_FLOOR)
+    volume = torch.log(1000 * p.mean(dim=1) + floor)
     return torch.stack([volume, uptake.sum(dim=1) / (1 + size), uptake.amax(dim=1)], dim=1)
 
 

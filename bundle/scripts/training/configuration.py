@@ -285,7 +285,7 @@ def unknown_id(name: str, known: Iterable[str]) -> str:
     Example:
         >>> unknown_id("epoch", ["epochs", "seed"])
         "no config has the id 'epoch', which would have no effect: is 'epochs' meant?"
-        >>> unknown_id("trainr#amp", ["train", "train#trainer"])
+        >>> unknown_id("trainr#amp", ["train", "validate"])
         "no config has the id 'trainr#amp', which would have no effect: is 'train' meant?"
     """
     listed = [_shown_id(other) for other in known]

@@ -96,7 +96,7 @@ class CaseDataset(PersistentDataset):
     def _tells_classes(self, item: Mapping[Any, Any]) -> bool:
         """Whether the mask of a case tells primary tumour and nodes apart; False without a mask."""
         if self.mask_labels == AUTO:
-            found = bool(item[keys.SEG_CLASSES_KNOWN]) or item[keys.CENTRE] in self.centres_apart
+            found = bool(item[keys.SEG_CLASSES_KNOWN]) or item.get(keys.CENTRE) in self.centres_apart
         else:
             found = self.mask_labels == MASKS_APART
         return found and bool(item[keys.SEG_KNOWN])
@@ -380,7 +380,8 @@ def _prepare(dataset: CaseDataset, name: str, show_progress: bool) -> tuple[dict
         except Exception as error:
             return reason(error)
         if item.get(keys.SEG_KNOWN):
-            masks[dataset.data[index][keys.PATIENT_ID]] = item[keys.CENTRE], bool(item[keys.SEG_CLASSES_KNOWN])
+            centre, nodes = str(item.get(keys.CENTRE, "")), bool(item[keys.SEG_CLASSES_KNOWN])
+            masks[dataset.data[index][keys.PATIENT_ID]] = centre, nodes
         checks = checks_from_json(item.get(keys.QUALITY, "[]"))
         return [check for check in checks if check.verdict != OK and check.name not in VOXEL_SIZES]
 
