@@ -160,7 +160,8 @@ def voxel_check(name: str, value: float, verdict: str = "warn") -> dict[str, Any
     [
         pytest.param([("ct_slice", 3.0)], "warn", "ok", 0, 1, id="a slice of 3 mm is ordinary"),
         pytest.param([("ct_in_plane", 0.98), ("pet_slice", 3.27)], "warn", "ok", 0, 2, id="so are pixels of 1 mm"),
-        pytest.param([("ct_slice", 5.0)], "warn", "warn", 1, 0, id="a slice of 5 mm is not"),
+        pytest.param([("ct_slice", 1.0), ("ct_slice", 5.0)], "warn", "ok", 0, 2, id="so are slices of 1 and 5 mm"),
+        pytest.param([("ct_slice", 6.0)], "warn", "warn", 1, 0, id="a slice of 6 mm is not"),
         pytest.param([("ct_slice", 3.0), ("overlap", 40.0)], "warn", "warn", 1, 1, id="other checks warn as before"),
         pytest.param([("ct_slice", 3.0)], "reject", "reject", 0, 1, id="a rejected case stays rejected"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.cohorts.clinical import FEATURES
 from scripts.imaging.localise import method_words
-from scripts.imaging.quality import DEFAULT_LIMITS, OK, REJECT, VOXEL_SIZES, WARN
+from scripts.imaging.quality import OK, REJECT, WARN
 
 NOT_AVAILABLE = "not available"
 NO_TASK = "not a task of this model"
@@ -20,6 +20,13 @@ FORCED = "FORCED: a quality check rejected this case and the prediction was made
 CHECK_WORDS = {WARN: "warning", REJECT: "rejected"}
 NO_TUMOUR = "No tumour found: the other results assume that there is one."
 VERDICTS = {OK: "no warnings", WARN: "WARNINGS", REJECT: "REJECTED"}
+ORDINARY_MM = {
+    "ct_in_plane": (0.4, 2.8),
+    "ct_slice": (0.5, 5.0),
+    "pet_in_plane": (0.9, 5.6),
+    "pet_slice": (1.0, 5.0),
+}
+"""Voxel sizes that clinical PET/CT scanners usually reconstruct."""
 UNUSUAL = (
     "The voxel size differs from the model's training scans, but is usual for clinical scanners. The scans are "
     "resampled in any case."
@@ -93,8 +100,7 @@ def quality_problems(quality: Mapping[str, Any]) -> list[str]:
 def _findings(quality: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Checks that are not passed, the worst first; and those of voxel sizes that are ordinary.
 
-    A voxel size warns when it is beyond the range of the model's training scans. It is ordinary within the range of
-    clinical scans that quality control accepts by default.
+    A voxel size warns when it is beyond the range of the model's training scans; ordinary is :data:`ORDINARY_MM`.
     """
     bad = [check for check in quality.get("checks") or [] if check["verdict"] != OK]
     remarks = [check for check in bad if check["verdict"] == WARN and _is_ordinary(check)]
@@ -102,10 +108,10 @@ def _findings(quality: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list
 
 
 def _is_ordinary(check: Mapping[str, Any]) -> bool:
-    if check["name"] not in VOXEL_SIZES or not isinstance(check["value"], int | float):
+    if check["name"] not in ORDINARY_MM or not isinstance(check["value"], int | float):
         return False
-    limits = DEFAULT_LIMITS[check["name"]]
-    return limits["warn_below"] <= check["value"] <= limits["warn_above"]
+    low, high = ORDINARY_MM[check["name"]]
+    return low <= check["value"] <= high
 
 
 def _verdict(quality: Mapping[str, Any]) -> str:
