@@ -85,11 +85,11 @@ PREDICTION: dict[str, Any] = {
             {"name": "overlap", "value": 99.0, "unit": "%", "limit": "", "verdict": "ok", "message": "overlap is fine"},
             {
                 "name": "ct_slice",
-                "value": 5.0,
+                "value": 6.0,
                 "unit": "mm",
                 "limit": "at most 3.34",
                 "verdict": "warn",
-                "message": "CT slice spacing: 5 mm: beyond the training range",
+                "message": "CT slice spacing: 6 mm: beyond the training range",
             },
         ],
     },

@@ -84,7 +84,7 @@ EVERYTHING = (
         "TLG 93 g",
     ),
     *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
-    *("WARNINGS (1 of 2 checks passed)", "warning: ct slice CT slice spacing: 5 mm: beyond the training range"),
+    *("WARNINGS (1 of 2 checks passed)", "warning: ct slice CT slice spacing: 6 mm: beyond the training range"),
     *(
         "Outlines: predicted primary tumour (red) and lymph node (blue)",
         "CT window -160 to 240 HU",
@@ -345,7 +345,7 @@ def test_the_page_of_a_cohort(cohort: Path) -> None:
         *("Predictions of 4 patients", NOTICE, "trained on: 300 digital phantoms, not for clinical use"),
         *("4 (2 ok, 1 incomplete, 1 failed)", "2 high", "2 positive, 0 negative, 1 without a class"),
         *("incomplete: no row; no report: no space left", "failed: PET is missing"),
-        *("warning: CT slice spacing: 5 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
+        *("warning: CT slice spacing: 6 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
     ):
         assert said in text
     assert re.findall(r'href="([^"]*)"', source) == ["B_b/report.html", "A-1/report.html", "predictions.csv"]
