@@ -206,6 +206,7 @@ def test_columns_of_the_table():
     rows = prediction["clinical_model"]["survival"]["recurrence_free_survival"]
     assert set(row) <= set(COLUMNS)
     assert row["clinical_model_values"] == "8 of 8"
+    assert row["clinical_model_summary"].startswith("from clinical values alone; trained on 3,267 patients")
     assert [row[f"clinical_model_survival_{year}y"] for year in (1, 2, 3, 5)] == [each["survival"] for each in rows]
     assert 0 < row["clinical_model_percentile"] < 100
     assert row["survival_2y"] == ""

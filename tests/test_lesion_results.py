@@ -56,7 +56,7 @@ def patient(request, tmp_path_factory) -> SimpleNamespace:
     measured = MeasureTumourd(classes=request.param)(scans)
     prediction = {
         **{"patient_id": "ID-1", "survival": None, "hpv": None, "tumour": measured[keys.MEASURES], "clinical": []},
-        "clinical_model": {"survival": None, "values": [], "known": 0},
+        "clinical_model": {"survival": None, "values": [], "known": 0, "summary": ""},
         "model": {"name": "multitask", "version": "1.2.3", "sha256": "ab", "trained_on": "9 phantoms"},
         "quality": {"verdict": "ok", "forced": False, "checks": []},
         "crop": {"method": "pet_brain", "flag": ""},

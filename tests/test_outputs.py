@@ -57,7 +57,7 @@ def prediction(patient: str = "CHUM-001", sha256: str = "ab") -> dict:
     return {
         "patient_id": patient,
         "model": {"trained_on": "phantoms, not for clinical use", "sha256": sha256},
-        "clinical_model": {"survival": None, "values": [], "known": 0},
+        "clinical_model": {"survival": None, "values": [], "known": 0, "summary": ""},
         "survival": {
             **{"log_hazard": -0.5, "log_hazard_std": 0.1, "percentile": 40.0, "risk_group": "low"},
             "recurrence_free_survival": rows,

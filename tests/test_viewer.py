@@ -231,7 +231,7 @@ def test_without_niivue_the_prediction_is_written_and_one_line_says_why(tmp_path
 
 def test_the_writer_names_the_viewer(tmp_path: Path) -> None:
     (ct, grid), _, (mask, _) = scans()
-    patient, unknown = prediction()["patient_id"], {"survival": None, "values": [], "known": 0}
+    patient, unknown = prediction()["patient_id"], {"survival": None, "values": [], "known": 0, "summary": ""}
     writer = PredictionWriter(str(tmp_path), [case(patient)], viewer=str(package(tmp_path / "niivue.tgz")))
     volumes = {
         key: viewer_tensor(array, grid)

@@ -39,6 +39,7 @@ COLUMNS = (
     *("log_hazard", "log_hazard_std", "percentile", "risk_group", *(f"survival_{year}y" for year in YEARS)),
     *("hpv_probability", "hpv_class"),
     *("clinical_model_values", "clinical_model_percentile", *(f"clinical_model_survival_{year}y" for year in YEARS)),
+    "clinical_model_summary",  # ``trained_on`` is of the network
     *("tumour_volume_ml", "lesions", "suv_max", "mtv_ml", "tlg_g"),
     *("quality", "forced", "crop_method", "crop_flag", "trained_on", "model_sha256", "mask"),
 )
@@ -332,6 +333,7 @@ def prediction_row(prediction: Mapping[str, Any]) -> dict[str, Any]:
         "clinical_model_values": f"{clinical['known']} of {len(clinical['values'])}" if clinical["values"] else None,
         "clinical_model_percentile": (clinical["survival"] or {}).get("percentile"),
         **{f"clinical_model_survival_{year}y": clinically.get(year) for year in YEARS},
+        "clinical_model_summary": clinical["summary"],
         "tumour_volume_ml": tumour.get("volume_ml"),
         **{name: tumour.get(name) for name in ("lesions", "suv_max", "mtv_ml", "tlg_g")},
         "quality": prediction["quality"]["verdict"],
