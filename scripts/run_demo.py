@@ -94,7 +94,7 @@ def _summary(cohort: Path, output: Path, picture: Path, seconds: float) -> str:
             "",
             "Where to look next:",
             f"  {picture}   a held-out phantom of median Dice, true and predicted outline",
-            f"  {output / 'predictions' / 'predictions.csv'}   one row per patient; the masks are in the same folder",
+            f"  {output / 'predictions' / 'predictions.csv'}   all phantoms, the training cases too; masks beside it",
             f"  {output / 'evaluation' / 'cases.csv'}   the held-out cases one by one",
             f"  tensorboard --logdir {output / 'tensorboard'}   the training curves",
             "  README.md, 'Train on your data': the same commands on a HECKTOR folder",

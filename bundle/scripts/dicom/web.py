@@ -155,7 +155,8 @@ class DicomWeb:
         mine = [header for header in headers if text_of(header, "SeriesInstanceUID") == series]
         studies = {uid for header in mine if is_uid(uid := text_of(header, "StudyInstanceUID"))}
         if len(studies) != 1:
-            raise DicomError(f"{self.url} has {'several series' if studies else 'no series'} {series}")
+            found = f"lists series {series} in several studies" if studies else f"has no series {series}"
+            raise DicomError(f"{self.url} {found}")
         return studies.pop()
 
     def wanted(self, study: str, modalities: Sequence[str] = ("CT", "PT")) -> list[WebSeries]:

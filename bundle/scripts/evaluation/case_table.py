@@ -337,7 +337,9 @@ def count_lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, int]:
 
     A true lesion is found if the prediction covers at least 30 % of it; a predicted one is false if it overlaps no
     true one. HECKTOR counts otherwise, by pairs: ``matched_lesions`` (see :func:`.match_lesions`). A primary tumour and
-    a node that touch are one of the ``lesions``. The class of a prediction does not matter: there are no false nodes.
+    a node that touch are one of the ``lesions``. Unlike in the results of a patient
+    (:func:`scripts.imaging.lesions.find_lesions`), components of any size count. The class of a
+    prediction does not matter: there are no false nodes.
 
     Args:
         predicted: (X, Y, Z) bool.

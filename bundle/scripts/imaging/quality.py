@@ -257,7 +257,7 @@ class QualityError(ValueError):
         faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
         return (
             f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, exclude the case, or "
-            "set 'force' to predict it all the same"
+            "set 'force' (--force) to predict it all the same"
         )
 
 

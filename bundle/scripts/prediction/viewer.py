@@ -246,7 +246,7 @@ def nifti(array: np.ndarray, grid: Grid, slope: float = 1.0, labels: bool = Fals
         slope: the values are ``array * slope``.
         labels: the values are numbers of classes.
     """
-    header = nibabel.Nifti1Header()
+    header = nibabel.Nifti1Header()  # nibabel's writer of images would choose the slope itself
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
     header.set_sform(grid.affine, code=1)

@@ -409,7 +409,7 @@ def _guard_predictions(task_class: Any) -> None:
             try:
                 reply = predict(task, taken, *more, **options)
             except Exception:
-                _audit(task, taken, str(chosen))
+                _audit(task, taken, str(chosen))  # a line of what failed, too
                 raise
             _audit(task, taken, str(chosen), reply[1])
             return reply
