@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 import predict
 from conftest import BUNDLE, make_tiny_cohort
 from scripts.training.configuration import (
+    PROCESSES,
     ConfigurationError,
     check_device,
     check_ids,
@@ -325,6 +326,26 @@ def test_another_cohort_is_another_run(describe: Callable, tmp_path: Path, chang
 def test_a_cohort_that_was_copied_is_the_same(describe: Callable, tiny_cohort: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(tiny_cohort, tmp_path / "elsewhere", copy_function=shutil.copyfile)
     assert run_differences(describe(tiny_cohort), describe(copied)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        pytest.param(2, 1, ["processes of torchrun (nnodes x nproc_per_node): 2 there, 1 now"], id="fewer"),
+        pytest.param(1, 3, ["processes of torchrun (nnodes x nproc_per_node): 1 there, 3 now"], id="more"),
+        pytest.param(2, 2, [], id="same"),
+        pytest.param(None, 1, [], id="of_a_version_that_did_not_record_them"),
+    ],
+)
+def test_another_number_of_processes_is_another_run(
+    describe: Callable, tiny_cohort: Path, monkeypatch: pytest.MonkeyPatch, before: int | None, now: int, told: list
+) -> None:
+    monkeypatch.setattr("scripts.training.configuration.world_size", lambda: before)
+    one = describe(tiny_cohort)
+    if before is None:
+        del one["configuration"][PROCESSES]
+    monkeypatch.setattr("scripts.training.configuration.world_size", lambda: now)
+    assert run_differences(one, describe(tiny_cohort)) == told
 
 
 def test_a_state_of_an_earlier_version_is_told(describe: Callable, tiny_cohort: Path) -> None:

@@ -27,6 +27,7 @@ from scripts import keys
 from scripts.cohorts.files import require_writable
 from scripts.keys import Case
 from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, settings_differences
+from scripts.model.ranks import world_size
 from scripts.model.spec import ModelSpec
 
 __all__ = [
@@ -62,6 +63,8 @@ FREE = (
 """Ids that may differ when a run is resumed: paths (the cases themselves are compared), execution, and the number of
 epochs, which may be increased. All others are compared."""
 CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
+PROCESSES = "processes of torchrun (nnodes x nproc_per_node)"
+"""Entry of the configuration; runs of earlier versions lack it. Batches and dropout depend on it."""
 LEAST = {"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0}
 LEAST_LIKENESS = 0.6
 LONGEST = 200  # characters of a value, and of a list of patients, in a message
@@ -389,12 +392,16 @@ def describe_run(training: Sequence[Case], validation: Sequence[Case]) -> dict[s
         validation: the cases that select the epoch.
 
     Returns:
-        ``configuration``, the merged one without :data:`FREE`, as id -> value; ``training`` and ``validation``, each
+        ``configuration``, the merged one without :data:`FREE` and with the number of processes, as id -> value;
+        ``training`` and ``validation``, each
         patient id -> fingerprint of labels, clinical values and file sizes.
     """
     config = {name: value for name, value in _written(_resolver()).items() if name not in (*FREE, *TRACKING)}
     return {
-        CONFIGURATION: {_shown_id(name): _plain(value) for name, value in _leaves(_untracked(config))},
+        CONFIGURATION: {
+            **{_shown_id(name): _plain(value) for name, value in _leaves(_untracked(config))},
+            PROCESSES: world_size(),
+        },
         TRAINING: {str(case[keys.PATIENT_ID]): _fingerprint(case) for case in training},
         VALIDATION: {str(case[keys.PATIENT_ID]): _fingerprint(case) for case in validation},
     }
@@ -410,7 +417,7 @@ def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """
     if set(there) != set(now):
         return ["it was written by another version of this bundle"]
-    one, other = there.get(CONFIGURATION, {}), now.get(CONFIGURATION, {})
+    one, other = ({PROCESSES: 1, **run.get(CONFIGURATION, {})} for run in (there, now))
     differences = [
         f"{name}: {_short(one.get(name, '(absent)'))} there, {_short(other.get(name, '(absent)'))} now"
         for name in sorted({*one, *other})
