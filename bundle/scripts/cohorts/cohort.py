@@ -271,9 +271,18 @@ def load_cohort(
     return cohort
 
 
-def split_cohort(cohort: Cohort, protocol: str, num_folds: int, fold: int, seed: int) -> Split:
-    """:meth:`Cohort.split` as a config calls it."""
-    return cohort.split(protocol, num_folds, fold, seed)
+def split_cohort(cohort: Cohort, protocol: str, num_folds: int, fold: int, seed: int, divided: bool = True) -> Split:
+    """:meth:`Cohort.split` as a config calls it.
+
+    Args:
+        cohort: the cohort.
+        protocol: a key of :data:`PROTOCOLS`.
+        num_folds: number of folds.
+        fold: which fold is validated.
+        seed: seed of the shuffle.
+        divided: False for another cohort that is evaluated as a whole, of any size; all its cases are test cases.
+    """
+    return cohort.split(protocol, num_folds, fold, seed) if divided else Split([], [], list(cohort.cases))
 
 
 def _gather(

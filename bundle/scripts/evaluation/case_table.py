@@ -262,19 +262,26 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
     columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
     if keys.SEG_PROB in pred:
         labels = label_map(pred[keys.SEG_PROB], pred.get(keys.CLASS_PROB)).cpu()
-        columns |= _mask_columns(batch, (labels > 0).float())
-        if keys.CLASS_PROB in pred:
-            truth, known = torch.as_tensor(batch[keys.SEG]).cpu(), _classes_known(batch).numpy()
-            columns |= class_columns(labels, truth, known, _voxel_ml(batch))
+        columns |= mask_columns(batch, labels, keys.CLASS_PROB in pred)
     columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
     columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]
     return pd.DataFrame(columns).to_dict("records")
 
 
-def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str, Any]:
-    """Columns that compare predicted masks (B, 1, *roi_size) in {0, 1} with the true ones."""
+def mask_columns(batch: Mapping[str, Any], labels: torch.Tensor, classes: bool = False) -> dict[str, Any]:
+    """Columns of a table of cases that compare predicted masks with the true ones, of one shape.
+
+    Args:
+        batch: of its keys ``seg`` (B, 1, X, Y, Z) in {0, 1 (GTVp), 2 (GTVn)}, ``seg_known``, ``seg_classes_known``,
+            ``seg_inside`` and ``box_affine`` (B, 4, 4), which is that of the masks.
+        labels: (B, 1, X, Y, Z), 0 for background, k for the k-th class of the network.
+        classes: whether the network tells GTVp and GTVn apart; then with the columns of :func:`.class_columns`.
+
+    Returns:
+        column to (B,) values; NaN where the truth is not known.
+    """
     true_labels, known = torch.as_tensor(batch[keys.SEG]).cpu(), batch[keys.SEG_KNOWN]
-    truth = (true_labels > 0).float()
+    predicted, truth = (labels > 0).float(), (true_labels > 0).float()
     voxel_ml = _voxel_ml(batch)
     spacing_mm = np.linalg.norm(np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3], axis=1)
     columns = {
@@ -292,6 +299,8 @@ def _mask_columns(batch: Mapping[str, Any], predicted: torch.Tensor) -> dict[str
     for name, values in lesions.items():
         of_class = str(name).endswith(OF_CLASSES)
         columns[str(name)] = _numbers(values.to_numpy(), _classes_known(batch) if of_class else known)
+    if classes:
+        columns |= class_columns(labels, true_labels, _classes_known(batch).numpy(), voxel_ml)
     return columns
 
 
