@@ -498,6 +498,85 @@ def test_half_a_pair(tmp_path, modality, message):
     assert_anonymous(str(error.value))
 
 
+CT_LABEL, PET_LABEL = r"series 1 \(CT\), 12 slices of 5 x 6, [^|;]*", r"series 1 \(PT\), 12 slices of 5 x 6, [^|;]*"
+SEND_CT = "send it with the CT of the same examination"
+SEND_PET = "send it with the attenuation-corrected PET of the same examination"
+OF_ANOTHER = r"of another Patient ID \(0010,0020\) is here: if both are of one person, correct the Patient ID"
+NO_CT, NO_PET = r"no CT among its DICOM series \({}\)", r"no PET among its DICOM series \({}\)"
+
+
+def _lone(modality, number=1, patient="A", study="1.2.3.4.1", frame="1.2.3.4.2"):
+    """Arguments of a series: modality, UID and tags."""
+    tags = {"PatientID": patient, "StudyInstanceUID": study, "FrameOfReferenceUID": frame, "SeriesNumber": number}
+    tags |= {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4"} if modality == "SEG" else {}
+    return modality, f"1.2.3.4.3{patient}{number}".replace("A", "1").replace("B", "2"), tags
+
+
+@pytest.mark.parametrize(
+    ("scans", "reasons"),
+    [
+        pytest.param([_lone("PT")], [f"{NO_CT.format('PT')}; found: {PET_LABEL}; {SEND_CT}"], id="PET_only"),
+        pytest.param(
+            [_lone("PT"), _lone("SEG", 2)],
+            [f"{NO_CT.format('PT, SEG')}; found: {PET_LABEL}; {SEND_CT}"],
+            id="PET_and_SEG",
+        ),
+        pytest.param([_lone("CT")], [f"{NO_PET.format('CT')}; found: {CT_LABEL}; {SEND_PET}"], id="CT_only"),
+        pytest.param(
+            [_lone("SEG")],
+            [
+                r"no CT and no PET among its DICOM series \(SEG\); send the CT and the attenuation-corrected PET of "
+                "one examination"
+            ],
+            id="SEG_only",
+        ),
+        pytest.param(
+            [_lone("PT", number) for number in range(1, 6)],
+            [rf"{NO_CT.format('PT')}; found: {PET_LABEL}( \| series \d \(PT\), [^|;]*){{2}} and 2 more; {SEND_CT}"],
+            id="five_PETs",
+        ),
+        pytest.param(
+            [_lone("CT", patient="A"), _lone("PT", patient="B")],
+            [
+                f"{NO_PET.format('CT')}; found: {CT_LABEL}; {SEND_PET}; a PET {OF_ANOTHER}",
+                f"{NO_CT.format('PT')}; found: {PET_LABEL}; {SEND_CT}; a CT {OF_ANOTHER}",
+            ],
+            id="CT_and_PET_of_two_patients",
+        ),
+        pytest.param(
+            [_lone("PT", patient="A"), _lone("PT", patient="B")],
+            [f"{NO_CT.format('PT')}; found: {PET_LABEL}; {SEND_CT}"] * 2,
+            id="PETs_of_two_patients",
+        ),
+        pytest.param(
+            [_lone("CT"), _lone("PT", 2, frame="1.2.3.4.9")],
+            [
+                "no CT belongs to the PET: send the CT of the same examination, which has the PET's frame of "
+                "reference; PET: series 2 .*; rejected: series 1 .*another frame of reference than the PET's"
+            ],
+            id="two_frames_of_one_study",
+        ),
+        pytest.param(
+            [_lone("CT"), _lone("PT", 2, study="1.2.3.4.8", frame="1.2.3.4.9")],
+            [
+                r"CT and PET are of different examinations among its DICOM series \(CT, PT\): they share neither the "
+                r"study .* nor the frame of reference .*; found: .*\(CT\).* \| .*\(PT\).*; send the CT and the "
+                "attenuation-corrected PET of one examination"
+            ],
+            id="two_examinations",
+        ),
+    ],
+)
+def test_what_a_study_without_a_pet_ct_lacks(tmp_path, scans, reasons):
+    for number, (modality, uid, tags) in enumerate(scans):
+        write_series(tmp_path / str(number), modality, uid=uid, tags=tags)
+    found = find_examinations(tmp_path)
+    assert [each.choice for each in found] == [None] * len(reasons)
+    for each, reason in zip(found, reasons, strict=True):
+        assert re.fullmatch(reason + ".*", each.problem), each.problem
+        assert_anonymous(each.problem)
+
+
 def _examination(folder, patient, study, frame):
     tags = {"PatientID": patient, "FrameOfReferenceUID": frame}
     write_series(folder / "ct", uid=f"{study}.1", tags={**tags, "StudyInstanceUID": study})

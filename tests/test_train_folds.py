@@ -251,6 +251,17 @@ def test_the_configs_evaluate_the_part_asked_for(centres, tmp_path, part, place)
     assert parser.get_parsed_content("evaluation_dir") == f"out/{place}"
 
 
+def test_another_cohort_is_evaluated_whole_however_small(tmp_path):
+    """One patient cannot be divided into folds, and need not be: nobody is held out from."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / name) for name in ("train.json", "evaluate.json")])
+    parser.update({"checkpoint": str(write_model(tmp_path) / "model.pt"), "output_dir": "out", "evaluate_on": "all"})
+    parser.update({"dataset_dir": str(make_tiny_cohort(tmp_path / "one", 1)), "protocol": "leave_one_centre_out"})
+    [case] = parser.get_parsed_content("validate#dataset#data")
+    assert case["patient_id"] == "CHUM-001"
+    assert parser.get_parsed_content("split").training == []
+
+
 # --- running and continuing -----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Masks that ``predict.py`` writes, compared with the true ones on the scans' own grid: any model, any folder with masks.
+"""Masks that ``predict.py`` writes against the true ones, on the scans' own grid: of any model and folder with masks.
 
 ``python scripts/research measure_masks --dataset_dir FOLDER --ckpt_dir MODEL --output_dir OUT`` predicts every patient
 of a folder as a user does (no mask is read for it) and writes ``masks.csv``, a row for each patient, and

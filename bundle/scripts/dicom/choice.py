@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ PICTURE_TYPES = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE", "REPROJECTION"
 MIN_SLICES = 8  # fewer are a scout, a test or a biopsy control
 AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
 ONE_DAY = 1  # maximum difference of CT and PET of one examination, which may pass midnight
+MOST_FOUND = 3  # series that a message lists
 OVERLAP_STEP_MM = 50.0  # smaller differences in overlap do not decide between two CTs
 
 
@@ -115,7 +116,8 @@ def choose_pet_ct(series: Sequence[Series]) -> Choice:
     pet = next((p for p in pets if any(not _mismatch(c, p) for c in fit["CT"])), None)
     if pet is None:
         rejected += [(c, _mismatch(c, pets[0])) for c in fit["CT"]]
-        raise DicomError("\n".join(["no CT belongs to the PET", f"PET: {pets[0].label}", *_reasons(rejected)]))
+        what = "no CT belongs to the PET: send the CT of the same examination, which has the PET's frame of reference"
+        raise DicomError("\n".join([what, f"PET: {pets[0].label}", *_reasons(rejected)]))
     partners = [c for c in fit["CT"] if not _mismatch(c, pet)]
     ct = min(partners, key=lambda s: (_values(_ct_rank(s, pet)), s.uid, s.part))
     rejected += [(p, _why_not(p, pet, fit["CT"], ct)) for p in pets if p is not pet]
@@ -160,6 +162,39 @@ def _by_day(series: Sequence[Series]) -> list[list[Series]]:
         return [list(series)]
     later = [[s for s in scans if s.day in group] for group in pairs[1:]]
     return [[s for s in series if not any(s is other for group in later for other in group)], *later]
+
+
+def missing_scans(series: Sequence[Series], elsewhere: Container[str] = ()) -> str:
+    """Why the series of one patient are no PET/CT examination, what was found, and what to send.
+
+    Args:
+        series: of studies of which none has a CT and a PET.
+        elsewhere: modalities (CT, PT) of other patients in the same place that lack the other scan.
+    """
+    names = {"CT": "CT", "PT": "PET"}
+    held = sorted({each.modality or "unknown" for each in series})
+    absent = {code: name for code, name in names.items() if code not in held}
+    found = [each.label for each in series if each.modality in names]
+    parts = [f"no {' and no '.join(absent.values())} among its DICOM series ({', '.join(held)})"]
+    if not absent:
+        parts = [
+            f"CT and PET are of different examinations among its DICOM series ({', '.join(held)}): they share neither "
+            "the study (0020,000D) nor the frame of reference (0020,0052)"
+        ]
+    if found:
+        more = len(found) - MOST_FOUND
+        parts.append(f"found: {' | '.join(found[:MOST_FOUND])}" + (f" and {more} more" if more > 0 else ""))
+    if len(absent) == 1:
+        [(code, name)] = absent.items()
+        corrected = "attenuation-corrected " if code == "PT" else ""
+        parts.append(f"send it with the {corrected}{name} of the same examination")
+        if code in elsewhere:
+            parts.append(
+                f"a {name} of another Patient ID (0010,0020) is here: if both are of one person, correct the Patient ID"
+            )
+    else:
+        parts.append("send the CT and the attenuation-corrected PET of one examination")
+    return "; ".join(parts)
 
 
 def days_apart(one: Series, other: Series) -> int:

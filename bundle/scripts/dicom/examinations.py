@@ -15,7 +15,7 @@ import numpy as np
 
 from scripts.cohorts.clinical import ClinicalValueError, parse_value
 from scripts.cohorts.scans import UNNAMED, clean_id
-from scripts.dicom.choice import Choice, Study, choose_pet_ct, studies_of
+from scripts.dicom.choice import Choice, Study, choose_pet_ct, missing_scans, studies_of
 from scripts.dicom.files import DICOM_ENDING, Damaged, describe
 from scripts.dicom.series import Series, SeriesList, find_series, people_differ, read_headers, read_series
 from scripts.dicom.suv import Suv, suv_of
@@ -110,23 +110,36 @@ def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()
         problems = "; ".join([series.account, *describe(series.damaged)])
         raise DicomError(f"{folder}: no DICOM series in it ({problems})")
     logger.info("%s: %s", Path(folder).resolve().name, series.account)
+    grouped = groupby(studies_of(series), key=lambda study: study.patient_id)
+    studies = {patient: list(group) for patient, group in grouped}
+    lone = {code for group in studies.values() for code in _lone_scan(group)}
     patients: dict[str, list[Examination]] = {}
-    for patient, studies in groupby(studies_of(series), key=lambda study: study.patient_id):
-        patients[patient] = _of_patient(patient, list(studies))
+    for patient, group in studies.items():
+        patients[patient] = _of_patient(patient, group, lone)
     for patient, problem in _lost(series, Path(folder)):
         patients.setdefault(patient, []).append(Examination(patient, None, problem))
     return _named(patients)
 
 
-def _of_patient(patient: str, studies: Sequence[Study]) -> list[Examination]:
-    """The examinations of one patient, by date."""
+def _lone_scan(studies: Sequence[Study]) -> set[str]:
+    """CT or PT where a patient has images of one of them alone."""
+    held = {"CT", "PT"} & {series.modality for study in studies for series in study.series}
+    return held if len(held) == 1 else set()
+
+
+def _of_patient(patient: str, studies: Sequence[Study], lone: Container[str]) -> list[Examination]:
+    """The examinations of one patient, by date.
+
+    Args:
+        patient: the id.
+        studies: of this patient.
+        lone: modalities (CT, PT) that a patient of the folder has alone.
+    """
     complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=lambda study: (study.date, study.study_uid))
     if not complete:
-        names = sorted({series.modality or "unknown" for study in studies for series in study.series})
-        missing = [name for name, code in (("CT", "CT"), ("PET", "PT")) if code not in names]
-        lacking = f"no {' and no '.join(missing)}" if missing else "CT and PET are of different examinations"
-        faults = [series.damaged for study in studies for series in study.series if series.damaged]
-        listed = "; ".join([f"{lacking} among its DICOM series ({', '.join(names)})", *dict.fromkeys(faults)])
+        series = [each for study in studies for each in study.series]
+        faults = [each.damaged for each in series if each.damaged]
+        listed = "; ".join([missing_scans(series, lone), *dict.fromkeys(faults)])
         return [Examination(patient, None, listed)]
     found = [_chosen(patient, study.series) for study in complete]
     others = tuple(series for study in studies if study not in complete for series in study.series)
