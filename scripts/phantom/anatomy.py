@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
-
-from scripts.keys import GTVN
 
 from .shapes import Ellipsoid, Part, Tube, Vector, rotation
 from .tumours import Lesion
@@ -37,13 +36,13 @@ def build_anatomy(body: dict[str, float], lesions: tuple[Lesion, ...] = ()) -> l
 
     Args:
         body: Build and uptake by name, of :func:`draw_patient`.
-        lesions: Tumours that make the skin bulge; they are not painted here.
+        lesions: Tumours under the skin make it bulge; they are not painted here.
     """
     return [
         *_outline(body, lesions),
         *_trunk_organs(body),
         *_neck_spaces(body),
-        *_spine(),
+        *_spine(body),
         *_skull_and_brain(body),
         *_face(body),
         *_airway(),
@@ -51,11 +50,27 @@ def build_anatomy(body: dict[str, float], lesions: tuple[Lesion, ...] = ()) -> l
     ]
 
 
-def _mirrored(part: Ellipsoid) -> tuple[Ellipsoid, Ellipsoid]:
-    """An organ on the right and its image on the left."""
+def _mirrored(part: Ellipsoid, left_suv: float | None = None) -> tuple[Ellipsoid, Ellipsoid]:
+    """An organ on the right and its image on the left, where it may take up another ``left_suv``."""
     x, y, z = part.centre
     turn = None if part.rotation is None else part.rotation * np.outer([-1, 1, 1], [-1, 1, 1])
-    return part, Ellipsoid((-x, y, z), part.semi, part.hu, part.suv, turn, part.keep)
+    return part, Ellipsoid((-x, y, z), part.semi, part.hu, part.suv if left_suv is None else left_suv, turn, part.keep)
+
+
+def on_dental_arch(angle: float) -> tuple[float, float]:
+    """Coordinates x and y of a place on the dental arch; 0 radians is its right end, pi its left."""
+    return 36.5 * math.cos(angle), 22 + 55 * math.sin(angle)
+
+
+def raised_arms() -> Iterator[Part]:
+    """Arms beside and above the head: skin, muscle, bone."""
+    for side in (-1.0, 1.0):
+        for depth, hu, suv in ((0.0, 20.0, 0.5), (7.0, 55.0, 0.8)):
+            low, high = 46.0 - depth, 34.0 - depth
+            yield Tube((-140, side * 175, -40, low, low), (120, side * 135, -30, high, high), hu, suv)
+            yield Tube((120, side * 135, -30, high, high), (400, side * 70, 0, high, high), hu, suv)
+        yield Tube((-140, side * 175, -40, 12, 12), (120, side * 135, -30, 11, 11), 700, 1.0)
+        yield Tube((120, side * 135, -30, 11, 11), (400, side * 70, 0, 9, 9), 700, 1.0)
 
 
 def _chain(
@@ -79,7 +94,7 @@ def _outline(body: dict[str, float], lesions: tuple[Lesion, ...]) -> Iterator[Pa
             ((0, 54, -2), (40, 38, 26)),
             ((0, 91, 48), (14, 18, 19)),
         ]
-        regions += [(lesion.centre, _grown(lesion.semi, 7.0)) for lesion in lesions if lesion.label == GTVN]
+        regions += [(lesion.centre, _grown(lesion.semi, 7.0)) for lesion in lesions]
         for centre, semi in regions:
             yield Ellipsoid(centre, _grown(semi, -lean), hu, suv)
         for x in (-73.0, 73.0):
@@ -88,7 +103,7 @@ def _outline(body: dict[str, float], lesions: tuple[Lesion, ...]) -> Iterator[Pa
             (z, x, y, a - (lean if z > -80 else depth), b - (lean if z > -80 else depth)) for z, x, y, a, b in _TRUNK
         )
         yield from _chain(trunk, hu, suv)
-        for x in (-216.0, 216.0):
+        for x in () if body["arms_up"] else (-216.0, 216.0):
             yield Tube((-700, x, -40, 38 - depth, 40 - depth), (-165, x * 0.93, -34, 44 - depth, 52 - depth), hu, suv)
 
 
@@ -97,7 +112,9 @@ def _grown(semi: Vector, by_mm: float) -> Vector:
 
 
 def _trunk_organs(body: dict[str, float]) -> Iterator[Part]:
-    """Lungs, heart, liver, kidneys, bladder, shoulder bones: seen in part or only in long scans."""
+    """Arms, lungs, heart, liver, kidneys, bladder, shoulder bones: seen in part or only in long scans."""
+    if body["arms_up"]:
+        yield from raised_arms()
     yield from _mirrored(Ellipsoid((78, -24, -222), (62, 78, 128), -840, 0.5))
     yield Ellipsoid((0, -10, -215), (26, 62, 110), 45, body["blood"])
     yield Ellipsoid((-32, 12, -300), (56, 46, 48), 50, body["heart"])
@@ -107,37 +124,61 @@ def _trunk_organs(body: dict[str, float]) -> Iterator[Part]:
     yield from _mirrored(Ellipsoid((62, -72, -470), (28, 26, 52), 40, 3.5))
     yield Ellipsoid((0, 8, -645), (38, 32, 30), 8, body["bladder"])
     yield from _mirrored(Ellipsoid((110, -30, -620), (14, 46, 60), 350, 1.4))
-    yield Ellipsoid((0, 55, -190), (18, 7, 70), 220, 1.2)
+    yield Ellipsoid((0, 55, -190), (18, 7, 70), 220, 0.75 * body["marrow"])
     yield from _mirrored(Ellipsoid((78, 16, -108), (66, 7, 6), 550, 1.0, rotation(np.array([0.0, -0.12, -0.35]))))
-    yield from _mirrored(Ellipsoid((172, -36, -152), (25, 25, 25), 380, 1.0))
+    yield from _mirrored(Ellipsoid((172, -36, -152), (25, 25, 25), 380, 0.6 * body["marrow"]))
     yield from _mirrored(Ellipsoid((118, -84, -190), (46, 7, 62), 450, 1.0, rotation(np.array([0.0, 0.0, 0.35]))))
+    yield from _injected_arm(body)
+
+
+def _injected_arm(body: dict[str, float]) -> Iterator[Part]:
+    """What is left at the injection (on PET alone), and in the vein between it and the shoulder."""
+    side, z, hot = body["injection_side"], body["injection_z"], body["injection"]
+    if body["arms_up"]:
+        site, elbow, shoulder = (side * 105, -20.0, 250.0), (120.0, side * 127, -30.0), (-140.0, side * 170, -40.0)
+        ends = [elbow, (site[2], site[0], site[1]), shoulder]
+    else:
+        site = (side * 216, -22.0, z)
+        ends = [(-165.0, side * 198, -24.0), (z, site[0], site[1])]
+    if hot > 0:
+        yield Ellipsoid(site, (7, 7, 16), None, hot)
+    if body["vein"] > 0:
+        for low, high in itertools.pairwise(sorted(ends)):
+            yield Tube((*low, 3.5, 3.5), (*high, 3.5, 3.5), None, body["vein"])
 
 
 def _neck_spaces(body: dict[str, float]) -> Iterator[Part]:
-    """Fat planes, the sternocleidomastoid muscles, great vessels and thyroid."""
-    fat, muscle, blood = 0.35, body["muscle"], body["blood"]
-    for side in (-1.0, 1.0):
+    """Fat planes, the muscles of the neck, great vessels, thyroid, oesophagus."""
+    fat, blood = 0.35, body["blood"]
+    for name, side in (("left", -1.0), ("right", 1.0)):
         yield Tube((-95, side * 36, -12, 15, 17), (22, side * 38, -8, 13, 16), -95, fat)
         yield Tube((-92, side * 50, -40, 17, 13), (-12, side * 45, -36, 8, 12), -95, fat)
-        yield Tube((-108, side * 18, 28, 9, 7), (45, side * 51, -18, 7, 13), 58, muscle)
+        yield Tube((-108, side * 18, 28, 9, 7), (45, side * 51, -18, 7, 13), 58, body[f"sternomastoid_{name}"])
+        if body["longus_colli"] > 0:
+            yield Tube((-60, side * 9, -24, 6, 4), (30, side * 9, -17, 6, 4), 58, body["longus_colli"])
         yield Tube((-150, side * 19, -6, 4, 4), (50, side * 27, -4, 3.5, 3.5), 45 + body["contrast_hu"], blood)
         yield Tube((-150, side * 27, -4, 7, 6), (50, side * 33, -10, 5, 6), 45 + body["contrast_hu"], blood)
-        if body["brown_fat"] > 0:
-            yield Ellipsoid((side * 58, -38, -84), (14, 11, 9), None, body["brown_fat"])
-        yield Ellipsoid((side * 17, 8, -72), (8, 9, 19), 95, 1.5)
+        brown = body[f"brown_fat_{name}"]
+        if brown > 0:
+            yield Tube((-92, side * 72, -40, 20, 10), (-78, side * 56, -38, 14, 10), None, brown)
+            yield Tube((-78, side * 54, -38, 7, 6), (-25, side * 47, -36, 5, 5), None, 0.7 * brown)
+            yield from (Ellipsoid((side * 27, -62, z), (5, 6, 5), None, 0.8 * brown) for z in (-120.0, -145.0, -170.0))
+        yield Ellipsoid((side * 17, 8, -72), (8, 9, 19), 95 + 0.5 * body["contrast_hu"], body["thyroid"])
+    yield Tube((-185, 0, -44, 8, 5), (-66, 0, -7, 9, 4), 40, body["oesophagus"])
+    yield Tube((-330, -6, -44, 9, 6), (-185, 0, -44, 8, 5), 40, body["oesophagus"])
 
 
-def _spine() -> Iterator[Part]:
+def _spine(body: dict[str, float]) -> Iterator[Part]:
     """Vertebrae with arches and spinous processes, discs between them, and the canal with the cord."""
     z, pitch = 42.0, 17.5
     while z > -720:
         y = float(np.interp(z, _SPINE_Z, _SPINE_Y))
         growth = float(np.interp(-z, [0, 90, 450], [0.0, 0.25, 1.0]))
         half, depth = 11 + 13 * growth, 9 + 9 * growth
-        yield Ellipsoid((0, y - depth - 9, z), (17 + 6 * growth, 13, pitch * 0.32), 420, 1.3)
-        yield Ellipsoid((0, y - depth - 30, z - 4), (4, 15, pitch * 0.25), 420, 1.2)
+        yield Ellipsoid((0, y - depth - 9, z), (17 + 6 * growth, 13, pitch * 0.32), 420, 0.8 * body["marrow"])
+        yield Ellipsoid((0, y - depth - 30, z - 4), (4, 15, pitch * 0.25), 420, 0.75 * body["marrow"])
         yield Tube((z - pitch / 2, 0, y, half - 1, depth - 1), (z + pitch / 2, 0, y, half - 1, depth - 1), 85, 0.9)
-        yield Tube((z - pitch * 0.4, 0, y, half, depth), (z + pitch * 0.4, 0, y, half, depth), 330, 1.6)
+        yield Tube((z - pitch * 0.4, 0, y, half, depth), (z + pitch * 0.4, 0, y, half, depth), 330, body["marrow"])
         z -= pitch
         pitch = float(np.interp(-z, [0, 60, 90, 450], [17.5, 17.5, 21.0, 33.0]))
     for low, high in itertools.pairwise(_SPINE_Z):
@@ -166,17 +207,21 @@ def _skull_and_brain(body: dict[str, float]) -> Iterator[Part]:
 
 
 def _face(body: dict[str, float]) -> Iterator[Part]:
-    """Jaws, teeth, tongue, orbits, sinuses' walls."""
+    """Jaws, teeth, gums, tongue, orbits, sinuses' walls."""
     arch = (1, 18.0, 200.0)
-    for x in (-47.0, 47.0):
+    for name, x in (("left", -47.0), ("right", 47.0)):
         yield Ellipsoid((x, 12, 28), (5, 15, 38), 900, 0.9)
-        yield Ellipsoid((x * 1.07, 18, 22), (5, 15, 26), 58, 0.9)  # masseter
+        yield Ellipsoid((x * 1.07, 18, 22), (5, 15, 26), 58, body[f"masseter_{name}"])
         yield Ellipsoid((x * 1.05, 50, 57), (8, 18, 6), 800, 0.8)  # cheek bone
     yield Tube((-14, 0, 18, 47, 64), (12, 0, 18, 50, 66), 950, 0.9, arch)
     yield Tube((-14, 0, 18, 37, 53), (12, 0, 18, 40, 55), 50, body["muscle"], arch)
     yield Tube((32, 0, 20, 42, 62), (46, 0, 20, 40, 62), 600, 0.8, arch)
     yield Tube((12, 0, 22, 41, 60), (32, 0, 22, 41, 60), 1700, 0.6, arch)
     yield Tube((12, 0, 22, 32, 50), (46, 0, 22, 32, 50), 50, body["muscle"], arch)
+    for number in (1, 2):
+        if body[f"gum_{number}"] > 0:
+            x, y = on_dental_arch(body[f"gum_{number}_angle"])
+            yield Ellipsoid((0.94 * x, 0.97 * y, 14 if number == 1 else 30), (5, 5, 5), None, body[f"gum_{number}"])
     yield Ellipsoid((0, 46, 34.5), (30, 28, 3.5), 500, 0.8)
     yield Ellipsoid((0, 42, 13), (25, 36, 19), 58, 1.3)  # tongue
     for x in (-32.0, 32.0):
@@ -213,12 +258,12 @@ def _airway() -> Iterator[Part]:
 
 def _glands(body: dict[str, float]) -> Iterator[Part]:
     """Structures with physiological uptake: what makes a mere threshold on PET fail."""
-    tonsil, gland = body["tonsil"], body["gland"]
-    yield from _mirrored(Ellipsoid((19, 9, 10), (7, 9, 14), 52, tonsil))
-    yield Ellipsoid((0, 24, -7), (14, 7, 9), 52, 0.9 * tonsil)
-    yield Ellipsoid((0, 9, 53), (12, 5, 8), 50, 0.75 * tonsil)
-    yield Ellipsoid((0, 21, 31), (13, 12, 4), 50, 0.7 * tonsil)
-    yield from _mirrored(Ellipsoid((44, -3, 24), (9, 16, 20), -15, gland))
-    yield from _mirrored(Ellipsoid((29, 30, -14), (10, 15, 10), 48, 1.1 * gland))
-    yield from _mirrored(Ellipsoid((11, 52, 0), (5, 15, 5), 45, 1.2 * gland))
-    yield from _mirrored(Ellipsoid((8, 12, -51), (4, 10, 4), 60, body["larynx"]))
+    yield from _mirrored(Ellipsoid((19, 9, 10), (7, 9, 14), 52, body["tonsil_right"]), body["tonsil_left"])
+    yield Ellipsoid((0, 24, -7), (14, 7, 9), 52, body["lingual_tonsil"])
+    yield Ellipsoid((0, 9, 53), (12, 5, 8), 50, body["adenoid"])
+    yield Ellipsoid((0, 21, 31), (13, 12, 4), 50, body["palate"])
+    yield from _mirrored(Ellipsoid((44, -3, 24), (9, 16, 20), -15, body["parotid_right"]), body["parotid_left"])
+    below = Ellipsoid((29, 30, -14), (10, 15, 10), 48, body["submandibular_right"])
+    yield from _mirrored(below, body["submandibular_left"])
+    yield from _mirrored(Ellipsoid((11, 52, 0), (5, 15, 5), 45, body["sublingual"]))
+    yield from _mirrored(Ellipsoid((8, 12, -51), (4, 10, 4), 60, body["larynx_right"]), body["larynx_left"])

@@ -31,7 +31,7 @@ from scripts.cohorts.files import written_whole
 from scripts.evaluation.bootstrap import bootstrap_interval
 from scripts.training.concordance import concordance_index
 
-PHANTOM_VERSION = 1  # raise it when the same seed no longer gives the same bytes
+PHANTOM_VERSION = 2  # raise it when the same seed no longer gives the same bytes
 NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."
 RECORD_FILE, TRUTH_FILE, IMAGE_FOLDER = "cohort.json", "truth.csv", "Task 1"
 TASK_FILES = {task: f"HECKTOR_2025_Training_Task_{task}.csv" for task in (1, 2, 3)}

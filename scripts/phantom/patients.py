@@ -15,79 +15,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .shapes import Pose, Vector, rotation
+from .physiology import draw_body, draw_fillings, draw_pose
+from .scanners import CENTRES, Centre, Scanner, draw_scanner
+from .shapes import Pose
 from .tumours import Lesion, draw_lesions, measure_lesions
 
 HAZARD_WEIGHTS = {"log_volume": 1.3, "suv_mean": 0.12, "hpv_negative": 0.9, "performance_status": 0.5, "m1": 1.2}
 REFERENCE_VOLUME_ML, REFERENCE_SUV = 25.0, 8.0
-WEIBULL_SHAPE, WEIBULL_SCALE_DAYS = 0.9, 44_000.0
+WEIBULL_SHAPE, WEIBULL_SCALE_DAYS = 0.9, 50_000.0
 FOLLOW_UP_MEDIAN_DAYS, FOLLOW_UP_SPREAD = 1500.0, 0.55
 SHORTEST_DAYS, LONGEST_DAYS = 7, 5888  # range of RFS in HECKTOR 2025
 COHORT_IDS = 10_000  # numbers kept for each seed: phantoms of two cohorts are not taken for the same patient
 # Streams of random numbers of a case: one purpose cannot shift the numbers of another.
-STREAM_BODY, STREAM_LESIONS, STREAM_CLINICAL, STREAM_OUTCOME, STREAM_SCAN, STREAM_CT, STREAM_PET, STREAM_SEX = range(8)
+STREAM_POSE, STREAM_LESIONS, STREAM_CLINICAL, STREAM_OUTCOME, STREAM_SCAN, STREAM_CT, STREAM_PET, STREAM_SEX = range(8)
+STREAM_SCANNER, STREAM_BODY, STREAM_TEETH = range(8, 11)
 # Quantities spread evenly over the cases (see _spread), each with a square root that no other can be built from.
 _EVEN = {
     name: math.sqrt(prime) % 1.0
     for name, prime in {"centre": 2, "hpv": 3, "mask": 5, "hpv_known": 7, "rfs": 11, "habits": 13, "ps": 17}.items()
 }
-
-
-@dataclass(frozen=True)
-class Centre:
-    """A hospital: how it scans and what its records lack.
-
-    Attributes:
-        name, center_id: As in HECKTOR 2025.
-        share: Part of the cohort's patients (milder than the real one, where MDA alone has 62 %).
-        ct_mm, pet_mm: Voxel sizes at scale ``full``.
-        fov_mm: Field of view of CT at scale ``full`` (width, depth); PET's is wider or narrower by ``pet_margin_mm``.
-        length_mm: Scan length at scale ``full``; 700 mm or more reaches the abdomen.
-        small_ct_mm, small_pet_mm: Voxel sizes at scale ``small``.
-        ct_noise_hu, contrast_hu: Noise SD at scale ``full``; enhancement of vessels.
-        hpv_share, chemo_share: Share of HPV positive patients, and of chemoradiotherapy.
-        no_mask, no_hpv, no_rfs, no_habits, no_ps: Rates at which a label or value is missing.
-    """
-
-    name: str
-    center_id: int
-    share: float
-    ct_mm: Vector
-    pet_mm: Vector
-    fov_mm: float
-    pet_margin_mm: float
-    length_mm: float
-    small_ct_mm: Vector
-    small_pet_mm: Vector
-    ct_noise_hu: float
-    contrast_hu: float
-    hpv_share: float
-    chemo_share: float
-    no_mask: float
-    no_hpv: float
-    no_rfs: float
-    no_habits: float
-    no_ps: float
-
-
-# fmt: off
-CENTRES = (
-    Centre("CHUM", 1, 0.11, (0.98, 0.98, 2.0), (4.0, 4.0, 4.0), 500, 40, 310, (6.4, 6.4, 6.5), (6.6, 6.6, 6.5),
-           16, 90, 0.62, 0.80, 0.10, 0.25, 0.05, 0.55, 0.55),
-    Centre("CHUP", 2, 0.09, (1.37, 1.37, 3.0), (2.73, 2.73, 3.27), 548, 20, 900, (6.8, 6.8, 6.6), (6.2, 6.2, 6.6),
-           12, 0, 0.50, 0.70, 0.12, 0.45, 0.10, 0.20, 0.35),
-    Centre("CHUS", 3, 0.13, (1.17, 1.17, 3.0), (4.0, 4.0, 4.0), 600, -30, 340, (6.6, 6.6, 6.4), (6.9, 6.9, 6.8),
-           14, 0, 0.60, 0.85, 0.12, 0.30, 0.05, 0.75, 0.70),
-    Centre("MDA", 5, 0.44, (0.98, 0.98, 3.27), (5.47, 5.47, 3.27), 500, 100, 330, (6.5, 6.5, 6.5), (6.5, 6.5, 6.5),
-           13, 100, 0.72, 0.75, 0.14, 0.12, 0.08, 0.15, 0.20),
-    Centre("HGJ", 6, 0.11, (0.98, 0.98, 3.27), (3.52, 3.52, 3.27), 500, 60, 300, (6.4, 6.4, 6.6), (6.7, 6.7, 6.6),
-           12, 0, 0.60, 0.88, 0.08, 0.35, 0.06, 0.40, 0.60),
-    Centre("HMR", 7, 0.06, (0.49, 0.49, 2.0), (3.52, 3.52, 3.27), 250, 300, 290, (6.2, 6.2, 6.4), (6.7, 6.7, 6.8),
-           20, 110, 0.55, 0.85, 0.10, 0.35, 0.05, 0.50, 0.50),
-    Centre("USZ", 8, 0.06, (2.73, 2.73, 3.0), (0.98, 0.98, 2.5), 546, -290, 820, (7.0, 7.0, 6.8), (6.4, 6.4, 6.6),
-           10, 0, 0.55, 0.80, 0.10, 0.30, 0.06, 0.30, 0.70),
-)
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -98,7 +44,9 @@ class Patient:
         patient_id, centre: Identity.
         age, male, tobacco, alcohol, chemotherapy, performance_status, m1, hpv: True clinical values.
         missing: Names of the CSV columns that are left empty (``M-stage`` reads ``Mx``); ``mask`` = no mask is written.
-        pose, body: Position, and build and uptake of the tissues by name.
+        pose, body: Position; build and uptake of the tissues by name, with ``contrast_hu`` of the scanner.
+        fillings: Angles on the dental arch of fillings of metal.
+        scanner: How the patient is scanned.
         lesions: The tumours, primary first.
         gtvp_ml, gtvn_ml, suv_mean, suv_max: The lesions' true volumes and uptake, before any scanner.
         log_hazard: As the module's docstring says.
@@ -118,6 +66,8 @@ class Patient:
     missing: frozenset[str]
     pose: Pose
     body: dict[str, float]
+    fillings: tuple[float, ...]
+    scanner: Scanner
     lesions: tuple[Lesion, ...]
     gtvp_ml: float
     gtvn_ml: float
@@ -133,8 +83,9 @@ def draw_patient(seed: int, index: int) -> Patient:
     centre = _pick_centre(_spread(seed, index, "centre"))
     hpv = _spread(seed, index, "hpv") < centre.hpv_share
     male = stream(seed, index, STREAM_SEX).random() < (0.86 if hpv else 0.76)
-    body, pose = _draw_body(stream(seed, index, STREAM_BODY), male)
-    lesions = draw_lesions(stream(seed, index, STREAM_LESIONS), hpv)
+    pose = draw_pose(stream(seed, index, STREAM_POSE), male)
+    scanner = draw_scanner(stream(seed, index, STREAM_SCANNER), centre)
+    lesions = draw_lesions(stream(seed, index, STREAM_LESIONS), hpv, scanner.contrast_hu)
     sizes = measure_lesions(lesions, pose)
     volume_ml = sizes["gtvp_ml"] + sizes["gtvn_ml"]
     clinical = _draw_clinical(stream(seed, index, STREAM_CLINICAL), centre, hpv, volume_ml)
@@ -154,7 +105,9 @@ def draw_patient(seed: int, index: int) -> Patient:
         hpv=hpv,
         missing=_draw_missing(seed, index, centre, clinical),
         pose=pose,
-        body=body,
+        body={**draw_body(stream(seed, index, STREAM_BODY), male), "contrast_hu": scanner.contrast_hu},
+        fillings=draw_fillings(stream(seed, index, STREAM_TEETH)),
+        scanner=scanner,
         lesions=lesions,
         **sizes,
         log_hazard=hazard,
@@ -234,24 +187,3 @@ def _draw_outcome(rng: np.random.Generator, hazard: float) -> tuple[int, bool]:
     last_visit = float(np.clip(FOLLOW_UP_MEDIAN_DAYS * math.exp(FOLLOW_UP_SPREAD * rng.normal()), 90, LONGEST_DAYS))
     days = int(np.clip(math.ceil(min(relapse_days, last_visit)), SHORTEST_DAYS, LONGEST_DAYS))
     return days, bool(relapse_days <= last_visit)
-
-
-def _draw_body(rng: np.random.Generator, male: bool) -> tuple[dict[str, float], Pose]:
-    """Build, tissue uptake and pose: some degrees and millimetres, and any table position along z."""
-    size = rng.normal(1.0 if male else 0.94, 0.03)
-    scale = np.clip(size * rng.normal(1.0, 0.02, size=3), 0.84, 1.10)
-    angles = np.deg2rad(np.clip(rng.normal(0.0, [3.5, 2.5, 4.0]), -9, 9))
-    shift = np.array([rng.normal(0, 6), rng.normal(0, 6), rng.uniform(-900, 300)])
-    body = {
-        "fat_mm": float(np.clip(rng.normal(7, 3), 2.5, 15)),
-        "brain": float(np.clip(rng.normal(9.5, 1.8), 6.0, 14.0)),
-        "tonsil": float(np.clip(rng.normal(3.8, 0.8), 2.2, 5.8)),
-        "gland": float(np.clip(rng.normal(2.3, 0.4), 1.5, 3.4)),
-        "muscle": float(np.clip(rng.normal(0.8, 0.1), 0.6, 1.1)),
-        "blood": float(np.clip(rng.normal(1.7, 0.2), 1.2, 2.2)),
-        "larynx": float(np.clip(rng.normal(2.2, 0.6), 1.2, 4.0)),
-        "brown_fat": float(rng.uniform(3, 7)) if rng.random() < 0.05 else 0.0,
-        "heart": float(rng.uniform(1.8, 7)),
-        "bladder": float(rng.uniform(8, 30)),
-    }
-    return body, Pose(rotation(angles), scale, shift)

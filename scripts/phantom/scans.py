@@ -12,12 +12,15 @@ from scipy import ndimage
 
 from scripts.keys import GTVN, GTVP
 
-from .anatomy import build_anatomy
+from .anatomy import build_anatomy, on_dental_arch
 from .patients import STREAM_CT, STREAM_PET, STREAM_SCAN, Patient, stream
-from .shapes import Array, Part, Pose, Vector
+from .scanners import Scanner
+from .shapes import Array, Ellipsoid, Part, Pose, Vector
 from .tumours import Lesion
 
 SCALES = ("small", "full")
+VIEWS = ("hospital", "neck")
+NECK_Z = (-130.0, 45.0)  # from the clavicles to below the brain, body coordinates
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Scan:
     mask: NDArray[np.uint8]
 
 
-def scan_patient(patient: Patient, seed: int, index: int, scale: str) -> Scan:
+def scan_patient(patient: Patient, seed: int, index: int, scale: str, view: str = "hospital") -> Scan:
     """CT, PET and tumour mask of a patient.
 
     Args:
@@ -72,39 +75,42 @@ def scan_patient(patient: Patient, seed: int, index: int, scale: str) -> Scan:
         seed: As of the patient; with ``index`` it also decides positioning and noise.
         index: As of the patient.
         scale: ``full`` (voxels and extents as the centres scan) or ``small`` (6 to 7 mm voxels, 0.3 m field of view).
+        view: ``hospital``, or ``neck``: no brain in view, and a PET of 0.7 m of which the neck fills little.
 
     Raises:
-        ValueError: If the scale is neither.
+        ValueError: If the scale or the view is none of these.
     """
-    ct_grid, pet_grid = scan_grids(patient, stream(seed, index, STREAM_SCAN), scale)
+    ct_grid, pet_grid = scan_grids(patient, stream(seed, index, STREAM_SCAN), scale, view)
+    scanner = patient.scanner
     floor = min(_lowest_body_z(grid, patient.pose) for grid in (ct_grid, pet_grid))
-    anatomy = build_anatomy({**patient.body, "contrast_hu": patient.centre.contrast_hu}, patient.lesions)
+    anatomy = build_anatomy(patient.body, patient.lesions)
     parts = [part for part in anatomy if part.bounds()[1, 2] >= floor]  # most of the trunk is out of a neck scan
     small = scale == "small"
-    noise_hu, ct_step = (5.0, 6) if small else (patient.centre.ct_noise_hu, 1)
-    pet_slope = 0.04 if small else 0.002
+    noise_hu, ct_step = (5.0, 6) if small else (scanner.ct_noise_hu, 1)
     ct_hu = paint_ct(patient, parts, ct_grid, oversample=2 if small else 1)
-    pet_suv = paint_pet(patient, parts, pet_grid, fwhm_mm=6.5)
+    pet_suv = paint_pet(patient, parts, pet_grid, scanner.psf_fwhm_mm)
     ct = _finish_ct(ct_hu, stream(seed, index, STREAM_CT), noise_hu, ct_step)
-    pet = _finish_pet(pet_suv, stream(seed, index, STREAM_PET), pet_slope, noise=0.05 if small else 0.09)
+    pet_slope = max(0.04 if small else 0.002, 1.2 * float(pet_suv.max()) / np.iinfo(np.int16).max)
+    pet = _finish_pet(pet_suv, stream(seed, index, STREAM_PET), pet_slope, scanner, pet_grid)
     mask = paint_mask(patient, ct_grid, oversample=2 if small else 1)
     return Scan(ct.T, ct_grid, pet.T, pet_slope, pet_grid, mask.T)
 
 
-def scan_grids(patient: Patient, rng: np.random.Generator, scale: str) -> tuple[Grid, Grid]:
+def scan_grids(patient: Patient, rng: np.random.Generator, scale: str, view: str = "hospital") -> tuple[Grid, Grid]:
     """CT and PET grid of a patient: each with its own voxels, extent and origin.
 
-    In one patient of 25 the scan starts below the top of the head, so that the brain is cut.
+    In 15 % of patients the scan starts below the top of the head, so that the brain is cut.
 
     Raises:
-        ValueError: If ``scale`` is not one of ``SCALES``.
+        ValueError: If ``scale`` is not one of ``SCALES``, or ``view`` none of ``VIEWS``.
     """
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}: give one of {', '.join(SCALES)}")
+    for name, value, known in (("scale", scale, SCALES), ("view", view, VIEWS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: give one of {', '.join(known)}")
     centre, pose = patient.centre, patient.pose
     top = pose.to_world(np.array([[0.0, -8.0, 192.0]]))[0]
     middle = pose.to_world(np.array([[0.0, -22.0, 0.0]]))[0]
-    above = float(rng.uniform(-45, -25)) if rng.random() < 0.04 else float(rng.uniform(8, 30))
+    above = float(rng.uniform(-60, -12)) if rng.random() < 0.15 else float(rng.uniform(8, 30))
     jitter = rng.uniform(-8, 8, size=(2, 3))
     if scale == "small":
         extents = (np.array([306.0, 286.0, 312.0]), np.array([318.0, 296.0, 306.0]))
@@ -116,6 +122,11 @@ def scan_grids(patient: Patient, rng: np.random.Generator, scale: str) -> tuple[
             np.array([width, width, centre.length_mm + rng.uniform(-25, 25)]),
         )
         voxels = (centre.ct_mm, centre.pet_mm)
+    if view == "neck":
+        low, top = pose.to_world(np.array([[0.0, -22.0, z] for z in NECK_Z]))
+        above = 0.0
+        extents[0][2] = extents[1][2] = top[2] - low[2]
+        extents[1][:2] = 700.0
     grids = []
     for extent, voxel, shake in zip(extents, voxels, jitter, strict=True):
         counts = np.round(extent / np.array(voxel)).astype(int)
@@ -128,7 +139,7 @@ def scan_grids(patient: Patient, rng: np.random.Generator, scale: str) -> tuple[
 
 
 def paint_ct(patient: Patient, parts: list[Part], grid: Grid, oversample: int) -> Array:
-    """Noise-free CT (Z, Y, X) in HU: air, table, body, tumours."""
+    """CT (Z, Y, X) in HU without noise: air, table, body, tumours, streaks of metal fillings."""
     fine = grid.finer(oversample)
     volume = _air_and_table(fine, patient.pose)
     for part in parts:
@@ -137,7 +148,30 @@ def paint_ct(patient: Patient, parts: list[Part], grid: Grid, oversample: int) -
     for lesion in patient.lesions:
         for box, inside, _, hu in _lesion_boxes(lesion, patient.pose, fine):
             np.copyto(volume[box], hu, where=inside)
+    _paint_fillings(volume, fine, patient)
     return _block_mean(volume, oversample)
+
+
+def _paint_fillings(volume: Array, grid: Grid, patient: Patient) -> None:
+    """Metal in the teeth, and the bright and dark streaks it leaves in the slices around it."""
+    for angle in patient.fillings:
+        x, y = on_dental_arch(angle)
+        z = 22.0 + 8.0 * math.sin(7.0 * angle)  # in the upper or the lower jaw
+        found = _coordinates(grid, patient.pose, Ellipsoid((x, y, z), (110, 110, 7)).bounds())
+        if found is None:
+            continue
+        box, (dx, dy, dz) = found
+        dx, dy, dz = dx - np.float32(x), dy - np.float32(y), dz - np.float32(z)
+        middle = len(dz) // 2  # the streaks run in the slices: one pattern serves them all
+        around, away = np.arctan2(dy[middle], dx[middle]), np.hypot(dx[middle], dy[middle])
+        rays = sum(np.cos(n * around + np.float32(n * n * angle)) for n in (2, 3, 5, 8, 13)) / 5
+        pattern = rays * 900 / (1 + away / 8) * np.clip((110 - away) / 60, 0, 1)
+        near = np.exp(-np.square(dz / 4.5))
+        inside = volume[box] > -300  # in air no streak is seen beside the noise
+        volume[box] += np.where(inside, near * pattern[None], 0).astype(np.float32)
+        filling = np.square(dx / 3.5) + np.square(dy / 3.5) + np.square(dz / 4) <= 1
+        volume[box][filling] = 3071
+    np.clip(volume, -1000, 3071, out=volume)
 
 
 def paint_pet(patient: Patient, parts: list[Part], grid: Grid, fwhm_mm: float) -> Array:
@@ -157,16 +191,38 @@ def paint_pet(patient: Patient, parts: list[Part], grid: Grid, fwhm_mm: float) -
 
 
 def paint_mask(patient: Patient, grid: Grid, oversample: int) -> NDArray[np.uint8]:
-    """Tumour mask (Z, Y, X): a voxel is tumour where lesions fill at least half of it, of the kind that fills more."""
+    """Tumour mask (Z, Y, X): a voxel is tumour where lesions fill at least half of it, of the kind that fills more.
+
+    A lesion that fills half of no voxel gets the voxel of its centre: whoever has a primary or nodes has them in the
+    mask at any voxel size, and their volume there is at least that of a voxel. (Lesions out of view are not shown.)
+    """
     fine = grid.finer(oversample)
     kind = np.zeros(fine.shape[::-1], dtype=np.uint8)
     for lesion in patient.lesions:
         for box, inside, _, _ in _lesion_boxes(lesion, patient.pose, fine):
             kind[box][inside] = lesion.label
-    if oversample == 1:
-        return kind
+    mask = kind if oversample == 1 else _majority(kind, oversample)
+    for lesion in patient.lesions:
+        _mark_small(mask, grid, patient.pose, lesion)
+    return mask
+
+
+def _majority(kind: NDArray[np.uint8], oversample: int) -> NDArray[np.uint8]:
     primary, nodes = (_block_mean((kind == label).astype(np.float32), oversample) for label in (GTVP, GTVN))
     return np.where(primary + nodes >= 0.5, np.where(nodes > primary, GTVN, GTVP), 0).astype(np.uint8)
+
+
+def _mark_small(mask: NDArray[np.uint8], grid: Grid, pose: Pose, lesion: Lesion) -> None:
+    """Give the voxel of its centre to a lesion smaller than a few voxels that has none of its kind around it."""
+    if lesion.radius_mm > max(grid.spacing_mm):
+        return
+    x, y, z = (pose.to_world(np.array([lesion.centre]))[0] - grid.origin_mm) / [-1, -1, 1] / grid.spacing_mm
+    i, j, k = (round(float(value)) for value in (x, y, z))
+    if not all(0 <= value < count for value, count in zip((i, j, k), grid.shape, strict=True)):
+        return
+    around = mask[max(k - 1, 0) : k + 2, max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2]
+    if not (around == lesion.label).any():
+        mask[k, j, i] = lesion.label
 
 
 def _coordinates(
@@ -265,9 +321,19 @@ def _finish_ct(volume: Array, rng: np.random.Generator, noise_hu: float, step: i
     return result
 
 
-def _finish_pet(volume: Array, rng: np.random.Generator, slope: float, noise: float) -> NDArray[np.int16]:
-    """PET with noise that grows with the square root of uptake, clipped at 0, in steps of ``slope`` SUV."""
-    grain = ndimage.gaussian_filter(rng.standard_normal(volume.shape, dtype=np.float32), 0.5)
-    grain *= noise / grain.std()
-    noisy = volume + grain * np.sqrt(volume)
+def _finish_pet(
+    volume: Array, rng: np.random.Generator, slope: float, scanner: Scanner, grid: Grid
+) -> NDArray[np.int16]:
+    """PET with the scanner's noise, clipped at 0, in steps of ``slope`` SUV.
+
+    The noise grows with the root of the uptake and is correlated over the grain; a voxel shows its mean (a box of
+    width v is taken for a Gaussian of FWHM 0.68 v). In air it is positive with the mean ``air_suv``.
+    """
+    grain_mm = [math.hypot(scanner.grain_fwhm_mm, 0.68 * size) for size in grid.spacing_mm[::-1]]
+    sigma = [mm / size / 2.355 for mm, size in zip(grain_mm, grid.spacing_mm[::-1], strict=True)]
+    grain = ndimage.gaussian_filter(rng.standard_normal(volume.shape, dtype=np.float32), sigma, truncate=2.5)
+    grain /= grain.std()
+    kept = math.prod(math.sqrt(scanner.grain_fwhm_mm / mm) for mm in grain_mm)
+    noisy = volume + np.float32(scanner.pet_noise * kept) * grain * np.sqrt(volume)
+    noisy += np.float32(scanner.air_suv) * np.square(grain)
     return np.rint(np.maximum(noisy, 0) / slope).astype(np.int16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,3 +130,8 @@ def rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     return about_z @ about_y @ about_x
+
+
+def clipped_lognormal(rng: np.random.Generator, median: float, spread: float, low: float, high: float) -> float:
+    """A number whose logarithm is normal with SD ``spread``, clipped."""
+    return float(np.clip(median * math.exp(rng.normal(0.0, spread)), low, high))

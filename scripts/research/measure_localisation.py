@@ -29,7 +29,7 @@ from tqdm import tqdm
 from command_line import run_tool
 
 import phantom
-from phantom import Ellipsoid, Part, Patient, Pose, Tube
+from phantom import Ellipsoid, Part, Patient, Pose
 from scripts.cohorts.files import write_text, written_whole
 from scripts.imaging.geometry import Grid, box_grid, share_inside
 from scripts.imaging.localise import (
@@ -111,19 +111,7 @@ def without_signal(scene: Scene) -> Scene:
     return dataclasses.replace(scene, pet=np.zeros_like(scene.pet))
 
 
-def _arms() -> tuple[Part, ...]:
-    parts: list[Part] = []
-    for side in (-1.0, 1.0):
-        for depth, hu, suv in ((0.0, 20.0, 0.5), (7.0, 55.0, 0.8)):
-            low, high = 46.0 - depth, 34.0 - depth
-            parts.append(Tube((-140, side * 175, -40, low, low), (120, side * 135, -30, high, high), hu, suv))
-            parts.append(Tube((120, side * 135, -30, high, high), (400, side * 70, 0, high, high), hu, suv))
-        parts.append(Tube((-140, side * 175, -40, 12, 12), (120, side * 135, -30, 11, 11), 700, 1.0))
-        parts.append(Tube((120, side * 135, -30, 11, 11), (400, side * 70, 0, 9, 9), 700, 1.0))
-    return tuple(parts)
-
-
-ARMS_UP = _arms()
+ARMS_UP = tuple(phantom.raised_arms())
 UP, DOWN = (TRUNK_Z, VERTEX_Z + 190), (TRUNK_Z, VERTEX_Z + 15)
 INJECTED_UP = Ellipsoid((100, -20, 300), (16, 16, 40), None, 300.0)
 INJECTED_DOWN = Ellipsoid((214, -40, -400), (16, 16, 40), None, 300.0)
@@ -269,8 +257,7 @@ def draw_scene(scenario: Scenario, patient: Patient, seed: int, index: int, demo
         _coarser(grid, mm) if z is None else _over(patient, grid, z, mm)
         for grid, z, mm in zip(native, (scenario.ct_z, scenario.pet_z), (CT_MM, PET_MM), strict=True)
     ]
-    body = {**patient.body, "contrast_hu": patient.centre.contrast_hu}
-    parts = [*phantom.build_anatomy(body, patient.lesions), *scenario.parts]
+    parts = [*phantom.build_anatomy(patient.body, patient.lesions), *scenario.parts]
     ct = phantom.paint_ct(patient, parts, grids[0], 1).T
     pet = phantom.paint_pet(patient, parts, grids[1], 6.5).T
     mask = phantom.paint_mask(patient, grids[0], 1).T
