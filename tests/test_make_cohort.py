@@ -394,3 +394,117 @@ def test_command_line_failure_is_one_line_and_non_zero(tmp_path):
 def test_unknown_scale_is_refused_by_the_phantom_too():
     with pytest.raises(ValueError, match="unknown scale 'huge'"):
         phantom.scan_patient(phantom.draw_patient(0, 0), 0, 0, "huge")
+
+
+# --- the population's range ---------------------------------------------------------------------------------
+
+
+def of_kind(patients: list[phantom.Patient], label: int) -> np.ndarray:
+    return np.round([2 * lesion.radius_mm for p in patients for lesion in p.lesions if lesion.label == label], 6)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        pytest.param(lambda patients: of_kind(patients, 1), (10, 12), (65, 70), id="primaries, mm"),
+        pytest.param(lambda patients: of_kind(patients, 2), (8, 9), (55, 65), id="nodes, mm"),
+        pytest.param(lambda patients: [p.gtvn_ml for p in patients], (0, 0), (170, 240), id="all nodes, ml"),
+        pytest.param(lambda patients: [p.suv_max for p in patients], (2.5, 4.5), (30, 38), id="SUVmax"),
+        pytest.param(lambda patients: [p.body["brain"] for p in patients], (5, 5.5), (14, 15), id="brain"),
+        pytest.param(lambda patients: [p.scanner.psf_fwhm_mm for p in patients], (4, 4.8), (8, 9), id="PSF, mm"),
+        pytest.param(lambda patients: [p.body["contrast_hu"] for p in patients], (0, 0), (150, 180), id="contrast"),
+    ],
+)
+def test_the_population_reaches_from_small_to_large(patients, values, low, high):
+    found = values(patients)
+    assert low[0] <= min(found) <= low[1]
+    assert high[0] <= max(found) <= high[1]
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected", "tolerance"),
+    [
+        pytest.param(lambda p: p.gtvp_ml == 0, 0.03, 0.015, id="unknown primary"),
+        pytest.param(lambda p: p.gtvn_ml == 0, 0.2, 0.05, id="no nodes"),
+        pytest.param(lambda p: p.gtvn_ml > 100, 0.03, 0.02, id="bulky nodes"),
+        pytest.param(lambda p: overlap(p.lesions), 0.15, 0.07, id="matted nodes"),
+        pytest.param(lambda p: any(lesion.core > 0.7 for lesion in p.lesions), 0.3, 0.12, id="thin rim of a core"),
+        pytest.param(lambda p: bool(p.fillings), 0.4, 0.06, id="fillings"),
+        pytest.param(lambda p: p.body["arms_up"], 0.1, 0.03, id="arms up"),
+        pytest.param(lambda p: p.body["brown_fat_left"] > 0, 0.05, 0.03, id="brown fat"),
+        pytest.param(lambda p: p.body["injection"] > 0, 0.25, 0.05, id="injection site"),
+    ],
+)
+def test_rates_of_what_makes_patients_differ(patients, rate, expected, tolerance):
+    assert np.mean([rate(patient) for patient in patients]) == pytest.approx(expected, abs=tolerance)
+
+
+def overlap(lesions: tuple[phantom.Lesion, ...]) -> bool:
+    """Whether two nodes of a patient are one mass."""
+    nodes = [lesion for lesion in lesions if lesion.label == 2]
+    pairs = ((one, other) for k, one in enumerate(nodes) for other in nodes[:k])
+    return any(math.dist(a.centre, b.centre) < 0.9 * (a.radius_mm + b.radius_mm) for a, b in pairs)
+
+
+def test_matted_nodes_are_one_component_and_counted_once(patients):
+    """Their union is smaller than their sum, and is what the mask shows."""
+    index = next(k for k, p in enumerate(patients) if len(p.lesions) == 3 and overlap(p.lesions))
+    patient = patients[index]
+    grid = phantom.Grid(
+        (120, 120, 120), (2.0, 2.0, 2.0), tuple(patient.pose.to_world(np.array([[0, 0, 0]]))[0] + [119, 119, -119])
+    )
+    mask = phantom.paint_mask(patient, grid, oversample=1) == 2
+    assert ndimage.label(mask)[1] == 1
+    assert mask.sum() * 0.008 == pytest.approx(patient.gtvn_ml, rel=0.05)
+    assert patient.gtvn_ml < sum(
+        phantom.measure_lesions((one,), patient.pose)["gtvn_ml"] for one in patient.lesions[1:]
+    )
+
+
+@pytest.mark.parametrize("diameter_mm", [3.0, 8.0, 10.0])
+def test_no_lesion_is_lost_at_coarse_voxels(patients, diameter_mm):
+    """A primary far smaller than a voxel is in the mask all the same: nobody is taken for a patient without one."""
+    patient = patients[0]
+    tiny = dataclasses.replace(patient.lesions[0], semi=(diameter_mm / 2,) * 3)
+    assert tiny.label == 1
+    for shift in np.linspace(0, 6, 7):
+        moved = dataclasses.replace(tiny, centre=(tiny.centre[0] + shift, *tiny.centre[1:]))
+        small = dataclasses.replace(patient, lesions=(moved,))
+        grid, _ = phantom.scan_grids(small, np.random.default_rng(0), "small")
+        mask = phantom.paint_mask(small, grid, oversample=2)
+        assert 1 <= (mask == 1).sum() <= 8
+        assert (
+            np.linalg.norm(
+                (grid.affine @ [*np.argwhere(mask.T == 1).mean(axis=0), 1])[:3]
+                - small.pose.to_world(np.array([moved.centre]))[0]
+            )
+            < 6.5
+        )
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_a_neck_alone(patients, scale):
+    """No brain in view, a PET of 0.7 m of which the body fills little, and noise in the air around it."""
+    index = next(k for k, p in enumerate(patients) if p.centre.name == "MDA" and p.scanner.air_suv > 0.01)
+    patient = patients[index]
+    scan = phantom.scan_patient(patient, 0, index, scale, view="neck")
+    assert np.array(scan.pet_grid.shape)[:2] * scan.pet_grid.spacing_mm[:2] == pytest.approx(700, abs=7)
+    assert 150 < scan.pet_grid.shape[2] * scan.pet_grid.spacing_mm[2] < 200
+    suv = scan.pet * scan.pet_slope
+    assert (suv > 0.3).mean() < 0.15
+    if scale == "full":
+        assert 0.5 < suv[:15, :15].mean() / patient.scanner.air_suv < 3
+    brain = np.linalg.solve(scan.pet_grid.affine, np.append(patient.pose.to_world(np.array([[0.0, -8.0, 80.0]]))[0], 1))
+    assert brain[2] > scan.pet_grid.shape[2]
+
+
+def test_unknown_view_is_refused():
+    with pytest.raises(ValueError, match="unknown view 'feet': give one of hospital, neck"):
+        phantom.scan_patient(phantom.draw_patient(0, 0), 0, 0, "small", view="feet")
+
+
+def test_a_cohort_of_an_earlier_version_is_refused(cohort, tmp_path):
+    record = json.loads((cohort / "cohort.json").read_text())
+    (tmp_path / "cohort.json").write_text(json.dumps({**record, "phantom_version": 1}))
+    with pytest.raises(tool.MakeCohortError, match="phantom_version 1 there, 2 asked"):
+        make_cohort.make_cohort(str(tmp_path), cases=8, seed=SEED, jobs=1)
