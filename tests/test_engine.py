@@ -84,6 +84,12 @@ def test_inferers_give_float32_of_one_network(amp: bool) -> None:
     torch.testing.assert_close(mean[keys.LOG_HAZARD], raw[keys.LOG_HAZARD])
 
 
+@pytest.mark.parametrize("amp", ["false", "true", 1, None])
+def test_amp_is_true_or_false(amp):
+    with pytest.raises(ValueError, match=r"amp is .*must be True or False"):
+        NetworkInferer(amp)
+
+
 def ensemble_with_a_past() -> FoldEnsemble:
     """Two folds whose batch norms do something, as after training."""
     torch.manual_seed(1)

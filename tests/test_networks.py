@@ -165,6 +165,32 @@ def test_mask_gradient_stops_or_flows(output, image):
     assert decoder_gradient(net, image, output) > 0
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_tumour_prior_is_the_probability_before_training(classes, image):
+    net = MultitaskNet(seg_classes=classes, tumour_prior=0.05)
+    outputs = net(image)
+    torch.testing.assert_close(outputs[SEG_LOGITS].sigmoid(), torch.full_like(outputs[SEG_LOGITS], 0.05))
+    if classes > 1:
+        shares = class_probabilities(outputs[SEG_LOGITS], outputs[CLASS_LOGITS])
+        torch.testing.assert_close(shares, torch.full_like(shares, 0.05 / classes))
+
+
+def test_without_a_prior_the_layer_starts_as_published_and_nothing_else_differs():
+    torch.manual_seed(0)
+    published = MultitaskNet().state_dict()
+    torch.manual_seed(0)
+    started = MultitaskNet(tumour_prior=0.05).state_dict()
+    differing = {name for name, value in published.items() if not torch.equal(value, started[name])}
+    assert differing == {"decoder.logits.weight", "decoder.logits.bias"}
+    assert published["decoder.logits.weight"].any() and not published["decoder.logits.bias"].any()
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1, float("nan")])
+def test_tumour_prior_is_a_probability(prior):
+    with pytest.raises(ValueError, match=r"tumour_prior is .*between 0 and 1"):
+        MultitaskNet(tumour_prior=prior)
+
+
 def test_mask_gradient_of_the_hpv_loss_on_the_encoder(image):
     """The encoder hears of HPV through the probability map alone."""
     for mask_gradient, reaches in (("stop", False), ("flow", True)):

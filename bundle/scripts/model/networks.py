@@ -64,6 +64,9 @@ class MultitaskNet(nn.Module):
             (:class:`ClinicalTerm`) added.
         clinical_scales: of each clinical value for :class:`ClinicalTerm`, of
             :func:`scripts.cohorts.clinical.clinical_scales`; None if all are levels.
+        tumour_prior: the tumour probability of every voxel before training, of all classes together: the layer of the
+            logits starts with zero weights (Lin et al., "Focal Loss for Dense Object Detection", 2017). None: with
+            random weights, as published, for which some seeds start with a probability of 1 everywhere and end with 0.
         in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
         bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
@@ -72,8 +75,8 @@ class MultitaskNet(nn.Module):
 
     Raises:
         ValueError: unknown, repeated or no tasks, an unknown ``mask_gradient``, ``survival_inputs`` that are unknown or
-            need another task, ``hpv_inputs`` that are unknown or lack the image, or ``clinical_scales`` of another
-            number of values.
+            need another task, ``hpv_inputs`` that are unknown or lack the image, ``clinical_scales`` of another
+            number of values, or a ``tumour_prior`` that is no probability between 0 and 1.
 
     Example:
         Missing clinical values are coded as zeros:
@@ -99,6 +102,7 @@ class MultitaskNet(nn.Module):
         survival_inputs: Sequence[str] = ("deep",),
         hpv_inputs: Sequence[str] = ("image",),
         clinical_scales: Sequence[Sequence[float]] | None = None,
+        tumour_prior: float | None = None,
         in_channels: int = 2,
         bn_momentum: float = 0.1,
         bn_eps: float = 1e-5,
@@ -128,6 +132,8 @@ class MultitaskNet(nn.Module):
         self.apply(initialise)
         if self.burden is not None:
             self.burden.start_at_zero()
+        if self.decoder is not None and tumour_prior is not None:
+            self.decoder.start_at(tumour_prior)
 
     @property
     def mask_gradient(self) -> str:

@@ -5,6 +5,7 @@ Shapes: ``B`` cases, ``R`` voxels along an edge of the box, ``C`` channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -139,6 +140,18 @@ class Decoder(nn.Module):
             )
         )
         self.logits = SafeConv3d(LEVEL_CHANNELS[0], classes, kernel_size=1)
+
+    def start_at(self, probability: float) -> None:
+        """Every voxel starts with this probability of a tumour, shared evenly by the classes.
+
+        Raises:
+            ValueError: it is not between 0 and 1.
+        """
+        if not 0 < probability < 1:
+            raise ValueError(f"tumour_prior is {probability!r}; a probability between 0 and 1, or null, is expected")
+        nn.init.zeros_(self.logits.weight)
+        odds = probability / (1 - probability)  # of tumour against background, whose logit is 0
+        nn.init.constant_(self.logits.bias, math.log(odds / self.logits.out_channels))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """The encoder's five feature maps -> logits (B, classes, R, R, R)."""

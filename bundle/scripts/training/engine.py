@@ -194,11 +194,16 @@ class NetworkInferer(Inferer):
     """Calls a :class:`scripts.model.networks.MultitaskNet`, in bfloat16 with ``amp``, and returns float32.
 
     bfloat16 has the range of float32, so no gradient scaling is needed.
+
+    Raises:
+        ValueError: ``amp`` is neither True nor False; a text such as "false" would be taken for True.
     """
 
     def __init__(self, amp: bool = False) -> None:
         super().__init__()
-        self.amp = bool(amp)
+        if not isinstance(amp, bool):
+            raise ValueError(f"amp is {amp!r}; it must be True or False (with a capital)")
+        self.amp = amp
 
     def __call__(
         self, inputs: torch.Tensor, network: Any, clinical: torch.Tensor | None = None
