@@ -82,8 +82,8 @@ def test_a_switch_is_true_or_false() -> None:
         check_numbers(merged(*INFERENCE, force="maybe").get())
 
 
-AUGMENTATION = "train#preprocessing#augmentation"
-FLIP = [{"_target_": "RandFlipd", "keys": ["image", "seg"]}]
+AUGMENTATION = "train#augmentation#transforms"
+FLIP = [{"_target_": "scripts.training.augmentation.Flip", "prob": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,14 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
         pytest.param({"network_def#network#bn_momentum": 0.01}, "bn_momentum: 0.1 there, 0.01 now", id="batch_norm"),
         pytest.param(
             {f"{AUGMENTATION}#1#prob": 0.9},
-            "augmentation#1#prob: 0.5 there, 0.9 now",
+            "augmentation#transforms#1#prob: 0.5 there, 0.9 now",
             id="augmentation",
         ),
-        pytest.param({AUGMENTATION: []}, "augmentation#0#_target_: 'RandFlipd' there", id="no_augmentation"),
+        pytest.param(
+            {AUGMENTATION: []},
+            "transforms#0#_target_: 'scripts.training.augmentation.Flip' there",
+            id="no_augmentation",
+        ),
         pytest.param({"train#trainer#amp": True}, "train#trainer#amp: '(absent)' there, True now", id="nested"),
         pytest.param({"train#optimizer#_target_": "torch.optim.SGD"}, "torch.optim.SGD' now", id="optimizer"),
         pytest.param({"early_stop_patience": 3}, "early_stop_patience: 20 there, 3 now", id="patience"),

@@ -21,6 +21,7 @@ from conftest import BUNDLE
 from scripts import keys
 from scripts.model.ensemble import FoldEnsemble
 from scripts.model.networks import MultitaskNet
+from scripts.training.augmentation import Augmentation, Flip
 from scripts.training.engine import (
     EnsembleInferer,
     NetworkInferer,
@@ -62,6 +63,14 @@ def test_prepare_batch_separates_input_and_targets() -> None:
     assert set(targets) == {keys.SEG, keys.SEG_KNOWN}
     assert args == ()
     assert kwargs[keys.CLINICAL] is batch[keys.CLINICAL]
+
+
+def test_prepare_batch_augments_image_and_mask() -> None:
+    image, mask = torch.rand(2, 2, 16, 16, 16), torch.rand(2, 1, 16, 16, 16)
+    batch = {keys.IMAGE: image.clone(), keys.SEG: mask.clone(), keys.SEED: torch.tensor([1, 2])}
+    flip = Augmentation([Flip(prob=1.0)], spacing_mm=2.0)
+    flipped, targets, _, _ = prepare_batch(batch, device="cpu", augmentation=flip)
+    assert torch.equal(flipped, image.flip(2)) and torch.equal(targets[keys.SEG], mask.flip(2))
 
 
 def test_prepare_batch_takes_a_batch_without_labels_or_clinical_values() -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, MetaTensor, ThreadDataLoader, decollate_batch, list_data_collate
-from monai.transforms import Compose, Lambdad, RandShiftIntensityd, Transform
+from monai.transforms import Compose, Lambdad, Transform
 
 from scripts import keys
+from scripts.training.augmentation import Augmentation, Shift
 from scripts.training.sampling import (
     ERROR,
     CaseDataset,
@@ -110,21 +111,26 @@ class MakeImage(Transform):
         MakeImage.calls += 1
         if data[keys.PATIENT_ID] == self.fails:
             raise OSError(f"{self.fails}__CT.nii.gz cannot be read")
-        return {keys.PATIENT_ID: data[keys.PATIENT_ID], keys.IMAGE: torch.zeros(1, 2, 2, 2)}
+        return {keys.PATIENT_ID: data[keys.PATIENT_ID], keys.IMAGE: torch.zeros(2, 2, 2, 1)}
 
 
-def augmented(fails: str = "") -> Compose:
-    return Compose([MakeImage(fails), RandShiftIntensityd(keys=keys.IMAGE, offsets=1.0, prob=1.0)])
+def prepared(fails: str = "") -> Compose:
+    return Compose([MakeImage(fails)])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_augmentation_does_not_depend_on_workers(tmp_path: Path, num_workers: int) -> None:
     def shifts(workers: int) -> list[float]:
-        dataset = CaseDataset(cases(4, 8), augmented(), cache_dir=str(tmp_path))
+        dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
         sampler = EventBatchSampler(dataset.data, 4, seed=3)
         sampler.set_epoch(5)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
-        return [float(x.flatten()[0]) for batch in loader for x in batch[keys.IMAGE]]
+        augmentation = Augmentation([Shift(prob=1.0, offsets=1.0)], spacing_mm=2.0)
+        return [
+            float(x.flatten()[0])
+            for batch in loader
+            for x in augmentation(batch[keys.IMAGE], batch[keys.IMAGE][:, :1], batch[keys.SEED].tolist())[0]
+        ]
 
     expected = shifts(0)
     assert len(set(expected)) == 12
@@ -134,10 +140,10 @@ def test_augmentation_does_not_depend_on_workers(tmp_path: Path, num_workers: in
 def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:
     MakeImage.calls = 0
     for _ in range(2):
-        dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+        dataset = CaseDataset(cases(0, 3), prepared(), cache_dir=str(tmp_path))
         [dataset[i] for i in range(3)]
     assert MakeImage.calls == 3
-    CaseDataset(cases(0, 3), augmented(fails="nobody"), cache_dir=str(tmp_path))[0]
+    CaseDataset(cases(0, 3), prepared(fails="nobody"), cache_dir=str(tmp_path))[0]
     assert MakeImage.calls == 4
 
 
@@ -153,7 +159,7 @@ def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:
 )
 def test_a_damaged_cache_file_is_made_again_and_costs_no_case(tmp_path: Path, caplog, damage) -> None:
     def items() -> list[torch.Tensor]:
-        dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+        dataset = CaseDataset(cases(0, 3), prepared(), cache_dir=str(tmp_path))
         prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
         return [dataset.prepare(i)[keys.IMAGE] for i in range(len(dataset))]
 
@@ -173,7 +179,7 @@ def test_a_cache_that_cannot_be_written_costs_no_case(tmp_path: Path, monkeypatc
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    dataset = CaseDataset(cases(0, 3), augmented(), cache_dir=str(tmp_path))
+    dataset = CaseDataset(cases(0, 3), prepared(), cache_dir=str(tmp_path))
     prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
     assert len(dataset) == 3 and not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
     assert caplog.text.count("cannot be written to") == 1
@@ -190,7 +196,7 @@ def test_a_cache_that_cannot_be_written_costs_no_case(tmp_path: Path, monkeypatc
 def test_no_more_loading_processes_than_shared_memory_holds(
     tmp_path: Path, monkeypatch, caplog, free, expected
 ) -> None:
-    dataset = CaseDataset(cases(4, 8), augmented(), cache_dir=str(tmp_path))
+    dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
     assert dataset.prepare(0)[keys.IMAGE].nbytes == 8 * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr("scripts.training.sampling.SHARED_MEMORY", tmp_path)
@@ -204,8 +210,8 @@ def test_no_more_loading_processes_than_shared_memory_holds(
 
 
 def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    good = CaseDataset(cases(0, 2), augmented(), cache_dir=str(tmp_path / "cache"))
-    bad = CaseDataset(cases(0, 4), augmented("P-002"), cache_dir=str(tmp_path / "cache"))
+    good = CaseDataset(cases(0, 2), prepared(), cache_dir=str(tmp_path / "cache"))
+    bad = CaseDataset(cases(0, 4), prepared("P-002"), cache_dir=str(tmp_path / "cache"))
     prepare_datasets({"training": bad, "validation": good}, str(tmp_path), show_progress=False)
     assert [c[keys.PATIENT_ID] for c in bad.data] == ["P-000", "P-001", "P-003"]
     assert len(good.data) == 2
@@ -264,7 +270,7 @@ def test_an_unknown_kind_of_masks_is_refused() -> None:
 def test_lists_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     for name in ("exclusions.csv", "quality.csv"):
         (tmp_path / name).write_text("PatientID\nP-000\n")
-    dataset = CaseDataset(cases(0, 2), augmented(), cache_dir=str(tmp_path / "cache"))
+    dataset = CaseDataset(cases(0, 2), prepared(), cache_dir=str(tmp_path / "cache"))
     prepare_datasets({"training": dataset}, str(tmp_path), show_progress=False)
     assert not list(tmp_path.glob("*.csv"))
 
@@ -277,14 +283,14 @@ def test_lists_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_left_is_an_error(tmp_path: Path, members, match) -> None:
-    dataset = CaseDataset(members, augmented("P-000"), cache_dir=str(tmp_path / "cache"))
+    dataset = CaseDataset(members, prepared("P-000"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(RuntimeError, match=match):
         prepare_datasets({"validation": dataset}, str(tmp_path), show_progress=False)
 
 
 def test_guarded_dataset_turns_failures_into_markers() -> None:
     members = [case(0), case(1), {**case(2), keys.PROBLEM: "no PET found"}]
-    dataset = GuardedDataset(members, augmented("P-001"))
+    dataset = GuardedDataset(members, prepared("P-001"))
     assert keys.IMAGE in dataset[0]
     assert dataset[1] == {keys.PATIENT_ID: "P-001", ERROR: "P-001__CT.nii.gz cannot be read"}
     assert dataset[2] == {keys.PATIENT_ID: "P-002", ERROR: "no PET found"}

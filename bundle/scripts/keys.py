@@ -25,6 +25,7 @@ MASK = "mask"  # 0 background, 1 GTVp, 2 GTVn, on the CT grid; None where the ca
 # --- what the network reads ------------------------------------------------------------------------------
 IMAGE = "image"  # (2, *roi_size) float32: channel 0 CT, channel 1 PET
 CLINICAL = "clinical"  # dict of raw values in a datalist; (F,) float32 once coded
+SEED = "augmentation_seed"  # int, of this case in this epoch (training/augmentation.py)
 CLINICAL_OTHERS = "clinical_others"  # dict of known clinical values that the network does not read
 CLINICAL_FOUND = "clinical_found"  # bool, False where no CSV row belongs to the patient
 CLINICAL_SOURCE = "clinical_source"  # dict, clinical value -> where it comes from, where that is not a table

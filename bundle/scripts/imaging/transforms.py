@@ -1,8 +1,8 @@
 """MONAI dictionary transforms from a case (see :mod:`scripts.keys`) to the network's input, and back to the CT's grid.
 
 The order in the configs: ``LoadScansd, LocaliseBoxd, CheckQualityd`` (:mod:`scripts.imaging.quality`),
-``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald``, MONAI's random augmentation, and ``ToNetworkItemd``. The
-transforms here are deterministic and have plain parameters only, so that a cache can be keyed by them.
+``ResampleToBoxd, ScaleIntensityPETCTd, CodeClinicald`` and ``ToNetworkItemd``. The transforms here are deterministic
+and have plain parameters only, so that a cache can be keyed by them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from monai.transforms import Compose
 
@@ -31,17 +31,16 @@ class Preprocessing(Compose):
 
     Args:
         spec: of the model: box, spacing, windows and clinical features.
-        purpose: ``"training"`` centres the box on the mask where there is one and adds the augmentation;
-            ``"evaluation"`` and ``"inference"`` place it without the mask. Each keeps its own keys of the case.
+        purpose: ``"training"`` centres the box on the mask where there is one; ``"evaluation"`` and ``"inference"``
+            place it without the mask. Each keeps its own keys of the case.
         proposer: what proposes tumours where the box is in doubt (:class:`scripts.prediction.coarse.CoarsePass`); None
             for the rules alone.
         on_reject: ``"raise"`` excludes a case that quality control rejects, ``"flag"`` keeps it.
         limits: of the quality checks, as :class:`scripts.imaging.quality.CheckQualityd` takes them.
         advisory: names of the checks that reject no case.
-        augmentation: random transforms, for training only.
 
     Raises:
-        ValueError: for another purpose, or augmentation for another one than training.
+        ValueError: for another purpose.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class Preprocessing(Compose):
         on_reject: str = "raise",
         limits: Limits | None = None,
         advisory: Sequence[str] = (),
-        augmentation: Sequence[Callable] = (),
     ) -> None:
-        if purpose not in KEYS or (augmentation and purpose != TRAINING):
-            raise ValueError(f"purpose is one of {', '.join(KEYS)}, with augmentation {TRAINING!r}; got {purpose!r}")
+        if purpose not in KEYS:
+            raise ValueError(f"purpose is one of {', '.join(KEYS)}; got {purpose!r}")
         super().__init__(
             [
                 LoadScansd(),
@@ -65,6 +63,5 @@ class Preprocessing(Compose):
                 ScaleIntensityPETCTd(spec.ct_window, spec.pet_window),
                 CodeClinicald(spec.clinical_features),
                 ToNetworkItemd(KEYS[purpose]),
-                *([Compose(augmentation)] if purpose == TRAINING else []),
             ]
         )

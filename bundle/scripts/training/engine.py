@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts import keys
 from scripts.model.ensemble import FoldEnsemble
 from scripts.model.unet import set_checkpointing
+from scripts.training.augmentation import Augmentation
 from scripts.training.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
@@ -176,9 +177,21 @@ def learning_rate_schedule(
 
 
 def prepare_batch(
-    batch: Mapping[str, Any], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: Any
+    batch: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    non_blocking: bool = False,
+    augmentation: Augmentation | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor | None]]:
-    """Image, targets (of :data:`TARGET_KEYS`, if present) and clinical vector of a batch, as MONAI engines expect."""
+    """Image, targets (of :data:`TARGET_KEYS`, if present) and clinical vector of a batch, as MONAI engines expect.
+
+    Args:
+        batch: of :class:`scripts.training.sampling.CaseDataset`.
+        device: where it goes.
+        non_blocking: as for ``Tensor.to``.
+        augmentation: changes image and mask on the device; the batch holds the seeds of its cases.
+        **kwargs: as for ``Tensor.to``.
+    """
 
     def move(value: torch.Tensor) -> torch.Tensor:
         value = value.as_tensor() if hasattr(value, "as_tensor") else value
@@ -186,6 +199,8 @@ def prepare_batch(
 
     image = move(batch[keys.IMAGE])
     targets = {key: move(batch[key]) for key in TARGET_KEYS if isinstance(batch.get(key), torch.Tensor)}
+    if augmentation is not None:
+        image, targets[keys.SEG] = augmentation(image, targets[keys.SEG], batch[keys.SEED].tolist())
     clinical = batch.get(keys.CLINICAL)
     return image, targets, (), {keys.CLINICAL: None if clinical is None else move(clinical)}
 

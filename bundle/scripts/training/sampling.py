@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from monai.data import DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
-from monai.transforms import Compose, Randomizable
+from monai.transforms import Compose
 from monai.utils import convert_to_tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -50,16 +50,17 @@ class Draw(NamedTuple):
 
 
 class CaseDataset(PersistentDataset):
-    """MONAI's disk-cached dataset, with augmentation seeded by the sampler.
+    """MONAI's disk-cached dataset, which passes on the seeds that the sampler draws.
 
-    The deterministic part of ``transform`` (up to its first random transform) is computed once and cached in
-    ``cache_dir``, under a hash of the case and of the transforms with their parameters. A file that cannot be read is
+    ``transform`` is computed once and cached in ``cache_dir``, under a hash of the case and of the transforms with
+    their parameters. A file that cannot be read is
     computed again; if none can be written (full disk), the case is prepared each time. (MONAI's own cache raises for a
     truncated file and for a full disk, and does not write atomically across disks.)
 
     Args:
         data: datalist of :mod:`scripts.cohorts.cohort`.
-        transform: MONAI ``Compose``.
+        transform: MONAI ``Compose`` of deterministic transforms. The whole batch is augmented later, on its device
+            (:mod:`scripts.training.augmentation`).
         cache_dir: folder of the cache, or ``None`` to compute every time.
         mask_labels: whether masks tell primary tumour (1) and nodes (2) apart: ``"apart"`` all, ``"merged"`` none,
             ``"auto"`` those that hold a 2 and, once :func:`prepare_datasets` has seen all masks, those of a centre with
@@ -83,11 +84,9 @@ class CaseDataset(PersistentDataset):
         self._told_of_disk = False
 
     def __getitem__(self, index: Any) -> Any:
-        """Case ``index``; a :class:`Draw` also seeds the random transforms."""
+        """Case ``index``; of a :class:`Draw`, with its seed as ``augmentation_seed``."""
         if isinstance(index, Draw):
-            if isinstance(self.transform, Randomizable):
-                self.transform.set_random_state(seed=index.seed)
-            index = index.case
+            return {**self[index.case], keys.SEED: index.seed}
         item = super().__getitem__(index)
         if isinstance(item, Mapping) and keys.SEG_CLASSES_KNOWN in item:
             return {**item, keys.SEG_CLASSES_KNOWN: torch.tensor(self._tells_classes(item))}
@@ -102,7 +101,7 @@ class CaseDataset(PersistentDataset):
         return found and bool(item[keys.SEG_KNOWN])
 
     def prepare(self, index: int) -> Any:
-        """Case ``index`` as the cache, which it fills, has it; augmentation is not drawn."""
+        """Case ``index`` as the cache, which it fills, has it."""
         return self._cachecheck(self.data[index])
 
     def _cachecheck(self, item_transformed: Any) -> Any:
