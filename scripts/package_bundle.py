@@ -37,8 +37,8 @@ from packaging.version import InvalidVersion, Version
 from command_line import ROOT, UsageError, run_tool
 
 from scripts.cohorts.files import write_text, written_whole
-from scripts.model.ensemble import CheckpointError, name_of_release, saved_provenance
-from zoo.checks import CODE, LARGE_BYTES, LARGE_FILES, METADATA, WEIGHTS, Bundle, run_checks, stray_reason
+from scripts.model.errors import CheckpointError
+from zoo.contents import CODE, LARGE_BYTES, LARGE_FILES, METADATA, WEIGHTS, stray_reason
 from zoo.style import style_code, styled_json
 
 NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
@@ -89,6 +89,9 @@ def package_bundle(
         raise UsageError("give --version and --out, or --check DIR")
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise PackageError(f"needs {', '.join(missing)}: pip install -r tests/requirements.txt")
+    from scripts.model.ensemble import name_of_release, saved_provenance  # imports torch, which takes seconds
+    from zoo.checks import Bundle, run_checks
+
     source, folder = Path(bundle).resolve(), Path(out).resolve()
     provenance = saved_provenance(source / WEIGHTS) if (source / WEIGHTS).is_file() else {}
     released = name_of_release(NAME, provenance)
@@ -123,6 +126,8 @@ def package_bundle(
 
 def check_directory(folder: Path, schema: Path | None, run_code: bool) -> None:
     """Print a line for each check of a bundle; ends the program with 1 if one fails."""
+    from zoo.checks import Bundle, run_checks
+
     if not folder.is_dir():
         raise PackageError(f"{folder} is not a directory")
     outcomes = run_checks(Bundle(folder.resolve(), schema), code=run_code)

@@ -23,6 +23,7 @@ from scripts.cohorts.files import dated_name, write_text
 from scripts.cohorts.scans import CohortError, find_scans
 from scripts.dicom.tags import DicomError
 from scripts.dicom.web import PASSWORD, TOKEN, USER, checked_address, user_and_password
+from scripts.model.errors import CheckpointError
 from scripts.runtimes.label_guard import AUDIT, SCANS
 from scripts.runtimes.label_web import HOSTS, allowed
 
@@ -147,7 +148,7 @@ def name_segments(bundle: Path) -> None:
     Raises:
         SystemExit: its weights cannot be read.
     """
-    from scripts.model.ensemble import CheckpointError, saved_spec  # torch is slow to import
+    from scripts.model.ensemble import saved_spec  # torch is slow to import
 
     try:
         classes = saved_spec(bundle / "models" / "model.pt").seg_classes

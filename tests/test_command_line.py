@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,11 @@ TOOLS = sorted(
     if f"run_tool({path.stem}" in path.read_text()
 )
 ROOMS = ("research", "runtimes")
+
+
+def tells(path: Path) -> bool:
+    """Whether a file of ``scripts/`` is a command that reads its options before it imports torch."""
+    return path.stem not in ("command_line", "predict", "serve")
 
 
 def tool(
@@ -197,6 +203,25 @@ def test_a_file_of_commands(typed, code, shown, monkeypatch, capsys):
         ended = end.code
     said = capsys.readouterr()
     assert ended == code and shown in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "typed, code",
+    [
+        *(pytest.param([path.name, "--help"], 0, id=path.stem) for path in sorted(SCRIPTS.glob("*.py")) if tells(path)),
+        *(pytest.param(["serve.py", name, "--help"], 0, id=f"serve_{name}") for name in serve.COMMANDS),
+        pytest.param(["train_folds.py", "--lunch"], 2, id="nothing_given"),
+        pytest.param(["ensemble_folds.py", "runs", "--hlf"], 2, id="unknown_option"),
+        pytest.param(["package_bundle.py", "--version", "1.0.0"], 1, id="options_that_go_together"),
+    ],
+)
+def test_options_are_read_before_torch_and_monai_are_imported(typed: list[str], code: int, tmp_path: Path) -> None:
+    """Their import takes seconds."""
+    command = [sys.executable, "-X", "importtime", str(SCRIPTS / typed[0]), *typed[1:]]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time")}
+    assert ended.returncode == code, ended.stderr[-2000:]
+    assert "command_line" in imported and not imported & {"torch", "monai", "ignite"}
 
 
 def commands() -> list[str]:

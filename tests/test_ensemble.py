@@ -23,9 +23,7 @@ from scripts.keys import (
 )
 from scripts.model.ensemble import (
     EXTRA_STATE,
-    CheckpointError,
     FoldEnsemble,
-    SettingsMismatch,
     complete,
     count_folds,
     join_folds,
@@ -35,6 +33,7 @@ from scripts.model.ensemble import (
     save_weights,
     saved_spec,
 )
+from scripts.model.errors import CheckpointError, SettingsMismatch
 from scripts.model.networks import MultitaskNet
 
 OLD = {  # as versions 0.1 and 0.2 wrote them

@@ -16,7 +16,8 @@ from experiments.experiment import ExperimentError
 from scripts.evaluation.case_table import write_features
 from scripts.evaluation.survival import Calibration
 from scripts.imaging.quality import check_features
-from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, read_state, save_weights
+from scripts.model.ensemble import FoldEnsemble, load_weights, read_state, save_weights
+from scripts.model.errors import SettingsMismatch
 from scripts.model.networks import MultitaskNet
 
 FEATURES = ["age", "gender", "tobacco", "alcohol", "treatment", "performance_status", "m_stage"]

@@ -17,14 +17,14 @@ from experiments.ensemble import empty_ensemble
 from runtimes.export import ExportError, load_model
 from scripts.model.ensemble import (
     EXTRA_STATE,
-    CheckpointError,
     FoldEnsemble,
     load_weights,
     read_state,
     saved_provenance,
     saved_spec,
 )
-from scripts.model.spec import ModelSpec, SpecError
+from scripts.model.errors import CheckpointError, SpecError
+from scripts.model.spec import ModelSpec
 from scripts.prediction.coarse import CoarsePass
 from scripts.prediction.description import Model
 

@@ -17,7 +17,8 @@ from command_line import UsageError
 import package_bundle
 from conftest import SHARED_DATA
 from zoo import checks
-from zoo.checks import CHECKS, LARGE_BYTES, RUN_CODE, Bundle, outcome_of, run_checks
+from zoo.checks import CHECKS, RUN_CODE, Bundle, outcome_of, run_checks
+from zoo.contents import LARGE_BYTES
 
 NETWORK_CODE = """import torch
 

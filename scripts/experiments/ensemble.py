@@ -41,6 +41,7 @@ from scripts.model.ensemble import (
     SETTINGS,
     TRAINED_ON,
     FoldEnsemble,
+    describe_model,
     join_folds,
     load_weights,
     read_state,
@@ -221,6 +222,26 @@ def describe_features(runs: str | Path, fold: int) -> dict[str, Any]:
         return fit_feature_statistics(features[:, 0])
     except ValueError as error:
         return {"reason": str(error)}
+
+
+def summary(ensemble: FoldEnsemble, out: str | Path) -> str:
+    """Description of a model file, to print."""
+    known = ensemble.provenance
+    lines = [f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB", f"  {describe_model(ensemble)}"]
+    for fold in known["folds"]:
+        metrics = fold["metrics"][VALIDATION]
+        values = [f"{name} {row['value']:.3f}" for name, row in metrics.items() if row["value"] is not None]
+        lines.append(
+            f"  fold {fold['fold']}: weights of epoch {fold['best_epoch']}; {', '.join(values) or 'no metric'}"
+        )
+    threshold, calibration = known["hpv_threshold"], known["calibration"]
+    chosen = f"{threshold['value']:.3f}" if threshold["value"] is not None else f"none ({threshold['reason']})"
+    lines.append(f"  HPV threshold: {chosen}")
+    lines.append(f"  {known['selection']}")
+    fitted = "reason" not in calibration
+    absolute = f"up to day {calibration['last_day']:g}, {calibration['events']} events" if fitted else "none"
+    lines.append(f"  absolute risk: {absolute}" + ("" if fitted else f" ({calibration['reason']})"))
+    return "\n".join(lines)
 
 
 def choose_hpv_threshold(cases: pd.DataFrame) -> dict[str, Any]:

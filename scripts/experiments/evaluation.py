@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.comparators import add_clinical, add_clinical_hpv, compare_runs, oracle
+from experiments.comparators import HPV_COMPARED, add_clinical, add_clinical_hpv, compare_runs, oracle
 from experiments.evidence import (
     CASES_FILE,
     EVALUATION_FOLDER,
@@ -39,7 +39,7 @@ from experiments.evidence import (
 from experiments.experiment import ExperimentError, fold_folder
 from experiments.external_cohort import judge_external, predict_external
 from scripts.cohorts.files import write_text
-from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups
+from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary
 from scripts.evaluation.case_table import case_figures, roc_data
 from scripts.evaluation.plots import Drawn, forest_figure, roc_figure, save_plots, survival_figures, training_figure
 from scripts.evaluation.survival import DAYS_PER_YEAR, HorizonError, risk_groups
@@ -175,3 +175,48 @@ def write_figures(run: Run, report: Mapping[str, Any], folder: Path) -> dict[str
     why = next((c for c in run.calibrations.values() if isinstance(c, str)), NO_CALIBRATION)
     drawn |= survival_figures(report["pooled"]["survival"], why)
     return save_plots(folder, drawn, report["data"])
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def summary(report: Mapping[str, Any], run: Path) -> str:
+    """The results, to print."""
+    lines = [f"{report['held_out']} cases of {report['data']}; {report['protocol']}, [95 % interval]"]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    lines += ["pooled out-of-fold", *told(report["pooled"]["metrics"], report)]
+    if "external" in report:
+        external = report["external"]
+        lines += [f"external, {external['cases']} cases: {external['data']}", *told(external["metrics"], external)]
+    differences = {}
+    for name, row in report.get("comparison", {}).get("differences", {}).items():
+        differences[f"{MEASURES[name].title} minus that of {report['comparison']['other']}"] = row
+    return "\n".join([*lines, *told_differences(differences), f"written: {run / EVALUATION_FOLDER}"])
+
+
+def told(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """Metrics of a model, then ``clinical_only`` and ``oracle`` of a report beside them."""
+    clinical = report["clinical_only"]
+    hpv = clinical["hpv"] if metrics["hpv_auc"]["value"] is not None else {}
+    alone = {"c_index": clinical["c_index"], **{name: hpv[name] for name in HPV_COMPARED if name in hpv}}
+    lines = [format_summary(metrics), f"{CLINICAL_ONLY}\n{format_summary(alone)}"]
+    if shipped := clinical.get("shipped"):
+        title = " ".join(filter(None, [SHIPPED_CLINICAL, shipped["model"]]))
+        lines.append(f"{title}\n{format_summary({'c_index': shipped['c_index']})}")
+    if report["oracle"]:
+        lines.append(f"phantoms' truth\n{format_summary({'c_index': report['oracle']})}")
+    less = {"c_index": clinical.get("model_minus_clinical"), **hpv.get("model_minus_clinical", {})}
+    named = {f"{MEASURES[name].title} minus that of {CLINICAL_ONLY}": row for name, row in less.items() if row}
+    return lines + told_differences(named)
+
+
+def told_differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line each."""
+    lines = []
+    for name, row in differences.items():
+        if row["value"] is None:
+            lines.append(f"{name}: none ({row['reason']})")
+            continue
+        interval = f"{row['value']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.3f}"
+        lines.append(f"{name}: {interval} ({row['patients']} patients)")
+    return lines

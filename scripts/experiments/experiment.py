@@ -8,6 +8,8 @@
     runs/NAME/fold_0/           the bundle's output_dir: models/model.pt, history.json, evaluation/cases.csv ...
     runs/NAME/fold_0/fold.json  how the fold ended, and its metrics
     runs/NAME/fold_0/log.txt    output of the bundle's commands
+
+torch and MONAI are imported in functions, so that commands read their options before.
 """
 
 from __future__ import annotations
@@ -18,15 +20,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import monai
 import numpy as np
 import pandas as pd
-import torch
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
 
 from command_line import BUNDLE, ROOT
 
@@ -34,9 +34,9 @@ from scripts import keys
 from scripts.cohorts.cohort import Cohort, Split, load_cohort
 from scripts.cohorts.files import write_text
 from scripts.imaging.images import ImageReadError, read_grid
-from scripts.imaging.quality import fit_voxel_limits
-from scripts.model.ensemble import settings_differences
-from scripts.training.configuration import all_ids, unknown_id
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
 
 EXPERIMENT_FILE, OUT_OF_FOLD_FILE, FOLD_FILE, LOG_FILE = "experiment.json", "out_of_fold.csv", "fold.json", "log.txt"
 TRAIN_CONFIG, EVALUATE_CONFIG = "configs/train.json", "configs/evaluate.json"
@@ -229,6 +229,8 @@ def merge_configs(
     Raises:
         ExperimentError: an override of an id that does not exist or is not the user's to set.
     """
+    from monai.bundle import ConfigParser
+
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in files])
     check_overrides(overrides, parser)
@@ -286,6 +288,8 @@ def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
     Raises:
         ExperimentError: there is one; the message gives the most similar id.
     """
+    from scripts.training.configuration import all_ids, unknown_id
+
     for name in overrides:
         if name in SET_HERE:
             raise ExperimentError(f"--{name} is set by train_folds for each fold")
@@ -339,9 +343,7 @@ def versions() -> dict[str, str]:
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8"))
     return {
         "bundle": metadata["version"],
-        "torch": torch.__version__,
-        "monai": monai.__version__,
-        "numpy": np.__version__,
+        **{name: version(name) for name in ("torch", "monai", "numpy")},
         "python": platform.python_version(),
     }
 
@@ -385,6 +387,8 @@ def clinical_statistics(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 def voxel_limits(cohort: Cohort) -> dict[str, dict[str, float]]:
     """Range of the scans' voxel sizes for :mod:`scripts.imaging.quality`, by headers alone; empty without any."""
+    from scripts.imaging.quality import fit_voxel_limits
+
     grids = []
     for case in cohort.cases:
         try:
@@ -400,6 +404,8 @@ def claim_folder(plan: Plan) -> dict[str, Any]:
     Raises:
         ExperimentError: the folder holds another experiment (each difference is named), or folds without a record.
     """
+    from scripts.model.ensemble import settings_differences
+
     if not (plan.folder / EXPERIMENT_FILE).is_file():
         if list(plan.folder.glob(f"fold_*/{FOLD_FILE}")):
             raise ExperimentError(f"{plan.folder} holds folds but no {EXPERIMENT_FILE}: give another --output_dir")
@@ -459,6 +465,8 @@ def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None
         fold: which one.
         failure: how it failed, or None.
     """
+    import torch
+
     outcome: dict[str, Any] = {
         "fold": fold,
         "status": FINISHED if failure is None else FAILED,

@@ -40,13 +40,12 @@ from scripts.cohorts.scans import find_scans
 from scripts.cohorts.tables import read_tables
 from scripts.cohorts.thresholds import label_map
 from scripts.model.ensemble import (
-    CheckpointError,
     FoldEnsemble,
-    SettingsMismatch,
     describe_model,
     load_weights,
     name_of_release,
 )
+from scripts.model.errors import CheckpointError, SettingsMismatch
 from scripts.model.networks import class_probabilities
 from scripts.training.engine import EnsembleInferer
 

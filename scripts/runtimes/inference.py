@@ -70,7 +70,7 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
 
     Raises:
         FileNotFoundError: there are no weights.
-        scripts.model.ensemble.CheckpointError: the file is none.
+        scripts.model.errors.CheckpointError: the file is none.
         scripts.training.configuration.ConfigurationError: there is no such device.
     """
     if device is not None:

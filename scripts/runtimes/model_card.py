@@ -18,7 +18,7 @@ from command_line import BUNDLE, UsageError, run_tool
 
 from scripts.cohorts.files import write_text
 from scripts.evaluation.case_metrics import MEASURES
-from scripts.model.ensemble import CheckpointError
+from scripts.model.errors import CheckpointError
 from scripts.prediction.description import Model
 
 TEMPLATE = "model_card.md.jinja"

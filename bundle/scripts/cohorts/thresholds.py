@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 HALF = 0.5
 """The threshold of masks, and of HPV status where a model does not define one."""
 
-Probability = TypeVar("Probability", float, np.ndarray, torch.Tensor)
+Probability = TypeVar("Probability", float, np.ndarray, "torch.Tensor")
 
 
 def above(probability: Probability, threshold: float | np.ndarray = HALF) -> Probability:
@@ -46,8 +48,9 @@ def label_map(
         (B, 1, ...) uint8.
 
     Example:
+        >>> import torch
         >>> label_map(torch.tensor([[0.4], [0.6], [0.6]]), torch.tensor([[0.1, 0.3], [0.4, 0.2], [0.2, 0.4]])).flatten()
         tensor([0, 1, 2], dtype=torch.uint8)
     """
-    labels = above(tumour, threshold).to(torch.uint8)
-    return labels if classes is None else labels * (1 + classes.argmax(dim=dim, keepdim=True)).to(torch.uint8)
+    labels = above(tumour, threshold).byte()
+    return labels if classes is None else labels * (1 + classes.argmax(dim=dim, keepdim=True)).byte()

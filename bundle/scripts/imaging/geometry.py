@@ -14,10 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy import linalg, ndimage
+
+if TYPE_CHECKING:
+    import torch
 
 # Weights below this are set to zero: denormal numbers slow matrix products 10 to 30 times, and without them a target
 # voxel depends on about 17 source voxels to each side.
@@ -374,6 +377,8 @@ def _lookup(array: np.ndarray, axes: list[_Axis]) -> np.ndarray:
 
 def _apply(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
     """Multiply an array by one matrix per axis (M_k, N_k), reading only the slab with non-zero weights."""
+    import torch  # takes seconds, which commands that end before this need not wait for
+
     if any(m.shape[0] == 0 for m in matrices):
         return np.zeros([m.shape[0] for m in matrices], dtype=np.float32)
     small, window = [], []
@@ -411,7 +416,7 @@ def _multiply(values: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Te
     if axis == 0:
         return (matrix @ values.reshape(a, b * c)).reshape(-1, b, c)
     if axis == 1:
-        return torch.matmul(matrix, values)
+        return matrix @ values
     return values @ matrix.T
 
 

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from scripts.keys import TASK_SEG, TASKS
+from scripts.model.errors import SpecError
 
 SURVIVAL_INPUTS = ("deep", "burden")
 HPV_INPUTS = ("image", "clinical")
 SHOWN = 100  # characters of a wrong value in a message
-
-
-class SpecError(ValueError):
-    """An invalid setting of a model or entry of a checkpoint; the message says what is accepted."""
 
 
 def checked_names(name: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:

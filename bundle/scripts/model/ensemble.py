@@ -36,13 +36,12 @@ from scripts.keys import (
     SEG_LOGITS,
     SEG_PROB,
 )
+from scripts.model.errors import CheckpointError, SettingsMismatch, SpecError
 from scripts.model.networks import MultitaskNet, class_probabilities, fold_norms
-from scripts.model.spec import ModelSpec, SpecError, check_provenance, check_state
+from scripts.model.spec import ModelSpec, check_provenance, check_state
 
 __all__ = [
-    "CheckpointError",
     "FoldEnsemble",
-    "SettingsMismatch",
     "describe_model",
     "join_folds",
     "load_weights",
@@ -64,14 +63,6 @@ LFS_POINTER = b"version https://git-lfs"
 EXTRA_STATE = "_extra_state"  # torch's name for it
 NESTED_KEYS = ("model", "network")  # where a checkpoint of several objects keeps the network
 RUNNING_STATISTICS = ("running_mean", "running_var")
-
-
-class CheckpointError(ValueError):
-    """A file or state dict without weights of a :class:`FoldEnsemble`."""
-
-
-class SettingsMismatch(ValueError):  # noqa: N818 - it is named for what the user sees
-    """Weights whose settings differ from the configuration in use."""
 
 
 class FoldEnsemble(nn.Module):

@@ -24,7 +24,6 @@ from scripts.keys import TASK_SURV
 from scripts.model.choices import (
     SHOWN,
     SURVIVAL_INPUTS,
-    SpecError,
     checked_hpv_inputs,
     checked_inputs,
     checked_names,
@@ -32,10 +31,9 @@ from scripts.model.choices import (
     in_order,
     shown,
 )
+from scripts.model.errors import SpecError
 from scripts.model.networks import MultitaskNet
 from scripts.model.unet import ROI_FACTOR
-
-__all__ = ["ModelSpec", "SpecError", "check_provenance", "check_state"]
 
 MOST_VOXELS = 256**3  # of a box: 128 MB of float32 for CT and PET, some 20 GB of activations
 SPACING_MM = (0.1, 50.0)
@@ -73,7 +71,7 @@ class ModelSpec:
         (('seg', 'surv'), (64, 64, 64))
         >>> ModelSpec(["seg"], [], 64, "$open('x')", [-1000, 1000], None, 1e-5)
         Traceback (most recent call last):
-        scripts.model.choices.SpecError: spacing_mm is a number of mm, or three, from 0.1 to 50; got "$open('x')"
+        scripts.model.errors.SpecError: spacing_mm is a number of mm, or three, from 0.1 to 50; got "$open('x')"
     """
 
     tasks: tuple[str, ...]

@@ -26,7 +26,8 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
 from scripts import keys
 from scripts.cohorts.files import require_writable
 from scripts.keys import Case
-from scripts.model.ensemble import FoldEnsemble, SettingsMismatch, load_weights, settings_differences
+from scripts.model.ensemble import FoldEnsemble, load_weights, settings_differences
+from scripts.model.errors import SettingsMismatch
 from scripts.model.ranks import world_size
 from scripts.model.spec import ModelSpec
 

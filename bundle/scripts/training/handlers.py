@@ -26,7 +26,8 @@ from scripts import keys
 from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import above, label_map
 from scripts.imaging.lesions import MERGED
-from scripts.model.ensemble import CheckpointError, FoldEnsemble, load_checkpoint, save_weights
+from scripts.model.ensemble import FoldEnsemble, load_checkpoint, save_weights
+from scripts.model.errors import CheckpointError
 from scripts.model.ranks import rank, world_size
 from scripts.training.concordance import concordance_index
 from scripts.training.configuration import run_differences
