@@ -147,14 +147,13 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
         scripts.cohorts.clinical.ClinicalValueError: a clinical value cannot be read.
     """
     case = pair_case(only_image(folder / "images" / "ct"), only_image(folder / "images" / "pet"), features, "patient")
-    if not os.path.lexists(folder / EHR):
-        logger.warning("no %s: all clinical values are taken as missing", folder / EHR)
-        return case
-    values = read_json(folder / EHR)
+    given = os.path.lexists(folder / EHR)
+    values = read_json(folder / EHR) if given else {}
     if not isinstance(values, dict):
         raise CohortError(f"{folder / EHR}: expected one object with the clinical values of one patient")
     if not values:
-        logger.warning("%s is empty: all clinical values are taken as missing", folder / EHR)
+        why = f"{folder / EHR} is empty" if given else f"no {folder / EHR}"
+        logger.warning("%s: all clinical values are taken as missing", why)
     check_names(values, EHR)
     add_clinical_values([case], values, EHR)
     return case

@@ -107,16 +107,7 @@ def survival_metrics(
     tau = _default_tau(train, test, horizons) if tau is None else float(tau)
     judged = _Judged(train, test, risk, tau, _draws(test.patients, samples, seed), survival)
     metrics: dict[str, Any] = {
-        "about": {
-            **judged.counts,
-            "last_day": test.last_day,
-            "train_patients": train.patients,
-            "train_events": train.events,
-            "train_last_day": train.last_day,
-            "tau_days": tau,
-            "seed": seed,
-            "samples": samples,
-        },
+        "about": {**judged.about, "seed": seed, "samples": samples},
         "c_index": _metric(judged, _harrell),
         "uno_c_index": _metric(judged, _uno),
     }
@@ -172,6 +163,17 @@ class _Judged:
     @property
     def counts(self) -> dict[str, int]:
         return {"patients": self.test.patients, "events": self.test.events}
+
+    @property
+    def about(self) -> dict[str, float]:
+        return {
+            **self.counts,
+            "last_day": self.test.last_day,
+            "train_patients": self.train.patients,
+            "train_events": self.train.events,
+            "train_last_day": self.train.last_day,
+            "tau_days": self.tau,
+        }
 
     def predicted(self, days: np.ndarray) -> np.ndarray:
         """(N, D) predicted survival, checked."""

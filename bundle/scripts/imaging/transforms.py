@@ -284,23 +284,15 @@ class RestoreMaskd(MapTransform):
     Args:
         keys: the probability (1, R, R, R); the box's affine and the CT's shape and affine are needed too.
         threshold: probability above which a voxel is tumour.
-        pred_key: key of the mask.
-        volume_key: key of the volume in ml.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection = keys.SEG_PROB,
-        threshold: float = HALF,
-        pred_key: str = keys.PRED,
-        volume_key: str = keys.VOLUME_ML,
-    ) -> None:
+    def __init__(self, keys: KeysCollection = keys.SEG_PROB, threshold: float = HALF) -> None:
         super().__init__(keys)
         if len(self.keys) != 1:
             raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
-        self.threshold, self.pred_key, self.volume_key = threshold, pred_key, volume_key
+        self.threshold = threshold
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore the mask."""
@@ -317,8 +309,8 @@ class RestoreMaskd(MapTransform):
         each = torch.from_numpy(np.stack([values for _, values in classes])) if classes else None
         mask = np.zeros(ct.shape, dtype=np.uint8, order="F")  # the order of a NIfTI file
         mask[window] = label_map(torch.from_numpy(tumour)[None], each, dim=0, threshold=self.threshold)[0].numpy()
-        d[self.pred_key] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
-        d[self.volume_key] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
+        d[keys.PRED] = MetaTensor(torch.from_numpy(mask[None]), affine=torch.from_numpy(ct.affine))
+        d[keys.VOLUME_ML] = float(np.count_nonzero(mask[window])) * ct.voxel_ml
         return d
 
 

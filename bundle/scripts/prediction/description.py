@@ -116,7 +116,6 @@ class DescribePredictiond(Transform):
         on_reject: ``"raise"`` stops a patient whose features are unlike those of training; ``"flag"`` predicts and sets
             ``forced``.
         limits: of the quality checks, as :class:`scripts.imaging.quality.CheckQualityd` takes them.
-        prediction_key: where the dictionary goes.
 
     Raises:
         scripts.imaging.quality.QualityError: when a check rejects the patient and ``on_reject`` is ``"raise"``.
@@ -128,12 +127,11 @@ class DescribePredictiond(Transform):
         model: FoldEnsemble | str | os.PathLike[str],
         on_reject: str = RAISE,
         limits: Limits | None = None,
-        prediction_key: str = keys.PREDICTION,
     ) -> None:
         super().__init__()
         if on_reject not in (RAISE, FLAG):
             raise ValueError(f"on_reject is {RAISE!r} or {FLAG!r}, got {on_reject!r}")
-        self.model, self.on_reject, self.limits, self.prediction_key = model, on_reject, limits, prediction_key
+        self.model, self.on_reject, self.limits = model, on_reject, limits
         self._known: Model | None = None
 
     @property
@@ -147,7 +145,7 @@ class DescribePredictiond(Transform):
         """Describe the patient's prediction."""
         d = dict(data)
         values = json.loads(d.get(keys.CLINICAL_VALUES, "[]"))
-        d[self.prediction_key] = {
+        d[keys.PREDICTION] = {
             "schema_version": SCHEMA_VERSION,
             "patient_id": str(d.get(keys.PATIENT_ID, "")),
             "notice": keys.RESEARCH_USE_ONLY,

@@ -42,27 +42,21 @@ class MeasureTumourd(MapTransform):
     Args:
         keys: the mask (1, X, Y, Z) and the PET, as :class:`scripts.imaging.transforms.RestoreMaskd` and
             :class:`scripts.imaging.transforms.LoadScansd` leave them.
-        measures_key: where the measures go.
         classes: of the mask's values 1, 2, ...: ``("GTV",)`` or ``("GTVp", "GTVn")``.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection = (keys.PRED, keys.PET),
-        measures_key: str = keys.MEASURES,
-        classes: Sequence[str] = MERGED,
-    ) -> None:
+    def __init__(self, keys: KeysCollection = (keys.PRED, keys.PET), classes: Sequence[str] = MERGED) -> None:
         super().__init__(keys)
         if len(self.keys) != 2:
             raise ValueError(f"a mask and a PET are measured, got keys {self.keys}")
-        self.measures_key, self.classes = measures_key, tuple(classes)
+        self.classes = tuple(classes)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Measure the case's tumour."""
         d = dict(data)
         if d.get(self.keys[0]) is not None:
             mask, pet = (array_and_grid(d[key]) for key in self.keys)
-            d[self.measures_key] = measure_tumour(*mask, *pet, self.classes)
+            d[keys.MEASURES] = measure_tumour(*mask, *pet, self.classes)
         return d
 
 

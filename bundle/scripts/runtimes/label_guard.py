@@ -142,7 +142,7 @@ def _no_address(value: Any) -> str:
 
 
 def _anything(value: Any) -> None:
-    """For what the clients send without need: it is known by name and goes no further."""
+    """Accept a parameter that clients send and that is not used; it is dropped."""
 
 
 TRUE_OR_FALSE = Parameter("true or false", _truth)
@@ -252,7 +252,7 @@ def _is_clinical(name: str) -> bool:
 
 
 def _meant(name: str, known: Mapping[str, Parameter], clinical: bool) -> str:
-    """The known name that is nearest, or all of them."""
+    """The most similar known name, or all known names."""
     names = [each for each in known if known[each] is not UNREAD]
     columns = [each for feature in FEATURES.values() for each in (feature.name, feature.column)] if clinical else []
     lower = {each.lower(): each for each in (*columns[::-1], *names)}
@@ -267,7 +267,7 @@ def _shown(value: Any) -> str:
 
 # --- files ----------------------------------------------------------------------------------------------------------
 def _settings() -> Any:
-    """MONAI Label's settings; None where it is not there."""
+    """MONAI Label's settings; None outside its server."""
     return getattr(sys.modules.get("monailabel.config"), "settings", None)
 
 
@@ -279,7 +279,7 @@ def dicomweb_address() -> str | None:
 
 
 def request_places() -> list[Path] | None:
-    """The folders whose files a request may name, links resolved; None where no server is at work.
+    """The folders whose files a request may name, links resolved; None outside a server.
 
     They are the studies (of a DICOMweb server, its cache on this disk), the folder of ``--conf scans DIR``, and the
     sessions of MONAI Label, which hold uploads.
@@ -299,7 +299,7 @@ def request_places() -> list[Path] | None:
 
 
 def is_upload(path: Path) -> bool:
-    """Whether this is the file that MONAI Label makes of an upload, whose name nobody can guess."""
+    """Whether this is the temporary file in which MONAI Label stores an upload; its name cannot be guessed."""
     folder = Path(tempfile.gettempdir()).resolve()
     return path.parent.resolve() == folder and not path.is_symlink() and bool(re.fullmatch(UPLOAD, path.name))
 
@@ -422,7 +422,7 @@ def _guard_predictions(task_class: Any) -> None:
 
 
 def _guard_trainings(task_class: Any) -> None:
-    """Likewise :func:`read_training`."""
+    """Pass requests to the training task of a bundle only after :func:`read_training`."""
     train = task_class.__call__
 
     @functools.wraps(train)
@@ -461,8 +461,8 @@ def _guard_jobs(job_class: Any) -> None:
 def _fetch(datastore: Any, image: str) -> None:
     """Let MONAI Label fetch a CT into its cache.
 
-    The first time it names a temporary copy of the image, without anything beside it, and leaves that behind; from then
-    on the file in its cache.
+    At the first request MONAI Label returns the path of a temporary copy, which it does not remove; after that, the
+    path of the file in its cache.
     """
     named = Path(datastore.get_image_uri(image))
     if is_upload(named):

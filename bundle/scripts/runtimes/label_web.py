@@ -1,8 +1,8 @@
-"""Who may send requests to a MONAI Label server with this bundle, and what its replies say when something is wrong.
+"""Which hosts and origins a MONAI Label server with this bundle accepts, and the text of its error replies.
 
-MONAI Label answers every address and every web page, and lets a browser hand its reply to any of them. Here a request
-must be addressed to this server (else a foreign name that points to this machine would do: DNS rebinding), and a web
-page must come from it or from an origin that is allowed. :mod:`scripts.runtimes.label_guard` puts this into the server.
+MONAI Label accepts every ``Host`` and every ``Origin``, and lets web pages of any origin read its replies. Here
+``Host`` must name this server, which prevents DNS rebinding, and ``Origin`` must be that of the server's own pages or
+one that is allowed. :mod:`scripts.runtimes.label_guard` installs this in the server.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ fetch();
 REFRESH_T
 </script></body></html>
 """
-"""The page of the log; MONAI Label's own loads its parts from the internet and stays blank without."""
+"""The page of the log; MONAI Label's own page loads scripts from the internet and is empty offline."""
 
 
-# --- who may ask ----------------------------------------------------------------------------------------------------
+# --- hosts and origins ----------------------------------------------------------------------------------------------
 def is_own_host(host: str, server: str, hosts: Iterable[str] = ()) -> bool:
     """Whether a request is addressed to this server.
 
@@ -107,7 +107,7 @@ def is_allowed_origin(origin: str, host: str, origins: Iterable[str] = ()) -> bo
 
 
 def refusal(scope: Message, hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> tuple[int, str] | None:
-    """Why a request is not answered, as status and text; None where it is.
+    """Status and text with which a request is refused; None for one that is accepted.
 
     Args:
         scope: of ASGI.
@@ -128,7 +128,7 @@ def refusal(scope: Message, hosts: Sequence[str] = (), origins: Sequence[str] = 
 
 
 def _refused_names(scope: Message) -> tuple[int, str] | None:
-    """Names that become paths must be names; what lies outside of the server's list is not replaced or removed."""
+    """Refuse names that contain a path, and requests to replace or remove linked scans or the weights."""
     path, method = scope["path"].rstrip("/"), scope["method"]
     query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
     for name, pattern in (("session_id", SESSION), *((each, NAME) for each in ("id", "image", "label", "tag"))):
@@ -162,13 +162,13 @@ def _is_guarded_model(model: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware: only requests that :func:`refusal` lets through go on."""
+    """ASGI middleware: forwards the requests that :func:`refusal` accepts."""
 
     def __init__(self, app: App, hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
         self.app, self.hosts, self.origins = app, hosts, origins
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass the request on or refuse it."""
+        """Forward the request or refuse it."""
         refused = refusal(scope, self.hosts, self.origins) if scope["type"] in ("http", "websocket") else None
         if refused is None:
             await self.app(scope, receive, send)
@@ -182,9 +182,9 @@ class Guard:
 
 # --- what replies say -----------------------------------------------------------------------------------------------
 def explain(error: BaseException) -> tuple[int, str]:
-    """Status and text for an error: 400 with the bundle's or MONAI Label's own words, else 500 and where to look.
+    """Status and text for an error: 400 with the message of an error of the bundle or of MONAI Label, else 500.
 
-    The words of other errors may hold what stands in a file.
+    Messages of other errors may quote the content of a file, so that only their type is given.
     """
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
@@ -200,13 +200,13 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 class Explain:
-    """ASGI middleware: an error's reply says what was wrong, as FastAPI's own do: ``{"detail": ...}``."""
+    """ASGI middleware: replies to a failed request with the reason, in FastAPI's format ``{"detail": ...}``."""
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer, or say why not."""
+        """Answer the request, or reply with the reason why not."""
         started = False
 
         async def sending(message: Message) -> None:

@@ -104,8 +104,10 @@ def check_run(device: Any) -> None:
 def _resolver() -> ReferenceResolver:
     """What resolves the current part of a config.
 
-    MONAI passes it to no expression or component, and a reference to the whole configuration (``@``, ``%``) would
-    evaluate all of it, so it is found among the calling frames.
+    MONAI passes neither it nor the parser to an expression or a component: an expression sees the packages that the
+    parser imports, and ``__local_refs``, the values evaluated so far, without the configuration as it is written. A
+    reference to the whole configuration (``@``, ``%``) would evaluate all of it. So the resolver is found among the
+    calling frames.
     """
     frame = inspect.currentframe()
     while frame is not None:
