@@ -8,4 +8,4 @@ if __name__ == "__main__":
 
     from command_line import run_room
 
-    run_room("runtimes", "export", "grand_challenge", "model_card")
+    run_room("runtimes", "export", "federated_job", "federated_run", "grand_challenge", "model_card")

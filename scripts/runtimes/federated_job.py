@@ -1,0 +1,166 @@
+"""Make the job folder of a federated training, for NVIDIA FLARE: ``python scripts/runtimes federated_job``.
+
+The folder holds the bundle's configs and code, the settings of the training and the weights that it starts from. It
+holds no cases and no weights that were trained, unless ``--start`` names some.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.utils import set_determinism
+
+from command_line import BUNDLE, ROOT, UsageError, run_tool
+
+from experiments.experiment import ExperimentError, as_list, find_config, merge_configs, read_override
+from scripts.cohorts.cohort import CohortError, load_cohort
+from scripts.model.ensemble import CheckpointError, load_weights, record, save_weights, saved_provenance
+from scripts.runtimes.federated import FEDERATED, NORMS
+
+FLARE = Path(__file__).with_name("federated_flare.py")
+SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # as NVIDIA FLARE names clients
+FEWEST = 2
+SERVER, CLIENT = "app_server", "app_client"
+
+
+def federated_job(
+    out: str,
+    dataset_dir: str,
+    centres: str | Sequence[str] = "",
+    sites: str | Sequence[str] = "",
+    rounds: int = 24,
+    local_epochs: int = 1,
+    config_file: str | Sequence[str] = "",
+    norms: str = "shared",
+    min_centres: int = 0,
+    wait_s: int = 600,
+    start: str = "",
+    **settings: Any,
+) -> None:
+    """Write the job folder of a federated training. Any id of the configs is an option, such as --seed 1.
+
+    Args:
+        out: folder of the job, new or a job to be replaced.
+        dataset_dir: a cohort of several centres, for the simulator, where each client takes the cases of one centre.
+            With ``--sites`` the folder at each site: a path that is the same everywhere, or '$NAME', the variable of
+            the environment that holds it at the site.
+        centres: centres of the cohort that take part; all by default.
+        sites: names of the clients, of hospitals that each hold their own cases only.
+        rounds: how often weights are sent and averaged.
+        local_epochs: epochs of each centre in a round.
+        config_file: overlays on ``configs/train.json``, such as configs/demo.json.
+        norms: shared, batch norms are averaged; local, they stay at each centre (FedBN).
+        min_centres: centres that must answer in each round; all by default.
+        wait_s: seconds that the others are waited for once so many have answered.
+        start: a global ``model.pt`` to continue from, whose rounds count; by default random weights.
+    """
+    if min(rounds, local_epochs) < 1 or wait_s < 0 or norms not in NORMS:
+        raise UsageError("--rounds and --local_epochs are 1 or more, --wait_s 0 or more, --norms shared or local")
+    names = [str(name) for name in as_list(sites)] or centres_of(dataset_dir, settings, as_list(centres))
+    check_names(names, min_centres)
+    files = [find_config(name) for name in as_list(config_file)]
+    done = rounds_of(start) if start else 0
+    if done >= rounds:
+        raise UsageError(f"{start} has {done} rounds already: --rounds is the number of all rounds, more than that")
+    folder = Path(out).expanduser().resolve()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
+        raise UsageError(f"{folder} holds something else than a job; name a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    place = str(Path(dataset_dir).expanduser().resolve()) if not sites else dataset_dir
+    client = {"by_centre": not sites, "dataset_dir": place, "local_epochs": local_epochs, "norms": norms}
+    client |= {"config_files": files, "settings": settings}
+    facts = {"local_epochs": local_epochs, "norms": norms}
+    server = {"min_centres": min_centres or len(names), "wait_s": wait_s, "facts": facts}
+    server |= {"num_clients": len(names), "num_rounds": rounds - done, "start_round": done}
+    write_app(folder / SERVER, "config_fed_server.json", {"workflows": [component("GlobalModel", server, "fedavg")]})
+    executor = {"tasks": ["train", "validate"], "executor": component("CentreExecutor", client)}
+    write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]})
+    write_start(folder / SERVER / "custom" / "start.pt", files, settings, start)
+    meta = {"name": "head_neck_pet_ct_multitask", "min_clients": min_centres or len(names), "resource_spec": {}}
+    write_json(folder / "meta.json", {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
+    print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
+
+
+def centres_of(dataset_dir: str, settings: dict[str, Any], chosen: Sequence[Any]) -> list[str]:
+    """The centres of a cohort, or those chosen among them.
+
+    Raises:
+        UsageError: one that is chosen has no case.
+    """
+    found = load_cohort(Path(dataset_dir).expanduser().resolve(), settings.get("ehr_csv")).centres
+    strange = sorted({str(name) for name in chosen} - set(found))
+    if strange:
+        raise UsageError(f"no case of the centre {strange[0]}; the cohort has {', '.join(found)}")
+    return [str(name) for name in chosen] or found
+
+
+def check_names(names: Sequence[str], min_centres: int) -> None:
+    """Check the names of the clients, and how many must answer.
+
+    Raises:
+        UsageError: fewer than two, one twice, a name that NVIDIA FLARE does not take, or another number.
+    """
+    if len(names) < FEWEST or len(set(names)) < len(names):
+        raise UsageError(f"at least {FEWEST} different centres are needed; got {', '.join(names)}")
+    for name in names:
+        if not SITE.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be the name of a client: letters, digits, - and _")
+    if not 0 <= min_centres <= len(names) or min_centres == 1:
+        raise UsageError(f"--min_centres is {FEWEST} to {len(names)}, or 0 for all; got {min_centres}")
+
+
+def rounds_of(path: str) -> int:
+    """The rounds that a global model was trained for.
+
+    Raises:
+        UsageError: it was not trained federated.
+    """
+    facts = saved_provenance(path).get(FEDERATED)
+    if not isinstance(facts, dict):
+        raise UsageError(f"--start {path}: it was not trained federated")
+    return int(facts["rounds"])
+
+
+def component(name: str, options: dict[str, Any], identity: str = "") -> dict[str, Any]:
+    """An entry of NVIDIA FLARE's configs."""
+    return {**({"id": identity} if identity else {}), "path": f"{FLARE.stem}.{name}", "args": options}
+
+
+def write_app(app: Path, name: str, config: dict[str, Any]) -> None:
+    """Write the config of a server or client, and the code that it runs."""
+    write_json(app / "config" / name, {"format_version": 2, "task_data_filters": [], "task_result_filters": [], **config})
+    custom = app / "custom"
+    for part in ("configs", "scripts"):
+        shutil.copytree(BUNDLE / part, custom / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(FLARE, custom)
+    shutil.copy(ROOT / "LICENSE", custom)
+
+
+def write_start(path: Path, files: Sequence[str], settings: dict[str, Any], start: str) -> None:
+    """Write the checkpoint that the training starts from."""
+    parser, values = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", settings)
+    parser.update(values)
+    set_determinism(parser.get_parsed_content("seed"))
+    ensemble = parser.get_parsed_content("network_def")
+    set_determinism(None)
+    record(ensemble, trained_on="nothing: random weights")
+    if start:
+        load_weights(ensemble, start)
+    save_weights(ensemble, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of the job."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_tool(
+        federated_job, ExperimentError, CohortError, CheckpointError, OSError, words=("out",), read=read_override
+    )

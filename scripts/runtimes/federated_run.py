@@ -1,0 +1,101 @@
+"""Run a federated training on this machine, with NVIDIA FLARE's simulator: ``python scripts/runtimes federated_run``.
+
+A process for each centre and one for the server exchange messages as they would between hospitals. NVIDIA FLARE is in a
+Python environment of its own, which is made on first use beside the packages of this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+from command_line import ROOT, UsageError, run_tool
+
+from scripts.model.ensemble import CheckpointError, saved_provenance
+
+ENVIRONMENT = ROOT / ".federated_env"
+REQUIREMENTS = ROOT / "requirements-federated.txt"
+SIMULATOR = "nvflare.private.fed.app.simulator.simulator"
+RUN = Path("server", "simulate_job")  # of the server, in the simulator's workspace
+
+
+class FederatedRunError(RuntimeError):
+    """The environment cannot be made, or the training ended early; the message says why."""
+
+
+def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
+    """Train federated with the clients of a job folder, and write ``model.pt`` and ``history.json``.
+
+    Args:
+        job: folder of ``federated_job``.
+        out: folder for the results; NVIDIA FLARE's files are in ``workspace`` there, with the folder of each centre.
+        threads: centres that train at the same time; all by default.
+        env: folder of NVIDIA FLARE's environment; ``.federated_env`` beside this project by default.
+    """
+    folder, results = Path(job).expanduser().resolve(), Path(out).expanduser().resolve()
+    if not (folder / "meta.json").is_file():
+        raise UsageError(f"{folder} is no job folder: make one with python scripts/runtimes federated_job")
+    names = next(sites for app, sites in json.loads((folder / "meta.json").read_text())["deploy_map"].items() if app != "app_server")
+    python = make_environment(Path(env or ENVIRONMENT).expanduser().resolve())
+    workspace = results / "workspace"
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir(parents=True)
+    command = [str(python), "-m", SIMULATOR, str(folder), "-w", str(workspace), "-c", ",".join(names)]
+    environment = {**os.environ}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(names))))
+    code = subprocess.run(
+        [*command, "-t", str(threads or len(names))], cwd=workspace, env=environment, check=False
+    ).returncode
+    for name in ("model.pt", "history.json"):
+        if (workspace / RUN / name).is_file():
+            shutil.copy(workspace / RUN / name, results)
+    history = json.loads((results / "history.json").read_text()) if (results / "history.json").is_file() else []
+    if code or not history or history[-1]["round"] != "final":
+        kept = f"; {results / 'model.pt'} is of round {history[-1]['round']}, --start continues from it" if history else ""
+        raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
+    print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
+
+
+def make_environment(place: Path) -> Path:
+    """The Python of NVIDIA FLARE's environment, which is created if it is missing or of another version.
+
+    It sees the packages of this Python, so that only what they lack is installed (some 80 MB).
+
+    Raises:
+        FederatedRunError: it cannot be made.
+    """
+    python, stamp = place / "bin" / "python", place / "installed.txt"
+    packages = sysconfig.get_path("purelib")
+    wanted = hashlib.sha256(f"{packages}\n{REQUIREMENTS.read_text()}".encode()).hexdigest()
+    made = stamp.read_text() if stamp.is_file() else None
+    if made == wanted and python.is_file():
+        return python
+    if made is None and place.is_dir() and any(place.iterdir()):
+        raise FederatedRunError(f"{place} holds something else; name a new folder with --env")
+    print(f"making NVIDIA FLARE's environment in {place} (a minute, about 80 MB) ...", file=sys.stderr, flush=True)
+    venv.create(place, with_pip=True, clear=made is not None)
+    stamp.write_text("not finished")
+    own = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    (Path(own) / "project.pth").write_text(f"{packages}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FederatedRunError("pip install: " + "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-8:]))
+    stamp.write_text(wanted)
+    return python
+
+
+if __name__ == "__main__":
+    run_tool(federated_run, FederatedRunError, CheckpointError, OSError)
