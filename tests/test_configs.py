@@ -53,6 +53,7 @@ LIMITS = {
     "label_train.json": (8, 3),
     "paper.json": (20, 0),
     "demo.json": (15, 0),
+    "federated.json": (7, 0),
 }
 
 

@@ -137,8 +137,8 @@ class GlobalModel(FedAvg):
         if len(self.answers) < self.min_centres:
             found = ", ".join(sorted(self.answers)) or "none"
             raise RuntimeError(
-                f"round {self.current_round + 1}: {len(self.answers)} centres answered ({found}), {self.min_centres} are "
-                f"needed; {MODEL} is of the round before"
+                f"round {self.current_round + 1}: {len(self.answers)} centres answered ({found}), "
+                f"{self.min_centres} are needed; {MODEL} is of the round before"
             )
         return super().update_model(model, aggr_result)
 

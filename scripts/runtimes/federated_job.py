@@ -58,12 +58,14 @@ def federated_job(
         min_centres: centres that must answer in each round; all by default.
         wait_s: seconds that the others are waited for once so many have answered.
         start: a global ``model.pt`` to continue from, whose rounds count; by default random weights.
+        **settings: ids of the configs and their values.
     """
     if min(rounds, local_epochs) < 1 or wait_s < 0 or norms not in NORMS:
         raise UsageError("--rounds and --local_epochs are 1 or more, --wait_s 0 or more, --norms shared or local")
     names = [str(name) for name in as_list(sites)] or centres_of(dataset_dir, settings, as_list(centres))
     check_names(names, min_centres)
-    files = [find_config(name) for name in as_list(config_file)]
+    overlays = [BUNDLE / find_config(name) for name in as_list(config_file)]
+    files = [f"configs/{path.name}" for path in overlays]
     done = rounds_of(start) if start else 0
     if done >= rounds:
         raise UsageError(f"{start} has {done} rounds already: --rounds is the number of all rounds, more than that")
@@ -77,10 +79,11 @@ def federated_job(
     facts = {"local_epochs": local_epochs, "norms": norms}
     server = {"min_centres": min_centres or len(names), "wait_s": wait_s, "facts": facts}
     server |= {"num_clients": len(names), "num_rounds": rounds - done, "start_round": done}
-    write_app(folder / SERVER, "config_fed_server.json", {"workflows": [component("GlobalModel", server, "fedavg")]})
+    workflow = {"workflows": [component("GlobalModel", server, "fedavg")]}
     executor = {"tasks": ["train", "validate"], "executor": component("CentreExecutor", client)}
-    write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]})
-    write_start(folder / SERVER / "custom" / "start.pt", files, settings, start)
+    write_app(folder / SERVER, "config_fed_server.json", workflow, overlays)
+    write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]}, overlays)
+    write_start(folder / SERVER / "custom" / "start.pt", [str(path) for path in overlays], settings, start)
     meta = {"name": "head_neck_pet_ct_multitask", "min_clients": min_centres or len(names), "resource_spec": {}}
     write_json(folder / "meta.json", {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
     print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
@@ -131,14 +134,17 @@ def component(name: str, options: dict[str, Any], identity: str = "") -> dict[st
     return {**({"id": identity} if identity else {}), "path": f"{FLARE.stem}.{name}", "args": options}
 
 
-def write_app(app: Path, name: str, config: dict[str, Any]) -> None:
+def write_app(app: Path, name: str, config: dict[str, Any], overlays: Sequence[Path]) -> None:
     """Write the config of a server or client, and the code that it runs."""
-    write_json(app / "config" / name, {"format_version": 2, "task_data_filters": [], "task_result_filters": [], **config})
+    filters = {"task_data_filters": [], "task_result_filters": []}
+    write_json(app / "config" / name, {"format_version": 2, **filters, **config})
     custom = app / "custom"
     for part in ("configs", "scripts"):
         shutil.copytree(BUNDLE / part, custom / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(FLARE, custom)
-    shutil.copy(ROOT / "LICENSE", custom)
+    for path in (FLARE, ROOT / "LICENSE"):
+        shutil.copy(path, custom)
+    for path in overlays:  # of a user's own too
+        shutil.copy(path, custom / "configs")
 
 
 def write_start(path: Path, files: Sequence[str], settings: dict[str, Any], start: str) -> None:
@@ -161,6 +167,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(
-        federated_job, ExperimentError, CohortError, CheckpointError, OSError, words=("out",), read=read_override
-    )
+    run_tool(federated_job, ExperimentError, CohortError, CheckpointError, OSError, words=("out",), read=read_override)

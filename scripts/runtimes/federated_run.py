@@ -18,6 +18,7 @@ from pathlib import Path
 
 from command_line import ROOT, UsageError, run_tool
 
+from runtimes.federated_job import CLIENT
 from scripts.model.ensemble import CheckpointError, saved_provenance
 
 ENVIRONMENT = ROOT / ".federated_env"
@@ -42,7 +43,7 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
     folder, results = Path(job).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / "meta.json").is_file():
         raise UsageError(f"{folder} is no job folder: make one with python scripts/runtimes federated_job")
-    names = next(sites for app, sites in json.loads((folder / "meta.json").read_text())["deploy_map"].items() if app != "app_server")
+    names = json.loads((folder / "meta.json").read_text())["deploy_map"][CLIENT]
     python = make_environment(Path(env or ENVIRONMENT).expanduser().resolve())
     workspace = results / "workspace"
     shutil.rmtree(workspace, ignore_errors=True)
@@ -56,9 +57,11 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
     for name in ("model.pt", "history.json"):
         if (workspace / RUN / name).is_file():
             shutil.copy(workspace / RUN / name, results)
-    history = json.loads((results / "history.json").read_text()) if (results / "history.json").is_file() else []
+    written = workspace / RUN / "history.json"
+    history = json.loads(written.read_text()) if written.is_file() else []
     if code or not history or history[-1]["round"] != "final":
-        kept = f"; {results / 'model.pt'} is of round {history[-1]['round']}, --start continues from it" if history else ""
+        last = history[-1]["round"] if history else 0
+        kept = f"; {results / 'model.pt'} is of round {last}, federated_job --start continues from it" if last else ""
         raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
     print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
 

@@ -2,9 +2,9 @@
 
 In each round a server sends the weights of the network to the centres. :class:`CentreClient`, MONAI's client, trains
 them on the cases of its centre and answers with an :class:`Update`: the differences of the weights, and a few numbers
-about all of its cases (:data:`METRICS`). The server averages the differences (FedAvg). :func:`check_update` checks every
-update before it leaves the centre: names and shapes are those of the network, numbers are means over at least
-:data:`LEAST_CASES` cases.
+about all of its cases (:data:`METRICS`). The server averages the differences (FedAvg). :func:`check_update` checks each
+update before it leaves the centre: names and shapes are those of the network, and numbers have a name in that list.
+Means are over at least :data:`LEAST_CASES` cases.
 
 Nothing here needs NVIDIA FLARE; the program that connects it with this module is in the job folder.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -235,9 +235,12 @@ def validation_numbers(metrics: Mapping[str, Any], cases: Sequence[Case]) -> dic
         >>> validation_numbers({"loss": 1.5, "dice": 0.7, "balanced_accuracy": 1.0}, cases)
         {'loss': 1.5, 'dice': 0.7}
     """
-    counts = {name: sum(flag is None or bool(case[flag]) for case in cases) for name, flag in VALIDATION.items() if name in metrics}
-    sent = {name: float(metrics[name]) for name, count in counts.items() if count >= LEAST_CASES}
-    return {name: value for name, value in sent.items() if math.isfinite(value)}
+    sent = {}
+    for name, flag in VALIDATION.items():
+        count = sum(flag is None or bool(case[flag]) for case in cases)
+        if name in metrics and count >= LEAST_CASES and math.isfinite(metrics[name]):
+            sent[name] = float(metrics[name])
+    return sent
 
 
 def norm_names(network: nn.Module) -> set[str]:
@@ -375,7 +378,7 @@ class CentreClient(MonaiAlgo):
         network, weights = self.network.state_dict(), cast(Mapping[str, Any], data.weights)
         strange = sorted(set(weights) - set(network))
         if strange:
-            raise FederatedError(f"the weights received are of another network, with {strange[0]}: are the configs equal?")
+            raise FederatedError(f"the weights received are of another network, with {strange[0]}: are configs equal?")
         tensors = {name: torch.as_tensor(value) for name, value in weights.items() if name not in self.kept}
         return ExchangeObject(weights=tensors)
 
@@ -431,9 +434,8 @@ def write_global_model(
     what = "digital phantoms" if phantoms else "cases"
     purpose = "not for clinical use" if phantoms else "research use only, not for clinical use"
     count = f"{len(cases)} centres" if len(cases) != 1 else "1 centre"
-    trained_on = (
-        f"{sum(cases.values())} {what}, federated over {count} ({', '.join(cases)}), {facts['rounds']} rounds; {purpose}"
-    )
+    how = f"federated over {count} ({', '.join(cases)}), {facts['rounds']} rounds"
+    trained_on = f"{sum(cases.values())} {what}, {how}; {purpose}"
     record(ensemble, trained_on=trained_on, keep_epoch="last", **{FEDERATED: {**facts, CASES: cases}})
     save_weights(ensemble, path)
 
