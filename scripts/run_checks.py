@@ -1,7 +1,7 @@
 """Run every check of the project: style, types, tests, bundle metadata. Ends with 1 if any fails.
 
-With ``--runtime label`` or ``--runtime deploy`` instead the tests of MONAI Label or MONAI Deploy, which need an
-environment of their own; with ``--runtime orthanc`` the tests with an Orthanc server.
+With ``--runtime label``, ``deploy`` or ``federated`` instead the tests of MONAI Label, MONAI Deploy or NVIDIA FLARE,
+which need an environment of their own; with ``--runtime orthanc`` the tests with an Orthanc server.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 
 from command_line import ROOT, UsageError, run_tool
 
+OWN_ENVIRONMENT = ("label", "deploy", "federated")
 SCHEMA = ROOT.parent / "shared" / "data" / "schema" / "meta_schema_20240725.json"
 
 
@@ -23,21 +24,24 @@ def run_checks(jobs: int = 2, runtime: str = "", environment: str = "") -> None:
 
     Args:
         jobs: test processes at once.
-        runtime: label or deploy: run the tests of MONAI Label or MONAI Deploy and nothing else, in a virtual
-            environment that is made the first time (about 3 GB, some minutes). orthanc: run those with an Orthanc
-            server, which has to be installed. Exit code 77: it is not, or the environment cannot be made.
-        environment: folder of that virtual environment; .label_env or .deploy_env beside this project by default.
+        runtime: label, deploy or federated: run the tests of MONAI Label, MONAI Deploy or NVIDIA FLARE and nothing
+            else, in a virtual environment that is made the first time (about 3 GB, some minutes; 80 MB for federated).
+            orthanc: run those with an Orthanc server, which has to be installed. Exit code 77: it is not, or the
+            environment cannot be made.
+        environment: folder of that virtual environment; .label_env, .deploy_env or .federated_env beside this project
+            by default.
     """
-    if runtime not in ("", "label", "deploy", "orthanc"):
-        raise UsageError(f"--runtime is label, deploy or orthanc, got {runtime!r}")
-    if environment and runtime not in ("label", "deploy"):
-        raise UsageError("--environment needs --runtime label or deploy: which tests run there?")
+    if runtime not in ("", *OWN_ENVIRONMENT, "orthanc"):
+        raise UsageError(f"--runtime is label, deploy, federated or orthanc, got {runtime!r}")
+    if environment and runtime not in OWN_ENVIRONMENT:
+        raise UsageError("--environment needs --runtime label, deploy or federated: which tests run there?")
     if runtime:
         from runtimes import check  # imports the bundle, which the checks below report on even if it is broken
 
         if runtime == "orthanc":
             check.check_orthanc()
-        (check.check_label if runtime == "label" else check.check_deploy)(environment)
+        checks_of = {"label": check.check_label, "deploy": check.check_deploy, "federated": check.check_federated}
+        checks_of[runtime](environment)
     python = [sys.executable, "-m"]
     checks = {
         "ruff check": [*python, "ruff", "check", "."],

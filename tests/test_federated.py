@@ -22,6 +22,7 @@ from monai.utils import set_determinism
 
 from conftest import BUNDLE, COLUMNS, make_tiny_cohort
 from runtimes.federated_job import federated_job
+from runtimes.federated_run import FederatedRunError, federated_run, simulate
 from scripts.cohorts.cohort import CohortError
 from scripts.model.ensemble import saved_provenance
 from scripts.model.networks import MultitaskNet
@@ -233,7 +234,6 @@ def test_a_centre_sends_weights_and_counted_metrics_only(
 
 
 NETWORK = MultitaskNet(clinical_features=2, survival_inputs=("burden",))
-GOOD = {"decoder.last.bias": None}
 
 
 def weight(name: str) -> np.ndarray:
@@ -361,3 +361,114 @@ def test_a_site_names_its_folder_in_its_environment(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("PET_CT")
     with pytest.raises(FederatedError, match="set this variable of the environment"):
         CentreClient(str(BUNDLE), "$PET_CT/hecktor", str(tmp_path))
+
+
+# --- NVIDIA FLARE -----------------------------------------------------------------------------------------------
+INSPECTOR = '''
+"""Writes down everything that this client sends."""
+import json
+from nvflare.apis.filter import Filter
+import numpy
+
+
+def described(value):
+    if isinstance(value, dict):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    if isinstance(value, numpy.ndarray):
+        return f"array {value.dtype} {list(value.shape)}"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else f"object {type(value).__name__}"
+
+
+class Inspector(Filter):
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def process(self, shareable, fl_ctx):
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"client": fl_ctx.get_identity_name(), "sent": described(shareable)}) + "\\n")
+        return shareable
+'''
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    yield from [(name, value)] if not isinstance(value, dict | list) else ()
+    for key, item in items:
+        yield from flatten(item, f"{name}/{key}")
+
+
+@FLARE
+def test_two_centres_in_the_simulator(centres: Path, tmp_path: Path, run_bundle: Callable) -> None:
+    """Every message of a client is written down and looked at; the global model predicts."""
+    job, out, messages = tmp_path / "job", tmp_path / "out", tmp_path / "messages.jsonl"
+    federated_job(str(job), str(centres), rounds=2, **SETTINGS)
+    (job / "app_client" / "custom" / "inspector.py").write_text(INSPECTOR)
+    config = json.loads((job / "app_client/config/config_fed_client.json").read_text())
+    entry = {"path": "inspector.Inspector", "args": {"file": str(messages)}}
+    config["task_result_filters"] = [{"tasks": ["train", "validate"], "filters": [entry]}]
+    (job / "app_client/config/config_fed_client.json").write_text(json.dumps(config))
+    simulate(Path(sys.executable), job, out)
+
+    start = read_weights(start_of(job))
+    rows = [json.loads(line) for line in messages.read_text().splitlines()]
+    assert sorted(row["client"] for row in rows) == [A] * 3 + [B] * 3  # two rounds and the final evaluation
+    for row in rows:
+        leaves = dict(flatten(row["sent"]))
+        arrays = {name.rsplit("/", 1)[-1]: value for name, value in leaves.items() if str(value).startswith("array")}
+        assert set(arrays) <= set(start)
+        assert all(value == f"array float32 {list(start[name].shape)}" for name, value in arrays.items())
+        assert not any(str(value).startswith("object") for value in leaves.values())
+        assert b"CHUM-0" not in json.dumps(row).encode()
+        assert b"MDA-0" not in json.dumps(row).encode()
+        assert str(centres) not in json.dumps(row)
+        numbers = {name.rsplit("/", 1)[-1] for name, value in leaves.items() if isinstance(value, float)}
+        assert numbers <= set(METRICS)
+    logs = [path for path in (out / "workspace").rglob("log*") if path.is_file()]  # which go to the server
+    assert logs
+    assert not [path for path in logs if b"CHUM-0" in path.read_bytes() or b"MDA-0" in path.read_bytes()]
+
+    history = json.loads((out / "history.json").read_text())
+    assert [entry["round"] for entry in history] == [1, 2, "final"]
+    assert history[0]["centres"] == {A: {"cases": 3, "phantoms": 0}, B: {"cases": 2, "phantoms": 0}}
+    provenance = saved_provenance(out / "model.pt")
+    assert provenance["federated"] == {"rounds": 2, "local_epochs": 1, "norms": "shared", "cases": {A: 3, B: 2}}
+    model = read_weights(out / "model.pt")
+    assert all(np.isfinite(value).all() for value in model.values())
+    assert max(float(np.abs(model[name] - start[name]).max()) for name in start) > 1e-4
+    folder = tmp_path / "predictions"
+    places = ["--dataset_dir", str(centres), "--ckpt_dir", str(out), "--output_dir", str(folder)]
+    run_bundle("inference", "--config_file", "configs/inference.json", *places, "--num_workers", "0")
+    assert len((folder / "predictions.csv").read_text().splitlines()) == 11
+
+    more = tmp_path / "more"  # goes on where it ended
+    federated_job(str(more), str(centres), rounds=3, start=str(out / "model.pt"), **SETTINGS)
+    simulate(Path(sys.executable), more, out)
+    assert saved_provenance(out / "model.pt")["federated"]["rounds"] == 3
+
+
+@FLARE
+@pytest.mark.parametrize(("needed", "rounds"), [(2, 1), (3, 0)], ids=["enough are left", "all are needed"])
+def test_a_centre_that_fails(needed: int, rounds: int, centres: Path, tmp_path: Path) -> None:
+    """Where enough others answer, training goes on without it; else it ends, and nothing of it is taken for a model."""
+    job, out = tmp_path / "job", tmp_path / "out"
+    federated_job(str(job), str(centres), rounds=1, min_centres=2, wait_s=2, **SETTINGS)
+    for file in ("meta.json", "app_server/config/config_fed_server.json"):  # a third client, without a case
+        text = (job / file).read_text().replace('"MDA"', '"MDA", "XXX"').replace('"num_clients": 2', '"num_clients": 3')
+        (job / file).write_text(text.replace('"min_centres": 2', f'"min_centres": {needed}'))
+    if rounds:
+        simulate(Path(sys.executable), job, out)
+        assert set(json.loads((out / "history.json").read_text())[0]["centres"]) == {A, B}
+    else:
+        with pytest.raises(FederatedRunError, match="the training ended early"):
+            simulate(Path(sys.executable), job, out)
+        assert not (out / "model.pt").exists()
+    log = (out / "workspace" / "XXX" / "simulate_job" / "app_XXX" / "output" / "centre.log").read_text()
+    assert "has no case of the centre 'XXX'; it has CHUM, MDA" in log
+
+
+def test_a_folder_that_is_no_job(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no job folder: make one with"):
+        federated_run(str(tmp_path), str(tmp_path / "out"))

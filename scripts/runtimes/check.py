@@ -1,8 +1,9 @@
-"""Tests of MONAI Label, MONAI Deploy and Orthanc: ``run_checks.py --runtime label``, ``deploy`` or ``orthanc``.
+"""Tests of other programs: ``run_checks.py --runtime label``, ``deploy``, ``federated`` or ``orthanc``.
 
-MONAI Label and MONAI Deploy have environments of their own, made where there is none or its requirements have changed;
-Orthanc is a program of the system. The program ends with 0 when the tests pass, with 1 when one fails, and with 77 when
-the environment cannot be made or Orthanc is not installed: then nothing was tested, and the last lines say why.
+MONAI Label, MONAI Deploy and NVIDIA FLARE have environments of their own, made where there is none or its requirements
+have changed; Orthanc is a program of the system. The program ends with 0 when the tests pass, with 1 when one fails,
+and with 77 when the environment cannot be made or Orthanc is not installed: then nothing was tested, and the last lines
+say why.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import NoReturn
 
 from command_line import ROOT
 
+from runtimes.federated_run import ENVIRONMENT as FEDERATED_ENVIRONMENT
+from runtimes.federated_run import FederatedRunError
+from runtimes.federated_run import make_environment as make_federated_environment
 from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment
 
 APP = ROOT / "scripts" / "runtimes" / "deploy_app"
@@ -57,6 +61,21 @@ def check_deploy(environment: str = "") -> NoReturn:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
     # In this environment nothing is skipped for want of MONAI Deploy.
     _run_tests(python, [], "tests/test_deploy.py", {"DEPLOY_ENVIRONMENT": "1"})
+
+
+def check_federated(environment: str = "") -> NoReturn:
+    """Run ``tests/test_federated.py`` in the environment of ``federated_run`` (about 80 MB, a minute to make).
+
+    Args:
+        environment: folder of the virtual environment.
+    """
+    try:
+        python = make_federated_environment(Path(environment or FEDERATED_ENVIRONMENT).expanduser().resolve())
+    except FederatedRunError as error:
+        print(f"federated: SKIPPED, not tested: NVIDIA FLARE's environment cannot be made: {error}", flush=True)
+        raise SystemExit(SKIPPED) from None
+    # In this environment nothing is skipped for want of NVIDIA FLARE.
+    _run_tests(python, [], "tests/test_federated.py", {"FEDERATED_ENVIRONMENT": "1"})
 
 
 def check_orthanc() -> NoReturn:

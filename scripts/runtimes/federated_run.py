@@ -43,27 +43,41 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
     folder, results = Path(job).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / "meta.json").is_file():
         raise UsageError(f"{folder} is no job folder: make one with python scripts/runtimes federated_job")
-    names = json.loads((folder / "meta.json").read_text())["deploy_map"][CLIENT]
     python = make_environment(Path(env or ENVIRONMENT).expanduser().resolve())
+    simulate(python, folder, results, threads)
+    print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
+
+
+def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
+    """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results.
+
+    Args:
+        python: of an environment with NVIDIA FLARE.
+        job: folder of the job.
+        results: folder of the results.
+        threads: centres that train at the same time; 0 for all.
+
+    Raises:
+        FederatedRunError: the training ended early.
+    """
+    names = json.loads((job / "meta.json").read_text())["deploy_map"][CLIENT]
     workspace = results / "workspace"
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
-    command = [str(python), "-m", SIMULATOR, str(folder), "-w", str(workspace), "-c", ",".join(names)]
+    command = [str(python), "-m", SIMULATOR, str(job), "-w", str(workspace), "-c", ",".join(names)]
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(names))))
-    code = subprocess.run(
-        [*command, "-t", str(threads or len(names))], cwd=workspace, env=environment, check=False
-    ).returncode
-    for name in ("model.pt", "history.json"):
-        if (workspace / RUN / name).is_file():
-            shutil.copy(workspace / RUN / name, results)
+    command += ["-t", str(threads or len(names))]
+    code = subprocess.run(command, cwd=workspace, env=environment, check=False).returncode
     written = workspace / RUN / "history.json"
     history = json.loads(written.read_text()) if written.is_file() else []
+    if history:
+        for name in ("model.pt", "history.json"):
+            shutil.copy(workspace / RUN / name, results)
     if code or not history or history[-1]["round"] != "final":
         last = history[-1]["round"] if history else 0
         kept = f"; {results / 'model.pt'} is of round {last}, federated_job --start continues from it" if last else ""
         raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
-    print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
 
 
 def make_environment(place: Path) -> Path:
