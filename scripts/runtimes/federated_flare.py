@@ -24,7 +24,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from scripts.cohorts.files import write_text
-from scripts.runtimes.federated import CentreClient, keep_log_here, read_weights, write_global_model
+from scripts.runtimes.federated import LOCAL, CentreClient, keep_log_here, read_weights, write_global_model
 
 TRAIN, VALIDATE = "train", "validate"
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ class CentreExecutor(Executor):
             if self.client is None:
                 self.client = self._make(output, fl_ctx.get_identity_name())
             received = FLModelUtils.from_shareable(shareable)
-            answer = self._answer(self.client, task_name, received, abort_signal)
+            answer = self._answer(output, task_name, received, abort_signal)
         except Exception:  # whose message may name patients
             logger.exception("the task %r failed", task_name)
             self.log_error(fl_ctx, f"the task {task_name!r} failed: see {LOG} in this client's folder of the job")
@@ -74,9 +74,13 @@ class CentreExecutor(Executor):
         client.initialize()
         return client
 
-    def _answer(self, client: CentreClient, task: str, received: FLModel, abort: Signal) -> FLModel:
+    def _answer(self, output: Path, task: str, received: FLModel, abort: Signal) -> FLModel:
+        client = self.client
+        assert client is not None
         weights = ExchangeObject(weights=received.params)
         metrics = dict(client.evaluate(weights).metrics or {})
+        if task == VALIDATE and client.norms == LOCAL:
+            client.save_own_model(output / MODEL)
         if task == VALIDATE or abort.triggered:
             return FLModel(metrics=metrics)
         client.train(weights, {"round": received.current_round})

@@ -19,7 +19,14 @@ from command_line import BUNDLE, ROOT, UsageError, run_tool
 
 from experiments.experiment import ExperimentError, as_list, find_config, merge_configs, read_override
 from scripts.cohorts.cohort import CohortError, load_cohort
-from scripts.model.ensemble import CheckpointError, load_weights, record, save_weights, saved_provenance
+from scripts.model.ensemble import (
+    CheckpointError,
+    FoldEnsemble,
+    load_weights,
+    record,
+    save_weights,
+    saved_provenance,
+)
 from scripts.runtimes.federated import FEDERATED, NORMS
 
 FLARE = Path(__file__).with_name("federated_flare.py")
@@ -69,6 +76,11 @@ def federated_job(
     done = rounds_of(start) if start else 0
     if done >= rounds:
         raise UsageError(f"{start} has {done} rounds already: --rounds is the number of all rounds, more than that")
+    if start and norms != NORMS[0]:
+        raise UsageError(
+            "--start needs --norms shared: norms that are local are in the clients' folders of the old job"
+        )
+    ensemble = starting_model([str(path) for path in overlays], settings, start)
     folder = Path(out).expanduser().resolve()
     if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
         raise UsageError(f"{folder} holds something else than a job; name a new folder")
@@ -83,7 +95,7 @@ def federated_job(
     executor = {"tasks": ["train", "validate"], "executor": component("CentreExecutor", client)}
     write_app(folder / SERVER, "config_fed_server.json", workflow, overlays)
     write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]}, overlays)
-    write_start(folder / SERVER / "custom" / "start.pt", [str(path) for path in overlays], settings, start)
+    save_weights(ensemble, folder / SERVER / "custom" / "start.pt")
     meta = {"name": "head_neck_pet_ct_multitask", "min_clients": min_centres or len(names), "resource_spec": {}}
     write_json(folder / "meta.json", {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
     print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
@@ -147,17 +159,15 @@ def write_app(app: Path, name: str, config: dict[str, Any], overlays: Sequence[P
         shutil.copy(path, custom / "configs")
 
 
-def write_start(path: Path, files: Sequence[str], settings: dict[str, Any], start: str) -> None:
-    """Write the checkpoint that the training starts from."""
+def starting_model(files: Sequence[str], settings: dict[str, Any], start: str) -> FoldEnsemble:
+    """The model that the training starts from: random weights, or those of a checkpoint."""
     parser, values = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", settings)
     parser.update(values)
     set_determinism(parser.get_parsed_content("seed"))
     ensemble = parser.get_parsed_content("network_def")
     set_determinism(None)
     record(ensemble, trained_on="nothing: random weights")
-    if start:
-        load_weights(ensemble, start)
-    save_weights(ensemble, path)
+    return load_weights(ensemble, start) if start else ensemble
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

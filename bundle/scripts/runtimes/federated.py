@@ -373,6 +373,13 @@ class CentreClient(MonaiAlgo):
         check_metrics(metrics)
         return ExchangeObject(metrics=metrics)
 
+    def save_own_model(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights received last with this centre's own norms, as a checkpoint that stays here."""
+        ensemble = cast(ConfigWorkflow, self.train_workflow).parser.get_parsed_content("network")
+        trained_on = f"{ensemble.provenance['trained_on']}; federated, norms of this centre"
+        record(ensemble, trained_on=trained_on, **{FEDERATED: {"norms": self.norms}})
+        save_weights(ensemble, path)
+
     def _received(self, data: ExchangeObject) -> ExchangeObject:
         """The weights received, as tensors, without those that are the centre's own."""
         network, weights = self.network.state_dict(), cast(Mapping[str, Any], data.weights)
