@@ -9,7 +9,7 @@ model       network, losses, specification, checkpoint
 training    configuration of a run, datasets, engine, handlers
 evaluation  metrics of a table of cases, survival, plots
 prediction  cases to predict, results, reports, explanations
-runtimes    MONAI Label, TensorRT
+runtimes    MONAI Label, TensorRT, federated training
 
 :mod:`scripts.keys` holds the names that all of them share.
 """

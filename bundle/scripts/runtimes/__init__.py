@@ -1,1 +1,1 @@
-"""The bundle inside other runtimes: MONAI Label, TensorRT."""
+"""The bundle inside other runtimes: MONAI Label, TensorRT, federated training."""
