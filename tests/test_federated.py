@@ -451,7 +451,7 @@ def test_two_centres_in_the_simulator(centres: Path, tmp_path: Path, run_bundle:
     assert max(float(np.abs(model[name] - start[name]).max()) for name in start) > 1e-4
     folder = tmp_path / "predictions"
     places = ["--dataset_dir", str(centres), "--ckpt_dir", str(out), "--output_dir", str(folder)]
-    run_bundle("inference", "--config_file", "configs/inference.json", *places, "--num_workers", "0")
+    run_bundle("inference", "--config_file", "configs/inference.json", *places)
     assert len((folder / "predictions.csv").read_text().splitlines()) == 11
 
     more = tmp_path / "more"  # goes on where it ended

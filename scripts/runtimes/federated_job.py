@@ -47,7 +47,7 @@ def federated_job(
     min_centres: int = 0,
     wait_s: int = 600,
     start: str = "",
-    **settings: Any,
+    **overrides: Any,
 ) -> None:
     """Write the job folder of a federated training. Any id of the configs is an option, such as --seed 1.
 
@@ -65,11 +65,11 @@ def federated_job(
         min_centres: centres that must answer in each round; all by default.
         wait_s: seconds that the others are waited for once so many have answered.
         start: a global ``model.pt`` to continue from, whose rounds count; by default random weights.
-        **settings: ids of the configs and their values.
+        **overrides: any other id of the configs.
     """
     if min(rounds, local_epochs) < 1 or wait_s < 0 or norms not in NORMS:
         raise UsageError("--rounds and --local_epochs are 1 or more, --wait_s 0 or more, --norms shared or local")
-    names = [str(name) for name in as_list(sites)] or centres_of(dataset_dir, settings, as_list(centres))
+    names = [str(name) for name in as_list(sites)] or centres_of(dataset_dir, overrides, as_list(centres))
     check_names(names, min_centres)
     overlays = [BUNDLE / find_config(name) for name in as_list(config_file)]
     files = [f"configs/{path.name}" for path in overlays]
@@ -80,7 +80,7 @@ def federated_job(
         raise UsageError(
             "--start needs --norms shared: norms that are local are in the clients' folders of the old job"
         )
-    ensemble = starting_model([str(path) for path in overlays], settings, start)
+    ensemble, settings = starting_model([str(path) for path in overlays], overrides, start)
     folder = Path(out).expanduser().resolve()
     if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
         raise UsageError(f"{folder} holds something else than a job; name a new folder")
@@ -159,15 +159,15 @@ def write_app(app: Path, name: str, config: dict[str, Any], overlays: Sequence[P
         shutil.copy(path, custom / "configs")
 
 
-def starting_model(files: Sequence[str], settings: dict[str, Any], start: str) -> FoldEnsemble:
-    """The model that the training starts from: random weights, or those of a checkpoint."""
-    parser, values = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", settings)
+def starting_model(files: Sequence[str], overrides: dict[str, Any], start: str) -> tuple[FoldEnsemble, dict[str, Any]]:
+    """The model that the training starts from, random weights or those of a checkpoint; and checked settings."""
+    parser, values = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", overrides)
     parser.update(values)
     set_determinism(parser.get_parsed_content("seed"))
     ensemble = parser.get_parsed_content("network_def")
     set_determinism(None)
     record(ensemble, trained_on="nothing: random weights")
-    return load_weights(ensemble, start) if start else ensemble
+    return load_weights(ensemble, start) if start else ensemble, values
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
