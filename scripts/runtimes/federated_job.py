@@ -148,7 +148,7 @@ def component(name: str, options: dict[str, Any], identity: str = "") -> dict[st
 
 def write_app(app: Path, name: str, config: dict[str, Any], overlays: Sequence[Path]) -> None:
     """Write the config of a server or client, and the code that it runs."""
-    filters = {"task_data_filters": [], "task_result_filters": []}
+    filters: dict[str, list] = {"task_data_filters": [], "task_result_filters": []}
     write_json(app / "config" / name, {"format_version": 2, **filters, **config})
     custom = app / "custom"
     for part in ("configs", "scripts"):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from monai.engines import SupervisedTrainer, Workflow
+from monai.engines import SupervisedEvaluator, SupervisedTrainer, Workflow
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.exchange_object import ExchangeObject
 from monai.networks.utils import copy_model_state
@@ -236,9 +236,10 @@ def validation_numbers(metrics: Mapping[str, Any], cases: Sequence[Case]) -> dic
         {'loss': 1.5, 'dice': 0.7}
     """
     sent = {}
-    for name, flag in VALIDATION.items():
+    for name in [name for name in VALIDATION if name in metrics]:
+        flag = VALIDATION[name]
         count = sum(flag is None or bool(case[flag]) for case in cases)
-        if name in metrics and count >= LEAST_CASES and math.isfinite(metrics[name]):
+        if count >= LEAST_CASES and math.isfinite(metrics[name]):
             sent[name] = float(metrics[name])
     return sent
 
@@ -368,8 +369,9 @@ class CentreClient(MonaiAlgo):
     def evaluate(self, data: ExchangeObject, extra: dict[str, Any] | None = None) -> ExchangeObject:
         """Metrics of the weights received on this centre's validation cases, as far as they may be sent."""
         copy_model_state(dst=self.network, src=cast(dict[str, Any], self._received(data).weights))
-        self.evaluator.run(self._trainer.state.epoch + 1)
-        metrics = validation_numbers(self.evaluator.state.metrics, self.validation)
+        evaluator = cast(SupervisedEvaluator, self.evaluator)
+        evaluator.run(self._trainer.state.epoch + 1)
+        metrics = validation_numbers(evaluator.state.metrics, self.validation)
         check_metrics(metrics)
         return ExchangeObject(metrics=metrics)
 
