@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -75,6 +78,39 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from synthetic_run import make_cohort  # it imports from here
 
     return make_cohort(tmp_path_factory.mktemp("synthetic"))
+
+
+@pytest.fixture(scope="session")
+def evaluated(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three folds of ``synthetic_run.py``, evaluated; not to be changed."""
+    from synthetic_run import SAMPLES, make_run
+
+    from evaluate_folds import evaluate_folds
+
+    folder = make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
+    evaluate_folds(str(folder), samples=SAMPLES, examples=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated_report(evaluated: Path) -> dict[str, Any]:
+    return json.loads((evaluated / "evaluation" / "metrics.json").read_text())
+
+
+@pytest.fixture
+def evaluated_copy(evaluated: Path, tmp_path: Path) -> Path:
+    """The evaluated experiment, to be changed."""
+    return Path(shutil.copytree(evaluated, tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No user, password or token of a DICOMweb server in the environment or in ~/.netrc."""
+    from scripts.dicom import web
+
+    for name in (web.USER, web.PASSWORD, web.TOKEN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,17 @@
 
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from conftest import make_tiny_cohort
 from scripts.dicom.seg import write_seg
 from scripts.imaging.lesions import MERGED, find_lesions
 
@@ -142,6 +145,15 @@ def write_pet_ct(folder, ct_hu, pet_suv, spacing_mm, tags=None, number=1, pet=No
         tags={**common, "SeriesNumber": 3, "RescaleSlope": slope, "dtype": np.uint16, **(pet or {})},
         stored=np.round(flipped[1] * 100).astype(np.uint16), **geometry,
     )  # fmt: skip
+
+
+def write_tiny_study(folder, patient):
+    """Write the first patient of the tiny cohort as DICOM under this PatientID, and return its CT."""
+    with tempfile.TemporaryDirectory() as images:
+        scans = make_tiny_cohort(Path(images), 1) / "Task 1" / "CHUM-001" / "CHUM-001"
+        ct, pet = (np.asarray(nibabel.load(f"{scans}__{kind}.nii.gz").dataobj) for kind in ("CT", "PT"))
+    write_pet_ct(folder, ct, pet, 8.0, {"PatientID": patient})
+    return ct
 
 
 def write_mask(path, mask, ct, model, classes=MERGED):

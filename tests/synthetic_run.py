@@ -25,6 +25,7 @@ from experiments.experiment import (
 from scripts import keys
 from scripts.evaluation.case_metrics import summarise
 
+SAMPLES = 40  # of the bootstrap
 CENTRES = {1: "CHUM", 2: "CHUP", 5: "MDA"}
 
 

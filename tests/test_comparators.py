@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
-from synthetic_run import make_run
+from synthetic_run import SAMPLES, make_run
 
-import evaluate_folds
 from experiments import comparators, evidence
 from experiments.clinical_cox import evaluate_cox
 from scripts import keys
@@ -21,78 +18,58 @@ from scripts.cohorts.cohort import load_cohort
 from scripts.evaluation.case_metrics import c_index
 from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 
-SAMPLES = 40
 
-
-@pytest.fixture(scope="module")
-def run(cohort, tmp_path_factory) -> Path:
-    """Three folds, evaluated."""
-    folder = make_run(tmp_path_factory.mktemp("runs") / "partial", cohort)
-    evaluate_folds.evaluate_folds(str(folder), samples=SAMPLES, examples=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def report(run) -> dict:
-    return json.loads((run / "evaluation" / "metrics.json").read_text())
-
-
-@pytest.fixture
-def copy(run, tmp_path) -> Path:
-    """The experiment to be spoilt."""
-    return Path(shutil.copytree(run, tmp_path / "copy"))
-
-
-def test_clinical_values_alone_are_fitted_on_the_same_folds(run, report, cohort):
+def test_clinical_values_alone_are_fitted_on_the_same_folds(evaluated, evaluated_report, cohort):
     """The same coding, folds and penalty as scripts/fit_clinical.py: each fold's C-index agrees with it."""
     loaded = load_cohort(cohort)
-    features = report["clinical_only"]["features"]
-    judged = pd.read_csv(run / "evaluation" / "cases.csv").dropna(subset=["time"])
+    features = evaluated_report["clinical_only"]["features"]
+    judged = pd.read_csv(evaluated / "evaluation" / "cases.csv").dropna(subset=["time"])
     for fold in range(3):
         split = loaded.split("partial", 3, fold, 0)
         groups = [[case for case in part if case[keys.SURV_KNOWN]] for part in (split.training, split.validation)]
         expected = evaluate_cox([tuple(groups)], features, 0.1, 2, 0)
         rows = judged[judged["fold"] == fold]
         assert c_index(rows.assign(log_hazard=rows["clinical_risk"])) == pytest.approx(expected.test.c_index)
-    row = report["clinical_only"]["model_minus_clinical"]
+    row = evaluated_report["clinical_only"]["model_minus_clinical"]
     assert row["patients"] == 80
     assert row["value"] == pytest.approx(
-        report["pooled"]["metrics"]["c_index"]["value"] - report["clinical_only"]["c_index"]["value"]
+        evaluated_report["pooled"]["metrics"]["c_index"]["value"]
+        - evaluated_report["clinical_only"]["c_index"]["value"]
     )
 
 
-def test_the_clinical_model_of_the_bundle_is_a_comparator_of_its_own(run, report, cohort):
+def test_the_clinical_model_of_the_bundle_is_a_comparator_of_its_own(evaluated, evaluated_report, cohort):
     """Its risks are those of the file for the values in the cohort's tables; it is fitted to none of these cases."""
     loaded = {case[keys.PATIENT_ID]: case for case in load_cohort(cohort).cases}
-    judged = pd.read_csv(run / "evaluation" / "cases.csv").dropna(subset=["time"])
+    judged = pd.read_csv(evaluated / "evaluation" / "cases.csv").dropna(subset=["time"])
     values = [
         {**loaded[patient][keys.CLINICAL_OTHERS], **loaded[patient][keys.CLINICAL]} for patient in judged["PatientID"]
     ]
-    found = report["clinical_only"]["shipped"]
+    found = evaluated_report["clinical_only"]["shipped"]
     expected = c_index(judged.assign(log_hazard=shipped().log_hazard(values)))
     assert found["c_index"]["value"] == pytest.approx(expected)
     assert found["c_index"]["patients"] == len(judged)
     assert found["known"]["hpv"] == sum(case[keys.HPV_KNOWN] for case in loaded.values())
     assert "trained on 3,267 patients of one hospital" in found["model"]
     assert found["model_minus_clinical"]["value"] == pytest.approx(
-        report["pooled"]["metrics"]["c_index"]["value"] - expected
+        evaluated_report["pooled"]["metrics"]["c_index"]["value"] - expected
     )
 
 
-def test_without_the_clinical_model_the_reason_is_given(run, monkeypatch):
+def test_without_the_clinical_model_the_reason_is_given(evaluated, monkeypatch):
     def gone() -> None:
         raise ClinicalModelError("the clinical model x cannot be read: No such file")
 
     monkeypatch.setattr(comparators, "shipped", gone)
-    found = comparators.add_shipped(evidence.read_run(run), pd.DataFrame(), seed=0, samples=2)
+    found = comparators.add_shipped(evidence.read_run(evaluated), pd.DataFrame(), seed=0, samples=2)
     assert found["c_index"]["reason"] == "the clinical model x cannot be read: No such file"
 
 
-def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(run, report, cohort):
+def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(evaluated, evaluated_report, cohort):
     """Each fold's probabilities are those of a ridge logistic regression by scipy, whose classes weigh alike."""
     loaded = load_cohort(cohort)
-    judged = pd.read_csv(run / "evaluation" / "cases.csv").set_index("PatientID")
-    features = report["clinical_only"]["features"]
+    judged = pd.read_csv(evaluated / "evaluation" / "cases.csv").set_index("PatientID")
+    features = evaluated_report["clinical_only"]["features"]
     for fold in range(3):
         split = loaded.split("partial", 3, fold, 0)
         parts = [[case for case in part if case[keys.HPV_KNOWN]] for part in (split.training, split.validation)]
@@ -116,9 +93,9 @@ def test_hpv_of_clinical_values_alone_is_fitted_on_the_same_folds(run, report, c
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_one_hpv_status_leaves_no_comparator(run, copy, monkeypatch):
+def test_one_hpv_status_leaves_no_comparator(evaluated, evaluated_copy, monkeypatch):
     """No logistic regression can be fitted where no training patient is negative."""
-    judged = evidence.read_run(copy)
+    judged = evidence.read_run(evaluated_copy)
     parts = comparators.clinical_parts(judged, keys.HPV_KNOWN)
     positive = [([case for case in train if case[keys.HPV] == 1], test) for train, test in parts]
     monkeypatch.setattr(comparators, "clinical_parts", lambda *_: positive)
@@ -127,25 +104,25 @@ def test_one_hpv_status_leaves_no_comparator(run, copy, monkeypatch):
     assert "have one HPV status" in about["hpv_auc"]["reason"] and about["hpv_auc"]["value"] is None
 
 
-def test_a_cohort_that_is_gone_or_has_changed_leaves_the_comparator_out(copy, cohort, tmp_path):
-    record = json.loads((copy / "experiment.json").read_text())
+def test_a_cohort_that_is_gone_or_has_changed_leaves_the_comparator_out(evaluated_copy, cohort, tmp_path):
+    record = json.loads((evaluated_copy / "experiment.json").read_text())
     for change, reason in (
         ({"dataset_dir": str(tmp_path / "gone")}, "gone"),
         ({"cohort": record["cohort"] | {"fingerprint": "other"}}, "no longer the cohort"),
     ):
-        (copy / "experiment.json").write_text(json.dumps(record | change))
-        judged = evidence.read_run(copy)
+        (evaluated_copy / "experiment.json").write_text(json.dumps(record | change))
+        judged = evidence.read_run(evaluated_copy)
         cases, about = comparators.add_clinical(judged, judged.cases, 0, SAMPLES)
         assert "clinical_risk" not in cases
         assert about["c_index"]["value"] is None
         assert reason in about["c_index"]["reason"]
 
 
-def test_two_experiments_are_compared_on_the_patients_of_both(run, cohort, tmp_path):
+def test_two_experiments_are_compared_on_the_patients_of_both(evaluated, cohort, tmp_path):
     other = make_run(tmp_path / "other", cohort, tasks=["surv"], seed=1)
     table = pd.read_csv(other / "out_of_fold.csv")
     table.drop(index=table.index[table["time"].notna()][:4]).to_csv(other / "out_of_fold.csv", index=False)
-    first, second = evidence.read_run(run), evidence.read_run(other)
+    first, second = evidence.read_run(evaluated), evidence.read_run(other)
     rows = comparators.compare_runs(first, second, 0, SAMPLES)["differences"]
     assert rows["c_index"]["patients"] == 76
     assert rows["c_index"]["in_one_only"] == 4

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
-from dicom_study import SECRETS, slice_dataset, write_pet_ct
+from dicom_study import SECRETS, slice_dataset, write_tiny_study
 
 from command_line import UsageError
 
-from conftest import ROOT, make_tiny_cohort
+from conftest import ROOT
 
 net = pytest.importorskip("pynetdicom", reason="needs pip install -r requirements-dicom.txt")
 import pydicom  # noqa: E402
@@ -56,10 +55,8 @@ WRITE = "import sys; from pathlib import Path; out = Path(sys.argv[2])"  # of a 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory) -> Path:
     """A patient of the tiny cohort as DICOM."""
-    scans = make_tiny_cohort(tmp_path_factory.mktemp("patients"), 1) / "Task 1" / "CHUM-001" / "CHUM-001"
-    ct, pet = (np.asarray(nibabel.load(f"{scans}__{kind}.nii.gz").dataobj) for kind in ("CT", "PT"))
     folder = tmp_path_factory.mktemp("dicom")
-    write_pet_ct(folder, ct, pet, 8.0, {"PatientID": "CHUM-001"})
+    write_tiny_study(folder, "CHUM-001")
     return folder
 
 

@@ -7,13 +7,10 @@ import logging
 import os
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
-from dicom_study import write_pet_ct, write_series
+from dicom_study import write_series, write_tiny_study
 from tiny_model import write_model
 
-from conftest import make_tiny_cohort
 from predict import UsageError, predict
 from scripts.dicom import web
 from scripts.dicom.tags import DicomError
@@ -25,22 +22,14 @@ requests = pytest.importorskip("requests", reason=INSTALL)
 from dicomweb_server import ADDRESS, FakeServer  # noqa: E402
 
 STUDY = "1.2.3.4.101"
-
-
-@pytest.fixture(autouse=True)
-def no_credentials(monkeypatch, tmp_path):
-    for name in (web.USER, web.PASSWORD, web.TOKEN):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+pytestmark = pytest.mark.usefixtures("no_credentials")
 
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory) -> Path:
     """A patient of the tiny cohort as DICOM, with a report that is not to be downloaded."""
-    scans = make_tiny_cohort(tmp_path_factory.mktemp("patients"), 1) / "Task 1" / "CHUM-001" / "CHUM-001"
-    ct, pet = (np.asarray(nibabel.load(f"{scans}__{kind}.nii.gz").dataobj) for kind in ("CT", "PT"))
     folder = tmp_path_factory.mktemp("dicom")
-    write_pet_ct(folder, ct, pet, 8.0, {"PatientID": "CHUM-001"})
+    write_tiny_study(folder, "CHUM-001")
     write_series(
         folder / "other", "OT", uid="1.2.3.4.9", depths=[0], tags={"StudyInstanceUID": STUDY, "PatientID": "CHUM-001"}
     )

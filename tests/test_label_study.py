@@ -11,14 +11,12 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import pytest
-from dicom_study import write_pet_ct, write_series
+from dicom_study import write_series, write_tiny_study
 
 import serve
-from conftest import make_tiny_cohort
 from runtimes import label_environment
 from scripts import keys
 from scripts.cohorts.cohort import CohortError
-from scripts.dicom import web
 from scripts.dicom.tags import DicomError
 from scripts.imaging.images import write_mask
 from scripts.runtimes import label, label_guard
@@ -29,22 +27,14 @@ from dicomweb_server import ADDRESS, FakeServer  # noqa: E402
 
 CT, PET, UNCORRECTED = "1.2.3.4.301", "1.2.3.4.401", "1.2.3.4.501"
 AGES = ("age", "gender")
-
-
-@pytest.fixture(autouse=True)
-def no_credentials(monkeypatch, tmp_path):
-    for name in (web.USER, web.PASSWORD, web.TOKEN):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+pytestmark = pytest.mark.usefixtures("no_credentials")
 
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory) -> Path:
     """A patient of the tiny cohort as DICOM, with a second PET, not attenuation corrected, of the same study."""
-    scans = make_tiny_cohort(tmp_path_factory.mktemp("patients"), 1) / "Task 1" / "CHUM-001" / "CHUM-001"
-    ct, pet = (np.asarray(nibabel.load(f"{scans}__{kind}.nii.gz").dataobj) for kind in ("CT", "PT"))
     folder = tmp_path_factory.mktemp("dicom")
-    write_pet_ct(folder, ct, pet, 8.0, {"PatientID": "ID-4711"})
+    ct = write_tiny_study(folder, "ID-4711")
     frame = {"FrameOfReferenceUID": "1.2.3.4.201", "StudyInstanceUID": "1.2.3.4.101", "PatientID": "ID-4711"}
     write_series(folder / "NAC", "PT", uid=UNCORRECTED, tags={**frame, "CorrectedImage": ["DECY"]}, depths=range(40))
     affine = np.diag([8.0, 8.0, 8.0, 1.0])
