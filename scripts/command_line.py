@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
+NAME = "head_neck_pet_ct_multitask"  # of the bundle; without a word that MONAI Label takes for a task ("deepedit", ...)
 sys.path.insert(0, str(BUNDLE))
 
 SWITCH = {"true": True, "yes": True, "false": False, "no": False}

@@ -34,14 +34,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from command_line import ROOT, UsageError, run_tool
+from command_line import NAME, ROOT, UsageError, run_tool
 
 from scripts.cohorts.files import write_text, written_whole
 from scripts.model.errors import CheckpointError
 from zoo.contents import CODE, LARGE_BYTES, LARGE_FILES, METADATA, WEIGHTS, stray_reason
 from zoo.style import style_code, styled_json
 
-NAME = "head_neck_pet_ct_multitask"  # MONAI Label guesses a task from "classification", "deepedit", ... in a name
 SOURCE = ROOT / "bundle"
 REQUIREMENTS = ROOT / "requirements.txt"
 NEEDED = {"black": "black", "isort": "isort", "yaml": "pyyaml"}  # module -> package

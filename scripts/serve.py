@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from command_line import BUNDLE, UsageError, run_commands
+from command_line import BUNDLE, NAME, UsageError, run_commands
 
 from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment, run_step
 from scripts.cohorts.files import dated_name, write_text
@@ -26,8 +26,6 @@ from scripts.dicom.web import PASSWORD, TOKEN, USER, checked_address, user_and_p
 from scripts.model.errors import CheckpointError
 from scripts.runtimes.label_guard import AUDIT, SCANS
 from scripts.runtimes.label_web import HOSTS, allowed
-
-NAME = "head_neck_pet_ct_multitask"  # of the model in the server; must hold no word that MONAI Label takes for a task
 
 
 def serve_label(

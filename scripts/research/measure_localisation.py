@@ -30,6 +30,7 @@ from command_line import run_tool
 
 import phantom
 from phantom import Ellipsoid, Part, Patient, Pose
+from phantom.cohort import NOTICE
 from scripts.cohorts.files import write_text, written_whole
 from scripts.imaging.geometry import Grid, box_grid, share_inside
 from scripts.imaging.localise import (
@@ -45,7 +46,6 @@ from scripts.imaging.localise import (
 from scripts.keys import GTVP
 from scripts.prediction.coarse import ALWAYS, COARSE_SPACING_MM, CoarsePass
 
-NOTICE = "Digital phantoms, for software demonstration only: no real patient, no clinical conclusion."
 CT_MM, PET_MM = 4.0, 5.0
 CROPS = {"224 mm": (32, 7.0), "256 mm": (128, 2.0)}
 LOST = 0.99  # a box that holds less of the primary tumour has lost it

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from command_line import BUNDLE, ROOT, run_tool
+from command_line import BUNDLE, NAME, ROOT, run_tool
 
 from phantom.cohort import write_cohort
 from runtimes.inference import inference_config
@@ -51,8 +51,6 @@ from scripts.training.engine import EnsembleInferer
 
 REAL_CASES = ROOT.parent / "shared" / "data" / "sts_petct" / "images"
 
-NAME = "head_neck_pet_ct_multitask"
-NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 OPSET = 18
 INPUTS = (keys.IMAGE, keys.CLINICAL)
 SCORES = (keys.HPV_PROB, keys.LOG_HAZARD, keys.HPV_PROB_FOLDS, keys.LOG_HAZARD_FOLDS)
@@ -165,7 +163,7 @@ def export(
     if unknown or not chosen:
         raise ExportError(f"formats are some of {', '.join(FORMATS)}; got {formats}")
     ensemble = load_model(Path(model))
-    print(f"{model}\n  {describe_model(ensemble)}\n  {NOTICE}")
+    print(f"{model}\n  {describe_model(ensemble)}\n  {keys.RESEARCH_USE_ONLY}")
     prepared = comparison_cases(ensemble, Path(model), cases)
     for name in chosen:
         ending, write, open_file = FORMATS[name]
@@ -247,7 +245,7 @@ def about(ensemble: FoldEnsemble) -> dict[str, str]:
     return {
         "name": NAME,
         "version": metadata["version"],
-        "notice": NOTICE,
+        "notice": keys.RESEARCH_USE_ONLY,
         "model": describe_model(ensemble),
         "settings": json.dumps(ensemble.settings),
         "provenance": json.dumps(ensemble.provenance),

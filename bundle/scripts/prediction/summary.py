@@ -20,12 +20,11 @@ from scripts.evaluation.plots import GREY, GROUP_COLOURS
 from scripts.imaging.quality import VERDICTS
 from scripts.keys import RESEARCH_USE_ONLY
 from scripts.prediction.findings import FORCED, page_verdict, quality_problems, trained_on_of
-from scripts.prediction.outputs import OK, folder_names
+from scripts.prediction.outputs import FAILED, OK, TABLE, folder_names
 from scripts.prediction.pages import Link, Ranked, render
 
-INDEX, TABLE, PREDICTION, REPORT = "index.html", "predictions.csv", "prediction.json", "report.html"
+INDEX, PREDICTION, REPORT = "index.html", "prediction.json", "report.html"
 VIEWER = "viewer.html"
-FAILED = "failed"
 GROUPS = tuple(GROUP_COLOURS)
 TITLES = (
     *("patient", "status", "risk percentile", "risk group", "HPV probability", "HPV", "tumour ml", "lesions"),
