@@ -151,6 +151,7 @@ class Decoder(nn.Module):
             raise ValueError(f"tumour_prior is {probability!r}; a probability between 0 and 1, or null, is expected")
         nn.init.zeros_(self.logits.weight)
         odds = probability / (1 - probability)  # of tumour against background, whose logit is 0
+        assert self.logits.bias is not None  # it is made with one
         nn.init.constant_(self.logits.bias, math.log(odds / self.logits.out_channels))
 
     def forward(self, features: list[Tensor]) -> Tensor:
