@@ -26,6 +26,7 @@ import pandas as pd
 
 from command_line import BUNDLE, run_tool
 
+from experiments.evidence import selection_of
 from experiments.experiment import (
     FINISHED,
     LOG_FILE,
@@ -317,6 +318,9 @@ def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
             f"{len(missing)} of {len(expected)} could not be read ({shown}): see fold_*/evaluation*/exclusions.csv"
         )
     title = f"{plan.held_out} cases, from networks that have not learnt from them ({plan.cohort.statement()})"
+    chosen = selection_of(record)
+    if chosen["fitted_to_these_cases"] != []:
+        lines.append(f"note: {chosen['statement']}")
     return "\n".join([title, *lines, f"written: {plan.folder}"])
 
 

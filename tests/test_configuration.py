@@ -249,7 +249,7 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
         ),
         pytest.param({"train#trainer#amp": True}, "train#trainer#amp: '(absent)' there, True now", id="nested"),
         pytest.param({"train#optimizer#_target_": "torch.optim.SGD"}, "torch.optim.SGD' now", id="optimizer"),
-        pytest.param({"early_stop_patience": 3}, "early_stop_patience: 20 there, 3 now", id="patience"),
+        pytest.param({"keep_epoch": "best"}, "keep_epoch: 'last' there, 'best' now", id="epoch_kept"),
         pytest.param({"val_interval": 1}, "val_interval: 5 there, 1 now", id="validations"),
         pytest.param({"roi_size": 48}, "roi_size: 32 there, 48 now", id="box"),
         pytest.param({"train#preprocessing#advisory": []}, "advisory#0", id="quality"),

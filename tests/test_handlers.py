@@ -161,7 +161,7 @@ def validation_case(survival: tuple[float, bool] | None, mask: bool) -> dict:
 def test_key_metric(cases, tasks, expected, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert choose_key_metric([validation_case(*c) for c in cases], tasks) == expected
-    assert "best checkpoint and early stopping by" in caplog.text
+    assert "key metric: " in caplog.text
 
 
 def test_key_metric_comes_first_and_tasks_bring_their_metrics() -> None:
@@ -202,7 +202,8 @@ def training_state(folder: Path, metric: str, patience: int, keep: str = "best")
         pytest.param("c_index", [0.5, 0.7, 0.6], 0, "last", 3, None, id="last_epoch_is_kept"),
     ],
 )
-def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep, best_epoch, stops_at) -> None:
+def test_kept_epoch_and_early_stopping(tmp_path, caplog, metric, values, patience, keep, best_epoch, stops_at) -> None:
+    caplog.set_level("INFO")
     state = training_state(tmp_path, metric, patience, keep)
     trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=len(values)), stopped_at=None)
     trainer.terminate = lambda: setattr(trainer, "stopped_at", trainer.state.epoch)
@@ -221,6 +222,9 @@ def test_kept_epoch_and_early_stopping(tmp_path, metric, values, patience, keep,
     assert (tmp_path / "model.pt").is_file()
     history = json.loads((tmp_path / "history.json").read_text(), parse_constant=pytest.fail)
     assert len(history) == (stops_at or len(values))
+    assert ("too optimistic (keep_epoch: best)" in caplog.text) == (keep == "best")
+    told = f", the best of {len(history)} by {metric} on the validation cases" if keep == "best" else ", the last"
+    assert f"weights kept: epoch {best_epoch}{told}" in caplog.text
 
 
 def trained_state(folder: Path, epochs: int) -> TrainingState:
@@ -324,7 +328,10 @@ def test_an_epoch_kept_whose_masks_are_of_little_use_is_told(tmp_path, caplog, c
 
 @pytest.mark.parametrize(
     ("keep", "patience", "message"),
-    [("newest", 0, "keep_epoch is 'best' or 'last'"), ("last", 5, "set early_stop_patience to 0, not 5")],
+    [
+        ("newest", 0, "keep_epoch is 'best' or 'last'"),
+        ("last", 5, "set early_stop_patience to 0, not 5, or keep_epoch to 'best'"),
+    ],
 )
 def test_what_to_keep_is_checked(tmp_path, keep, patience, message) -> None:
     with pytest.raises(ValueError, match=message):

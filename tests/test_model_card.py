@@ -12,6 +12,7 @@ from command_line import UsageError
 
 from conftest import BUNDLE
 from runtimes.model_card import card, model_card, plain, results
+from scripts.evaluation.case_table import describe_selection
 from scripts.prediction.description import Model
 
 CHAI = ("Basic information", "Uses and directions", "Warnings", "Trust ingredients", "Key metrics", "Resources")
@@ -70,6 +71,28 @@ def test_metrics_of_an_evaluation(tmp_path):
         {"name": "C-index", "value": "0.712 [0.600, 0.800]", "patients": 50},
         {"name": "Dice", "value": "none (no labelled case)", "patients": 0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("keep_epoch", "note"),
+    [
+        pytest.param("best", "The epoch was selected on these cases: the metrics are too optimistic", id="best"),
+        pytest.param("last", "", id="last"),
+        pytest.param(None, "Whether the epoch was selected on these cases is not recorded", id="not_recorded"),
+    ],
+)
+def test_metrics_of_cases_on_which_the_epoch_was_chosen_say_so(tmp_path, keep_epoch, note):
+    row = {"value": 0.7, "low": 0.6, "high": 0.8, "patients": 20}
+    fold = {"fold": 0, "cases": {"validation": {"cases": 20}}, "metrics": {"validation": {"c_index": row}}}
+    report = {"held_out": 20, "data": "20 cases", "pooled": {"metrics": {"c_index": row}}}
+    report["selection"] = describe_selection(keep_epoch, "validation")
+    (tmp_path / "metrics.json").write_text(json.dumps(report))
+    [of_fold] = results({}, {"keep_epoch": keep_epoch, "folds": [fold]}, None)
+    [pooled] = results({}, {}, str(tmp_path / "metrics.json"))
+    assert of_fold["note"].startswith(note) and pooled["note"] == of_fold["note"]
+    assert bool(of_fold["note"]) == bool(note)
+    written = card(METADATA, BARE, {**VALUES, "results": [of_fold]})
+    assert (note in written) and ("too optimistic" in written) == bool(note)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"held_out": 1, "data": "x", "pooled": 3}'])

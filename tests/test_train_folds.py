@@ -196,7 +196,7 @@ def test_folds_share_preprocessed_cases_and_keep_a_log_each(real_run):
         "evaluating",
         "evaluating",
     ]
-    assert "best checkpoint and early stopping by" in log
+    assert "key metric: " in log
 
 
 def test_started_again_a_finished_experiment_runs_nothing(real_run, tiny_cohort, monkeypatch, capsys):
@@ -305,6 +305,13 @@ def test_a_finished_fold_whose_files_are_gone_is_run_again(fake, tmp_path, tiny_
     (tmp_path / "run" / "fold_0" / "models" / "model.pt").unlink()
     train_folds.train_folds(**run)
     assert [call[0] for call in steps(fake)] == ["0"] * 3 + ["1"] * 3 + ["0"] * 3
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_metrics_of_cases_on_which_the_epoch_was_chosen_say_so(fake, tmp_path, tiny_cohort, capsys, keep):
+    train_folds.train_folds(str(tiny_cohort), str(tmp_path / "run"), num_folds=2, keep_epoch=keep)
+    said = capsys.readouterr().out
+    assert ("the metrics are too optimistic (keep_epoch: best)" in said) == (keep == "best")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

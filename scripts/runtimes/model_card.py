@@ -18,6 +18,8 @@ from command_line import BUNDLE, UsageError, run_tool
 
 from scripts.cohorts.files import write_text
 from scripts.evaluation.case_metrics import MEASURES
+from scripts.evaluation.case_table import describe_selection
+from scripts.model.ensemble import KEEP_EPOCH
 from scripts.model.errors import CheckpointError
 from scripts.prediction.description import Model
 
@@ -83,7 +85,9 @@ def plain(value: Any) -> Any:
 
 
 def results(metadata: Mapping[str, Any], provenance: Mapping[str, Any], metrics: str | None) -> list[dict[str, Any]]:
-    """Tables of metrics: title of each, and rows of name, value with interval, and patients.
+    """Tables of metrics: title, note, and rows of name, value with interval, and patients.
+
+    The note states what was chosen on the cases of the table.
 
     Raises:
         UsageError: the file holds no metrics of an evaluation.
@@ -91,27 +95,38 @@ def results(metadata: Mapping[str, Any], provenance: Mapping[str, Any], metrics:
     if metrics is not None:
         try:
             report = json.loads(Path(metrics).expanduser().read_text(encoding="utf-8"))
-            tables = [
-                (f"Cross-validation: {report['held_out']} cases of {report['data']}", report["pooled"]["metrics"])
-            ]
+            title = f"Cross-validation: {report['held_out']} cases of {report['data']}"
+            tables = [(title, report.get("selection"), report["pooled"]["metrics"])]
             if "external" in report:
                 external = report["external"]
-                tables.append((f"Other cohort: {external['cases']} cases of {external['data']}", external["metrics"]))
+                title = f"Other cohort: {external['cases']} cases of {external['data']}"
+                tables.append((title, external.get("selection"), external["metrics"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{metrics} is no metrics.json of scripts/evaluate_folds.py ({error})") from error
     else:
-        folds = provenance.get("folds", [])
+        chosen = describe_selection(provenance.get(KEEP_EPOCH), "validation")
         tables = [
-            (f"Fold {fold['fold']}: {len_of(fold)} cases that it was not trained on", fold["metrics"]["validation"])
-            for fold in folds
+            (
+                f"Fold {fold['fold']}: {len_of(fold)} cases that it was not trained on",
+                chosen,
+                fold["metrics"]["validation"],
+            )
+            for fold in provenance.get("folds", [])
             if fold.get("metrics", {}).get("validation")
         ]
-    made = [{"title": title, "rows": rows_of(table)} for title, table in tables]
+    made = [{"title": title, "note": note_on(chosen), "rows": rows_of(table)} for title, chosen, table in tables]
     stated = [
         {"name": name.replace("_", " "), "value": f"{value:g}", "patients": ""}
         for name, value in metadata.get("eval_metrics", {}).items()
     ]
-    return made + ([{"title": "As stated in the metadata", "rows": stated}] if stated else [])
+    return made + ([{"title": "As stated in the metadata", "note": "", "rows": stated}] if stated else [])
+
+
+def note_on(selection: Mapping[str, Any] | None) -> str:
+    """What was chosen on the cases of a table, as a sentence; "" where nothing was."""
+    if selection is None or selection["fitted_to_these_cases"] == []:
+        return ""
+    return f"{selection['statement'][0].upper()}{selection['statement'][1:]}."
 
 
 def len_of(fold: Mapping[str, Any]) -> Any:

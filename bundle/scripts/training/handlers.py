@@ -105,7 +105,7 @@ def mean_loss(loss: torch.nn.Module) -> Average:
 
 
 def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
-    """Name of the metric that selects the best checkpoint.
+    """Name of the metric that judges an epoch: with ``keep_epoch: best`` it selects the checkpoint.
 
     The C-index if ``cases`` (the validation set) have a comparable pair, else Dice if a case has a mask, else the
     loss. The choice is logged with its reason.
@@ -117,14 +117,14 @@ def choose_key_metric(cases: Sequence[Mapping], tasks: Sequence[str]) -> str:
     )
     masks = sum(bool(c[keys.SEG_KNOWN]) for c in cases)
     if keys.TASK_SURV in tasks and comparable:
-        logger.info("best checkpoint and early stopping by C-index: %d validation cases, %d events", len(known), events)
+        logger.info("key metric: C-index of %d validation cases, %d events", len(known), events)
         return C_INDEX
     no_survival = keys.TASK_SURV not in tasks
     why = "survival is not a task" if no_survival else f"validation has {events} events and no comparable pair"
     if keys.TASK_SEG in tasks and masks:
-        logger.warning("best checkpoint and early stopping by Dice over %d masks, not by C-index: %s", masks, why)
+        logger.warning("key metric: Dice over %d masks, not C-index: %s", masks, why)
         return DICE
-    logger.warning("best checkpoint and early stopping by the loss, not by C-index: %s and no masks", why)
+    logger.warning("key metric: the loss, not C-index: %s and no masks", why)
     return LOSS
 
 
@@ -222,7 +222,8 @@ class TrainingState:
             raise ValueError(f"keep_epoch is '{BEST}' or '{LAST}'; got {self.keep!r}")
         if self.keep == LAST and self.patience:
             raise ValueError(
-                f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {self.patience}"
+                f"keep_epoch '{LAST}' has no early stopping: set early_stop_patience to 0, not {self.patience}, or "
+                f"keep_epoch to '{BEST}'"
             )
         self.parts: dict[str, Any] = {"network": self.ensemble}
         self.parts |= {"optimizer": self.optimizer, "scheduler": self.scheduler, "loss": self.loss}
@@ -315,6 +316,7 @@ class TrainingState:
             logger.info("no improvement of %s in %d validations: training stops early", self._key, self.stale)
             engine.terminate()
         if self.stopped_early or last:
+            self._tell_kept_epoch()
             self._warn_of_lost_tumours()
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -383,6 +385,18 @@ class TrainingState:
         best = "none yet" if self.best is None else f"{self.best:.3f} at epoch {self.best_epoch}"
         logger.info(
             "epoch %d  train loss %.3f | %s | %s %s: %s", row["epoch"], row["loss"], shown, self.keep, self._key, best
+        )
+
+    def _tell_kept_epoch(self) -> None:
+        """Log which epoch's weights were kept, and whether its metrics are biased by the choice."""
+        validated = sum(f"val_{self._key}" in row for row in self.history)
+        if self.keep == LAST:
+            logger.info("weights kept: epoch %d, the last", self.best_epoch)
+            return
+        logger.info(
+            "weights kept: epoch %d, the best of %d by %s on the validation cases: its metrics of these cases are too "
+            "optimistic (keep_epoch: best)",
+            *(self.best_epoch, validated, self._key),
         )
 
     def _warn_of_lost_tumours(self) -> None:
