@@ -220,6 +220,67 @@ def test_other_fields_of_view_raise_no_doubt(name: str) -> None:
     assert doubts((scene.ct, scene.ct_grid, scene.pet, scene.pet_grid)) == {}
 
 
+# --- the neck alone: nothing but a cylinder, in a wide field of view whose air has noise ------------------------------
+
+
+@cache
+def neck_scan(index: int, air: float, width_mm: float = 0.0) -> Scans:
+    """A phantom of full scale from the clavicles to below the brain; its PET is 0.7 m wide.
+
+    Args:
+        index: of the patient.
+        air: mean SUV of the noise that is added.
+        width_mm: of the CT, which air fills up; 0: as the hospital scans it.
+    """
+    made = phantom.scan_patient(phantom.draw_patient(901, index), 901, index, "full", view="neck")
+    ct, ct_grid, pet_grid = made.ct, Grid(made.ct_grid.shape, made.ct_grid.affine), made.pet_grid
+    more = np.maximum(0, np.ceil((width_mm - ct_grid.extent[:2]) / ct_grid.spacing[:2] / 2)).astype(int)
+    ct = np.pad(ct, [(more[0], more[0]), (more[1], more[1]), (0, 0)], constant_values=-1000)
+    affine = ct_grid.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ [*more, 0]
+    pet = counts(made.pet * np.float32(made.pet_slope), air, np.random.default_rng(index))
+    return ct, Grid(ct.shape, affine), pet, Grid(pet_grid.shape, pet_grid.affine)
+
+
+ALIGNMENT = ("misalignment", "outline_agreement", "outline_distortion")
+NECKS = [
+    pytest.param(0, 0.0, 0.0, id="neck"),
+    pytest.param(1, 0.05, 0.0, id="noisy_air"),
+    pytest.param(2, 0.1, 0.0, id="noisier_air"),
+    pytest.param(3, 0.1, 800.0, id="noisy_air_in_the_widest_field_of_view"),
+]
+
+
+@pytest.mark.parametrize(("index", "air", "width_mm"), NECKS)
+def test_a_neck_alone_is_not_rejected(index: int, air: float, width_mm: float) -> None:
+    scans = neck_scan(index, air, width_mm)
+    checks = check(scans)
+    assert [name for name, found in checks.items() if found.verdict == "reject"] == []
+    assert {name: checks[name].verdict for name in ALIGNMENT} == dict.fromkeys(ALIGNMENT, "ok")
+    share = (scans[0] > -300).mean()
+    assert 0.02 < share < 0.15 and 0.4 < checks["pet_body"].value < 1.3, "little body, and yet its uptake is found"
+
+
+@pytest.mark.parametrize(
+    ("damage", "rule", "verdicts"),
+    [
+        pytest.param(lambda s: moved(s, 60, 0, 0), "misalignment", {"reject"}, id="60_mm_to_the_right"),
+        pytest.param(lambda s: moved(s, 0, -60, 0), "misalignment", {"reject"}, id="60_mm_back"),
+        pytest.param(lambda s: moved(s, 40, 0, 0), "misalignment", {"warn", "reject"}, id="40_mm_to_the_right"),
+        pytest.param(lambda s: moved(s, 0, 0, 60), "misalignment", {"warn", "reject"}, id="60_mm_up"),
+        pytest.param(lambda s: place("pet", turned(0, 20))(s), "", {"warn", "reject"}, id="nods_20_degrees"),
+        pytest.param(lambda s: place("pet", voxel=np.diag([1.5, 1.5, 1]))(s), "", {"warn", "reject"}, id="pixels_1.5"),
+    ],
+)
+@pytest.mark.parametrize(("index", "air", "width_mm"), NECKS)
+def test_a_neck_alone_that_is_misaligned_is_told(
+    index: int, air: float, width_mm: float, damage: Callable[[Scans], Scans], rule: str, verdicts: set[str]
+) -> None:
+    """By the rule named, or by one of those on alignment."""
+    checks = check(damage(neck_scan(index, air, width_mm)))
+    assert {checks[name].verdict for name in ([rule] if rule else ALIGNMENT)} & verdicts
+
+
 @needs_sts
 @pytest.mark.parametrize("patient", sorted(p.name for p in STS.glob("STS-*")) or ["STS-002"])
 def test_real_legs_are_no_head_and_neck_but_sound_scans(patient: str) -> None:
