@@ -15,7 +15,7 @@ from typing import Any
 
 from monai.utils import set_determinism
 
-from command_line import BUNDLE, ROOT, UsageError, run_tool
+from command_line import BUNDLE, NAME, ROOT, UsageError, run_tool
 
 from experiments.experiment import ExperimentError, as_list, find_config, merge_configs, read_override
 from scripts.cohorts.cohort import CohortError, load_cohort
@@ -96,7 +96,7 @@ def federated_job(
     write_app(folder / SERVER, "config_fed_server.json", workflow, overlays)
     write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]}, overlays)
     save_weights(ensemble, folder / SERVER / "custom" / "start.pt")
-    meta = {"name": "head_neck_pet_ct_multitask", "min_clients": min_centres or len(names), "resource_spec": {}}
+    meta = {"name": NAME, "min_clients": min_centres or len(names), "resource_spec": {}}
     write_json(folder / "meta.json", {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
     print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
 
