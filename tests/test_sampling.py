@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import math
+import os
 import pickle
+import resource
 import shutil
 import threading
 import time
@@ -18,6 +21,7 @@ from monai.transforms import Compose, Lambdad, Transform
 
 from scripts import keys
 from scripts.training.augmentation import Augmentation, Shift
+from scripts.training.engine import prepare_batch
 from scripts.training.sampling import (
     ERROR,
     CaseDataset,
@@ -161,7 +165,7 @@ def test_a_damaged_cache_file_is_made_again_and_costs_no_case(tmp_path: Path, ca
     def items() -> list[torch.Tensor]:
         dataset = CaseDataset(cases(0, 3), prepared(), cache_dir=str(tmp_path))
         prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
-        return [dataset.prepare(i)[keys.IMAGE] for i in range(len(dataset))]
+        return [dataset.prepare(i)[keys.IMAGE].clone() for i in range(len(dataset))]  # not mapped from the file
 
     whole = items()
     victim = sorted(tmp_path.glob("*.pt"))[1]
@@ -171,6 +175,129 @@ def test_a_damaged_cache_file_is_made_again_and_costs_no_case(tmp_path: Path, ca
     assert f"{victim} cannot be read and is made again" in caplog.text
     assert isinstance(torch.load(victim, weights_only=True), dict), "the file is mended"
     assert not (tmp_path / "out" / "exclusions.csv").exists()
+
+
+class MakeCase(Transform):
+    """Image and mask of a case at its own scale, as preprocessing leaves them."""
+
+    def __init__(self, size: int = 16) -> None:
+        self.size = size
+
+    def __call__(self, data: dict) -> dict:
+        generator = torch.Generator().manual_seed(int(data[keys.PATIENT_ID][-3:]))
+        shape = (self.size,) * 3
+        image, mask = (
+            torch.rand((2, *shape), generator=generator),
+            torch.randint(0, 3, (1, *shape), generator=generator),
+        )
+        known = {keys.SEG_KNOWN: torch.tensor(True), keys.SEG_CLASSES_KNOWN: torch.tensor(True)}
+        fields = {keys.PATIENT_ID: data[keys.PATIENT_ID], keys.QUALITY: "[]", keys.CLINICAL: torch.rand(7), **known}
+        return {**fields, keys.IMAGE: MetaTensor(image), keys.SEG: MetaTensor(mask.float())}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("image_dtype", "error"), [("float32", 0.0), ("float16", 0.00025)])
+def test_a_case_is_kept_small_and_comes_back_as_float32(tmp_path, cached, image_dtype, error) -> None:
+    members = cases(0, 3)
+    dataset = CaseDataset(members, Compose([MakeCase()]), str(tmp_path) if cached else None, image_dtype=image_dtype)
+    prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
+    for _ in range(2):  # prepared, then from memory
+        batch = next(iter(CaseLoader(dataset, batch_size=3)))
+        assert (batch[keys.IMAGE].dtype, batch[keys.SEG].dtype) == (getattr(torch, image_dtype), torch.uint8)
+        image, targets, _, _ = prepare_batch(batch, "cpu")
+        assert image.dtype == targets[keys.SEG].dtype == torch.float32
+        for k, member in enumerate(members):
+            made = MakeCase()(member)
+            assert float((image[k] - made[keys.IMAGE].as_tensor()).abs().max()) <= error
+            assert torch.equal(targets[keys.SEG][k], made[keys.SEG].as_tensor())
+
+
+def test_a_cached_case_is_opened_once_and_read_from_the_file(tmp_path: Path, monkeypatch) -> None:
+    dataset = CaseDataset(cases(0, 2), Compose([MakeCase()]), str(tmp_path))
+    first = [dataset.prepare(k)[keys.IMAGE] for k in range(2)]
+    opened, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: opened.append(path) or load(path, **options))
+    for _ in range(3):
+        assert all(torch.equal(dataset[k][keys.IMAGE], image) for k, image in enumerate(first))
+    assert len(opened) == 4 and len(set(opened)) == 2  # each once whole and once mapped
+    again = pickle.loads(pickle.dumps(dataset))  # as a process that is not forked gets it
+    assert len(pickle.dumps(dataset)) < first[0].nbytes
+    assert torch.equal(again[1][keys.IMAGE], first[1])
+
+
+def test_files_kept_in_another_type_are_not_taken(tmp_path: Path) -> None:
+    for image_dtype in ("float32", "float16"):
+        dataset = CaseDataset(cases(0, 2), Compose([MakeCase()]), str(tmp_path), image_dtype=image_dtype)
+        assert dataset.prepare(0)[keys.IMAGE].dtype == dataset[0][keys.IMAGE].dtype == getattr(torch, image_dtype)
+
+
+def test_kept_processes_change_no_draw(tmp_path: Path) -> None:
+    """Neither of cases and seeds, nor of torch's generator, from which dropout is drawn."""
+
+    def drawn(workers: int, persistent: bool) -> list:
+        dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
+        sampler = EventBatchSampler(dataset.data, 4, seed=3)
+        options = {"num_workers": workers, "persistent_workers": persistent}
+        loader = CaseLoader(dataset, batch_sampler=sampler, **options)
+        found, pids = [], set()
+        for epoch in (1, 2, 3):
+            sampler.set_epoch(epoch)
+            seed_epoch(0, epoch)
+            found += [batch[keys.SEED].tolist() for batch in loader]
+            found.append(float(torch.rand(1)))
+            if loader._iterator is not None:
+                pids |= {worker.pid for worker in loader._iterator._workers}
+        assert len(pids) == (workers if persistent else 0)
+        return found
+
+    assert drawn(0, False) == drawn(0, True) == drawn(2, False) == drawn(2, True)
+
+
+STEP, LIMIT, WINDOW = 0.05, 0.055, 30
+
+
+@pytest.fixture(scope="module")
+def large_cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[CaseDataset, EventBatchSampler]:
+    """Twelve cached cases of 128^3 and batches of four, many times."""
+    folder = tmp_path_factory.mktemp("large")
+    dataset = CaseDataset(cases(6, 6), Compose([MakeCase(128)]), str(folder), image_dtype="float16")
+    prepare_datasets({"training": dataset}, str(folder / "out"), show_progress=False)
+    sampler = EventBatchSampler(dataset.data, 4)
+    sampler.num_batches = WINDOW + 2
+    return dataset, sampler
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def test_loading_takes_a_fraction_of_the_processors(large_cases) -> None:
+    """Two cores have 100 ms for a batch while a GPU computes for 50 ms; reading and passing it on takes less."""
+    dataset, sampler = large_cases
+    least = math.inf
+    for _ in range(3):
+        before = processor_seconds()
+        loader = CaseLoader(dataset, batch_sampler=sampler, num_workers=2)
+        assert sum(len(batch[keys.IMAGE]) for batch in loader) == 4 * len(sampler)
+        del loader
+        least = min(least, (processor_seconds() - before) / len(sampler))
+    assert least < 0.09
+
+
+def test_a_step_of_50_ms_does_not_wait_for_data(large_cases) -> None:
+    if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+        pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}), so that times of waiting mean nothing")
+    loader = CaseLoader(large_cases[0], batch_sampler=large_cases[1], num_workers=2, persistent_workers=True)
+    medians = []
+    for _ in range(4):
+        clock = []
+        for _ in loader:
+            time.sleep(STEP)
+            clock.append(time.perf_counter())
+        medians.append(float(np.median(np.diff(clock))))
+    assert min(medians) < LIMIT
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
@@ -265,6 +392,11 @@ def test_no_word_of_masks_where_there_are_none(tmp_path, caplog) -> None:
 def test_an_unknown_kind_of_masks_is_refused() -> None:
     with pytest.raises(ValueError, match="mask_labels is one of auto, merged, apart; got 'both'"):
         CaseDataset([], Compose([MakeMask()]), mask_labels="both")
+
+
+def test_an_unknown_type_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_dtype is one of float32, float16; got 'int8'"):
+        CaseDataset([], Compose([MakeMask()]), image_dtype="int8")
 
 
 def test_lists_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:

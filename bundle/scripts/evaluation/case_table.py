@@ -280,7 +280,7 @@ def mask_columns(batch: Mapping[str, Any], labels: torch.Tensor, classes: bool =
     Returns:
         column to (B,) values; NaN where the truth is not known.
     """
-    true_labels, known = torch.as_tensor(batch[keys.SEG]).cpu(), batch[keys.SEG_KNOWN]
+    true_labels, known = torch.as_tensor(batch[keys.SEG]).cpu().float(), batch[keys.SEG_KNOWN]
     predicted, truth = (labels > 0).float(), (true_labels > 0).float()
     voxel_ml = _voxel_ml(batch)
     spacing_mm = np.linalg.norm(np.asarray(batch[keys.BOX_AFFINE], dtype=float)[:, :3, :3], axis=1)

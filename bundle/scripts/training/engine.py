@@ -185,6 +185,8 @@ def prepare_batch(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor | None]]:
     """Image, targets (of :data:`TARGET_KEYS`, if present) and clinical vector of a batch, as MONAI engines expect.
 
+    Image and mask become float32 on the device.
+
     Args:
         batch: of :class:`scripts.training.sampling.CaseDataset`.
         device: where it goes.
@@ -197,8 +199,10 @@ def prepare_batch(
         value = value.as_tensor() if hasattr(value, "as_tensor") else value
         return value.to(device=device, non_blocking=non_blocking, **kwargs)
 
-    image = move(batch[keys.IMAGE])
+    image = move(batch[keys.IMAGE]).float()
     targets = {key: move(batch[key]) for key in TARGET_KEYS if isinstance(batch.get(key), torch.Tensor)}
+    if keys.SEG in targets:
+        targets[keys.SEG] = targets[keys.SEG].float()
     if augmentation is not None:
         image, targets[keys.SEG] = augmentation(image, targets[keys.SEG], batch[keys.SEED].tolist())
     clinical = batch.get(keys.CLINICAL)
