@@ -26,7 +26,6 @@ import pandas as pd
 
 from command_line import BUNDLE, run_tool
 
-from experiments.evidence import selection_of
 from experiments.experiment import (
     FINISHED,
     LOG_FILE,
@@ -294,6 +293,8 @@ def time_left(seconds: float, done: int, left: int) -> str:
 
 def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
     """Metrics of each fold and their mean, missing cases, and the folder, as text."""
+    from experiments.evidence import selection_of  # imports torch, which takes seconds
+
     names = {"c_index": "C-index", "dice": "Dice", "balanced_accuracy": "HPV bal. acc."}
     lines = [f"{'':<8}" + "".join(f"{title:>15}" for title in ("cases", "events", *names.values()))]
     values: dict[str, list[float]] = {name: [] for name in names}
