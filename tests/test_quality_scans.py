@@ -193,9 +193,9 @@ def test_a_real_ct_with_a_painted_pet_is_not_taken_for_misaligned(patient: str, 
 # --- no false alarms ---------------------------------------------------------------------------------------------
 
 
-def scan(seed: int, index: int, scale: str = "small") -> Scans:
+def scan(seed: int, index: int, scale: str = "small", view: str = "hospital") -> Scans:
     patient = phantom.draw_patient(seed, index)
-    made = phantom.scan_patient(patient, seed, index, scale)
+    made = phantom.scan_patient(patient, seed, index, scale, view)
     ct_grid, pet_grid = (Grid(g.shape, g.affine) for g in (made.ct_grid, made.pet_grid))
     return made.ct, ct_grid, made.pet.astype(np.float32) * np.float32(made.pet_slope), pet_grid
 
@@ -207,6 +207,18 @@ def test_demonstration_phantoms_raise_no_doubt(index: int) -> None:
 
 def test_phantoms_of_full_scale_raise_no_doubt() -> None:
     assert doubts(scan(3, 1, "full")) == {}
+
+
+NECKS = [("small", 0), ("small", 2), ("small", 4), ("small", 9), ("full", 2), ("full", 5)]
+
+
+@pytest.mark.parametrize(("scale", "index"), NECKS)
+def test_a_neck_alone_in_noisy_air_raises_no_doubt(scale: str, index: int) -> None:
+    """No brain in view, a PET of 0.7 m of which the neck fills little, and positive noise in the air around it."""
+    scans = scan(0, index, scale, view="neck")
+    assert doubts(scans) == {}
+    assert check(scans)["head_in_view"].verdict != "ok"
+    assert check(moved(scans, 40, 0, 0))["misalignment"].verdict == "reject"
 
 
 @pytest.mark.parametrize(
