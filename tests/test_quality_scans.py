@@ -218,7 +218,7 @@ def test_a_neck_alone_in_noisy_air_raises_no_doubt(scale: str, index: int) -> No
     scans = scan(0, index, scale, view="neck")
     assert doubts(scans) == {}
     assert check(scans)["head_in_view"].verdict != "ok"
-    assert check(moved(scans, 40, 0, 0))["misalignment"].verdict == "reject"
+    assert check(moved(scans, 60, 0, 0))["misalignment"].verdict == "reject"
 
 
 @pytest.mark.parametrize(
