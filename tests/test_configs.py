@@ -53,6 +53,7 @@ LIMITS = {
     "label_train.json": (10, 3),
     "paper.json": (21, 0),
     "demo.json": (13, 0),
+    "phantoms.json": (14, 0),
     "federated.json": (7, 0),
 }
 
@@ -107,7 +108,7 @@ def test_preprocessing_for_another_purpose_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "overlay", ["evaluate.json", "paper.json", "demo.json", "multi_gpu_train.json", "label_train.json"]
+    "overlay", ["evaluate.json", "paper.json", "demo.json", "phantoms.json", "multi_gpu_train.json", "label_train.json"]
 )
 def test_overlays_change_only_what_exists(overlay: str) -> None:
     """An id that train.json does not have would be ignored in silence."""
