@@ -117,7 +117,7 @@ def test_the_package_holds_the_bundle_and_nothing_else(package: Path, source: Pa
 def test_configs_and_code_are_in_the_zoos_style(package: Path) -> None:
     """By the zoo's own commands, in a folder like the zoo's."""
     files = list((package / NAME / "configs").glob("*.json"))
-    assert len(files) == 11
+    assert len(files) == 12
     for file in files:
         assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=4, ensure_ascii=False) + "\n"
 
