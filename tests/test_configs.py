@@ -51,7 +51,7 @@ LIMITS = {
     "inference_trt.json": (4, 1),
     "label.json": (3, 0),
     "label_train.json": (10, 3),
-    "paper.json": (21, 0),
+    "paper.json": (22, 0),
     "demo.json": (13, 0),
     "phantoms.json": (14, 0),
     "federated.json": (7, 0),
