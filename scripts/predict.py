@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from command_line import BUNDLE, UsageError, run_tool
 
+from cluster.nodes import ClusterError, connected
+from cluster.patients import predict_on_nodes
 from runtimes.inference import configure_log, load_bundle, named_files, run_cases
 from scripts import keys
 from scripts.cohorts.clinical import FEATURES, parse_clinical
 from scripts.cohorts.cohort import Case
-from scripts.cohorts.files import in_config, require_writable
+from scripts.cohorts.files import require_writable
 from scripts.cohorts.scans import printable
 from scripts.dicom.tags import DicomError
 from scripts.dicom.web import DicomWeb
@@ -69,6 +72,9 @@ def predict(
     store: bool = False,
     audit: str | None = None,
     viewer: str | None = None,
+    ray: str | None = None,
+    ray_cores: int = 1,
+    ray_gpus: float | None = None,
     **values: Any,
 ) -> None:
     """Predict tumour mask, HPV status and risk of recurrence from PET/CT. Research use only.
@@ -102,25 +108,26 @@ def predict(
             outcome; OUTPUT/audit.jsonl by default.
         viewer: write viewer.html of each patient: CT, PET and mask in the browser, some MB. The npm package of niivue,
             which is not part of this software: niivue-niivue-0.69.0.tgz, from: npm pack @niivue/niivue@0.69.0
+        ray: predict on a Ray cluster: auto (this computer's), HOST:PORT of its head, or local (this computer alone).
+        ray_cores: cores of each process there.
+        ray_gpus: GPU of each process there: 0.25 for four on a GPU; 1 by default where the cluster has GPUs.
     """
     if output is None and (dicomweb is not None or (ct is not None and pet is not None)):
         input, output = None, input
     check_usage(input, output, ct, pet, values)
     check_web(input, ct, dicomweb, study, store)
+    if ray is not None:
+        device, ray_gpus = None, gpus_of_process(device, ray_gpus, dicomweb)  # each process has its own
+        input, ct, pet, viewer, ckpt_dir = map(absolute, (input, ct, pet, viewer, ckpt_dir))  # type: ignore[assignment]
     configure_log()
     require_writable(str(output))
-    parser = load_bundle(str(output), ckpt_dir, device, force)
-    if audit is not None:
-        parser["handlers#0#audit"] = in_config(audit)
-    if viewer is not None:
-        parser["handlers#0#viewer"] = in_config(str(viewer))
+    parser = load_bundle(str(output), ckpt_dir, device, force, audit, viewer)
     features = parser.get_parsed_content("spec").clinical_features
-    with downloaded(dicomweb, study) as folder:
-        if ct is not None:
-            cases = one_case(ct, str(pet), features, patient_id, clinical, values)
-        else:
-            cases = gather_cases(str(input or folder), features, clinical, values)
-        writer = run_cases(parser, cases, report=report, explain=explain, resume=resume)
+    options = {"ckpt_dir": ckpt_dir, "force": force, "report": report, "explain": explain, "viewer": viewer}
+    with downloaded(dicomweb, study) as folder, other_processes(ray, ray_cores, ray_gpus, options) as elsewhere:
+        one = None if ct is None else one_case(ct, str(pet), features, patient_id, clinical, values)
+        cases = one or gather_cases(str(input or folder), features, clinical, values)
+        writer = run_cases(parser, cases, report, explain, resume, elsewhere)
     if store:
         store_results(DicomWeb(str(dicomweb)), writer)
     print(summary(writer))
@@ -155,6 +162,43 @@ def check_web(input: str | None, ct: str | None, dicomweb: str | None, study: st
         raise UsageError("--store needs --dicomweb: on which server?")
     if [input, ct, dicomweb].count(None) != 2:
         raise UsageError(WAYS)
+
+
+def gpus_of_process(device: str | None, gpus: float | None, dicomweb: str | None) -> float | None:
+    """GPUs of each process on a cluster; None: one where the cluster has GPUs.
+
+    Raises:
+        UsageError: says what to give instead.
+    """
+    if dicomweb is not None:
+        raise UsageError("--dicomweb downloads one study to this computer: leave out --ray")
+    if device not in (None, "cpu", "cuda", "cuda:0") or (device == "cpu" and gpus):
+        raise UsageError(f"with --ray, --device is cpu or cuda, and Ray chooses the GPU; got {device}, {gpus} GPUs")
+    return gpus if device is None or gpus else float(device != "cpu")
+
+
+@contextmanager
+def other_processes(
+    ray: str | None, cores: int, gpus: float | None, options: Mapping[str, Any]
+) -> Iterator[Callable[[PredictionWriter, Sequence[Case]], None] | None]:
+    """What predicts cases on a Ray cluster; None where there is none and this process does.
+
+    Args:
+        ray: address of the cluster, or None.
+        cores: of each process.
+        gpus: of each process.
+        options: of :class:`cluster.worker.Worker`.
+    """
+    if ray is None:
+        yield None
+        return
+    with connected(ray, cores, gpus) as share:
+        yield partial(predict_on_nodes, share=share, **options)
+
+
+def absolute(path: str | None) -> str | None:
+    """A path as every node sees it."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 @contextmanager
@@ -267,4 +311,4 @@ def shown(value: Any, digits: int) -> str:
 
 if __name__ == "__main__":
     plain_errors()
-    run_tool(predict, DicomError, ImportError, words=("input", "output"), others=FEATURES)
+    run_tool(predict, DicomError, ClusterError, ImportError, words=("input", "output"), others=FEATURES)

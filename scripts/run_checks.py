@@ -1,7 +1,8 @@
 """Run every check of the project: style, types, tests, bundle metadata. Ends with 1 if any fails.
 
 With ``--runtime label``, ``deploy`` or ``federated`` instead the tests of MONAI Label, MONAI Deploy or NVIDIA FLARE,
-which need an environment of their own; with ``--runtime orthanc`` the tests with an Orthanc server.
+which need an environment of their own; with ``--runtime orthanc`` the tests with an Orthanc server; with
+``--runtime ray`` those on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ def run_checks(jobs: int = 2, runtime: str = "", environment: str = "") -> None:
         jobs: test processes at once.
         runtime: label, deploy or federated: run the tests of MONAI Label, MONAI Deploy or NVIDIA FLARE and nothing
             else, in a virtual environment that is made the first time (about 3 GB, some minutes; 80 MB for federated).
-            orthanc: run those with an Orthanc server, which has to be installed. Exit code 77: it is not, or the
-            environment cannot be made.
+            orthanc: run those with an Orthanc server, ray: on a Ray cluster of this computer; either has to be
+            installed. Exit code 77: it is not, or the environment cannot be made.
         environment: folder of that virtual environment; .label_env, .deploy_env or .federated_env beside this project
             by default.
     """
-    if runtime not in ("", *OWN_ENVIRONMENT, "orthanc"):
-        raise UsageError(f"--runtime is label, deploy, federated or orthanc, got {runtime!r}")
+    if runtime not in ("", *OWN_ENVIRONMENT, "orthanc", "ray"):
+        raise UsageError(f"--runtime is label, deploy, federated, orthanc or ray, got {runtime!r}")
     if environment and runtime not in OWN_ENVIRONMENT:
         raise UsageError("--environment needs --runtime label, deploy or federated: which tests run there?")
     if runtime:
@@ -40,6 +41,8 @@ def run_checks(jobs: int = 2, runtime: str = "", environment: str = "") -> None:
 
         if runtime == "orthanc":
             check.check_orthanc()
+        if runtime == "ray":
+            check.check_ray()
         checks_of = {"label": check.check_label, "deploy": check.check_deploy, "federated": check.check_federated}
         checks_of[runtime](environment)
     python = [sys.executable, "-m"]

@@ -7,7 +7,6 @@ If interrupted, rerun the same command to resume from the last complete epoch; f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -15,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,8 @@ import pandas as pd
 
 from command_line import BUNDLE, run_tool
 
+from cluster.folds import NodeStep, NodeSteps
+from cluster.nodes import ClusterError, connected, mark
 from experiments.experiment import (
     FINISHED,
     LOG_FILE,
@@ -43,7 +45,7 @@ from experiments.experiment import (
     typed,
     write_fold,
 )
-from experiments.processes import last_lines, signals_as_exit, start_logged, stop
+from experiments.processes import FolderInUseError, last_lines, lock_folder, signals_as_exit, start_logged, stop
 from scripts import keys
 from scripts.cohorts.cohort import CohortError
 
@@ -71,6 +73,9 @@ class Failure:
     last_lines: list[str]
 
 
+Start = Callable[[Sequence[str], Path, str], subprocess.Popen | NodeStep]
+
+
 class FoldRun:
     """The steps of one fold, run one after another.
 
@@ -78,17 +83,15 @@ class FoldRun:
         plan: of the experiment.
         fold: which one.
         lock: of its folder.
-        environment: of its processes.
+        start: starts a step from its command, log and title.
         device: of the bundle, or None for its own choice.
     """
 
-    def __init__(
-        self, plan: Plan, fold: int, lock: IO[str], environment: Mapping[str, str], device: str | None
-    ) -> None:
+    def __init__(self, plan: Plan, fold: int, lock: IO[str], start: Start, device: str | None) -> None:
         self.fold = fold
         self.folder = fold_folder(plan.folder, fold)
         self.steps = plan.steps(fold)
-        self.environment = dict(environment)
+        self.start = start
         self.device = [] if device is None else [f"--device={device}"]
         self.number = 0
         self.failure: Failure | None = None
@@ -116,32 +119,17 @@ class FoldRun:
         self.lock.close()
         return True
 
-    def _start(self) -> subprocess.Popen:
-        """Start the current step; every process of the fold holds the lock."""
+    def _start(self) -> subprocess.Popen | NodeStep:
+        """Start the current step."""
         command = [*self.steps[self.number][1], *self.device]
-        log = self.folder / LOG_FILE
-        return start_logged(command, log, self.step, self.environment, BUNDLE, [self.lock.fileno()])
+        return self.start(command, self.folder / LOG_FILE, self.step)
 
 
-def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
-    """Lock the folder of a fold; the lock is released when the returned file is closed or the processes end.
-
-    Raises:
-        ExperimentError: another process holds the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise ExperimentError(f"another process uses {folder}: wait for it or end it") from None
-            time.sleep(0.2)
-        else:
-            return file
+def start_here(
+    environment: Mapping[str, str], lock: IO[str], command: Sequence[str], log: Path, title: str
+) -> subprocess.Popen:
+    """Start a step on this computer; every process of the fold holds the lock."""
+    return start_logged(command, log, title, environment, BUNDLE, [lock.fileno()])
 
 
 def parse_devices(devices: Any) -> list[str]:
@@ -173,14 +161,24 @@ def environment_of(device: str | None, jobs: int) -> dict[str, str]:
     return environment
 
 
-def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str]) -> list[FoldRun]:
-    """Run the unfinished folds of a plan, ``jobs`` in parallel.
+def run_folds(
+    plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str], nodes: NodeSteps | None = None
+) -> list[FoldRun]:
+    """Run the unfinished folds of a plan.
+
+    Args:
+        plan: of the experiment.
+        record: its ``experiment.json``.
+        jobs: number of folds in parallel on this computer.
+        devices: for these folds.
+        nodes: starts all of them on a cluster instead, which has its own order.
 
     Returns:
         Those that failed.
 
     Raises:
-        ExperimentError: another process uses one of the folds; none is run then.
+        FolderInUseError: another process uses one of the folds; none is run then.
+        ClusterError: a node does not see a path.
     """
     waiting = [fold for fold in plan.folds if not is_finished(plan, fold)]
     failed: list[FoldRun] = []
@@ -189,13 +187,18 @@ def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[s
         display = Display(plan, waiting)
         active: dict[int, FoldRun] = {}  # by the place that a fold has taken
         held.callback(display.close)
-        held.callback(lambda: stop([run.process for run in active.values()]))
+        held.callback(lambda: stop([r.process for r in active.values() if isinstance(r.process, subprocess.Popen)]))
         while waiting or active:
-            for place in set(range(jobs)) - set(active):
-                if waiting:
+            for place in set(range(len(plan.folds) if nodes else jobs)) - set(active):
+                if waiting and nodes:
+                    fold = waiting.pop(0)
+                    locks[fold].close()  # the node takes it
+                    active[place] = FoldRun(plan, fold, locks[fold], nodes.start, nodes.device)
+                elif waiting:
                     fold, device = waiting.pop(0), devices[place % len(devices)] if devices else None
                     name = None if device is None else "cpu" if device == "cpu" else "cuda:0"
-                    active[place] = FoldRun(plan, fold, locks[fold], environment_of(device, jobs), name)
+                    start = partial(start_here, environment_of(device, jobs), locks[fold])
+                    active[place] = FoldRun(plan, fold, locks[fold], start, name)
             for place, run in list(active.items()):
                 if run.is_over():
                     del active[place]
@@ -206,6 +209,20 @@ def run_folds(plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[s
             display.show(list(active.values()))
             time.sleep(POLL_SECONDS)
     return failed
+
+
+@contextmanager
+def on_nodes(plan: Plan, address: str, cores: int, gpus: float | None) -> Iterator[NodeSteps]:
+    """Be connected to a Ray cluster on which the steps of a plan are started.
+
+    Args:
+        plan: of the experiment.
+        address: as for :func:`cluster.nodes.connected`.
+        cores: of each fold.
+        gpus: of each fold.
+    """
+    with connected(address, cores, gpus) as share, mark(plan.folder) as marker:
+        yield NodeSteps(share, [plan.overrides["dataset_dir"], str(marker)])
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -368,6 +385,9 @@ def train_folds(
     jobs: int = 0,
     devices: str | int | Sequence[int] = "",
     epochs: int | None = None,
+    ray: str | None = None,
+    ray_cores: int = 2,
+    ray_gpus: float | None = None,
     **overrides: Any,
 ) -> None:
     """Train and evaluate the folds of an experiment. If interrupted, rerun the same command to resume.
@@ -385,6 +405,10 @@ def train_folds(
         jobs: number of folds in parallel; 0: one for each of ``devices``.
         devices: ``cpu`` or numbers of GPUs; the bundle's own choice if not given.
         epochs: maximum number of epochs.
+        ray: run the folds on a Ray cluster: auto (the one this computer belongs to), HOST:PORT of its head, or local.
+            Every node sees the same paths.
+        ray_cores: cores of each fold there.
+        ray_gpus: GPUs of each fold; 1 by default where the cluster has GPUs.
         **overrides: any other id of the configs.
     """
     given = {"num_folds": num_folds, "tasks": tasks, "epochs": epochs}
@@ -400,14 +424,16 @@ def train_folds(
         raise ExperimentError(f"--jobs is the number of folds in parallel; got {jobs}")
     if places and "device" in overrides:
         raise ExperimentError("give --devices or --device, not both")
+    if ray is not None and (jobs or places or "device" in overrides):
+        raise ExperimentError("Ray places the folds: with --ray, leave out --jobs, --devices and --device")
     plan = make_plan(dataset_dir, protocol, config_files, folds, output_dir, overrides, command)
     record = claim_folder(plan)
     print(f"{plan.cohort.describe()}\nexperiment {plan.folder}, logs in fold_*/{LOG_FILE}", file=sys.stderr)
     for fold in plan.folds:
         if is_finished(plan, fold):
             print(f"fold {fold}: finished before", file=sys.stderr)
-    with signals_as_exit():
-        failed = run_folds(plan, record, jobs or max(1, len(places)), places)
+    with nullcontext() if ray is None else on_nodes(plan, ray, ray_cores, ray_gpus) as nodes, signals_as_exit():
+        failed = run_folds(plan, record, jobs or max(1, len(places)), places, nodes)
     print(summary(plan, record, gather(plan, record)))
     for run in failed:
         print(report_failure(run), file=sys.stderr)
@@ -416,4 +442,4 @@ def train_folds(
 
 
 if __name__ == "__main__":
-    run_tool(train_folds, ExperimentError, CohortError, OSError, read=read_override)
+    run_tool(train_folds, ExperimentError, CohortError, FolderInUseError, ClusterError, OSError, read=read_override)

@@ -28,7 +28,7 @@ import train_folds
 from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
 from experiments import experiment
 from experiments.experiment import ExperimentError, read_experiment, read_fold, read_override
-from experiments.processes import last_lines
+from experiments.processes import FolderInUseError, last_lines
 from scripts.cohorts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))
@@ -309,7 +309,7 @@ def test_a_finished_fold_whose_files_are_gone_is_run_again(fake, tmp_path, tiny_
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_metrics_of_cases_on_which_the_epoch_was_chosen_say_so(fake, tmp_path, tiny_cohort, capsys, keep):
-    train_folds.train_folds(str(tiny_cohort), str(tmp_path / "run"), num_folds=2, keep_epoch=keep)
+    train_folds.train_folds(str(tiny_cohort), output_dir=str(tmp_path / "run"), num_folds=2, keep_epoch=keep)
     said = capsys.readouterr().out
     assert ("the metrics are too optimistic (keep_epoch: best)" in said) == (keep == "best")
 
@@ -371,7 +371,7 @@ def test_two_commands_do_not_train_the_same_fold(fake, tmp_path, tiny_cohort, mo
     (tmp_path / "run" / "fold_1").mkdir(parents=True)
     with (tmp_path / "run" / "fold_1" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ExperimentError, match=r"another process uses .*fold_1"):
+        with pytest.raises(FolderInUseError, match=r"another process uses .*fold_1"):
             train_folds.train_folds(**run)
         assert not (fake / "calls.txt").exists()
         train_folds.train_folds(**run, folds=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shlex
@@ -14,9 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 STOP_SECONDS = 10.0
 LOG_LINES = 12
+
+
+class FolderInUseError(RuntimeError):
+    """A folder that another process uses; the message says what to do."""
 
 
 def start_logged(
@@ -53,6 +59,27 @@ def start_logged(
             pass_fds=tuple(files),
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+
+
+def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
+    """Lock the folder of a fold; the lock is released when the returned file is closed or the processes end.
+
+    Raises:
+        FolderInUseError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise FolderInUseError(f"another process uses {folder}: wait for it or end it") from None
+            time.sleep(0.2)
+        else:
+            return file
 
 
 def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:

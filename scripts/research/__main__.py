@@ -8,4 +8,4 @@ if __name__ == "__main__":
 
     from command_line import run_room
 
-    run_room("research", "benchmark", "measure_localisation", "measure_masks", "study_learning")
+    run_room("research", "benchmark", "compare_inference", "measure_localisation", "measure_masks", "study_learning")

@@ -1,9 +1,9 @@
-"""Tests of other programs: ``run_checks.py --runtime label``, ``deploy``, ``federated`` or ``orthanc``.
+"""Tests of other programs: ``run_checks.py --runtime label``, ``deploy``, ``federated``, ``orthanc`` or ``ray``.
 
 MONAI Label, MONAI Deploy and NVIDIA FLARE have environments of their own, made where there is none or its requirements
-have changed; Orthanc is a program of the system. The program ends with 0 when the tests pass, with 1 when one fails,
-and with 77 when the environment cannot be made or Orthanc is not installed: then nothing was tested, and the last lines
-say why.
+have changed; Orthanc is a program of the system, Ray a package of this program's environment. The program ends with 0
+when the tests pass, with 1 when one fails, and with 77 when the environment cannot be made or Orthanc or Ray is not
+installed: then nothing was tested, and the last lines say why.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ def check_orthanc() -> NoReturn:
         print(f"orthanc: SKIPPED, not tested: not installed: {', '.join(lacking)}", flush=True)
         raise SystemExit(SKIPPED)
     _run_tests(Path(sys.executable), [], "tests/test_orthanc.py", {"ORTHANC_TESTS": "1"})
+
+
+def check_ray() -> NoReturn:
+    """Run ``tests/test_ray.py`` on a cluster of this computer, in the environment of this program."""
+    if find_spec("ray") is None:
+        print("ray: SKIPPED, not tested: not installed: pip install -r requirements-ray.txt", flush=True)
+        raise SystemExit(SKIPPED)
+    _run_tests(Path(sys.executable), [], "tests/test_ray.py", {"RAY_TESTS": "1"})
 
 
 def make_deploy_environment(folder: Path) -> Path | None:

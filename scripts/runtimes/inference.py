@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,14 @@ def configure_log() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bool = False) -> ConfigParser:
+def load_bundle(
+    output: str,
+    ckpt_dir: str,
+    device: str | None = None,
+    force: bool = False,
+    audit: str | None = None,
+    viewer: str | None = None,
+) -> ConfigParser:
     """The bundle's ``inference.json`` with its places and options set.
 
     Args:
@@ -67,6 +74,8 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
         ckpt_dir: folder that holds ``model.pt``.
         device: None for the config's own choice.
         force: predict what quality control rejects.
+        audit: as :class:`scripts.prediction.outputs.PredictionWriter` takes it.
+        viewer: likewise.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -78,11 +87,20 @@ def load_bundle(output: str, ckpt_dir: str, device: str | None = None, force: bo
     read_state(Path(ckpt_dir) / "model.pt")
     changes = {} if device is None else {"device": torch.device(device)}
     place = str(Path(output).expanduser().resolve())
-    return inference_config(Path(ckpt_dir).expanduser() / "model.pt", output_dir=place, force=force, **changes)
+    parser = inference_config(Path(ckpt_dir).expanduser() / "model.pt", output_dir=place, force=force, **changes)
+    for name, value in {"audit": audit, "viewer": viewer}.items():
+        if value is not None:
+            parser[f"handlers#0#{name}"] = in_config(value)
+    return parser
 
 
 def run_cases(
-    parser: ConfigParser, cases: Sequence[Case], report: bool = False, explain: bool = False, resume: bool = False
+    parser: ConfigParser,
+    cases: Sequence[Case],
+    report: bool = False,
+    explain: bool = False,
+    resume: bool = False,
+    elsewhere: Callable[[PredictionWriter, Sequence[Case]], None] | None = None,
 ) -> PredictionWriter:
     """Predict the cases; what happened to each stands in the ``rows`` of the writer that is given back.
 
@@ -92,6 +110,8 @@ def run_cases(
         report: write reports and the page of the cohort.
         explain: with what moved each risk.
         resume: leave out what is done.
+        elsewhere: predicts the cases in other processes and gives the writer what belongs in its tables; None: they are
+            predicted in this one.
     """
     parser["dataset#data"] = CaseList(cases)
     writer = parser.get_parsed_content("handlers#0")
@@ -99,21 +119,31 @@ def run_cases(
     wanted += [name for name in writer.products if name == "viewer"]
     done = finished(parser, writer, cases, wanted) if resume else set()
     todo = CaseList(case for case in cases if case[keys.PATIENT_ID] not in done)
-    parser.get_parsed_content("dataset").data = todo
-    writer.products["DICOM objects"] = write_dicom_results
-    if report or explain:
-        add_reports(parser, writer, explain)
+    add_products(parser, writer, report or explain, explain and elsewhere is None)
     for case in todo:
         try:
             forget(writer.folder(case[keys.PATIENT_ID]))
         except OSError as error:
             case[keys.PROBLEM] = case.get(keys.PROBLEM) or f"an earlier prediction cannot be removed: {error}"
-    if todo:
+    if todo and elsewhere is None:
         parser.get_parsed_content("initialize")
-        parser.get_parsed_content("run")
-    else:
-        writer.write_table()
+        predict_cases(parser, todo)
+        return writer
+    if todo and elsewhere is not None:
+        elsewhere(writer, todo)
+    writer.write_table()
     return writer
+
+
+def predict_cases(parser: ConfigParser, cases: Sequence[Case]) -> None:
+    """Predict the cases with what ``initialize`` of the config has made ready; the writer of the config has the rows.
+
+    If it is called several times, then always with the same number of cases.
+    """
+    parser.get_parsed_content("dataset").data = CaseList(cases)
+    evaluator = parser.get_parsed_content("evaluator")
+    evaluator.state.failures.clear()
+    evaluator.run()
 
 
 def forget(folder: Path) -> None:
@@ -183,8 +213,11 @@ def is_whole(folder: Path, case: Case, wanted: Sequence[str], force: bool) -> bo
     return there and same and (force or not forced)
 
 
-def add_reports(parser: ConfigParser, writer: PredictionWriter, explain: bool) -> None:
-    """Let the writer make a report of each patient, and a page of them all at the end."""
+def add_products(parser: ConfigParser, writer: PredictionWriter, report: bool, explain: bool) -> None:
+    """Let the writer make DICOM objects and, with ``report``, a report of each patient and a page of all at the end."""
+    writer.products["DICOM objects"] = write_dicom_results
+    if not report:
+        return
     from scripts.prediction.report import ReportWriter
     from scripts.prediction.summary import INDEX
 

@@ -25,17 +25,27 @@ AUDIT = "audit.jsonl"
 def append_audit(
     path: Path, case: Mapping[str, Any], outcome: str, checkpoint: str | None, prediction: Mapping[str, Any] | None
 ) -> None:
-    """Append the line of one patient, in a single write, so that several programs may share a file.
+    """Append the line of one patient (:func:`audit_line`) to a file (:func:`append_line`).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    append_line(path, audit_line(case, outcome, checkpoint, prediction))
+
+
+def audit_line(
+    case: Mapping[str, Any], outcome: str, checkpoint: str | None, prediction: Mapping[str, Any] | None
+) -> str:
+    """The line of one patient.
 
     Args:
-        path: of the file, which is created if it does not exist.
         case: of the patient.
         outcome: status of the patient's row.
         checkpoint: the weights.
         prediction: as ``prediction.json`` has it; None where there is none.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a scan cannot be read.
     """
     metadata = json.loads(METADATA.read_text(encoding="utf-8"))
     line = {
@@ -48,9 +58,22 @@ def append_audit(
         "forced": prediction["quality"]["forced"] if prediction else None,
         "files": sorted(name for name, file in prediction["files"].items() if file) if prediction else [],
     }
+    return json.dumps(line)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in a single write, so that several programs of one computer may share a file.
+
+    Args:
+        path: of the file, which is created if it does not exist.
+        line: without its end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(line) + "\n").encode())
+        file.write(f"{line}\n".encode())
 
 
 def _weights(checkpoint: str | None, prediction: Mapping[str, Any] | None) -> str | None:

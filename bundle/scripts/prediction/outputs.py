@@ -25,7 +25,7 @@ from scripts import keys
 from scripts.cohorts.files import WriteError, require_writable, write_text
 from scripts.cohorts.scans import UNNAMED, without_formula
 from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
-from scripts.prediction.audit import AUDIT, append_audit
+from scripts.prediction.audit import AUDIT, append_line, audit_line
 from scripts.prediction.measures import OF_LESION
 from scripts.training.sampling import reason
 
@@ -200,6 +200,31 @@ class PredictionWriter:
             return False
         return True
 
+    def take_result(
+        self,
+        patient: str,
+        row: Mapping[str, Any],
+        lesions: Sequence[Mapping[str, Any]],
+        audit: Sequence[str],
+        problems: Mapping[str, str],
+    ) -> None:
+        """Take what another process, which has written the patient's files, found.
+
+        Args:
+            patient: one of the cases.
+            row: of ``predictions.csv``.
+            lesions: rows of ``lesions.csv``.
+            audit: lines.
+            problems: of that process.
+        """
+        self.rows[patient], self.lesions[patient] = dict(row), [dict(lesion) for lesion in lesions]
+        self.problems |= problems
+        try:
+            for line in audit:
+                self.append_audit(line)
+        except OSError as error:
+            self._report_audit(error)
+
     def fail(self, patient: str, why: str) -> None:
         """Give a patient the row ``failed``."""
         self.rows[patient] = self._row(patient, FAILED, why)
@@ -213,15 +238,30 @@ class PredictionWriter:
             return
         self._audited.add((patient, status))
         try:
-            append_audit(self.audit, self.cases[patient], status, self.checkpoint, prediction)
+            self.append_audit(audit_line(self.cases[patient], status, self.checkpoint, prediction))
         except OSError as error:
-            self.problems["audit"] = f"{self.audit}: {error.strerror}"
-            logger.error("no audit: %s", self.problems["audit"])
+            self._report_audit(error)
+
+    def _report_audit(self, error: OSError) -> None:
+        self.problems["audit"] = f"{self.audit}: {error.strerror}"
+        logger.error("no audit: %s", self.problems["audit"])
+
+    def append_audit(self, line: str) -> None:
+        """Append a patient's line to the audit.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        append_line(self.audit, line)
 
     def note_failure(self, engine: Workflow) -> None:
         """Give a failed patient its row, and keep the table so far."""
         for patient, why in engine.state.failures.items():
             self.fail(patient, why)
+        self.write_partial()
+
+    def write_partial(self) -> None:
+        """Write the rows so far to ``predictions.csv.partial``."""
         with contextlib.suppress(WriteError):  # said at the end, if it cannot be written then either
             write_text(self._partial, self._table())
 
