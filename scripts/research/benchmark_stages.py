@@ -504,6 +504,7 @@ def training(**options: Any) -> Callable[[Setup], Run]:
         torch.manual_seed(SEED)
         changes = {
             "bundle_root": in_config(str(BUNDLE)),
+            "network_def#network#tumour_prior": None,  # as the plain network starts
             **DEEP,
             **setup.forced,
             **options,
