@@ -14,23 +14,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line import BUNDLE, UsageError, run_tool
 
 from cluster.nodes import ClusterError, connected
-from cluster.patients import predict_on_nodes
-from runtimes.inference import configure_log, load_bundle, named_files, run_cases
 from scripts import keys
 from scripts.cohorts.clinical import FEATURES, parse_clinical
 from scripts.cohorts.cohort import Case
-from scripts.cohorts.files import require_writable
+from scripts.cohorts.files import WriteError, require_writable
 from scripts.cohorts.scans import printable
 from scripts.dicom.tags import DicomError
 from scripts.dicom.web import DicomWeb
+from scripts.keys import FAILED, OK
 from scripts.prediction.inputs import NoScanError, add_clinical_values, clinical_object, find_cases, pair_case
-from scripts.prediction.outputs import FAILED, OK, PredictionWriter
-from scripts.training.engine import plain_errors
+
+if TYPE_CHECKING:
+    from scripts.prediction.outputs import PredictionWriter
 
 logger = logging.getLogger("predict")
 
@@ -119,8 +119,14 @@ def predict(
     if ray is not None:
         device, ray_gpus = None, gpus_of_process(device, ray_gpus, dicomweb)  # each process has its own
         input, ct, pet, viewer, ckpt_dir = map(absolute, (input, ct, pet, viewer, ckpt_dir))  # type: ignore[assignment]
-    configure_log()
     require_writable(str(output))
+    check_scans(input, ct, pet)
+
+    from runtimes.inference import configure_log, load_bundle, run_cases  # imports torch and MONAI, which takes seconds
+    from scripts.training.engine import plain_errors
+
+    plain_errors()
+    configure_log()
     parser = load_bundle(str(output), ckpt_dir, device, force, audit, viewer)
     features = parser.get_parsed_content("spec").clinical_features
     options = {"ckpt_dir": ckpt_dir, "force": force, "report": report, "explain": explain, "viewer": viewer}
@@ -164,6 +170,17 @@ def check_web(input: str | None, ct: str | None, dicomweb: str | None, study: st
         raise UsageError(WAYS)
 
 
+def check_scans(*paths: str | None) -> None:
+    """Refuse scans that are not there.
+
+    Raises:
+        UsageError: names the path.
+    """
+    for path in paths:
+        if path is not None and not Path(path).expanduser().exists():
+            raise UsageError(f"{path} does not exist")
+
+
 def gpus_of_process(device: str | None, gpus: float | None, dicomweb: str | None) -> float | None:
     """GPUs of each process on a cluster; None: one where the cluster has GPUs.
 
@@ -192,6 +209,8 @@ def other_processes(
     if ray is None:
         yield None
         return
+    from cluster.patients import predict_on_nodes
+
     with connected(ray, cores, gpus) as share:
         yield partial(predict_on_nodes, share=share, **options)
 
@@ -218,6 +237,8 @@ def downloaded(dicomweb: str | None, study: str | None) -> Iterator[str | None]:
 
 def store_results(web: DicomWeb, writer: PredictionWriter) -> None:
     """Store the DICOM results of every predicted patient; what cannot be stored is a problem of the writer."""
+    from runtimes.inference import named_files
+
     for patient, row in writer.rows.items():
         if row["status"] == FAILED:
             continue
@@ -310,5 +331,4 @@ def shown(value: Any, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    plain_errors()
-    run_tool(predict, DicomError, ClusterError, ImportError, words=("input", "output"), others=FEATURES)
+    run_tool(predict, WriteError, DicomError, ClusterError, ImportError, words=("input", "output"), others=FEATURES)

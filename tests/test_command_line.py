@@ -30,7 +30,7 @@ ROOMS = ("research", "runtimes")
 
 def tells(path: Path) -> bool:
     """Whether a file of ``scripts/`` is a command that reads its options before it imports torch."""
-    return path.stem not in ("command_line", "predict", "serve")
+    return path.stem not in ("command_line", "serve")
 
 
 def tool(
@@ -211,6 +211,10 @@ def test_a_file_of_commands(typed, code, shown, monkeypatch, capsys):
         *(pytest.param([path.name, "--help"], 0, id=path.stem) for path in sorted(SCRIPTS.glob("*.py")) if tells(path)),
         *(pytest.param(["serve.py", name, "--help"], 0, id=f"serve_{name}") for name in serve.COMMANDS),
         pytest.param(["train_folds.py", "--lunch"], 2, id="nothing_given"),
+        pytest.param(["predict.py"], 1, id="predict_nothing"),
+        pytest.param(["predict.py", "in", "out", "--agee", "61"], 2, id="predict_unknown_option"),
+        pytest.param(["predict.py", "no_such_folder", "out"], 1, id="predict_no_such_folder"),
+        pytest.param(["predict.py", "out", "--ct", "ct.nii.gz", "--pet", "pet.nii.gz"], 1, id="predict_no_such_file"),
         pytest.param(["ensemble_folds.py", "runs", "--hlf"], 2, id="unknown_option"),
         pytest.param(["package_bundle.py", "--version", "1.0.0"], 1, id="options_that_go_together"),
     ],

@@ -13,8 +13,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-import predict
 from conftest import BUNDLE, make_tiny_cohort
+from runtimes.inference import load_bundle
 from scripts.training.configuration import (
     PROCESSES,
     ConfigurationError,
@@ -212,7 +212,7 @@ def test_devices_that_are_not_there(device: Any) -> None:
 
 def test_predict_looks_for_the_device_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="device 'gpu' cannot be used here"):
-        predict.load_bundle(str(tmp_path), str(tmp_path / "no_weights"), device="gpu")
+        load_bundle(str(tmp_path), str(tmp_path / "no_weights"), device="gpu")
 
 
 # --- what makes a run another one -----------------------------------------------------------------------------------

@@ -427,9 +427,9 @@ def test_faults_end_the_tool_with_one_line(model, tmp_path):
     command = [sys.executable, "scripts/predict.py", str(tmp_path / "absent"), str(tmp_path / "out")]
     ended = subprocess.run([*command, "--ckpt_dir", str(model)], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'absent'} does not exist"
+    assert ended.stderr.strip().splitlines()[-1] == f"predict: {tmp_path / 'absent'} does not exist"
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        predict("x", str(tmp_path / "out"), ckpt_dir=str(tmp_path))
+        predict(str(tmp_path), str(tmp_path / "out"), ckpt_dir=str(tmp_path))
     with pytest.raises(CohortError, match="one patient, but there are 2"):
         tool.with_values([{keys.CLINICAL: {}}] * 2, None, None, {"age": 61})
 

@@ -83,5 +83,8 @@ TASKS = (TASK_SEG, TASK_HPV, TASK_SURV)
 # --- mask values -------------------------------------------------------------------------------------------
 BACKGROUND, GTVP, GTVN = 0, 1, 2
 
+# --- status of a prediction ------------------------------------------------------------------------------
+OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
+
 # --- what every output says --------------------------------------------------------------------------------
 RESEARCH_USE_ONLY = "Research use only. Not a medical device; not for clinical decisions."

@@ -27,10 +27,10 @@ from scripts.evaluation.case_metrics import MEASURES, format_summary, summarise
 from scripts.evaluation.case_table import mask_columns
 from scripts.imaging.geometry import Grid, bounding_window, resample
 from scripts.imaging.images import read_image
+from scripts.keys import FAILED
 from scripts.model.ensemble import saved_provenance, saved_spec
 from scripts.model.errors import CheckpointError
 from scripts.prediction.inputs import find_cases
-from scripts.prediction.outputs import FAILED
 from scripts.training.configuration import ConfigurationError
 
 TABLE, METRICS = "masks.csv", "masks.json"

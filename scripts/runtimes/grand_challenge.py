@@ -27,8 +27,8 @@ from scripts.cohorts.thresholds import HALF, above
 from scripts.dicom.suv_table import ActivityScan, read_suv_factor
 from scripts.imaging.images import image_suffix
 from scripts.imaging.lesions import APART
+from scripts.keys import FAILED
 from scripts.prediction.inputs import add_clinical_values, pair_case
-from scripts.prediction.outputs import FAILED
 from scripts.training.engine import plain_errors
 
 logger = logging.getLogger("predict")

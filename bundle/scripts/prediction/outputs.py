@@ -25,6 +25,7 @@ from scripts import keys
 from scripts.cohorts.files import WriteError, require_writable, write_text
 from scripts.cohorts.scans import UNNAMED, without_formula
 from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
+from scripts.keys import FAILED, INCOMPLETE, OK
 from scripts.prediction.audit import AUDIT, append_line, audit_line
 from scripts.prediction.measures import OF_LESION
 from scripts.training.sampling import reason
@@ -32,7 +33,6 @@ from scripts.training.sampling import reason
 logger = logging.getLogger(__name__)
 
 TABLE, LESION_TABLE = "predictions.csv", "lesions.csv"
-OK, INCOMPLETE, FAILED = "ok", "incomplete", "failed"
 YEARS = (1, 2, 3, 5)
 COLUMNS = (
     *("PatientID", "status", "reason"),

@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from scripts.cohorts.files import write_text
 from scripts.evaluation.plots import GREY, GROUP_COLOURS
 from scripts.imaging.quality import VERDICTS
-from scripts.keys import RESEARCH_USE_ONLY
+from scripts.keys import FAILED, OK, RESEARCH_USE_ONLY
 from scripts.prediction.findings import FORCED, page_verdict, quality_problems, trained_on_of
-from scripts.prediction.outputs import FAILED, OK, TABLE, folder_names
+from scripts.prediction.outputs import TABLE, folder_names
 from scripts.prediction.pages import Link, Ranked, render
 
 INDEX, PREDICTION, REPORT = "index.html", "prediction.json", "report.html"

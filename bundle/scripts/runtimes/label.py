@@ -34,12 +34,12 @@ from scripts.dicom.examinations import Examination, pair_examination
 from scripts.imaging.headers import read_header
 from scripts.imaging.images import image_suffix
 from scripts.imaging.transforms import INFERENCE_KEYS, ToNetworkItemd
+from scripts.keys import FAILED, OK
 from scripts.model.ensemble import EXTRA_STATE, PROVENANCE, SETTINGS, TRAINED_ON, FoldEnsemble, count_folds
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec, check_provenance, check_state
 from scripts.prediction import inputs
 from scripts.prediction.audit import append_audit
-from scripts.prediction.outputs import FAILED, OK
 from scripts.runtimes.label_guard import TABLES, RequestError, confined, dicomweb_address, is_upload, read_prediction
 from scripts.runtimes.label_study import fetched_series, study_examination
 from scripts.training.engine import EnsembleInferer
