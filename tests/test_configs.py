@@ -27,6 +27,7 @@ from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.imaging.images import read_image
 from scripts.imaging.transforms import INFERENCE_KEYS, TRAINING_KEYS, LoadScansd
+from scripts.model.ensemble import saved_provenance, saved_spec
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec
 
@@ -56,6 +57,31 @@ LIMITS = {
     "phantoms.json": (14, 0),
     "federated.json": (7, 0),
 }
+
+
+def test_metadata_describes_the_shipped_weights() -> None:
+    spec, metadata = saved_spec(BUNDLE / "models" / "model.pt"), config("metadata.json")
+    facts = metadata["network_data_format"]
+    for image in (facts["inputs"]["image"], facts["outputs"]["pred"]):
+        assert image["spatial_shape"] == list(spec.roi_size)
+    box = f"{' x '.join(map(str, spec.roi_size))} voxels of {spec.spacing_mm:g} mm for the demonstration weights"
+    assert box in metadata["image_classes"]
+    assert all(f"{k} is {name}" in metadata["label_classes"] for k, name in enumerate(spec.seg_classes, start=1))
+    cases = saved_provenance(BUNDLE / "models" / "model.pt")["trained_on"].partition(",")[0]
+    assert f"The weights: {cases}, no patients." in metadata["data_source"]
+
+
+def test_the_setting_of_the_weights_changes_the_augmentation_that_it_means() -> None:
+    """An overlay counts the transforms of train.json, whose order is not its own."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / name) for name in ("train.json", "phantoms.json")])
+    before, after = config("train.json")["train"]["augmentation"]["transforms"], parser["train#augmentation#transforms"]
+    changed = {
+        (new["_target_"].rpartition(".")[2], new["channel"]): {key for key in new if new[key] != old[key]}
+        for old, new in zip(before, after, strict=True)
+        if new != old
+    }
+    assert changed == {("Scale", "pet"): {"prob", "factors"}, ("Blur", "ct"): {"prob"}}
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((BUNDLE / "configs").glob("*.json"))])
