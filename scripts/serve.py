@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from command_line import BUNDLE, NAME, UsageError, run_commands
 
-from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment, run_step
+from runtimes.environments import OwnEnvironmentError, run_step
+from runtimes.label_environment import ENVIRONMENT, make_label_environment
 from scripts.cohorts.files import dated_name, write_text
 from scripts.cohorts.scans import CohortError, find_scans
 from scripts.dicom.tags import DicomError
@@ -60,8 +61,8 @@ def serve_label(
     login = web_login(str(studies))
     place = Path(env or ENVIRONMENT).expanduser().resolve()
     try:
-        python = make_environment(place)
-    except LabelEnvironmentError as error:
+        python = make_label_environment(place)
+    except OwnEnvironmentError as error:
         sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
     name_segments(install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model))

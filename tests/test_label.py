@@ -32,7 +32,7 @@ from monai.data import MetaTensor
 
 import serve
 from conftest import BUNDLE, ROOT, SHARED_DATA
-from runtimes import check, label_environment
+from runtimes import check, environments, label_environment
 from scripts import keys
 from scripts.cohorts.clinical import ClinicalValueError
 from scripts.cohorts.cohort import CohortError
@@ -735,7 +735,7 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
         (place / "bin").mkdir(parents=True)
         (place / "bin" / "python").symlink_to("/bin/false")
 
-    monkeypatch.setattr(label_environment.venv, "create", make_venv)
+    monkeypatch.setattr(environments.venv, "create", make_venv)
     with pytest.raises(SystemExit) as error:
         check.check_label(str(tmp_path / "env"))
     assert error.value.code == check.SKIPPED == 77
@@ -748,8 +748,8 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pyvenv.cfg").write_text("of another environment")
-    with pytest.raises(label_environment.LabelEnvironmentError, match="holds something else; name a new folder"):
-        label_environment.make_environment(tmp_path)
+    with pytest.raises(environments.OwnEnvironmentError, match="holds something else; name a new folder"):
+        label_environment.make_label_environment(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pyvenv.cfg"]
 
 

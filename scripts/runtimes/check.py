@@ -20,10 +20,10 @@ from typing import NoReturn
 
 from command_line import ROOT
 
+from runtimes.environments import OwnEnvironmentError
 from runtimes.federated_run import ENVIRONMENT as FEDERATED_ENVIRONMENT
-from runtimes.federated_run import FederatedRunError
-from runtimes.federated_run import make_environment as make_federated_environment
-from runtimes.label_environment import ENVIRONMENT, LabelEnvironmentError, make_environment
+from runtimes.federated_run import make_federated_environment
+from runtimes.label_environment import ENVIRONMENT, make_label_environment
 
 APP = ROOT / "scripts" / "runtimes" / "deploy_app"
 SKIPPED = 77  # as test runners understand it
@@ -37,8 +37,8 @@ def check_label(environment: str = "") -> NoReturn:
         environment: folder of the virtual environment.
     """
     try:
-        python = make_environment(Path(environment or ENVIRONMENT).expanduser().resolve())
-    except LabelEnvironmentError as error:
+        python = make_label_environment(Path(environment or ENVIRONMENT).expanduser().resolve())
+    except OwnEnvironmentError as error:
         print(f"label: SKIPPED, not tested: MONAI Label's environment cannot be made: {error}", flush=True)
         raise SystemExit(SKIPPED) from None
     # Other packages' warnings are no errors there, and their modules hold no doctests of ours.
@@ -71,7 +71,7 @@ def check_federated(environment: str = "") -> NoReturn:
     """
     try:
         python = make_federated_environment(Path(environment or FEDERATED_ENVIRONMENT).expanduser().resolve())
-    except FederatedRunError as error:
+    except OwnEnvironmentError as error:
         print(f"federated: SKIPPED, not tested: NVIDIA FLARE's environment cannot be made: {error}", flush=True)
         raise SystemExit(SKIPPED) from None
     # In this environment nothing is skipped for want of NVIDIA FLARE.

@@ -6,18 +6,16 @@ Python environment of its own, which is made on first use beside the packages of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
-import venv
 from pathlib import Path
 
 from command_line import ROOT, UsageError, run_tool
 
+from runtimes.environments import OwnEnvironmentError, make_environment, packages_of, pip_install
 from runtimes.federated_job import CLIENT
 from scripts.model.ensemble import CheckpointError, saved_provenance
 
@@ -28,7 +26,7 @@ RUN = Path("server", "simulate_job")  # of the server, in the simulator's worksp
 
 
 class FederatedRunError(RuntimeError):
-    """The environment cannot be made, or the training ended early; the message says why."""
+    """The training ended early; the message says why."""
 
 
 def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
@@ -43,7 +41,7 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
     folder, results = Path(job).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / "meta.json").is_file():
         raise UsageError(f"{folder} is no job folder: make one with python scripts/runtimes federated_job")
-    python = make_environment(Path(env or ENVIRONMENT).expanduser().resolve())
+    python = make_federated_environment(Path(env or ENVIRONMENT).expanduser().resolve())
     simulate(python, folder, results, threads)
     print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
 
@@ -80,39 +78,20 @@ def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
         raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
 
 
-def make_environment(place: Path) -> Path:
-    """The Python of NVIDIA FLARE's environment, which is created if it is missing or of another version.
+def make_federated_environment(place: Path) -> Path:
+    """The Python of NVIDIA FLARE's environment, as :func:`.make_environment` makes it.
 
     It sees the packages of this Python, so that only what they lack is installed (some 80 MB).
-
-    Raises:
-        FederatedRunError: it cannot be made.
     """
-    python, stamp = place / "bin" / "python", place / "installed.txt"
     packages = sysconfig.get_path("purelib")
-    wanted = hashlib.sha256(f"{packages}\n{REQUIREMENTS.read_text()}".encode()).hexdigest()
-    made = stamp.read_text() if stamp.is_file() else None
-    if made == wanted and python.is_file():
-        return python
-    if made is None and place.is_dir() and any(place.iterdir()):
-        raise FederatedRunError(f"{place} holds something else; name a new folder with --env")
-    print(f"making NVIDIA FLARE's environment in {place} (a minute, about 80 MB) ...", file=sys.stderr, flush=True)
-    venv.create(place, with_pip=True, clear=made is not None)
-    stamp.write_text("not finished")
-    own = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    (Path(own) / "project.pth").write_text(f"{packages}\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FederatedRunError("pip install: " + "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-8:]))
-    stamp.write_text(wanted)
-    return python
+
+    def install(python: Path) -> None:
+        (packages_of(python) / "project.pth").write_text(f"{packages}\n")
+        pip_install(python, "-r", str(REQUIREMENTS))
+
+    contents = f"{packages}\n{REQUIREMENTS.read_text()}"
+    return make_environment(place, "NVIDIA FLARE (a minute, about 80 MB)", contents, install)
 
 
 if __name__ == "__main__":
-    run_tool(federated_run, FederatedRunError, CheckpointError, OSError)
+    run_tool(federated_run, FederatedRunError, OwnEnvironmentError, CheckpointError, OSError)

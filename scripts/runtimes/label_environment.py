@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
-import sys
-import venv
 from pathlib import Path
 
 from command_line import ROOT
+
+from runtimes.environments import make_environment, packages_of, pip_install, run_step
 
 ENVIRONMENT = ROOT / ".label_env"
 
@@ -46,50 +44,18 @@ library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 """
 
 
-class LabelEnvironmentError(RuntimeError):
-    """MONAI Label's environment cannot be made; the message says at which step and why."""
+def make_label_environment(place: Path) -> Path:
+    """The Python of MONAI Label's environment, as :func:`.make_environment` makes it."""
+    contents = "\n".join((*ALONE, *REQUIREMENTS, OPERATORS))
+    return make_environment(place, "MONAI Label (some minutes, about 2.5 GB)", contents, install_label)
 
 
-def make_environment(place: Path) -> Path:
-    """The Python of MONAI Label's environment, which is created if it is missing or of another version.
-
-    Raises:
-        LabelEnvironmentError: it cannot be made.
-    """
-    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp = place / "installed.txt"
-    wanted = hashlib.sha256("\n".join((*ALONE, *REQUIREMENTS, OPERATORS)).encode()).hexdigest()
-    made = stamp.read_text() if stamp.is_file() else None
-    if made == wanted and python.is_file():
-        return python
-    if made is None and place.is_dir() and any(place.iterdir()):
-        raise LabelEnvironmentError(f"{place} holds something else; name a new folder with --env")
-    print(f"making MONAI Label's environment in {place} (some minutes, about 2.5 GB) ...", file=sys.stderr, flush=True)
-    try:
-        venv.create(place, with_pip=True, clear=made is not None)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise LabelEnvironmentError(f"python -m venv {place}: {error}") from error
-    stamp.write_text("not finished")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run_step([*pip, *REQUIREMENTS])
-    run_step([*pip, "--no-deps", *ALONE])
+def install_label(python: Path) -> None:
+    """Install MONAI Label, and try whether it can be imported."""
+    pip_install(python, *REQUIREMENTS)
+    pip_install(python, "--no-deps", *ALONE)
     if subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, check=False).returncode:
-        packages = run_step([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
-        (Path(packages) / "torchvision_operators.py").write_text(OPERATORS)
-        (Path(packages) / "torchvision_operators.pth").write_text("import torchvision_operators\n")  # at every start
+        packages = packages_of(python)
+        (packages / "torchvision_operators.py").write_text(OPERATORS)
+        (packages / "torchvision_operators.pth").write_text("import torchvision_operators\n")  # at every start
     run_step([str(python), "-c", "import torchvision, monailabel.app, monailabel.tasks.train.bundle"])
-    stamp.write_text(wanted)
-    return python
-
-
-def run_step(command: list[str]) -> str:
-    """Run a step of the installation.
-
-    Raises:
-        LabelEnvironmentError: it fails; with the end of what it printed.
-    """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        shown = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        raise LabelEnvironmentError(f"`{' '.join(command[:6])} ...` ended with {done.returncode}:\n  {shown}")
-    return done.stdout
