@@ -202,6 +202,8 @@ def test_the_handler_writes_table_metrics_survival_and_plots(tmp_path: Path) -> 
     handler.rows = cases.to_dict("records")
     handler.write(SimpleNamespace())
     report = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert report["data"] == "40 cases of 2 centres (MDA, USZ); research use only, not for clinical use"
+    assert json.loads((tmp_path / "figures" / "roc.json").read_text())["data"] == report["data"]
     assert report["survival"]["about"]["train_patients"] == 46
     assert report["survival"]["c_index"]["value"] == pytest.approx(report["metrics"]["c_index"]["value"])
     assert "absolute risk" in report["survival"]["brier_skill"]["reason"]

@@ -19,6 +19,7 @@ from scripts.evaluation.plots import (
     kaplan_meier_figure,
     roc_figure,
     save_plot,
+    save_plots,
     training_figure,
 )
 from scripts.evaluation.survival import Outcomes
@@ -154,6 +155,15 @@ def test_a_plot_is_written_with_its_data(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "figures" / "a.json").read_text()) == {"all": [0.5]}
     with pytest.raises(ValueError, match="JSON"):
         save_plot(tmp_path / "b.png", dice_figure({}), {"all": [math.nan]})
+
+
+def test_an_evaluation_writes_below_its_figures_what_the_data_are(tmp_path: Path) -> None:
+    drawn = {"dice": (dice_figure({"all": [0.5]}), [0.5]), "roc": (None, "no HPV status")}
+    entries = save_plots(tmp_path / "figures", drawn, "3 digital phantoms, not for clinical use")
+    assert entries == {"dice": {"file": "figures/dice.png"}, "roc": {"reason": "no HPV status"}}
+    assert drawn["dice"][0].get_supxlabel() == "3 digital phantoms, not for clinical use"
+    written = json.loads((tmp_path / "figures" / "dice.json").read_text())
+    assert written == {"data": "3 digital phantoms, not for clinical use", "content": [0.5]}
 
 
 def test_the_curve_of_a_patient_shows_the_years_that_are_given() -> None:

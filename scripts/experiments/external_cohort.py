@@ -118,7 +118,7 @@ def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int)
         raise ExperimentError(f"{path}: {error}") from error
     report |= compare_external(run, cases, path, seed, samples)
     drawn = case_figures(cases, report["metrics"]) | survival_figures(report["survival"], stored.get("reason", ""))
-    report["figures"] = save_plots(figures, drawn, str(path))
+    report["figures"] = save_plots(figures, drawn, report["data"])
     return report
 
 

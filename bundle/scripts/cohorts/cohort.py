@@ -105,6 +105,23 @@ def files_fingerprint(paths: Iterable[Path | None]) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
+def describe_cases(dataset_dir: str, centres: Sequence[str]) -> str:
+    """One line on what cases of a dataset are, for whoever was trained or evaluated on them.
+
+    Args:
+        dataset_dir: their folder; its record says whether they are phantoms.
+        centres: the centre of each case.
+    """
+    root = Path(dataset_dir).expanduser().resolve()
+    records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
+    notices = [json.loads(path.read_text(encoding="utf-8")).get("notice", "") for path in records if path.is_file()]
+    if any("phantom" in notice.lower() for notice in notices):
+        return f"{len(centres)} digital phantoms, not for clinical use"
+    names = sorted(set(centres))
+    listed = f"{len(names)} {'centre' if len(names) == 1 else 'centres'} ({', '.join(names)})"
+    return f"{len(centres)} cases of {listed}; research use only, not for clinical use"
+
+
 @dataclass
 class Cohort:
     """The cases of a data set, the excluded patients and notes.
@@ -170,16 +187,9 @@ class Cohort:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def statement(self, cases: Sequence[Case] | None = None) -> str:
-        """One line on the training data, for a model trained on ``cases`` (default: the whole cohort)."""
+        """:func:`describe_cases` of some cases (default: the whole cohort)."""
         cases = self.cases if cases is None else cases
-        root = Path(self.dataset_dir).expanduser().resolve()
-        records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
-        notices = [json.loads(path.read_text(encoding="utf-8")).get("notice", "") for path in records if path.is_file()]
-        if any("phantom" in notice.lower() for notice in notices):
-            return f"{len(cases)} digital phantoms, not for clinical use"
-        centres = sorted({case[keys.CENTRE] for case in cases})
-        listed = f"{len(centres)} {'centre' if len(centres) == 1 else 'centres'} ({', '.join(centres)})"
-        return f"{len(cases)} cases of {listed}; research use only, not for clinical use"
+        return describe_cases(self.dataset_dir, [case[keys.CENTRE] for case in cases])
 
     def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
         """Training and validation cases of one fold, and test cases where the protocol has them.

@@ -23,6 +23,7 @@ from monai.engines import Workflow
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from scripts import keys
+from scripts.cohorts.cohort import describe_cases
 from scripts.cohorts.files import write_text, written_whole
 from scripts.cohorts.thresholds import label_map
 from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, confusion, format_summary, roc_curve
@@ -59,7 +60,7 @@ class CaseTable:
 
     Args:
         output_dir: folder of the files; the plots are in ``figures/`` in it.
-        dataset_dir: written to ``metrics.json``.
+        dataset_dir: written to ``metrics.json``, and what the cases are, which the plots say too.
         checkpoint: written to ``metrics.json``.
         seed: of the bootstrap.
         training_cases: cases (:mod:`scripts.cohorts.cohort`) whose follow-up weights the survival metrics: those the
@@ -106,14 +107,16 @@ class CaseTable:
         if self.features:
             write_features(self.folder, cases["PatientID"], np.concatenate(self.features))
         kept = getattr(getattr(engine, "network", None), "provenance", {}).get(KEEP_EPOCH)
-        report = {**self.about, "selection": describe_selection(kept, self.part), **self._judge(cases)}
+        centres = [str(centre) for centre in cases.get(keys.CENTRE, [""] * len(cases))]
+        data = {"data": describe_cases(self.dataset_dir, centres)}
+        report = {**self.about, **data, "selection": describe_selection(kept, self.part), **self._judge(cases)}
         report["centres"] = {centre: self._judge(group, SMALL_GROUP) for centre, group in centre_groups(cases)}
         inside = cases.get(keys.SEG_INSIDE, pd.Series(dtype=float)).dropna()
         if len(inside):
             report["tumour_inside_box"] = {"mean": float(inside.mean()), "minimum": float(inside.min())}
         report["figures"] = self._draw(cases, report)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False))
-        logger.info("%d cases of %s\n%s", len(cases), self.about["dataset_dir"], format_summary(report["metrics"]))
+        logger.info("%s: %s\n%s", self.dataset_dir, report["data"], format_summary(report["metrics"]))
         logger.info("%s", report["selection"]["statement"])
         logger.info("written: %s, with metrics.json and figures/ beside it", self.folder / "cases.csv")
 
@@ -136,7 +139,7 @@ class CaseTable:
         no_groups = self._carried("calibration").get("reason", NO_CUT_POINTS)
         drawn = case_figures(cases, report["metrics"])
         drawn |= survival_figures(report.get("survival", {"reason": "survival is not judged here"}), no_groups)
-        return save_plots(self.folder / "figures", drawn, self.about["dataset_dir"])
+        return save_plots(self.folder / "figures", drawn, report["data"])
 
     def _carried(self, name: str) -> Mapping[str, Any]:
         """Entry of the ensemble's provenance; empty without one."""

@@ -55,7 +55,7 @@ def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str,
     Args:
         folder: for ``<name>.png`` and ``<name>.json``.
         drawn: by name.
-        data: name of the data, written to the JSON files.
+        data: what the data are, written below the figures and to the JSON files.
 
     Returns:
         by name ``{"file": path from the parent folder}``, or ``{"reason": why there is none}``.
@@ -67,6 +67,7 @@ def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str,
             old.unlink(missing_ok=True)
         entries[name] = {"reason": content} if figure is None else {"file": f"{folder.name}/{path.name}"}
         if figure is not None:
+            figure.supxlabel(data, x=0.99, ha="right", fontsize=7, color=GREY)
             save_plot(path, figure, {"data": data, "content": content})
     return entries
 
