@@ -100,7 +100,7 @@ def test_every_variant_is_an_experiment_that_differs_from_what_it_is_compared_wi
     study = make_study(cohort, tmp_path, variant)
     settings = study.settings(variant, 0)
     protocol = settings.pop("protocol", "partial")
-    files = study_plan.VARIANTS[variant].config_files
+    files = study.config_files(variant)
     plan = make_plan(str(cohort), protocol, files, (0,), str(tmp_path), settings, "")
     short = {place: name for name, place in NESTED.items()}
     assert {name: plan.config[short.get(name, name)] for name in settings} == settings

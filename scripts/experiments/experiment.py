@@ -68,6 +68,7 @@ NESTED = {
     "seg_classes": "spec#seg_classes",
     "bn_momentum": "network_def#network#bn_momentum",
     "mask_gradient": "network_def#network#mask_gradient",
+    "tumour_prior": "network_def#network#tumour_prior",
     "task_weights": "train#loss#task_weights",
     "hpv_alpha": "train#loss#hpv_alpha",
     "hpv_gamma": "train#loss#hpv_gamma",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import ROOT
+from command_line import BUNDLE, ROOT
 
 from experiments.evidence import CASES_FILE
 from experiments.experiment import (
@@ -43,7 +43,8 @@ NOT_COMPARED = ("dataset_dir", "ehr_csv")
 
 
 BASE, BURDEN, CLINICAL_HPV = "base", "burden", "clinical_hpv"  # variants that others are compared with
-DEMO = ("configs/demo.json",)
+DEMO, PAPER = "configs/demo.json", "configs/paper.json"
+RATE = ("learning_rate", "lr_milestones", "lr_factors")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,16 @@ class Variant:
     Attributes:
         what: description of the difference.
         overrides: ids of the configs and their values.
-        config_files: overlays on ``configs/train.json``.
+        config_files: overlays on ``configs/train.json`` and that of the study.
         against: the variant that it is compared with.
+        own_rate: whether the learning rate is that of ``config_files``, not that of the study's overlay.
     """
 
     what: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    config_files: tuple[str, ...] = DEMO
+    config_files: tuple[str, ...] = ()
     against: str = BASE
+    own_rate: bool = True
 
     def __post_init__(self) -> None:
         """Ids of the configs for the short names of settings."""
@@ -68,14 +71,17 @@ class Variant:
         object.__setattr__(self, "overrides", ids)
 
 
-PAPER = (*DEMO, "configs/paper.json")
-FAST = {"learning_rate": 0.001, "lr_milestones": [16, 21], "lr_factors": [0.3, 0.1]}
 TABLE_1 = {"protocol": "ablation", "epochs": 100, "val_interval": 10}
 
 
 def deep(what: str, **overrides: Any) -> Variant:
     """A variant of the base."""
     return Variant(what, {**DEEP, **overrides})
+
+
+def paper(what: str, against: str = BASE, own_rate: bool = True, **overrides: Any) -> Variant:
+    """A variant of ``paper.json``."""
+    return Variant(what, overrides, (PAPER,), against, own_rate)
 
 
 def burden(what: str, against: str = BURDEN, **overrides: Any) -> Variant:
@@ -99,16 +105,18 @@ VARIANTS = {
     "min_max": deep("PET by its own minimum and maximum", pet_window=None),
     "burden_uncertainty": burden("as burden, task weights learned by uncertainty", task_weights="uncertainty"),
     "burden_min_max": burden("as burden, with PET by its own minimum and maximum", pet_window=None),
-    "paper": Variant("paper.json on top: every choice of the paper, its learning rate too", {}, PAPER),
-    "paper_rate": Variant("paper.json on top, with the base's learning rate", FAST, PAPER),
-    "table1": Variant("paper.json on top, the split and the 100 epochs of the paper's Table 1", TABLE_1, PAPER),
-    "table1_stop": Variant(
-        "the same, gradient through the map stopped", {**TABLE_1, "mask_gradient": "stop"}, PAPER, "table1"
+    "paper": paper("paper.json on top: every choice of the paper, its learning rate too"),
+    "paper_rate": paper("paper.json on top, with the base's learning rate", CLINICAL_HPV, own_rate=False),
+    "paper_start": paper(
+        "as paper_rate, starting from a tumour probability of 0.05 everywhere",
+        "paper_rate",
+        own_rate=False,
+        tumour_prior=0.05,
     ),
-    "table1_surv": Variant("the same, survival alone", {**TABLE_1, "tasks": ["surv"]}, PAPER, "table1"),
-    "table1_seg_surv": Variant(
-        "the same, segmentation and survival", {**TABLE_1, "tasks": ["seg", "surv"]}, PAPER, "table1"
-    ),
+    "table1": paper("paper.json on top, the split and the 100 epochs of the paper's Table 1", **TABLE_1),
+    "table1_stop": paper("the same, gradient through the map stopped", "table1", **TABLE_1, mask_gradient="stop"),
+    "table1_surv": paper("the same, survival alone", "table1", **TABLE_1, tasks=["surv"]),
+    "table1_seg_surv": paper("the same, segmentation and survival", "table1", **TABLE_1, tasks=["seg", "surv"]),
     "balanced_hpv": deep("focal weight 0.5 for HPV instead of 0.25", hpv_alpha=0.5),
     "low_l2": deep("weight of the L2 term 0.001 instead of 0.1", l2_weight=0.001),
     "long": deep("three times as many epochs", epochs=72, val_interval=12, lr_milestones=[48, 63]),
@@ -129,6 +137,7 @@ class Study:
         folds: of each run.
         overrides: ids of the configs for every run.
         test_dir: folder of another cohort to evaluate the networks on; None: the held-out cases of each network.
+        overlay: config of grid, epochs and learning rate on ``configs/train.json``.
     """
 
     folder: Path
@@ -139,6 +148,12 @@ class Study:
     folds: tuple[int, ...]
     overrides: Mapping[str, Any]
     test_dir: str | None = None
+    overlay: str = DEMO
+
+    @property
+    def cache(self) -> str:
+        """Folder of the preprocessed cases, shared by the runs."""
+        return str(self.folder / "cache")
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -151,7 +166,15 @@ class Study:
 
     def settings(self, variant: str, seed: int) -> dict[str, Any]:
         """Ids of the configs of a run and their values; those for every run go before the variant's."""
-        return {**self.overrides, **VARIANTS[variant].overrides, "seed": seed}
+        rate = {}
+        if not VARIANTS[variant].own_rate:
+            values = json.loads((BUNDLE / find_config(self.overlay)).read_text(encoding="utf-8"))
+            rate = {name: values[name] for name in RATE if name in values}
+        return {**rate, **self.overrides, **VARIANTS[variant].overrides, "seed": seed}
+
+    def config_files(self, variant: str) -> list[str]:
+        """Overlays of a run on ``configs/train.json``."""
+        return [self.overlay, *VARIANTS[variant].config_files]
 
     def commands(self, variant: str, seed: int) -> list[list[str]]:
         """``train_folds.py`` for a run, and with ``test_dir`` the bundle's ``evaluating`` for each fold."""
@@ -167,8 +190,9 @@ class Study:
             "ckpt_dir": str(fold_folder(folder, fold) / "models"),
             "evaluation_dir": str(evaluation_folder(folder, fold, OTHERS)),
             "evaluate_on": "all",
+            "cache_dir": self.cache,
         }
-        files = [TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files), EVALUATE_CONFIG]
+        files = [TRAIN_CONFIG, *(find_config(name) for name in self.config_files(variant)), EVALUATE_CONFIG]
         return bundle_command("evaluating", files, options)
 
     def cases_files(self, variant: str, seed: int, fold: int) -> tuple[Path, Path]:
@@ -192,9 +216,9 @@ class Study:
         options = {
             "dataset_dir": self.dataset_dir,
             "output_dir": str(self.run_folder(variant, seed)),
-            "config_files": list(VARIANTS[variant].config_files),
+            "config_files": self.config_files(variant),
             "folds": list(self.folds),
-            "cache_dir": str(self.folder / "cache"),
+            "cache_dir": self.cache,
             **self.settings(variant, seed),
         }
         return [sys.executable, str(TRAIN_TOOL), *(f"--{name}={typed(value)}" for name, value in options.items())]
@@ -226,7 +250,7 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     """Check that a run on disk has the settings of its variant.
 
     A run may lack an id that came later: it was run with what was done then (:func:`.complete`), else
-    with the default of ``configs/train.json``.
+    with the default of ``configs/train.json``. Before ``tumour_prior`` the layer of the logits had random weights.
     Ids of another kind than plain numbers, texts and lists (objects, expressions) follow from the others.
 
     Raises:
@@ -235,12 +259,12 @@ def check_run(study: Study, variant: str, seed: int) -> None:
     folder = study.run_folder(variant, seed)
     record = read_experiment(folder)
     settings = study.settings(variant, seed)
-    files = (TRAIN_CONFIG, *(find_config(name) for name in VARIANTS[variant].config_files))
+    files = (TRAIN_CONFIG, *(find_config(name) for name in study.config_files(variant)))
     parser, values = merge_configs(files, settings.get("protocol", "partial"), settings)
     parser.update(values)
     expected = settings_of(config_of(parser))
     defaults, found = config_of(merge_configs((TRAIN_CONFIG,), "partial", {})[0]), record["settings"]
-    there = {**defaults, **complete(found)}
+    there = {**defaults, "tumour_prior": None, **complete(found)}
     differences = [
         f"{name} {value!r} instead of {expected[name]!r}"
         for name, value in ((name, there.get(name)) for name in expected if name not in NOT_COMPARED)

@@ -28,10 +28,10 @@ from typing import Any
 
 from command_line import BUNDLE, run_tool
 
-from experiments.experiment import TRAIN_CONFIG, ExperimentError, as_list, merge_configs, read_override
+from experiments.experiment import TRAIN_CONFIG, ExperimentError, as_list, find_config, merge_configs, read_override
 from experiments.processes import STOP_SECONDS, last_lines, signals_as_exit, start_logged, stop
 from research.machine import cores, cpu_name
-from research.study import VARIANTS, Study, check_run, check_variants, run_name
+from research.study import DEMO, VARIANTS, Study, check_run, check_variants, run_name
 from research.study_report import RUN_FILE, as_markdown, join, make_report
 from scripts import keys
 from scripts.cohorts.cohort import Cohort, CohortError, load_cohort
@@ -141,6 +141,7 @@ def study_learning(
     report: bool = False,
     samples: int = BOOTSTRAP_SAMPLES,
     test_dir: str | None = None,
+    config_file: str = DEMO,
     **overrides: Any,
 ) -> None:
     """Run variants of the training with several seeds, or report the results.
@@ -157,13 +158,16 @@ def study_learning(
         samples: draws of the bootstrap.
         test_dir: folder of another cohort without patients of the first, to evaluate the networks on instead of the
             held-out cases. Finished networks are not trained again for it.
+        config_file: overlay on ``configs/train.json`` that sets grid, epochs and learning rate, such as
+            ``configs/phantoms.json``.
         **overrides: ids of the configs for every run, such as ``epochs``; a variant's own settings take precedence.
     """
     if jobs < 1 or threads < 1:
         raise ExperimentError(f"--jobs and --threads are 1 or more; got {jobs} and {threads}")
     if "seed" in overrides:
         raise ExperimentError("--seed is set for each run: is --seeds meant?")
-    merge_configs((TRAIN_CONFIG,), "partial", overrides)  # an id that does not exist shall show before the first run
+    overlay = find_config(config_file)
+    merge_configs((TRAIN_CONFIG, overlay), "partial", overrides)  # an unknown id shall show before the first run
     place = str(Path(dataset_dir).expanduser().resolve())
     names = check_variants([str(name) for name in as_list(variants)])
     numbers = [tuple(int(value) for value in as_list(values)) for values in (seeds, folds)]
@@ -172,7 +176,7 @@ def study_learning(
     other = str(Path(test_dir).expanduser().resolve()) if test_dir else None
     if other:
         check_others(cohort, load_cohort(other))
-    study = Study(folder, place, cohort.fingerprint, names, numbers[0], numbers[1], overrides, other)
+    study = Study(folder, place, cohort.fingerprint, names, numbers[0], numbers[1], overrides, other, overlay)
     if report:
         written = make_report(study, samples, 0, command_line(study, jobs, threads), say)
         write_text(folder / STUDY_FILE, json.dumps(written, indent=1, allow_nan=False))
@@ -206,6 +210,7 @@ def command_line(study: Study, jobs: int, threads: int) -> str:
         options["variants"] = ",".join(study.variants)
     options |= {"seeds": join(study.seeds).replace(" ", ""), "folds": join(study.folds).replace(" ", "")}
     options |= {"test_dir": Path(study.test_dir).name} if study.test_dir else {}
+    options |= {"config_file": study.overlay} if study.overlay != DEMO else {}
     options |= {"jobs": jobs, "threads": threads, **study.overrides}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return shlex.join(["python", "scripts/research", "study_learning", *(str(word) for word in words)])
