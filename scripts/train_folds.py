@@ -332,9 +332,7 @@ def summary(plan: Plan, record: Mapping[str, Any], pooled: pd.DataFrame) -> str:
     missing = sorted(expected - set(pooled.get("PatientID", [])))
     if missing and all(outcome["status"] == FINISHED for outcome in record["folds"].values()):
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        lines.append(
-            f"{len(missing)} of {len(expected)} could not be read ({shown}): see fold_*/evaluation*/exclusions.csv"
-        )
+        lines.append(f"{len(missing)} of {len(expected)} are left out ({shown}): see fold_*/evaluation*/exclusions.csv")
     title = f"{plan.held_out} cases, from networks that have not learnt from them ({plan.cohort.statement()})"
     chosen = selection_of(record)
     if chosen["fitted_to_these_cases"] != []:

@@ -375,7 +375,7 @@ def test_tables_complete_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param("Name,Age\nx,1\n", "has no PatientID column; its columns are: Name, Age", id="no_id_column"),
+        pytest.param("Name,Age\nx,1\n", "ID); its columns are: Name, Age", id="no_id_column"),
         pytest.param("", "none (empty file)", id="empty"),
         pytest.param("PK\x03\x04\0\0", "is not a text file: save the table as CSV", id="excel_file"),
         pytest.param("PatientID,HPV status (0=-, 1=+)\nCHUM-001,1\n", "cut in two at a comma", id="unquoted_remark"),
@@ -673,7 +673,61 @@ def test_what_is_left_alone_is_noted(tmp_path):
         in text
     )
     assert f"note: not read, since neither CT, PET nor mask by its name: {tmp_path}/CHUM-001/gtv.nii.gz" in text
-    assert f"note: not read, since the folder has no patient's name: {tmp_path}/old" in text
+    assert (
+        "note: not read, since no file is named after its folder, as <PatientID>/<PatientID>__CT.nii.gz: "
+        f"{tmp_path}/old" in text
+    )
+
+
+def test_folders_of_patients_too_deep_are_noted(tmp_path, caplog):
+    """Patients below a folder of another name would be missing without a word otherwise."""
+    add_patients(tmp_path, "CHUM-001")
+    add_patients(tmp_path / "site A", "CHUS-002")
+    (tmp_path / "results" / "CHUM-001").mkdir(parents=True)
+    (tmp_path / "results" / "CHUM-001" / "CHUM-001__tumour.nii.gz").write_bytes(b"x")
+    note = f"not read, since patients are searched in the folder itself, images/ and Task N/ only: {tmp_path}/site A"
+    assert f"note: {note}\n" in f"{cohort.load_cohort(tmp_path).describe()}\n"
+    cohort.inference_cases(tmp_path)
+    assert note in caplog.text
+
+
+@pytest.mark.parametrize("name", ["clinical.xlsx", "table.XLS", "clinical.tsv"])
+def test_a_table_that_is_no_csv_is_named_where_there_is_no_other(tmp_path, caplog, name):
+    add_patients(tmp_path / "images", "CHUM-001")
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    cohort.load_cohort(tmp_path)
+    assert f"{tmp_path / name} is not read: save the table as CSV" in caplog.text
+    caplog.clear()
+    add_table(tmp_path, ["CHUM-001,1,61,1,,,,,,60,1,1"])
+    cohort.load_cohort(tmp_path)
+    assert "is not read" not in caplog.text
+
+
+def test_rows_with_too_few_cells_are_noted(tmp_path, caplog):
+    add_patients(tmp_path, "CHUM-001", "CHUM-002")
+    (tmp_path / "clinical.csv").write_text("PatientID,Age,RFS,Relapse\nCHUM-001,61,100,1\nCHUM-002,70\n")
+    note = "1 rows have fewer cells than there are columns; the last ones are read as missing (a comma too few?): "
+    assert f"note: {note}clinical.csv, row 3" in cohort.load_cohort(tmp_path).describe()
+    cohort.inference_cases(tmp_path)
+    assert f"{note}clinical.csv, row 3" in caplog.text
+
+
+def test_rows_that_lost_their_zeros_are_noted(tmp_path, caplog):
+    for patient in ("0017", "0100", "5"):
+        add_scans(tmp_path / patient, patient, "ct pet mask")
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\n17,61\n100.0,70\n5,50\n9,40\n")
+    note = "2 rows belong to no patient, perhaps since a spreadsheet dropped the zeros in front of the PatientID: "
+    note += "100.0 (scans: 0100), 17 (scans: 0017); correct the ids"
+    assert f"note: {note}" in cohort.load_cohort(tmp_path).describe()
+    cohort.inference_cases(tmp_path)
+    assert note in caplog.text
+
+
+def test_a_table_found_in_the_folder_without_any_of_the_patients_is_refused_in_training(tmp_path):
+    add_scans(tmp_path / "001", "001", "ct pet mask")
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\n1,61\n")
+    with pytest.raises(CohortError, match="; of the scans: 001; zeros in front are lost"):
+        cohort.load_cohort(tmp_path)
 
 
 def test_copy_of_a_scan_that_differs_is_noted(tmp_path):

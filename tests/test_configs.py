@@ -469,7 +469,7 @@ def test_inference_gives_every_patient_a_row(trained: Path, faulty_cohort: Path,
     assert "PET" in rows["CHUM-002"]["reason"]
     assert "CHUM-003__CT.nii.gz" in rows["CHUM-003"]["reason"]
     assert "clinical" in rows["CHUM-004"]["reason"]
-    assert "is the PET in Bq/mL" in rows["CHUM-006"]["reason"] and "set 'force'" in rows["CHUM-006"]["reason"]
+    assert "is the PET in Bq/mL" in rows["CHUM-006"]["reason"] and "('force', --force)" in rows["CHUM-006"]["reason"]
     good = rows["CHUM-001"]
     assert np.isfinite([float(good[c]) for c in ("log_hazard", "hpv_probability", "tumour_volume_ml")]).all()
     assert good["crop_method"]

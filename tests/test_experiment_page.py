@@ -85,7 +85,7 @@ def test_the_cohort_and_its_flow_are_told(page) -> None:
         in page
     )
     assert "female: 45, male: 45" in page
-    assert "2 could not be read: see fold_*/evaluation*/exclusions.csv" in page
+    assert "2 are left out, with the reasons: see fold_*/evaluation*/exclusions.csv" in page
     assert "Quality control: 2 of the evaluated cases are doubtful (mask_uptake 2, misalignment 1)" in page
 
 

@@ -627,7 +627,7 @@ def test_rejected_case_is_a_reported_exclusion(case: Case, tmp_path: Path) -> No
         (row,) = csv.DictReader(file)
     assert row["PatientID"] == "CHUP-002"
     assert "patient CHUP-002: rejected by quality control: pet_body: median PET value of the body" in row["reason"]
-    assert "is the PET in Bq/mL" in row["reason"] and "set 'force'" in row["reason"]
+    assert "is the PET in Bq/mL" in row["reason"] and "('force', --force)" in row["reason"]
 
 
 def test_doubts_of_cases_that_are_kept_are_listed(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

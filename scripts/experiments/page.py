@@ -323,7 +323,7 @@ def listed(main: Experiment, name: str) -> pd.DataFrame:
 def unreadable_cases(main: Experiment) -> list[str]:
     """Why held-out cases were not evaluated, a line for each reason."""
     count = len(listed(main, EXCLUSIONS_FILE))
-    lines = [f"{count} could not be read: see fold_*/evaluation*/{EXCLUSIONS_FILE}"] if count else []
+    lines = [f"{count} are left out, with the reasons: see fold_*/evaluation*/{EXCLUSIONS_FILE}"] if count else []
     missing = main.record["num_folds"] - len(main.report["folds_evaluated"])
     if missing:
         lines.append(f"the held-out cases of {missing} folds that are not finished")

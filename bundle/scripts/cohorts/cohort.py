@@ -261,7 +261,7 @@ def load_cohort(
     if tables.faults:
         title = f"{', '.join(map(str, tables.files))}: cannot be used as it is"
         raise CohortError(list_faults(title, [fault.message for fault in tables.faults]))
-    if ehr_csv is not None and require_images:
+    if require_images:
         require_rows(tables, scans, dataset_dir)
     cases, exclusions = [], []
     for key in sorted({*scans, *tables.records}):
@@ -275,7 +275,7 @@ def load_cohort(
     source = str(dataset_dir or ", ".join(map(str, tables.files)))
     if not cases:
         raise CohortError("\n  ".join([f"{source}: no case can be used", *_by_reason(exclusions)]))
-    notes += _notes_on_tables(tables, cases, clinical_features)
+    notes += [*_lost_zeros(tables, scans), *_notes_on_tables(tables, cases, clinical_features)]
     cohort = Cohort(source, cases, exclusions, notes, list(map(str, tables.files)), tables.columns)
     logger.info("%s", cohort.describe())
     return cohort
@@ -344,6 +344,18 @@ def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | No
         f"{some(sorted(known)) if known else 'none'}; of the scans: {some(sorted(there))}{hint}; correct the ids, or "
         "leave the table out"
     )
+
+
+def _lost_zeros(tables: Tables, patients: Iterable[str]) -> list[str]:
+    """A note on rows that would belong to a patient with scans if the id had its zeros in front."""
+    there = set(patients)
+    bare = {_without_zeros(key): key for key in sorted(there - set(tables.records))}
+    lost = {
+        key: bare[_without_zeros(key)] for key in sorted(set(tables.records) - there) if _without_zeros(key) in bare
+    }
+    listed = some([f"{key} (scans: {patient})" for key, patient in lost.items()])
+    message = "belong to no patient, perhaps since a spreadsheet dropped the zeros in front of the PatientID"
+    return [f"{len(lost)} rows {message}: {listed}; correct the ids"] if lost else []
 
 
 def _without_zeros(key: str) -> str:
@@ -436,6 +448,8 @@ def folder_cases(
     """The cases of :func:`inference_cases`, without the check of :func:`require_rows`, and the tables."""
     scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
     for note in notes:
+        logger.warning("%s", note)
+    for note in _lost_zeros(tables, scans):
         logger.warning("%s", note)
     masks_only = {key for key, found in scans.items() if _mask_alone(found)}
     rows_only = set(tables.records) - set(scans)

@@ -255,7 +255,11 @@ def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
         strangers = [str(path) for other in groups.values() for path in (other.ct, other.pet, other.mask) if path]
         if scans is None and not _PATIENT_FOLDER.fullmatch(folder.name):
             if strangers:
-                remarks.note("not read, since the folder has no patient's name", str(folder))
+                title = "not read, since no file is named after its folder, as <PatientID>/<PatientID>__CT.nii.gz"
+                remarks.note(title, str(folder))
+            elif any(_SCAN_FILE.fullmatch(path.name) for path in folder.glob("*/*")):
+                title = "not read, since patients are searched in the folder itself, images/ and Task N/ only"
+                remarks.note(title, str(folder))
             continue
         scans = replace(scans or Scans(folder.name, folder), patient_id=folder.name)
         others = {name: other for name, other in groups.items() if other.ct or other.pet or other.contradictions}

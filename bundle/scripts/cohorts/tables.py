@@ -24,6 +24,7 @@ CENTRES = {1: "CHUM", 2: "CHUP", 3: "CHUS", 5: "MDA", 6: "HGJ", 7: "HMR", 8: "US
 ID_COLUMNS = frozenset(("patientid", "patient", "subjectid", "caseid", "id"))
 _LARGEST_FILE = 200e6  # bytes; enough for a million patients
 _CENTRE_COLUMNS = frozenset(("centerid", "centreid", "center", "centre"))
+_NO_CSV = (".xlsx", ".xls", ".ods", ".tsv", ".sav", ".dta")
 _KNOWN = ", ".join(feature.column for feature in clinical.FEATURES.values())
 
 
@@ -75,6 +76,7 @@ class Tables:
         columns: feature or label name -> names of its columns.
         unknown: names of unknown columns, with the most similar known name, "" where none is similar.
         doubts: feature or label name -> implausible values, which are read as missing.
+        short: file and row of rows with fewer cells than there are columns.
         faults: all faults, in order of file and row.
         files: the tables read.
     """
@@ -83,6 +85,7 @@ class Tables:
     columns: dict[str, list[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     doubts: dict[str, list[str]] = field(default_factory=dict)
+    short: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
@@ -103,6 +106,9 @@ class Tables:
         for name, doubts in self.doubts.items():
             if name in (*features, *besides):
                 notes.append(f"{name} is read as missing where it is implausible ({len(doubts)} x): {some(doubts)}")
+        if self.short:
+            message = "have fewer cells than there are columns; the last ones are read as missing (a comma too few?)"
+            notes.append(f"{len(self.short)} rows {message}: {some(self.short)}")
         return notes
 
 
@@ -151,6 +157,9 @@ def find_tables(dataset_dir: str | Path, patients: Iterable[str] = ()) -> list[P
         tables = _choose_tables([path for path in _csv_files(folder) if wanted & _patients_named(path)], folder)
         if tables:
             return tables
+    for path in sorted(path for folder in (root, *containers(root)) for path in folder.iterdir()):
+        if path.suffix.lower() in _NO_CSV and not path.name.startswith((".", "~")):
+            logger.warning("%s is not read: save the table as CSV", path)
     return []
 
 
@@ -401,6 +410,8 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
     rows: dict[str, int] = {}
     for row, cells in records[1:]:
         place = f"{path.name}, row {row}"
+        if len(cells) < len(header.titles):
+            tables.short.append(place)
         cells = cells + [""] * (len(header.titles) - len(cells))
         patient_id = cells[header.patient_id]
         key = patient_key(patient_id)
@@ -416,8 +427,8 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
             message = f"{place}: {len(cells)} cells under {len(header.titles)} column names (a comma too many?)"
             tables.faults.append(Fault(message, key))
         elif key in rows:
-            told = f"{place}: the patient is already in row {rows[key]}"
-            message = f"{place}: {clean_id(patient_id)} is already in row {rows[key]}"
+            told = f"{place}: the patient is already in row {rows[key]}; keep one of them"
+            message = f"{place}: {clean_id(patient_id)} is already in row {rows[key]}; keep one of them"
             tables.faults.append(Fault(message, key, told=told))
         else:
             rows[key] = row
@@ -432,7 +443,7 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
     patient_id = first_column(titles, ID_COLUMNS)
     if patient_id < 0:
         raise CohortError(
-            f"{path} has no PatientID column; its columns are: "
+            f"{path} has no PatientID column (nor one called Patient, SubjectID, CaseID or ID); its columns are: "
             f"{some([printable(title, 40) for title in titles], 40) or 'none (empty file)'}"
         )
     cut = [title for title in titles if title.count("(") != title.count(")")]

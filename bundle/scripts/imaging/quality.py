@@ -256,8 +256,8 @@ class QualityError(ValueError):
     def __str__(self) -> str:
         faults = "; ".join(f"{c.name}: {c.message}" for c in self.checks if c.verdict == REJECT)
         return (
-            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans, exclude the case, or "
-            "set 'force' (--force) to predict it all the same"
+            f"patient {self.patient}: rejected by quality control: {faults}; correct the scans or exclude the case; "
+            "a prediction of it can be forced ('force', --force)"
         )
 
 
