@@ -375,7 +375,9 @@ def test_tables_complete_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param("Name,Age\nx,1\n", "ID); its columns are: Name, Age", id="no_id_column"),
+        pytest.param(
+            "Name,Age\nx,1\n", "has no PatientID column; its columns are: Name, Age; call the column", id="no_id_column"
+        ),
         pytest.param("", "none (empty file)", id="empty"),
         pytest.param("PK\x03\x04\0\0", "is not a text file: save the table as CSV", id="excel_file"),
         pytest.param("PatientID,HPV status (0=-, 1=+)\nCHUM-001,1\n", "cut in two at a comma", id="unquoted_remark"),
