@@ -444,7 +444,8 @@ def _read_header(path: Path, titles: list[str], features: Sequence[str], tables:
     if patient_id < 0:
         raise CohortError(
             f"{path} has no PatientID column; its columns are: "
-            f"{some([printable(title, 40) for title in titles], 40) or 'none (empty file)'}; call the column of the ids PatientID"
+            f"{some([printable(title, 40) for title in titles], 40) or 'none (empty file)'}; "
+            "call the column of the ids PatientID"
         )
     cut = [title for title in titles if title.count("(") != title.count(")")]
     if cut:
