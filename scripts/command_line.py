@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -175,7 +176,11 @@ def read_arguments(
     rest = found.pop("words")
     free = [name for name in words if name not in found]
     if len(rest) > len(free):
-        raise UsageError(f"what is {rest[len(free)]!r}? Options have names, such as --{next(iter(known))}")
+        extra = rest[len(free)]
+        for before, word in itertools.pairwise(typed):
+            if word == extra and _is_option(before) and "=" not in before and _name(before) in switches:
+                raise UsageError(f"{before}: {extra!r} is neither True nor False")
+        raise UsageError(f"what is {extra!r}? Options have names, such as --{next(iter(known))}")
     for name, text in zip(free, rest, strict=False):
         if not text:  # of a shell's variable that is not set; as a path it would be the working folder
             raise UsageError(f"{name.upper()} is empty")

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 import ensemble_folds
-from experiments.ensemble import calibrate, choose_hpv_threshold, describe_features, empty_ensemble, out_of_fold
+from experiments.ensemble import (
+    calibrate,
+    choose_hpv_threshold,
+    describe_features,
+    empty_ensemble,
+    out_of_fold,
+    statement_on_training,
+)
 from experiments.experiment import ExperimentError
 from scripts.evaluation.case_table import write_features
 from scripts.evaluation.survival import Calibration
@@ -43,13 +50,16 @@ def write_checkpoint(fold: int, folder: Path, settings: dict = SETTINGS, **netwo
 
 def write_tables(fold: int, folder: Path, rng: np.random.Generator) -> None:
     """Cases whose log hazard tells their time, on a scale of the fold's own."""
-    for part, first, count in (("evaluation", 20 * fold, 20), ("evaluation_training", 100, 40)):
+    held_out = range(20 * fold, 20 * fold + 20)
+    others = [k for k in range(60) if k not in held_out]
+    for part, cases in (("evaluation", held_out), ("evaluation_training", others)):
+        count = len(cases)
         risk = rng.normal(size=count)
         time = rng.exponential(800 * np.exp(-0.7 * risk)) + 1
         hpv = rng.random(count) < 0.5
         table = pd.DataFrame(
             {
-                "PatientID": [f"{k:03d}" for k in range(first, first + count)],
+                "PatientID": [f"{k:03d}" for k in cases],
                 "log_hazard": 5 * fold + (1 + fold) * risk,
                 "time": np.minimum(time, 2000).round(),
                 "event": (time < 2000).astype(float),
@@ -121,6 +131,16 @@ def test_three_folds_become_one_small_file_that_answers_as_their_mean(runs, tmp_
     assert f"model: 3 folds, trained on {PHANTOMS}" in said
     assert "fold 1: weights of epoch 7; c_index 0.610\n" in said
     assert "absolute risk: up to day 2000" in said
+
+
+@pytest.mark.parametrize(
+    ("rejected", "statement"), [((), PHANTOMS), (("007",), f"59 of {PHANTOMS}"), (("007", "040"), f"58 of {PHANTOMS}")]
+)
+def test_cases_left_out_in_training_are_not_counted(runs, rejected, statement):
+    for path in runs.glob("fold_*/evaluation_training/cases.csv"):
+        table = pd.read_csv(path, converters={"PatientID": str})
+        table[~table["PatientID"].isin(rejected)].to_csv(path, index=False)
+    assert statement_on_training(runs, [0, 1, 2], PHANTOMS, 60) == statement
 
 
 def test_the_file_says_where_the_weights_come_from(runs, tmp_path):

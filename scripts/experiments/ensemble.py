@@ -120,7 +120,7 @@ def provenance(
     cases = out_of_fold(runs, folds)
     cohort = dict(record["cohort"])
     return {
-        TRAINED_ON: cohort.pop(TRAINED_ON),
+        TRAINED_ON: statement_on_training(runs, folds, cohort.pop(TRAINED_ON), cohort["cases"]),
         "intended_use": "research use only; not a medical device, not for clinical decisions",
         "command": record["command"],
         "protocol": record["protocol"],
@@ -141,6 +141,16 @@ def provenance(
         "calibration": calibrate(runs, folds, cases),
         "feature_statistics": [describe_features(runs, fold) for fold in folds] if "log_hazard" in cases else [],
     }
+
+
+def statement_on_training(runs: str | Path, folds: Sequence[int], statement: str, cases: int) -> str:
+    """The statement on a cohort's ``cases``, with the number that were trained on where that is smaller.
+
+    Training leaves out scans that cannot be read or that quality control rejects; a test set is not trained on either.
+    """
+    tables = [evaluation_folder(runs, fold, TRAINING) / "cases.csv" for fold in folds]
+    used = {patient for path in tables for patient in pd.read_csv(path, converters={"PatientID": str})["PatientID"]}
+    return statement if len(used) >= cases else f"{len(used)} of {statement}"
 
 
 def describe_chosen_on(keep_epoch: str | None) -> str:
