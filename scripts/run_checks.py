@@ -43,8 +43,7 @@ def run_checks(jobs: int = 2, runtime: str = "", environment: str = "") -> None:
             check.check_orthanc()
         if runtime == "ray":
             check.check_ray()
-        checks_of = {"label": check.check_label, "deploy": check.check_deploy, "federated": check.check_federated}
-        checks_of[runtime](environment)
+        check.check_environment(runtime, environment)
     python = [sys.executable, "-m"]
     checks = {
         "ruff check": [*python, "ruff", "check", "."],

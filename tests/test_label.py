@@ -737,7 +737,7 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
 
     monkeypatch.setattr(environments.venv, "create", make_venv)
     with pytest.raises(SystemExit) as error:
-        check.check_label(str(tmp_path / "env"))
+        check.check_environment("label", str(tmp_path / "env"))
     assert error.value.code == check.SKIPPED == 77
     told = capsys.readouterr().out
     assert "SKIPPED, not tested: MONAI Label's environment cannot be made" in told and "-m pip install" in told

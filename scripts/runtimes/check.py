@@ -14,68 +14,42 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from command_line import ROOT
 
-from runtimes.environments import OwnEnvironmentError
+from runtimes.environments import OwnEnvironmentError, pip_install, run_step
 from runtimes.federated_run import ENVIRONMENT as FEDERATED_ENVIRONMENT
 from runtimes.federated_run import make_federated_environment
-from runtimes.label_environment import ENVIRONMENT, make_label_environment
+from runtimes.label_environment import ENVIRONMENT as LABEL_ENVIRONMENT
+from runtimes.label_environment import make_label_environment
 
 APP = ROOT / "scripts" / "runtimes" / "deploy_app"
 SKIPPED = 77  # as test runners understand it
 STACK_BYTES = 32 * 2**20  # what MONAI Deploy's engine asks for
 
 
-def check_label(environment: str = "") -> NoReturn:
-    """Run ``tests/test_label.py`` in the environment of ``serve.py label`` (about 2.5 GB, some minutes to make).
+def check_environment(runtime: str, folder: str = "") -> NoReturn:
+    """Run the tests of a program in its own environment, where nothing is skipped for want of it.
 
     Args:
-        environment: folder of the virtual environment.
+        runtime: ``label`` (about 2.5 GB), ``deploy`` (about 3 GB) or ``federated`` (about 80 MB).
+        folder: of the environment; by default the program's own, such as that of ``serve.py label``.
     """
+    title, place, make, options, variables = OWN[runtime]
     try:
-        python = make_label_environment(Path(environment or ENVIRONMENT).expanduser().resolve())
+        python = make(Path(folder or place).expanduser().resolve())
     except OwnEnvironmentError as error:
-        print(f"label: SKIPPED, not tested: MONAI Label's environment cannot be made: {error}", flush=True)
+        print(f"{runtime}: SKIPPED, not tested: {title}'s environment cannot be made: {error}", flush=True)
         raise SystemExit(SKIPPED) from None
-    # Other packages' warnings are no errors there, and their modules hold no doctests of ours.
-    options = ["-o", "addopts=", "-o", "filterwarnings=default"]
-    # In this environment nothing is skipped for want of MONAI Label; scripts/predict.py runs in that of this program.
-    _run_tests(python, options, "tests/test_label.py", {"LABEL_ENVIRONMENT": "1", "MAIN_PYTHON": sys.executable})
-
-
-def check_deploy(environment: str = "") -> NoReturn:
-    """Run ``tests/test_deploy.py`` in an environment of the application (about 3 GB, some minutes to make).
-
-    Args:
-        environment: folder of the virtual environment.
-    """
-    python = make_deploy_environment(Path(environment or ROOT / ".deploy_env").expanduser().resolve())
-    if python is None:
-        raise SystemExit(SKIPPED)
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    if hard == resource.RLIM_INFINITY or hard >= STACK_BYTES:
-        resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
-    # In this environment nothing is skipped for want of MONAI Deploy.
-    _run_tests(python, [], "tests/test_deploy.py", {"DEPLOY_ENVIRONMENT": "1"})
-
-
-def check_federated(environment: str = "") -> NoReturn:
-    """Run ``tests/test_federated.py`` in the environment of ``federated_run`` (about 80 MB, a minute to make).
-
-    Args:
-        environment: folder of the virtual environment.
-    """
-    try:
-        python = make_federated_environment(Path(environment or FEDERATED_ENVIRONMENT).expanduser().resolve())
-    except OwnEnvironmentError as error:
-        print(f"federated: SKIPPED, not tested: NVIDIA FLARE's environment cannot be made: {error}", flush=True)
-        raise SystemExit(SKIPPED) from None
-    # In this environment nothing is skipped for want of NVIDIA FLARE.
-    _run_tests(python, [], "tests/test_federated.py", {"FEDERATED_ENVIRONMENT": "1"})
+    if runtime == "deploy":
+        _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+        if hard == resource.RLIM_INFINITY or hard >= STACK_BYTES:
+            resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
+    _run_tests(python, options, f"tests/test_{runtime}.py", {f"{runtime.upper()}_ENVIRONMENT": "1", **variables})
 
 
 def check_orthanc() -> NoReturn:
@@ -96,11 +70,11 @@ def check_ray() -> NoReturn:
     _run_tests(Path(sys.executable), [], "tests/test_ray.py", {"RAY_TESTS": "1"})
 
 
-def make_deploy_environment(folder: Path) -> Path | None:
+def make_deploy_environment(folder: Path) -> Path:
     """The Python of the environment, which is created if it is missing or of other versions.
 
-    Returns:
-        None where it cannot be made; why has been printed.
+    Raises:
+        OwnEnvironmentError: it cannot be made.
     """
     lists = [APP / "requirements.txt", ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()
@@ -108,19 +82,23 @@ def make_deploy_environment(folder: Path) -> Path | None:
     if stamp.is_file() and stamp.read_text() == wanted and python.is_file():
         return python
     print(f"deploy: making the environment {folder}", flush=True)
+    run_step([sys.executable, "-m", "venv", str(folder)])
     limits = [word for path in lists[1:] for word in ("-c", str(path))]
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [*pip, "-r", str(lists[0]), "pytest", "fire", *limits],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            why = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
-            print(f"deploy: SKIPPED, not tested: the environment {folder} cannot be made:\n{why}", flush=True)
-            return None
+    pip_install(python, "-r", str(lists[0]), "pytest", "fire", *limits)
     stamp.write_text(wanted)
     return python
+
+
+# Program -> its name, its environment and how this is made, options of pytest, further variables. In MONAI Label's,
+# warnings of other packages are no errors and modules hold no doctests of ours; predict.py runs in this program's.
+OWN: dict[str, tuple[str, Path, Callable[[Path], Path], list[str], dict[str, str]]] = {
+    "label": (
+        *("MONAI Label", LABEL_ENVIRONMENT, make_label_environment),
+        *(["-o", "addopts=", "-o", "filterwarnings=default"], {"MAIN_PYTHON": sys.executable}),
+    ),
+    "deploy": ("MONAI Deploy", ROOT / ".deploy_env", make_deploy_environment, [], {}),
+    "federated": ("NVIDIA FLARE", FEDERATED_ENVIRONMENT, make_federated_environment, [], {}),
+}
 
 
 def _run_tests(python: Path, options: list[str], file: str, variables: dict[str, str]) -> NoReturn:

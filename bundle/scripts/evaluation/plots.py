@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -41,6 +41,13 @@ def save_plot(path: str | Path, figure: Figure, data: Any = None) -> None:
         figure.savefig(partial, format="png", dpi=DPI)
     if data is not None:
         write_text(path.with_suffix(".json"), json.dumps(data, indent=1, allow_nan=False))
+
+
+def png_of(figure: Figure, dpi: int) -> bytes:
+    """A figure as a PNG."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def as_written(figure: Figure) -> None:
@@ -317,9 +324,7 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _group_colours(groups: int) -> tuple[str, ...]:

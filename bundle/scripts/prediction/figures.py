@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from scipy import ndimage
 
 from scripts.cohorts.files import written_whole
-from scripts.evaluation.plots import as_written
+from scripts.evaluation.plots import as_written, png_of
 from scripts.imaging.geometry import Grid, bounding_window, box_grid, resample
 from scripts.imaging.images import read_image
 from scripts.imaging.lesions import COLOURS, find_lesions
@@ -264,7 +262,6 @@ def tile(views: Views, row: str, plane: int, influence: tuple[list[np.ndarray], 
         influence: the pictures of the planes and the value of the deepest colours, for ``"influence"``.
     """
     figure = Figure(figsize=(TILE_INCH, TILE_INCH), facecolor="black")
-    FigureCanvasAgg(figure)
     panel = figure.add_axes((0, 0, 1, 1))
     if influence is not None:
         draw_influence(panel, views, plane, influence[0][plane], influence[1])
@@ -281,7 +278,7 @@ def tile(views: Views, row: str, plane: int, influence: tuple[list[np.ndarray], 
     _say(panel, 0.03, 0.105, f"{SCALE_MM / 10:.0f} cm", colour, size=7.5)
     if row in (PET, FUSION):
         _suv_bar(figure, "gray_r" if row == PET else "hot", colour)
-    return _png(figure)
+    return png_of(figure, TILE_DPI)
 
 
 def projection_png(projection: Projection) -> bytes:
@@ -289,13 +286,12 @@ def projection_png(projection: Projection) -> bytes:
     left, right, bottom, top = projection.window
     width = TILE_INCH * 1.4 * abs((right - left) / (top - bottom))
     figure = Figure(figsize=(min(width, TILE_INCH * 1.4), TILE_INCH * 1.4), facecolor="white")
-    FigureCanvasAgg(figure)
     panel = figure.add_axes((0, 0, 1, 1))
     draw_projection(panel, projection)
     plane = [name for name, _ in PLANES].index(projection.name)
     _letters(panel, plane, "black")
     _suv_bar(figure, "gray_r", "black")
-    return _png(figure)
+    return png_of(figure, TILE_DPI)
 
 
 def position_name(point_mm: np.ndarray, axis: int) -> str:
@@ -334,12 +330,6 @@ def _suv_bar(figure: Figure, colours: str, colour: str) -> None:
         _say(bar, 1.3, y, text, colour, size=7.5, ha="right", va=along)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=TILE_DPI)
-    return buffer.getvalue()
-
-
 def case_figure(ct: Scan, pet: Scan, masks: Mapping[str, Scan], title: str = "") -> Figure:
     """CT, PET and fusion (rows) in axial, coronal and sagittal planes (columns), masks outlined.
 
@@ -358,7 +348,6 @@ def case_figure(ct: Scan, pet: Scan, masks: Mapping[str, Scan], title: str = "")
     """
     views = cut_views(ct, pet, masks)
     figure = Figure(figsize=(9, 9.4), facecolor="black")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(ROWS), len(PLANES), gridspec_kw={"wspace": 0.02, "hspace": 0.02})
     for column, (plane, _) in enumerate(PLANES):
         for row, name in enumerate(ROWS):

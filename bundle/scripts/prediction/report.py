@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from scripts import keys
 from scripts.cohorts.files import write_text
-from scripts.evaluation.plots import draw_patient_curve
+from scripts.evaluation.plots import draw_patient_curve, png_of
 from scripts.imaging.lesions import MERGED
 from scripts.imaging.transforms import LoadScansd, array_and_grid
 from scripts.prediction.facts import study_facts
@@ -255,11 +253,8 @@ def caption_of(masks: Mapping[str, Scan], explained: bool) -> str:
 def curve_png(survival: Mapping[str, Any]) -> bytes:
     """The predicted survival as a picture."""
     figure = Figure(figsize=(3.6, 2.4), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     draw_patient_curve(figure.subplots(), survival)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=170)
-    return buffer.getvalue()
+    return png_of(figure, 170)
 
 
 def curve_caption(survival: Mapping[str, Any]) -> str:

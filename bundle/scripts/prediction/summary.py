@@ -6,17 +6,15 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts.cohorts.files import write_text
-from scripts.evaluation.plots import GREY, GROUP_COLOURS
+from scripts.evaluation.plots import GREY, GROUP_COLOURS, png_of
 from scripts.imaging.quality import VERDICTS
 from scripts.keys import FAILED, OK, RESEARCH_USE_ONLY
 from scripts.prediction.findings import FORCED, page_verdict, quality_problems, trained_on_of
@@ -133,15 +131,12 @@ def _risks(predictions: Sequence[Mapping[str, Any]]) -> tuple[bytes, str] | None
     if not placed:
         return None
     figure = Figure(figsize=(7.1, 1.8), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     _draw_percentiles(figure.subplots(), placed)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
     caption = (
         "Patients by their risk percentile among the training cases, in steps of 10. A cohort like the training cases "
         "would be level."
     )
-    return buffer.getvalue(), caption
+    return png_of(figure, 150), caption
 
 
 def _draw_percentiles(panel: Axes, placed: Sequence[tuple[float, str]]) -> None:
