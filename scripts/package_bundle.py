@@ -17,7 +17,6 @@ only if all checks of :mod:`zoo.checks` pass. The same bundle gives the same zip
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -36,7 +35,7 @@ from packaging.version import InvalidVersion, Version
 
 from command_line import NAME, ROOT, UsageError, run_tool
 
-from scripts.cohorts.files import write_text, written_whole
+from scripts.cohorts.files import sha256_of, write_text, written_whole
 from scripts.model.errors import CheckpointError
 from zoo.contents import CODE, LARGE_BYTES, LARGE_FILES, METADATA, WEIGHTS, stray_reason
 from zoo.style import style_code, styled_json
@@ -288,16 +287,10 @@ def name_large_files(building: Path, large: Mapping[str, Path], url: str) -> Non
     import yaml
 
     entries = [
-        {"path": name, "url": f"{url.rstrip('/')}/{path.name}", "hash_val": sha256(path), "hash_type": "sha256"}
+        {"path": name, "url": f"{url.rstrip('/')}/{path.name}", "hash_val": sha256_of(path), "hash_type": "sha256"}
         for name, path in large.items()
     ]
     write_text(building / LARGE_FILES, yaml.safe_dump({"large_files": entries}, sort_keys=False))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def summary(target: Path, archive: Path, files: list[str], large: list[str]) -> str:
@@ -306,7 +299,7 @@ def summary(target: Path, archive: Path, files: list[str], large: list[str]) -> 
     size = archive.stat().st_size / 1e6
     return (
         f"{target}: {len(files) - len(large)} files{left_out}\n"
-        f"{archive}: {len(files)} files, {size:.1f} MB, sha256 {sha256(archive)}"
+        f"{archive}: {len(files)} files, {size:.1f} MB, sha256 {sha256_of(archive)}"
     )
 
 

@@ -14,7 +14,6 @@ torch and MONAI are imported in functions, so that commands read their options b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -32,7 +31,7 @@ from command_line import BUNDLE, ROOT
 
 from scripts import keys
 from scripts.cohorts.cohort import Cohort, Split, load_cohort
-from scripts.cohorts.files import write_text
+from scripts.cohorts.files import sha256_of, write_text
 from scripts.imaging.images import ImageReadError, read_grid
 
 if TYPE_CHECKING:
@@ -322,7 +321,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "held_out": plan.held_out,
         "tasks": plan.overrides.get("tasks", plan.config["tasks"]),
         "settings": settings_of(plan.config),
-        "configs": {name: hash_file(BUNDLE / name) for name in (*plan.config_files, EVALUATE_CONFIG)},
+        "configs": {name: sha256_of(BUNDLE / name) for name in (*plan.config_files, EVALUATE_CONFIG)},
         "cohort": describe_cohort(plan.cohort),
         "versions": versions(),
         "folds": {},
@@ -332,11 +331,6 @@ def new_record(plan: Plan) -> dict[str, Any]:
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The merged configs without the ids that may differ when an experiment is resumed."""
     return {name: value for name, value in config.items() if name not in NOT_SETTINGS and not name.startswith("_")}
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

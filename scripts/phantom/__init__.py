@@ -16,30 +16,3 @@ from .scanners import CENTRES, Centre, Scanner
 from .scans import SCALES, VIEWS, Grid, Scan, paint_ct, paint_mask, paint_pet, scan_grids, scan_patient
 from .shapes import Ellipsoid, Part, Pose, Tube
 from .tumours import Lesion, measure_lesions
-
-__all__ = [
-    "CENTRES",
-    "HAZARD_WEIGHTS",
-    "SCALES",
-    "VIEWS",
-    "Centre",
-    "Ellipsoid",
-    "Grid",
-    "Lesion",
-    "Part",
-    "Patient",
-    "Pose",
-    "Scan",
-    "Scanner",
-    "Tube",
-    "build_anatomy",
-    "draw_patient",
-    "log_hazard",
-    "measure_lesions",
-    "paint_ct",
-    "paint_mask",
-    "paint_pet",
-    "raised_arms",
-    "scan_grids",
-    "scan_patient",
-]

@@ -25,7 +25,7 @@ from experiments.ensemble import empty_ensemble
 from experiments.experiment import as_list
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
-from scripts.cohorts.files import write_text
+from scripts.cohorts.files import sha256_of, write_text
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES, paired_bootstrap
 from scripts.evaluation.case_metrics import MEASURES
@@ -82,7 +82,7 @@ def compare_inference(
     ensemble = empty_ensemble(state[EXTRA_STATE][SETTINGS]).to(device).eval()
     ensemble.load_state_dict(state)
     spec = ModelSpec.read(ensemble.settings, "the folds")
-    facts = [*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths), str(dataset_dir), str(drop_ml)]
+    facts = [*(sha256_of(path) for path in paths), str(dataset_dir), str(drop_ml)]
     table = Path(output_dir) / f"cases_{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:12]}.csv"
     done = pd.read_csv(table, dtype={"PatientID": str}) if table.is_file() else pd.DataFrame({"PatientID": []})
     cases = load_cohort(dataset_dir, None, spec.clinical_features).cases

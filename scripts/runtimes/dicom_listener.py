@@ -8,7 +8,6 @@ can neither block nor end the node.
 from __future__ import annotations
 
 import csv
-import hashlib
 import ipaddress
 import json
 import logging
@@ -29,6 +28,7 @@ from weakref import WeakKeyDictionary
 from command_line import BUNDLE, ROOT, UsageError
 
 from runtimes.dicom_queue import Status, StudyQueue
+from scripts.cohorts.files import sha256_of
 from scripts.dicom.refusal import write_refusal
 from scripts.dicom.seg import Model
 from scripts.dicom.tags import DicomError, needed_module, text_of
@@ -381,9 +381,7 @@ def send_files(ae_title: str, peer: Peer, paths: Sequence[Path]) -> None:
 def software(weights: Path) -> Model:
     """What a reason says of the software."""
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Model(metadata["name"], metadata["version"], metadata["authors"], digest)
+    return Model(metadata["name"], metadata["version"], metadata["authors"], sha256_of(weights))
 
 
 def listen(

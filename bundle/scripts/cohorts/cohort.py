@@ -25,23 +25,6 @@ from scripts.cohorts.scans import CohortError, Scans, clean_id, find_scans, list
 from scripts.cohorts.tables import Record, Tables, centre_name, find_tables, read_tables
 from scripts.keys import Case
 
-__all__ = [
-    "Case",
-    "Cohort",
-    "CohortError",
-    "Exclusion",
-    "Split",
-    "cases_to_predict",
-    "default_dataset_dir",
-    "files_fingerprint",
-    "inference_cases",
-    "load_cohort",
-    "make_case",
-    "patient_problems",
-    "require_rows",
-    "split_cohort",
-]
-
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "cohort.json"

@@ -11,18 +11,8 @@ from scripts import keys
 from scripts.cohorts.scans import CohortError, patient_key
 from scripts.keys import Case
 
-_ABLATION_PARTS = (
-    0,
-    1,
-    0,
-    0,
-    1,
-    0,
-    0,
-    1,
-    0,
-    2,
-)  # of ten cases 6 for training (0), 3 for validation (1), 1 for test (2)
+# of ten cases 6 for training (0), 3 for validation (1), 1 for test (2)
+_ABLATION_PARTS = (0, 1, 0, 0, 1, 0, 0, 1, 0, 2)
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,6 @@ from scripts.imaging.headers import (
     zlib,
 )
 
-__all__ = [
-    "ITK_SUFFIXES",
-    "LPS_TO_RAS",
-    "NIFTI_SUFFIXES",
-    "ImageReadError",
-    "image_suffix",
-    "read_grid",
-    "read_image",
-    "read_scan",
-    "write_mask",
-]
-
 try:
     gzip: ModuleType = import_module("isal.igzip")
 except ImportError:

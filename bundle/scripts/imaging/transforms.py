@@ -31,28 +31,14 @@ CT_FILL = -1024.0  # air, in HU
 PET_FILL = 0.0
 
 ITEM_KEYS = (
-    keys.PATIENT_ID,
-    keys.IMAGE,
-    keys.CLINICAL,
-    keys.CT_SHAPE,
-    keys.CT_AFFINE,
-    keys.BOX_AFFINE,
-    keys.CROP_METHOD,
-    keys.CROP_FLAG,
+    *(keys.PATIENT_ID, keys.IMAGE, keys.CLINICAL),
+    *(keys.CT_SHAPE, keys.CT_AFFINE, keys.BOX_AFFINE, keys.CROP_METHOD, keys.CROP_FLAG),
 )
 # in addition: the native PET, the checks, the clinical values, the start time
 INFERENCE_KEYS = (*ITEM_KEYS, keys.PET, keys.QUALITY, keys.CLINICAL_VALUES, keys.STARTED)
 LABEL_KEYS = (
-    keys.CENTRE,
-    keys.SEG,
-    keys.SEG_KNOWN,
-    keys.SEG_CLASSES_KNOWN,
-    keys.SEG_INSIDE,
-    keys.HPV,
-    keys.HPV_KNOWN,
-    keys.TIME,
-    keys.EVENT,
-    keys.SURV_KNOWN,
+    *(keys.CENTRE, keys.SEG, keys.SEG_KNOWN, keys.SEG_CLASSES_KNOWN, keys.SEG_INSIDE),
+    *(keys.HPV, keys.HPV_KNOWN, keys.TIME, keys.EVENT, keys.SURV_KNOWN),
 )
 TRAINING_KEYS = (*ITEM_KEYS, *LABEL_KEYS, keys.QUALITY)
 

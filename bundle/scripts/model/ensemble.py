@@ -40,18 +40,6 @@ from scripts.model.errors import CheckpointError, SettingsMismatch, SpecError
 from scripts.model.networks import MultitaskNet, class_probabilities, fold_norms
 from scripts.model.spec import ModelSpec, check_provenance, check_state
 
-__all__ = [
-    "FoldEnsemble",
-    "describe_model",
-    "join_folds",
-    "load_weights",
-    "name_of_release",
-    "save_weights",
-    "saved_limits",
-    "saved_provenance",
-    "saved_spec",
-]
-
 logger = logging.getLogger(__name__)
 
 SETTINGS, PROVENANCE = "settings", "provenance"

@@ -20,8 +20,6 @@ from scripts.imaging.transforms import (
 )
 from scripts.model.spec import ModelSpec
 
-__all__ = ["Preprocessing"]
-
 TRAINING = "training"
 KEYS = {TRAINING: TRAINING_KEYS, "evaluation": TRAINING_KEYS, "inference": INFERENCE_KEYS}
 

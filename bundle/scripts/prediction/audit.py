@@ -5,7 +5,6 @@ A line names no patient: a study by its UIDs, an image file by its SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import keys
+from scripts.cohorts.files import sha256_of
 from scripts.dicom.choice import Choice
 from scripts.dicom.web import is_uid
 from scripts.prediction.description import METADATA
@@ -106,5 +106,4 @@ def _file(scan: Any) -> dict[str, Any] | None:
 
 @cache
 def _sha256(path: str, changed_ns: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

@@ -21,6 +21,7 @@ import torch
 from monai.transforms import Transform
 
 from scripts import keys
+from scripts.cohorts.files import sha256_of
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.clinical_model import ClinicalModelError, few_known, shipped
 from scripts.evaluation.survival import (
@@ -87,8 +88,9 @@ class Model:
         """
         if isinstance(model, str | os.PathLike):
             (facts, folds), spec = read_facts(model), saved_spec(model)
-            digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-            return cls(digest, folds, spec.tasks, spec.hpv_inputs, facts.get(PROVENANCE, {}), spec.seg_classes)
+            return cls(
+                sha256_of(model), folds, spec.tasks, spec.hpv_inputs, facts.get(PROVENANCE, {}), spec.seg_classes
+            )
         first: MultitaskNet = model.folds[0]  # type: ignore[assignment]
         classes = MERGED if first.seg_classes == len(MERGED) else APART
         return cls(weights_sha256(model), len(model.folds), first.tasks, first.hpv_inputs, model.provenance, classes)

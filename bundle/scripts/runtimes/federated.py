@@ -49,17 +49,6 @@ from scripts.model.ensemble import (
 from scripts.training.handlers import BALANCED_ACCURACY, C_INDEX, DICE, LOSS
 from scripts.training.sampling import EventBatchSampler, seed_epoch
 
-__all__ = [
-    "CentreClient",
-    "FederatedError",
-    "LocalEpochs",
-    "Update",
-    "check_update",
-    "cohort_of_centre",
-    "read_weights",
-    "write_global_model",
-]
-
 logger = logging.getLogger(__name__)
 
 SHARED, LOCAL = "shared", "local"

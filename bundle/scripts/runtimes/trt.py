@@ -17,8 +17,6 @@ from monai.networks import trt_compile
 
 from scripts.model.ensemble import FoldEnsemble
 
-__all__ = ["EXPORT", "TensorRTMissing", "compile_folds", "engine_parts"]
-
 PACKAGES = ("tensorrt", "polygraphy", "onnx")
 PARTS = ("encoder", "decoder", "hpv")
 # Options of the ONNX export. MONAI's default, torch's newer exporter, takes minutes for this network.
