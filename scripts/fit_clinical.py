@@ -244,17 +244,9 @@ def make_shipped(
     seed: int,
     bootstrap: int,
 ) -> dict[str, Any]:
-    """Fit the model to all patients, write it, and print how good it is on patients it has not seen.
+    """Fit the model to all patients of a table, write it, and print how good it is on patients it has not seen.
 
-    Args:
-        table: whose patients it is fitted to.
-        others: patients of other hospitals.
-        centres: of ``others``, judged on their own as well.
-        out: file of the model.
-        names: clinical features.
-        penalizer: ridge.
-        seed: of the bootstrap.
-        bootstrap: its draws.
+    ``centres`` of the ``others`` are judged on their own as well.
     """
     print(table.cohort.describe())
     cases = _with_survival(table.cohort.cases)

@@ -200,11 +200,7 @@ def other_processes(
 ) -> Iterator[Callable[[PredictionWriter, Sequence[Case]], None] | None]:
     """What predicts cases on a Ray cluster; None where there is none and this process does.
 
-    Args:
-        ray: address of the cluster, or None.
-        cores: of each process.
-        gpus: of each process.
-        options: of :class:`cluster.worker.Worker`.
+    Options of :class:`cluster.worker.Worker`.
     """
     if ray is None:
         yield None
@@ -253,14 +249,7 @@ def store_results(web: DicomWeb, writer: PredictionWriter) -> None:
 
 
 def gather_cases(source: str, features: Sequence[str], clinical: str | None, values: Mapping[str, Any]) -> list[Case]:
-    """The cases of a folder or list with all that is known of them.
-
-    Args:
-        source: folder or list.
-        features: clinical values that the model reads.
-        clinical: file with clinical values.
-        values: of the only patient, as typed.
-    """
+    """The cases of a folder or list with all that is known of them."""
     own = None if clinical is None else clinical_object(clinical)
     try:
         cases = find_cases(source, features, None if own is not None else clinical)

@@ -103,11 +103,6 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
 
     Configs and scripts are brought up to date each time. Weights that are there stay: they may have been trained since.
 
-    Args:
-        python: of MONAI Label's environment.
-        app: folder of the app ``monaibundle``.
-        bundle: folder of the bundle.
-        fresh_model: put the bundle's weights in; those that are there are kept beside them.
 
     Returns:
         The bundle in the app.
@@ -214,17 +209,7 @@ def start_server(
     places: Mapping[str, str] | None = None,
     login: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """Become MONAI Label's server.
-
-    Args:
-        python: of its environment.
-        app: folder of its app.
-        studies: folder or address.
-        host: address it listens on.
-        port: of the server.
-        places: further settings of the bundle, for ``--conf``.
-        login: environment variables with user and password of the DICOMweb server.
-    """
+    """Become MONAI Label's server; ``places`` are further settings of the bundle, ``login`` environment variables."""
     environment = {**os.environ, **(login or {})}
     # dcmqi's programs, which it would download
     environment["PATH"] = os.pathsep.join(filter(None, (str(python.parent), environment.get("PATH", ""))))

@@ -77,15 +77,7 @@ Start = Callable[[Sequence[str], Path, str], subprocess.Popen | NodeStep]
 
 
 class FoldRun:
-    """The steps of one fold, run one after another.
-
-    Args:
-        plan: of the experiment.
-        fold: which one.
-        lock: of its folder.
-        start: starts a step from its command, log and title.
-        device: of the bundle, or None for its own choice.
-    """
+    """The steps of one fold, run one after another."""
 
     def __init__(self, plan: Plan, fold: int, lock: IO[str], start: Start, device: str | None) -> None:
         self.fold = fold
@@ -164,14 +156,7 @@ def environment_of(device: str | None, jobs: int) -> dict[str, str]:
 def run_folds(
     plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str], nodes: NodeSteps | None = None
 ) -> list[FoldRun]:
-    """Run the unfinished folds of a plan.
-
-    Args:
-        plan: of the experiment.
-        record: its ``experiment.json``.
-        jobs: number of folds in parallel on this computer.
-        devices: for these folds.
-        nodes: starts all of them on a cluster instead, which has its own order.
+    """Run the unfinished folds of a plan, ``jobs`` at a time on this computer, or with ``nodes`` all on a cluster.
 
     Returns:
         Those that failed.
@@ -213,14 +198,7 @@ def run_folds(
 
 @contextmanager
 def on_nodes(plan: Plan, address: str, cores: int, gpus: float | None) -> Iterator[NodeSteps]:
-    """Be connected to a Ray cluster on which the steps of a plan are started.
-
-    Args:
-        plan: of the experiment.
-        address: as for :func:`cluster.nodes.connected`.
-        cores: of each fold.
-        gpus: of each fold.
-    """
+    """Be connected to a Ray cluster on which the steps of a plan are started."""
     with connected(address, cores, gpus) as share, mark(plan.folder) as marker:
         yield NodeSteps(share, [plan.overrides["dataset_dir"], str(marker)])
 
@@ -232,10 +210,6 @@ class Display:
     """One line on which folds are at which epoch, and the time left.
 
     On a terminal the line is overwritten; elsewhere a line is printed at each new step of a fold and once a minute.
-
-    Args:
-        plan: of the experiment.
-        folds: that are to be run.
     """
 
     def __init__(self, plan: Plan, folds: Sequence[int]) -> None:

@@ -18,11 +18,7 @@ NOT_FINISHED = -9  # exit code of a step whose processes died
 
 
 class NodeSteps:
-    """Starts steps on the cluster that this process is connected to.
-
-    Args:
-        share: of each step.
-        paths: that a node has to see.
+    """Starts steps on the cluster that this process is connected to; each node has to see ``paths``.
 
     Raises:
         ClusterError: no node has such a share.
@@ -39,25 +35,14 @@ class NodeSteps:
         self.run = ray.remote(run_step).options(**share.options(), max_retries=MOST_RETRIES)
 
     def start(self, command: Sequence[str], log: Path, title: str) -> NodeStep:
-        """Start a step as soon as a node has room for it.
-
-        Args:
-            command: to run.
-            log: file for its output, in the folder of the fold.
-            title: what it does.
-        """
+        """Start a step as soon as a node has room for it; its output goes to ``log``, in the folder of the fold."""
         threads = str(self.share.cores)
         code = str(ROOT / "scripts")
         return NodeStep(self.run.remote(code, self.paths, list(command), str(log), title, threads, str(BUNDLE)), log)
 
 
 class NodeStep:
-    """A step that runs on a node, or waits for one.
-
-    Args:
-        ref: what Ray will answer.
-        log: file of its output.
-    """
+    """A step that runs on a node, or waits for one."""
 
     def __init__(self, ref: Any, log: Path) -> None:
         self.ref, self.log = ref, log
@@ -88,14 +73,9 @@ def run_step(
 ) -> Mapping[str, Any]:
     """Run a step; called by Ray on a node.
 
-    Args:
-        code: folder of the commands of this software.
-        paths: that the node has to see.
-        command: to run.
-        log: file for its output.
-        title: what it does.
-        threads: number of threads.
-        folder: that it runs in.
+    Arguments as for :func:`.start_logged`; ``code``: folder of this software's commands; ``paths``: what the node has
+    to see.
+
 
     Returns:
         Its exit ``code``; and the ``problem`` because of which it was not run, or "".

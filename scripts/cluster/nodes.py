@@ -128,11 +128,7 @@ def node_name() -> str:
 
 
 def see_software(code: str) -> None:
-    """Let this process, which Ray started on a node, import this software.
-
-    Args:
-        code: folder of its commands.
-    """
+    """Let this process, which Ray started on a node, import this software."""
     if code not in sys.path:
         sys.path.insert(0, code)
 

@@ -90,11 +90,8 @@ def scan_paths(case: Case) -> list[str]:
 def predict_on_nodes(writer: PredictionWriter, cases: Sequence[Case], share: Share, **settings: Any) -> None:
     """Predict the cases on the cluster that this process is connected to.
 
-    Args:
-        writer: gets rows, lesions and audit.
-        cases: what to predict; their paths are absolute.
-        share: of each process.
-        **settings: more arguments of :class:`cluster.worker.Worker`.
+    Their paths are absolute; the writer gets rows, lesions and audit.
+
 
     Raises:
         ClusterError: no node can predict; the message names them.

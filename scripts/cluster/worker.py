@@ -29,12 +29,7 @@ class PatientWriter(PredictionWriter):
         self.lines: list[str] = []
 
     def take_case(self, case: Case, folder: str) -> None:
-        """Make this patient the only one.
-
-        Args:
-            case: of the patient.
-            folder: its name among all patients of the cohort.
-        """
+        """Make this patient the only one; ``folder`` is its name among all patients of the cohort."""
         patient = case[keys.PATIENT_ID]
         self.cases, self.folders = {patient: case}, {patient: folder}
         for kept in (self.rows, self.lesions, self.failures, self.problems, self.lines):
@@ -54,17 +49,9 @@ class PatientWriter(PredictionWriter):
 class Worker:
     """A model that is ready to predict.
 
-    Args:
-        output: folder for the results.
-        ckpt_dir: folder that holds ``model.pt``.
-        device: cpu or cuda:0.
-        threads: number of threads.
-        force: predict what quality control rejects.
-        report: write reports.
-        explain: with what moved each risk.
-        viewer: npm package of niivue, to write viewers; None for none.
-        model: SHA-256 of the weights.
-        code: what :func:`cluster.nodes.software` said where the run was started.
+    Arguments as for ``predict.py``; ``output``: folder for the results; ``model``: SHA-256 of the weights; ``code``:
+    what :func:`cluster.nodes.software` said where the run was started.
+
 
     Raises:
         ValueError: weights or software here are others.

@@ -70,10 +70,6 @@ class Fit:
 def code_cohort(cases: Sequence[Case], features: Sequence[str]) -> pd.DataFrame:
     """Coded clinical values, time and event of a cohort.
 
-    Args:
-        cases: cases with known survival.
-        features: names of the clinical features.
-
     Returns:
         One row for each patient, indexed by patient id: a column for each level of a category, numbers and stages as
         numbers (NaN where missing), then ``time`` and ``event``.
@@ -141,13 +137,10 @@ def _independent(table: pd.DataFrame) -> list[str]:
 
 
 def score(risks: Sequence[np.ndarray], tables: Sequence[pd.DataFrame], bootstrap: int, seed: int) -> Score:
-    """C-index over one or several sets of patients, with a bootstrap interval; pairs are formed within a set.
+    """C-index over one or several sets of patients, each with log hazards and a table, with a bootstrap interval.
 
-    Args:
-        risks: log hazard of each patient, one array for each set.
-        tables: ``time`` and ``event`` of each patient, one table for each set.
-        bootstrap: number of resamples of patients, drawn within each set.
-        seed: seed of the resampling.
+    Pairs are formed, and patients drawn, within a set.
+
 
     Returns:
         The score; for one set the C-index is exactly lifelines'.
@@ -175,14 +168,7 @@ def evaluate_cox(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Result:
-    """Fit and score a model.
-
-    Args:
-        groups: (training cases, test cases) with known survival: one pair, or one for each fold.
-        features: names of the clinical features.
-        penalizer: strength of the ridge penalty.
-        bootstrap: number of bootstrap resamples.
-        seed: seed of the bootstrap.
+    """Fit and score a model with (training cases, test cases) of known survival: one pair, or one for each fold.
 
     Returns:
         The scores, and the coefficients of the model (of one fitted to all cases where there are several folds).

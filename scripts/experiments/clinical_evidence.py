@@ -91,14 +91,6 @@ def make_model(
 
     Values of single patients are coarsened: the baseline to months, percentiles of the log hazard to a hundred,
     and nothing is stored beyond the month in which fewer than :data:`LEAST_AT_RISK` patients are followed.
-
-    Args:
-        cases: with known survival.
-        years: calendar year of each case's start.
-        features: clinical values.
-        penalizer: ridge of lifelines.
-        about: of the source.
-        evidence: C-index by name.
     """
     table = code_cohort(cases, features)
     filled, _ = fill_missing(table, table)

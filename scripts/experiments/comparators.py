@@ -42,12 +42,7 @@ def cohort_of(run: Run) -> Cohort:
 
 
 def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -> list[tuple[list[Case], list[Case]]]:
-    """Of each fold the network's training cases and those it held out, as far as they have a label.
-
-    Args:
-        run: whose folds.
-        known: flag of the label.
-        others: cases of another cohort, instead of those that each fold held out.
+    """Of each fold the network's training cases, and those it held out or ``others``, that have the label ``known``.
 
     Raises:
         CohortError: the cohort is gone or has changed, or no held-out case has the label.
@@ -68,9 +63,8 @@ def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -
 def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFrame:
     """Risks by a ridge Cox model of clinical values alone, fitted in each fold to the network's training patients.
 
-    Args:
-        run: whose folds.
-        others: cases of another cohort that get risks, instead of those that each fold held out.
+    They are of the cases that each fold held out, or of those of another cohort.
+
 
     Returns:
         ``PatientID`` and ``clinical_risk``, normalised like the network's; a patient of several folds has the mean.
@@ -123,13 +117,6 @@ def add_clinical(
     """The cases with ``clinical_risk``, and the C-index of it beside the model's, or why there is none.
 
     The bundle's own clinical model, trained on other patients, stands in ``shipped``: see :func:`add_shipped`.
-
-    Args:
-        run: whose folds' training cases the clinical models are fitted to.
-        cases: held out by these folds, or of another cohort.
-        seed: of the bootstrap.
-        samples: its draws.
-        others: the other cohort's cases.
     """
     about = {
         "model": f"Cox, ridge {CLINICAL_PENALIZER:g}, on the same folds",

@@ -54,13 +54,7 @@ MISSING_IS_ZERO = "a missing value is 0"
 
 
 def join_experiment(runs: str | Path, out: str | Path, half: bool = False, allow_missing: bool = False) -> FoldEnsemble:
-    """Join the folds of an experiment and write the model file, which replaces an existing one.
-
-    Args:
-        runs: folder of the experiment.
-        out: the file.
-        half: store the weights in half precision.
-        allow_missing: join the finished folds although others are missing.
+    """Join the folds of an experiment and write the model file; arguments as for ``ensemble_folds.py``.
 
     Raises:
         ExperimentError: folds are missing.
@@ -109,14 +103,7 @@ def empty_ensemble(settings: Mapping[str, Any]) -> FoldEnsemble:
 def provenance(
     runs: str | Path, record: Mapping[str, Any], folds: Sequence[int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The provenance of the weights, as plain Python.
-
-    Args:
-        runs: folder of the experiment.
-        record: its ``experiment.json``.
-        folds: that are joined, in the order of the members.
-        settings: that the weights were trained with.
-    """
+    """The provenance of the weights of these folds, in the order of the members, as plain Python."""
     cases = out_of_fold(runs, folds)
     cohort = dict(record["cohort"])
     return {

@@ -55,11 +55,8 @@ SEED = 0  # of the bootstrap
 def evaluate(run: str, compare: str | None, external: str | None, samples: int) -> dict[str, Any]:
     """Evaluate an experiment and write ``metrics.json``, ``cases.csv`` and figures in ``RUN/evaluation``.
 
-    Args:
-        run: folder of the experiment.
-        compare: folder of another experiment, for paired differences on the same patients.
-        external: folder of another cohort, or ``cases.csv`` that ``evaluating`` wrote of it.
-        samples: draws of the bootstrap.
+    Arguments as for ``evaluate_folds.py``.
+
 
     Returns:
         Content of ``metrics.json``.

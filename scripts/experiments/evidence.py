@@ -254,13 +254,8 @@ def judge(
 ) -> dict[str, Any]:
     """All metrics of some of the cases, each with the calibration and cut points of its fold.
 
-    Args:
-        run: of the experiment.
-        cases: rows of its cases.
-        train: cases whose follow-up weights the survival metrics.
-        seed: of the bootstrap.
-        samples: its draws.
-        least: counts below which no metric is given, such as :data:`scripts.evaluation.case_metrics.SMALL_GROUP`.
+    The follow-up of ``train`` weights the survival metrics; no metric is given of counts below ``least``.
+
 
     Returns:
         As :func:`scripts.evaluation.judge.judge`.

@@ -183,14 +183,8 @@ def make_plan(
 ) -> Plan:
     """Read configs and cohort, and see that every fold can be split.
 
-    Args:
-        dataset_dir: folder of the cohort.
-        protocol: a key of :data:`PROTOCOL_SETTINGS`.
-        config_files: overlays on ``configs/train.json``.
-        folds: numbers of the folds to run; None for all.
-        output_dir: folder of the experiment; None for one in ``runs/`` named by cohort, protocol and tasks.
-        overrides: ids of the configs and their values.
-        command: to record.
+    Arguments as for ``train_folds.py``; ``command`` is recorded.
+
 
     Raises:
         ExperimentError: an id or file that does not exist, a number or a fold out of range.
@@ -280,10 +274,6 @@ def find_config(name: str) -> str:
 
 def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
     """Refuse overrides that MONAI accepts silently: ids that no config has, or that train_folds sets.
-
-    Args:
-        overrides: ids and their values.
-        parser: of the configs.
 
     Raises:
         ExperimentError: there is one; the message gives the most similar id.
@@ -453,13 +443,7 @@ def write_record(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None:
-    """Write ``fold.json``: how a fold ended, on what it was trained, its metrics.
-
-    Args:
-        plan: of the experiment.
-        fold: which one.
-        failure: how it failed, or None.
-    """
+    """Write ``fold.json``: how a fold ended, on what it was trained, its metrics."""
     import torch
 
     outcome: dict[str, Any] = {

@@ -87,17 +87,11 @@ def read_external(run: Run, path: Path) -> pd.DataFrame:
 
 
 def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int) -> dict[str, Any]:
-    """All metrics of another cohort and of each of its centres, and ``figures``.
+    """All metrics of another cohort (``cases.csv`` at ``path``) and of each of its centres, and ``figures``.
 
     ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
     common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
 
-    Args:
-        run: the experiment.
-        path: ``cases.csv`` of the other cohort.
-        figures: folder for the pictures.
-        seed: of the bootstrap.
-        samples: its draws.
 
     Raises:
         ExperimentError: as :func:`read_external`, or the table is not of this ensemble.

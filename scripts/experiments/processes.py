@@ -36,14 +36,6 @@ def start_logged(
     """Start a command whose output is appended to a log, under a line with time, title and command.
 
     It is a process group of its own, so that a Ctrl-C reaches only the caller, and ends when the caller is gone.
-
-    Args:
-        command: to run.
-        log: file for its output.
-        title: what it does.
-        environment: of the process.
-        cwd: its folder; None: the caller's.
-        files: descriptors that stay open in the process.
     """
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}: {shlex.join(command)}\n")

@@ -113,10 +113,8 @@ def pynetdicom() -> Any:
 class Receiver:
     """The node's network side.
 
-    Args:
-        queue: gets the images.
-        ae_title: of this node; associations for another one are rejected.
-        peers: who may send; associations of other AE titles are rejected, those from other addresses aborted.
+    Associations for another AE title, or of one that is not among the peers, are rejected; those from other addresses
+    are aborted.
     """
 
     def __init__(self, queue: StudyQueue, ae_title: str, peers: Sequence[Peer]) -> None:
@@ -219,15 +217,7 @@ class NotSentError(Exception):
 
 
 class Worker:
-    """Predicts what is complete, and sends the answers.
-
-    Args:
-        queue: of studies.
-        ae_title: of this node.
-        destination: a node, or a DICOMweb server.
-        options: of ``scripts/predict.py``, by name.
-        model: what a reason says of the software.
-    """
+    """Predicts what is complete with the ``options`` of ``scripts/predict.py``, and sends the answers."""
 
     def __init__(
         self, queue: StudyQueue, ae_title: str, destination: Peer | DicomWeb, options: Mapping[str, str], model: Model

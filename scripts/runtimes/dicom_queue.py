@@ -98,11 +98,6 @@ class StudyQueue:
     def receive(self, study: str, instance: str, content: bytes) -> None:
         """Keep an image; when this returns, it is on the disk. One that is there already stays as it is.
 
-        Args:
-            study: StudyInstanceUID.
-            instance: SOPInstanceUID.
-            content: the DICOM file.
-
         Raises:
             ValueError: one of them is no UID.
             QueueError: there is no room for it.

@@ -67,11 +67,7 @@ class ExportError(RuntimeError):
 
 
 class AllHeads(nn.Module):
-    """All heads of a :class:`scripts.model.ensemble.FoldEnsemble` from tensors alone, as exporters want it.
-
-    Args:
-        ensemble: the folds.
-    """
+    """All heads of a :class:`scripts.model.ensemble.FoldEnsemble` from tensors alone, as exporters want it."""
 
     def __init__(self, ensemble: FoldEnsemble) -> None:
         super().__init__()

@@ -49,12 +49,6 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
 def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
     """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results.
 
-    Args:
-        python: of an environment with NVIDIA FLARE.
-        job: folder of the job.
-        results: folder of the results.
-        threads: centres that train at the same time; 0 for all.
-
     Raises:
         FederatedRunError: the training ended early.
     """

@@ -196,12 +196,6 @@ def activity_scan(pet: Path, table: str, patient: str | None) -> ActivityScan:
 def write_answers(prediction: Mapping[str, Any], folder: Path, output: Path, contract: Contract) -> None:
     """Write the files of the contract that the model can answer.
 
-    Args:
-        prediction: as ``prediction.json`` has it.
-        folder: where its mask lies.
-        output: receives the answers.
-        contract: of the year.
-
     Raises:
         CohortError: the model lacks one of the tasks.
     """
@@ -234,12 +228,7 @@ def hpv_positive(hpv: Mapping[str, Any]) -> bool:
 
 
 def not_answered(contract: Contract, classes: Sequence[str]) -> list[str]:
-    """What the challenge asks for and the model cannot tell, a text each.
-
-    Args:
-        contract: of the year.
-        classes: of tumour that the model's mask tells apart.
-    """
+    """What the challenge asks for and the model cannot tell, a text each."""
     lines = []
     if contract.stages:
         lines.append(f"{' and '.join(STAGE_FILES)}: no model of T and N stage is trained, so they are not written")

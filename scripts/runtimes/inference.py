@@ -38,12 +38,7 @@ class CaseList(tuple):
 
 
 def inference_config(checkpoint: Path, **changes: Any) -> ConfigParser:
-    """The config with a checkpoint and other changes.
-
-    Args:
-        checkpoint: the weights.
-        **changes: ids of the config and their values; texts are taken as they are, not as expressions.
-    """
+    """The config with a checkpoint and other changes; texts are taken as they are, not as expressions."""
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.json"))
     parser.read_meta(str(BUNDLE / "configs" / "metadata.json"))
@@ -67,15 +62,7 @@ def load_bundle(
     audit: str | None = None,
     viewer: str | None = None,
 ) -> ConfigParser:
-    """The bundle's ``inference.json`` with its places and options set.
-
-    Args:
-        output: folder for the results.
-        ckpt_dir: folder that holds ``model.pt``.
-        device: None for the config's own choice.
-        force: predict what quality control rejects.
-        audit: as :class:`scripts.prediction.outputs.PredictionWriter` takes it.
-        viewer: likewise.
+    """The bundle's ``inference.json`` with its places and options set; None leaves an option to the config.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -104,14 +91,7 @@ def run_cases(
 ) -> PredictionWriter:
     """Predict the cases; what happened to each stands in the ``rows`` of the writer that is given back.
 
-    Args:
-        parser: of :func:`load_bundle`.
-        cases: what to predict.
-        report: write reports and the page of the cohort.
-        explain: with what moved each risk.
-        resume: leave out what is done.
-        elsewhere: predicts the cases in other processes and gives the writer what belongs in its tables; None: they are
-            predicted in this one.
+    ``elsewhere`` predicts them in other processes and gives the writer what belongs in its tables.
     """
     parser["dataset#data"] = CaseList(cases)
     writer = parser.get_parsed_content("handlers#0")
@@ -170,11 +150,7 @@ def named_files(folder: Path) -> dict[str, str]:
 def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Case], wanted: Sequence[str]) -> set[str]:
     """Ids of the patients who are done, by the same model from the same scans and values; takes their rows.
 
-    Args:
-        parser: of :func:`load_bundle`.
-        writer: gets the rows.
-        cases: of this run.
-        wanted: names of files, besides those that each prediction names, that there have to be.
+    ``wanted`` files have to be there besides those that a prediction names.
     """
     sha256 = Model.of(parser.get_parsed_content("checkpoint")).sha256
     force = parser.get_parsed_content("force")

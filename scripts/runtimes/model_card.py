@@ -53,13 +53,7 @@ def model_card(
 
 
 def card(metadata: Mapping[str, Any], model: Model, values: Mapping[str, Any]) -> str:
-    """The text of the card.
-
-    Args:
-        metadata: content of metadata.json.
-        model: facts of the weights.
-        values: of the template besides.
-    """
+    """The text of the card."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,

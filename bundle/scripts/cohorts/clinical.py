@@ -305,9 +305,6 @@ def match_columns(header: Sequence[str], feature: str) -> list[int]:
     A remark in brackets, as in ``HPV status (0=-, 1=+)``, is allowed and checked: another coding or unit than the one
     used here is an error, since the values would be misread.
 
-    Args:
-        header: column names as written.
-        feature: name of the feature.
 
     Returns:
         Positions in the header, in order; empty where no column fits.
@@ -391,8 +388,6 @@ def clinical_scales(features: Sequence[str]) -> list[tuple[float, float, float]]
     typical standard deviation. They are known from four standard deviations below the centre; between that and 0
     (missing) they are partly known, so that the scaling is continuous.
 
-    Args:
-        features: names of the features, in the order of the network's clinical vector.
 
     Raises:
         ValueError: an unknown feature.

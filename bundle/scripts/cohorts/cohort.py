@@ -507,9 +507,6 @@ def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[
 def default_dataset_dir(bundle_root: str | Path) -> str:
     """Folder of the demonstration cohort.
 
-    Args:
-        bundle_root: folder that holds ``configs`` and ``scripts`` of the bundle.
-
     Returns:
         ``<bundle_root>/data/demonstration``.
 

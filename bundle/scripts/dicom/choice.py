@@ -94,8 +94,6 @@ def choose_pet_ct(series: Sequence[Series]) -> Choice:
     (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer
     pixels, lower series number.
 
-    Args:
-        series: series of one examination, from :func:`scripts.dicom.series.find_series`.
 
     Raises:
         DicomError: when there is no such pair, with the reason for each series; or when there are scans of several

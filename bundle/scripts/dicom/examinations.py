@@ -94,13 +94,12 @@ class Examination:
 def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()) -> list[Examination]:
     """The PET/CT examinations below a folder with any mixture of patients, studies and series.
 
+    Folders in ``without`` are ignored.
+
     Studies without a PET and a CT are ignored if their patient has one with both. Files that cannot be read and may be
     part of a CT or PET of no other patient are reported as a patient of their own, with the PatientID of their header
     or, without one, the name of the folder that has only such files. The use of all files is logged.
 
-    Args:
-        folder: the folder to search.
-        without: folders below it to ignore.
 
     Raises:
         scripts.dicom.tags.DicomError: no DICOM in it.

@@ -106,9 +106,7 @@ class Found:
 def walk(*folders: Path, without: Container[Path] = ()) -> Found:
     """All files below folders; links are followed, except to a parent folder; each folder is read once.
 
-    Args:
-        folders: the folders to search.
-        without: folders below them to ignore.
+    Folders in ``without`` are ignored.
     """
     found, seen = Found(), set()
 

@@ -554,8 +554,6 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
     Slices are sorted by position along their normal, not by instance number. The rescale slope and intercept of each
     slice are applied (those of PET differ between slices).
 
-    Args:
-        series: from :func:`find_series`.
 
     Returns:
         The (X, Y, Z) array (column, row, slice), int16 for a CT whose rescaled values are whole numbers that fit and

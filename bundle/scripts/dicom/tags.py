@@ -112,16 +112,13 @@ def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset | 
 
 
 def read_file(path: Path, **options: Any) -> Dataset | None:
-    """A DICOM file, None for a file of another type.
+    """A DICOM file, None for a file of another type; with the options of ``pydicom.dcmread``.
 
     Old archives have files without the preamble of 128 bytes and the prefix ``DICM``, with or without the group 0002
     that states the transfer syntax. Such a file is DICOM if it begins with an element of group 0002 or 0008 and states
     a SOP class. Without a transfer syntax the file is little endian with implicit or explicit VR (PS3.10, 7.1; PS3.5,
     A.1).
 
-    Args:
-        path: the file.
-        options: of ``pydicom.dcmread``.
 
     Raises:
         DicomError: the file cannot be read, or is incomplete DICOM.

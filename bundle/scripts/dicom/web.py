@@ -112,9 +112,6 @@ class DicomWeb:
     def series(self, study: str) -> list[WebSeries]:
         """The series of a study.
 
-        Args:
-            study: StudyInstanceUID.
-
         Raises:
             DicomError: it is no UID, the server cannot be reached or refuses, or it has no such study.
         """
@@ -140,9 +137,6 @@ class DicomWeb:
 
     def study_of(self, series: str) -> str:
         """StudyInstanceUID of a series.
-
-        Args:
-            series: SeriesInstanceUID.
 
         Raises:
             DicomError: it is no UID, the server cannot be reached or refuses, or it has no such series.

@@ -17,15 +17,10 @@ BOOTSTRAP_SAMPLES = 1000
 def bootstrap_interval(
     statistic: Callable[[pd.DataFrame], float], cases: pd.DataFrame, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of ``statistic`` over patients drawn with replacement.
+    """95 % percentile interval of ``statistic``, a function of a table of cases, over patients drawn with replacement.
 
     Draws in which the statistic is undefined (no comparable pair, one class) are left out.
 
-    Args:
-        statistic: function of a table of cases.
-        cases: one row for each patient.
-        samples: number of draws.
-        seed: of the draws.
 
     Returns:
         The 2.5 % and the 97.5 % quantile; NaN if the statistic is undefined in every draw.

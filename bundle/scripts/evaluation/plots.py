@@ -107,9 +107,7 @@ def survival_figures(survival: Mapping[str, Any], no_groups: str) -> dict[str, D
 def kaplan_meier_figure(groups: Mapping[str, Any], title: str = "") -> Figure:
     """Recurrence-free survival of risk groups with 95 % intervals, censored patients and numbers at risk.
 
-    Args:
-        groups: one entry of ``risk_groups`` of :func:`.survival_metrics`.
-        title: of the figure.
+    ``groups`` is an entry of ``risk_groups`` of :func:`.survival_metrics`.
     """
     curves = groups["curves"]
     figure = _figure(6.4, 4.2 + 0.22 * len(curves))
@@ -208,12 +206,7 @@ def roc_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figu
 
 
 def dice_figure(groups: Mapping[str, Sequence[float]], title: str = "") -> Figure:
-    """Dice of every case, one column for each group that has cases, with median and quartiles.
-
-    Args:
-        groups: name to the values of its cases.
-        title: of the figure.
-    """
+    """Dice of every case, one column for each group that has cases, with median and quartiles."""
     filled = {name: np.asarray(values, dtype=float) for name, values in groups.items() if len(values)}
     figure = _figure(max(4.0, 1.1 + 0.75 * len(filled)), 3.8)
     panel = figure.subplots()

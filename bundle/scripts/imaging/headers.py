@@ -164,10 +164,6 @@ class Header:
 def read_header(path: str | os.PathLike[str], suffix: str) -> Header:
     """Read and check the header of an image file.
 
-    Args:
-        path: the file.
-        suffix: one of :data:`NIFTI_SUFFIXES` and :data:`ITK_SUFFIXES`.
-
     Raises:
         ImageReadError: the header is damaged, does not match the file's size, or has no possible position in space.
     """

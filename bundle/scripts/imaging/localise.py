@@ -170,13 +170,7 @@ class _Brain:
 def locate_mask(
     mask: np.ndarray, mask_grid: Grid, roi_size: int | Sequence[int], spacing_mm: float | Sequence[float]
 ) -> Location:
-    """Centre the box on the bounding box of a mask.
-
-    Args:
-        mask: (X, Y, Z), non-zero in the tumour.
-        mask_grid: the mask's grid.
-        roi_size: voxels of the box.
-        spacing_mm: voxel size of the box in mm.
+    """Centre the box on the bounding box of a mask (X, Y, Z), which is not zero in the tumour.
 
     Returns:
         The location; its flag says if part of the mask is outside the box.
@@ -217,9 +211,6 @@ def locate_head_neck(
         roi_size: voxels of the box.
         spacing_mm: voxel size of the box in mm.
         proposer: what proposes tumours, as :class:`scripts.prediction.coarse.CoarsePass`; None for the rules alone.
-
-    Returns:
-        The location.
     """
     anchor = find_anchor(ct, ct_grid, pet, pet_grid)
     candidates = None
@@ -234,11 +225,7 @@ def locate_head_neck(
 def find_anchor(ct: np.ndarray, ct_grid: Grid, pet: np.ndarray, pet_grid: Grid) -> Anchor:
     """The anchor by the first rule that applies: brain in the PET, top of the head in the CT, middle of the scan.
 
-    Args:
-        ct: (X, Y, Z) CT in HU.
-        ct_grid: its grid.
-        pet: (X, Y, Z) PET in SUV, on a grid of its own.
-        pet_grid: the PET's grid.
+    Arguments as for :func:`locate_head_neck`.
     """
     faults = pet_faults(pet, pet_grid, ct_grid)
     anchor = None if faults else anchor_at_brain(ct, ct_grid, pet, pet_grid)

@@ -463,10 +463,7 @@ def merge_limits(limits: Limits | None) -> dict[str, dict[str, float]]:
 
 
 def fit_voxel_limits(grids: Iterable[tuple[Grid, Grid]]) -> dict[str, dict[str, float]]:
-    """Limits of the voxel sizes from a training set, for ``limits`` of :func:`check_case`.
-
-    Args:
-        grids: CT and PET grid of every training case.
+    """Limits of the voxel sizes from the CT and PET grids of a training set, for ``limits`` of :func:`check_case`.
 
     Returns:
         ``warn_below`` and ``warn_above`` of the four rules on voxel sizes, 2 % beyond the smallest and the largest.

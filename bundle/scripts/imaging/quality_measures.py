@@ -68,13 +68,7 @@ def _not_finite(array: np.ndarray) -> tuple[float, float, float]:
 
 
 def measure_pet(pet: np.ndarray, grid: Grid, ct: Thin) -> tuple[dict[str, float | None], Thin]:
-    """Quantities of the PET.
-
-    Args:
-        pet: (X, Y, Z).
-        grid: its grid.
-        ct: subsampled CT, for the share of the body in the field of view.
-    """
+    """Quantities of the PET (X, Y, Z), with the subsampled CT for the share of the body in the field of view."""
     count, lowest, highest = _not_finite(pet)
     thin = _thin_out(pet, grid, THIN_MM)
     level = pet_body_level(ct, thin)
@@ -98,10 +92,6 @@ def pet_body_level(ct: Thin, pet: Thin) -> float | None:
     The body is assumed as large in the PET as in the CT: in their overlap, it is the voxels of highest PET value, as
     many as the CT has of tissue (including the table, some percent). The result does not depend on the alignment of PET
     and CT, nor on PET values in air: noise, zeros, negative values or padding, which is excluded.
-
-    Args:
-        ct: subsampled CT.
-        pet: subsampled PET.
     """
     scanned = bounding_window(pet.values > 0)
     if scanned is None:
@@ -204,13 +194,8 @@ def measure_mask(
 ) -> tuple[dict[str, float | None], list[float]]:
     """Quantities of a tumour's mask, and some of its values without a meaning.
 
-    Args:
-        mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
-        grid: its grid.
-        ct_grid: the CT's grid.
-        pet: (X, Y, Z) PET.
-        pet_grid: its grid.
-        body: median PET value of the body.
+    Arguments as for :func:`scripts.imaging.quality.check_mask`.
+
 
     Returns:
         For an empty mask only ``mask_values``.

@@ -30,11 +30,7 @@ FIT_SEEN, FIT_STEEP = 0.6, 0.1  # minimum share in view around a point, and mini
 def body_outlines(ct: Thin, pet: Thin, level: float | None, box: Grid) -> tuple[np.ndarray, np.ndarray] | None:
     """The body's outlines in CT and PET around the box, on one coarse grid; None where they cannot be determined.
 
-    Args:
-        ct: subsampled CT.
-        pet: subsampled PET.
-        level: median PET value of the body.
-        box: the network's box.
+    ``level`` is the median PET value of the body.
     """
     low = np.max([ct.grid.bounds[0], pet.grid.bounds[0], box.bounds[0] - OUTLINE_MARGIN_MM], axis=0)
     high = np.min([ct.grid.bounds[1], pet.grid.bounds[1], box.bounds[1] + OUTLINE_MARGIN_MM], axis=0)

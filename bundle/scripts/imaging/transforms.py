@@ -205,15 +205,12 @@ class ScaleIntensityPETCTd(MapTransform):
 
 
 class CodeClinicald(MapTransform):
-    """Code the clinical values for the network, (F,) float32 (see :func:`.code_clinical`).
+    """Code the clinical values for the network, (F,) float32 in the order of ``features``, by :func:`.code_clinical`.
 
     A dictionary of raw values is coded; None or an absent key means that all are missing; a coded vector is kept. Also
     sets ``clinical_values``: a JSON text, which can be collated, with a list of ``name``, ``value`` (None where
     missing), ``coded`` (None for those in ``clinical_others``, which the network does not read) and ``missing``.
 
-    Args:
-        features: names of the clinical values, in the network's order.
-        keys: the clinical values.
 
     Raises:
         ValueError: when a coded vector has another length than ``features``.

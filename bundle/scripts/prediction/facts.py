@@ -23,12 +23,7 @@ Facts = list[tuple[str, str]]
 
 
 def study_facts(case: Mapping[str, Any], ct: Grid, pet: Grid) -> Facts:
-    """Name and value of each fact that is known.
-
-    Args:
-        case: of the datalist; its key ``dicom`` holds the series, where they are DICOM.
-        ct: grid of the CT.
-        pet: grid of the PET.
+    """Name and value of each fact that is known of a case; of one in DICOM also from the headers.
 
     Raises:
         scripts.dicom.tags.DicomError: the files cannot be read any more.

@@ -361,15 +361,7 @@ def case_figure(ct: Scan, pet: Scan, masks: Mapping[str, Scan], title: str = "")
 def save_case_figure(
     path: str | Path, ct: str | Path, pet: str | Path, masks: Mapping[str, str | Path], title: str = ""
 ) -> None:
-    """:func:`case_figure` of image files, as a PNG.
-
-    Args:
-        path: of the PNG.
-        ct: file of the CT.
-        pet: file of the PET.
-        masks: name to file of a label image.
-        title: above the picture.
-    """
+    """:func:`case_figure` of image files, as a PNG."""
     figure = case_figure(_load(ct), _load(pet), {name: _load(file) for name, file in masks.items()}, title)
     as_written(figure)
     with written_whole(path) as partial:

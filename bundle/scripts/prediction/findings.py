@@ -152,11 +152,7 @@ def trained_on_of(predictions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sections_of(prediction: Mapping[str, Any]) -> list[Section]:
-    """All sections of a report.
-
-    Args:
-        prediction: of one patient, as ``prediction.json`` has it.
-    """
+    """All sections of a report."""
     lesions = lesion_section(prediction.get("tumour"))
     return [
         *([lesions] if lesions else []),

@@ -184,10 +184,6 @@ class PredictionWriter:
     def take_over(self, patient: str, sha256: str) -> bool:
         """Take the row of a patient from the ``prediction.json`` that an earlier run has left.
 
-        Args:
-            patient: one of the cases.
-            sha256: of the model that predicts now.
-
         Returns:
             False where there is no such file, or it is damaged, or of another model: the patient is to be predicted.
         """

@@ -38,12 +38,7 @@ class Link(str):
 
 
 class Ranked(str):
-    """A cell of a table that is sorted by a number instead of its text; None comes last.
-
-    Args:
-        text: what is shown.
-        rank: the number.
-    """
+    """A cell of a table that is sorted by a number instead of its text; None comes last."""
 
     rank: float | None
 

@@ -25,12 +25,7 @@ MOST_ROWS, LONGEST_CELL = 12, 200  # of a section
 
 
 def write_pdf(path: str | Path, report: Report) -> None:
-    """Write a report: results and pictures on the first page, all text from the second on. Whole or not at all.
-
-    Args:
-        path: of the PDF.
-        report: what it shows.
-    """
+    """Write a report: results and pictures on the first page, all text from the second on. Whole or not at all."""
     pdf = _Pdf(report.title)
     pdf.say(report.title, 13 if len(report.title) < 70 else 9, "B")
     pdf.box([report.verdict, *_short(report.warnings)], WARNING if report.warnings else PASSED)

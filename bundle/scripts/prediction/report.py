@@ -277,14 +277,10 @@ def scans_of(case: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Scan, 
 
 
 class ReportWriter:
-    """Writes the report of each patient, and at the end the page of the cohort.
+    """Writes the report of each patient, with an explainer also of what moved the risk, and the cohort's page.
 
     It is one of the ``products`` of :class:`.PredictionWriter`, so that ``prediction.json`` names the
     files; :meth:`write_cohort` is one of its ``pages``.
-
-    Args:
-        output_dir: of the cohort.
-        explainer: says what moved the risk, see :class:`.RiskExplainer`; None: nothing is said of it.
     """
 
     def __init__(self, output_dir: str, explainer: RiskExplainer | None = None) -> None:

@@ -72,9 +72,6 @@ def read_niivue(path: str | Path) -> Markup:
 class ViewerWriter:
     """Writes the viewer of each patient; one of the ``products`` of :class:`.PredictionWriter`.
 
-    Args:
-        niivue: npm package of niivue.
-
     Raises:
         ViewerError: see :func:`read_niivue`.
     """

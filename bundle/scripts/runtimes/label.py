@@ -60,9 +60,6 @@ class TakeRequestd(MapTransform):
     that a CSV column may have, or else from the CSV of the cohort, by patient id. The request is kept under
     ``request``.
 
-    Args:
-        features: names of the clinical values, in the network's order.
-        keys: of the CT in a request.
 
     Raises:
         scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
