@@ -89,9 +89,7 @@ def run_room(room: str, *commands: str) -> None:
 def run_commands(commands: Mapping[str, tuple[Callable[..., None], Sequence[type[Exception]]]]) -> None:
     """Run a command of a file, by the first word of the command line: ``python scripts/FILE.py COMMAND [options]``.
 
-    Args:
-        commands: name to its function and to the errors that it raises for people, as for :func:`run_tool`. Another
-            name ends the program with code 2.
+    Each has its function and the errors that it raises for people, as for :func:`run_tool`.
     """
     name = typed_command(Path(sys.argv[0]).name, commands)
     function, errors = commands[name]
@@ -145,14 +143,7 @@ def read_arguments(
     others: Iterable[str] | None = None,
     read: Callable[[str, str], Any] = lambda name, text: text,
 ) -> dict[str, Any]:
-    """Arguments for ``function``, by name.
-
-    Args:
-        function: annotated with the types that :func:`reader` knows.
-        typed: the words of the command line.
-        words: as for :func:`run_tool`.
-        others: as for :func:`run_tool`.
-        read: as for :func:`run_tool`.
+    """Arguments for ``function``, by name, from the words of a command line; options as for :func:`run_tool`.
 
     Raises:
         UsageError: an unknown option (the nearest known one is named), a value that cannot be read, a word too many or

@@ -89,11 +89,9 @@ def files_fingerprint(paths: Iterable[Path | None]) -> str:
 
 
 def describe_cases(dataset_dir: str, centres: Sequence[str]) -> str:
-    """One line on what cases of a dataset are, for whoever was trained or evaluated on them.
+    """One line on what cases of these centres are, for whoever was trained or evaluated on them.
 
-    Args:
-        dataset_dir: their folder; its record says whether they are phantoms.
-        centres: the centre of each case.
+    The record in their folder says whether they are phantoms.
     """
     root = Path(dataset_dir).expanduser().resolve()
     records = [folder / RECORD_FILE for folder in (root, root.parent)]  # dataset_dir may be the images' folder
@@ -267,13 +265,7 @@ def load_cohort(
 def split_cohort(cohort: Cohort, protocol: str, num_folds: int, fold: int, seed: int, divided: bool = True) -> Split:
     """:meth:`Cohort.split` as a config calls it.
 
-    Args:
-        cohort: the cohort.
-        protocol: a key of :data:`PROTOCOLS`.
-        num_folds: number of folds.
-        fold: which fold is validated.
-        seed: seed of the shuffle.
-        divided: False for another cohort that is evaluated as a whole, of any size; all its cases are test cases.
+    Another cohort, of any size, is evaluated as a whole: not ``divided``, all its cases are test cases.
     """
     return cohort.split(protocol, num_folds, fold, seed) if divided else Split([], [], list(cohort.cases))
 
@@ -307,12 +299,7 @@ def _gather(
 
 
 def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | None) -> None:
-    """Check that the tables given have a row for at least one patient with scans.
-
-    Args:
-        tables: the tables.
-        patients: keys of the patients that have scans.
-        place: folder of the scans, for the message.
+    """Check that the tables given have a row for at least one of the patients (keys) with scans.
 
     Raises:
         CohortError: they have none.
@@ -406,10 +393,6 @@ def inference_cases(
     in a table are listed if the table is in ``dataset_dir``, and only logged if it is elsewhere: it may be the table of
     a larger cohort.
 
-    Args:
-        dataset_dir: folder with the scans, see :func:`find_scans`.
-        ehr_csv: table or tables, as in :func:`load_cohort`.
-        clinical_features: names of the clinical values to read, in the network's order.
 
     Returns:
         Cases as in :func:`load_cohort`, sorted by patient id, CT or PET None where missing.
@@ -459,14 +442,7 @@ def _mask_alone(scans: Scans) -> bool:
 def cases_to_predict(
     patients: Iterable[str], scans: Mapping[str, Scans], tables: Tables, features: Sequence[str], place: str
 ) -> list[Case]:
-    """Cases of these patients; ``case[keys.PROBLEM]`` says why one cannot be predicted.
-
-    Args:
-        patients: keys of the patients, see :func:`patient_key`.
-        scans: files by patient key.
-        tables: the clinical values.
-        features: names of the clinical values, in the network's order.
-        place: where scans were searched, for the message.
+    """Cases of the patients with these keys; ``case[keys.PROBLEM]`` says why one cannot be predicted.
 
     Raises:
         CohortError: a table has a fault that affects all patients.

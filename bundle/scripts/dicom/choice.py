@@ -29,13 +29,7 @@ OVERLAP_STEP_MM = 50.0  # smaller differences in overlap do not decide between t
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The CT and the PET to predict from.
-
-    Args:
-        ct: the CT.
-        pet: the PET.
-        rejected: every other series, with the reason why it is not used.
-    """
+    """The CT and the PET to predict from, and every other series with the reason why it is not used."""
 
     ct: Series
     pet: Series

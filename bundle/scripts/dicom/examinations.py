@@ -127,13 +127,7 @@ def _lone_scan(studies: Sequence[Study]) -> set[str]:
 
 
 def _of_patient(patient: str, studies: Sequence[Study], lone: Container[str]) -> list[Examination]:
-    """The examinations of one patient, by date.
-
-    Args:
-        patient: the id.
-        studies: of this patient.
-        lone: modalities (CT, PT) that a patient of the folder has alone.
-    """
+    """The examinations of one patient, by date; ``lone``: modalities that a patient of the folder has alone."""
     complete = sorted(filter(lambda study: study.is_pet_ct, studies), key=lambda study: (study.date, study.study_uid))
     if not complete:
         series = [each for study in studies for each in study.series]

@@ -39,13 +39,6 @@ def write_rtstruct(
     mask's. A hole is joined to its outer contour by a channel without width ("keyhole technique" of PS3.3, C.8.8.6.3),
     which readers that fill polygons need not know about. Without a lesion there is one ROI ``GTV`` without contours.
 
-    Args:
-        path: the file; it appears under this name only when complete.
-        numbers: (X, Y, Z) integers on the grid of ``source``, 0 for background, k for ``lesions[k - 1]``.
-        lesions: whose names (AAPM TG-263) the ROIs have.
-        source: the CT, whose patient, study, frame of reference and images the contours refer to.
-        model: what made the contours.
-        description: series description, 64 characters at most.
 
     Returns:
         The dataset as written.

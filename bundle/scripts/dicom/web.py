@@ -188,12 +188,6 @@ class DicomWeb:
     def fetch(self, study: str, series: WebSeries, folder: Path, prefix: str = "") -> None:
         """Write the images of one series into a folder; see :meth:`download`.
 
-        Args:
-            study: StudyInstanceUID.
-            series: of the study, as the server lists it.
-            folder: receives the files; made where it is not there.
-            prefix: of the names of the files.
-
         Raises:
             DicomError: the series did not come whole, or an image of another study or series came.
         """

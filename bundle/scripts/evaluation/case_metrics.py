@@ -148,12 +148,7 @@ def aggregated_dice(cases: pd.DataFrame, ending: str = "") -> float:
 
 
 def both_masks_empty(cases: pd.DataFrame, ending: str = "") -> pd.Series:
-    """(N,) bool, whether true and predicted mask are both empty: correct, but no surface distance exists.
-
-    Args:
-        cases: table of cases; False where it lacks the volumes.
-        ending: of the columns, as for :func:`aggregated_dice`.
-    """
+    """(N,) bool, whether true and predicted mask are both empty: correct, but no surface distance exists."""
     unknown = pd.Series(np.nan, cases.index)
     return (cases.get(f"volume_ml{ending}", unknown) == 0) & (cases.get(f"true_volume_ml{ending}", unknown) == 0)
 

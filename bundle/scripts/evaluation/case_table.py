@@ -201,12 +201,7 @@ def read_features(folder: str | Path) -> tuple[list[str], np.ndarray]:
 
 
 def case_figures(cases: pd.DataFrame, summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Drawn]:
-    """ROC curve of HPV status and Dice of each case, for :func:`scripts.evaluation.plots.save_plots`.
-
-    Args:
-        cases: table of cases.
-        summary: of :func:`.summarise`.
-    """
+    """ROC curve of HPV status and Dice of each case, for :func:`scripts.evaluation.plots.save_plots`."""
     from scripts.evaluation.plots import dice_figure, roc_figure  # matplotlib is slow to import
 
     drawn: dict[str, Drawn] = {

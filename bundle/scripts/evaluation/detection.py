@@ -16,16 +16,13 @@ LEAST_IOU = 0.3  # a lesion counts as detected where the intersection over union
 
 
 def match_lesions(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """Numbers of predicted lesions, of true ones, and of pairs of the two that match.
+    """Numbers of predicted lesions, of true ones, and of pairs of the two that match, in masks (X, Y, Z) bool.
 
     Lesions are connected components (26 neighbours). A predicted and a true lesion may match where their intersection
     over union is above 0.3, and each matches at most one other. As several predicted lesions can have such an overlap
     with the same true one (and the reverse), the pairs are assigned: as many as possible, and of those assignments the
     one with the greatest sum of IoU. Ties between assignments therefore change no number.
 
-    Args:
-        predicted: (X, Y, Z) bool.
-        truth: (X, Y, Z) bool.
 
     Returns:
         (P, T, M): with TP = M, FP = P - M and FN = T - M, F1 is 2 M / (P + T).

@@ -209,15 +209,11 @@ def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline"
 def smooth_resample(array: np.ndarray, source: Grid, target: Grid, sigma_mm: float, fill: float = 0.0) -> np.ndarray:
     """Gaussian-smoothed image at the voxels of another grid, in one step; for searching, not for the network.
 
+    Arguments as for :func:`resample`.
+
     Smoothing is in mm along the source's axes; voxels larger than ``sigma_mm / 0.6`` are smoothed by 0.6 voxels, so
     that the result is continuous.
 
-    Args:
-        array: (X, Y, Z) values on ``source``.
-        source: grid of the values.
-        target: grid of the result.
-        sigma_mm: standard deviation of the Gaussian in mm.
-        fill: value outside the source's field of view.
 
     Returns:
         float32 array of ``target.shape``.

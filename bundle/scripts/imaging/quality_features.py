@@ -38,11 +38,7 @@ def fit_feature_statistics(features: np.ndarray, components: int = 16, parts: in
 
 
 def feature_distance(features: np.ndarray, statistics: Mapping[str, Any]) -> np.ndarray:
-    """Mahalanobis distance per feature, sqrt(d' C^-1 d / F), of cases from the training cases.
-
-    Args:
-        features: (N, F).
-        statistics: of :func:`fit_feature_statistics`.
+    """Mahalanobis distance per feature, sqrt(d' C^-1 d / F), of cases (N, F) from the training cases.
 
     Returns:
         (N,) distances, about 1 for cases like the training cases; infinite where a feature is not finite.

@@ -110,11 +110,7 @@ class FoldEnsemble(nn.Module):
 
     @torch.jit.unused
     def predict(self, image: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
-        """All outputs of the folds, averaged.
-
-        Args:
-            image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
-            clinical: (B, F) coded clinical values; None where all are missing.
+        """All outputs of the folds, averaged; arguments as for :meth:`scripts.model.networks.MultitaskNet.forward`.
 
         Returns:
             float32: ``seg_prob`` (B, 1, R, R, R), ``hpv_prob`` (B,), ``log_hazard`` (B,), means over the folds; with
@@ -252,13 +248,7 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
 def settings_differences(
     one: Any, other: Any, sides: tuple[str, str] = ("weights", "config"), name: str = ""
 ) -> list[str]:
-    """What differs between two nested settings, a line each.
-
-    Args:
-        one: nested plain Python.
-        other: likewise.
-        sides: what to call the two.
-        name: of the setting, where only one is compared.
+    """What differs between two nested settings, called ``sides``, a line each.
 
     Example:
         >>> settings_differences({"spacing_mm": 2.0, "box": {"roi_size": 96}}, {"spacing_mm": 3.0, "box": {}})

@@ -80,12 +80,8 @@ class CoarsePass:
     ) -> list[Candidate] | None:
         """Candidates in a scan, largest first; None if the pass is not needed.
 
-        Args:
-            ct: (X, Y, Z) CT in HU.
-            ct_grid: its grid.
-            pet: (X, Y, Z) PET in SUV, on a grid of its own.
-            pet_grid: the PET's grid.
-            anchor: the anatomy, which limits the region; None for the whole scan.
+        Scans as for :func:`.locate_head_neck`; the anchor limits the region, None for the whole scan.
+
 
         Raises:
             NoCoarsePass: no weights, no segmentation task, CT and PET do not overlap, or values are not finite.

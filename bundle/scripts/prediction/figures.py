@@ -43,7 +43,7 @@ TILE_INCH, TILE_DPI = 2.4, 180
 
 HALO = [Stroke(linewidth=2.8, foreground="black"), Normal()]  # an outline is seen on dark and on hot places alike
 
-Scan = tuple[np.ndarray, Grid]
+Scan = tuple[np.ndarray, Grid]  # (X, Y, Z), of CT in HU, of PET in SUV, or label numbers; and its grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +109,6 @@ def patient_frame(ct: Scan, point_mm: np.ndarray) -> Frame:
     """The frame that is cropped to the patient: the body in the axial plane, at most 240 mm, and in the CT's length.
 
     Where the body is wider than the frame, the frame moves towards the point, and does not leave the body.
-
-    Args:
-        ct: array (X, Y, Z) in HU and its grid.
-        point_mm: (3,) what is to be seen, world mm (RAS+).
     """
     steps = round(BODY_REACH_MM / BODY_STEP_MM)
     around = box_grid(point_mm, (steps, steps, 1), BODY_STEP_MM)
@@ -134,12 +130,6 @@ def cut_views(ct: Scan, pet: Scan, masks: Mapping[str, Scan], point_mm: np.ndarr
 
     Only what is shown is resampled. The largest lesion is that of the first mask that is not empty. Without a lesion
     the planes go through the middle of the CT.
-
-    Args:
-        ct: array (X, Y, Z) in HU and its grid.
-        pet: array (X, Y, Z) in SUV and its grid.
-        masks: name to label array and grid.
-        point_mm: (3,) the point, world mm (RAS+).
     """
     small = {name: _cropped(*mask) for name, mask in masks.items()}
     point = middle_of(ct, small) if point_mm is None else point_mm
@@ -156,15 +146,7 @@ def cut_views(ct: Scan, pet: Scan, masks: Mapping[str, Scan], point_mm: np.ndarr
 def cut_planes(
     array: np.ndarray, grid: Grid, point_mm: np.ndarray, frame: Frame, fill: float = 0.0
 ) -> list[np.ndarray]:
-    """The pictures (R, R) of :data:`PLANES` through a point, linearly interpolated.
-
-    Args:
-        array: (X, Y, Z) values on ``grid``.
-        grid: where they are.
-        point_mm: (3,) the point, world mm (RAS+).
-        frame: what is shown.
-        fill: value outside the field of view.
-    """
+    """The pictures (R, R) of :data:`PLANES` through a point, linearly interpolated; ``fill`` out of view."""
     pictures = []
     for _, axis in PLANES:
         shape, centre = [round(frame.size_mm / DISPLAY_MM)] * 3, frame.centre_mm.copy()
@@ -176,9 +158,7 @@ def cut_planes(
 def project(pet: Scan, masks: Mapping[str, Scan]) -> list[Projection]:
     """Maximum intensity projections of the whole field of view, from the front and from the side.
 
-    Args:
-        pet: array (X, Y, Z) in SUV and its grid, in any orientation.
-        masks: name to label array and its grid, which may be another.
+    The PET may have any orientation, and the masks another grid.
     """
     upright, grid = _upright(*pet)
     labels = {name: _upright(*_cropped(*mask)) for name, mask in masks.items()}
@@ -195,14 +175,7 @@ def project(pet: Scan, masks: Mapping[str, Scan]) -> list[Projection]:
 
 
 def draw_view(panel: Axes, views: Views, row: str, plane: int) -> None:
-    """Draw one picture with the outlines of all masks.
-
-    Args:
-        panel: to draw into.
-        views: of the case.
-        row: ``"CT"``, ``"PET"`` or ``"fusion"``.
-        plane: index in :data:`PLANES`.
-    """
+    """Draw one picture, of a row of :data:`ROWS` and a plane of :data:`PLANES` (its index), with all outlines."""
     low, high = PET_WINDOW_SUV
     uptake = views.pet[plane]
     if row != PET:
@@ -218,12 +191,7 @@ def draw_view(panel: Axes, views: Views, row: str, plane: int) -> None:
 def draw_influence(panel: Axes, views: Views, plane: int, influence: np.ndarray, limit: float) -> None:
     """Draw what moved the risk over the CT: red raised it, blue lowered it, and what did neither is not seen.
 
-    Args:
-        panel: to draw into.
-        views: of the case.
-        plane: index in :data:`PLANES`.
-        influence: the picture of that plane, see :func:`cut_planes`.
-        limit: value of the deepest colours.
+    ``influence`` is the picture of that plane, see :func:`cut_planes`; ``limit`` is the value of the deepest colours.
     """
     panel.imshow(views.ct[plane], cmap="gray", vmin=CT_WINDOW_HU[0], vmax=CT_WINDOW_HU[1])
     opacity = np.clip(np.abs(influence) / limit, 0, 1) ** 0.7 * 0.8

@@ -96,10 +96,6 @@ def listed_cases(
     Further columns may hold clinical values. Paths are relative to the list's folder, or absolute; a path may also be a
     folder with the DICOM series.
 
-    Args:
-        path: the list.
-        features: names of the clinical values to read, in the network's order.
-        clinical: another table with clinical values.
 
     Raises:
         CohortError: not such a list, or an error that concerns no single patient.

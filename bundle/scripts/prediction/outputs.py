@@ -204,15 +204,7 @@ class PredictionWriter:
         audit: Sequence[str],
         problems: Mapping[str, str],
     ) -> None:
-        """Take what another process, which has written the patient's files, found.
-
-        Args:
-            patient: one of the cases.
-            row: of ``predictions.csv``.
-            lesions: rows of ``lesions.csv``.
-            audit: lines.
-            problems: of that process.
-        """
+        """Take what another process, which has written the patient's files, found."""
         self.rows[patient], self.lesions[patient] = dict(row), [dict(lesion) for lesion in lesions]
         self.problems |= problems
         try:

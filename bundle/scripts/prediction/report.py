@@ -63,12 +63,7 @@ INFLUENCE_QUANTILE = 0.998  # of the shown voxels: the value of the deepest colo
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures side by side.
-
-    Attributes:
-        title: above them.
-        tiles: PNG and description of each.
-    """
+    """Pictures side by side: a title above them, and PNG and description of each."""
 
     title: str
     tiles: list[tuple[bytes, str]]
@@ -178,9 +173,7 @@ def make_report(
 def class_masks(mask: Scan, classes: Sequence[str]) -> dict[str, Scan]:
     """The mask of each class that is in it; a mask without any has its first class, empty.
 
-    Args:
-        mask: (X, Y, Z) with k for ``classes[k - 1]``, and its grid.
-        classes: names, such as ``("GTVp", "GTVn")``.
+    The mask holds k for ``classes[k - 1]``.
     """
     array, grid = mask
     found = {name: (array == value, grid) for value, name in enumerate(classes, start=1) if (array == value).any()}
@@ -196,12 +189,7 @@ def lesion_rows(
 ) -> list[Row]:
     """A row of pictures for each of the largest lesions; one through the middle of the CT where there is none.
 
-    Args:
-        ct: array (X, Y, Z) in HU and its grid.
-        pet: array (X, Y, Z) in SUV and its grid.
-        masks: of each class, see :func:`class_masks`.
-        lesions: ``lesion_list`` of the prediction.
-        shown: row (CT, PET, fusion) and plane of each picture.
+    ``shown`` are row (CT, PET, fusion) and plane of each picture.
     """
     rows = []
     for number, lesion in enumerate(lesions[:MOST_LESIONS], start=1):
@@ -264,12 +252,7 @@ def curve_caption(survival: Mapping[str, Any]) -> str:
 
 
 def scans_of(case: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Scan, Scan, Scan | None]:
-    """CT, PET and predicted mask of a case; scans that the result lacks are loaded again.
-
-    Args:
-        case: of the datalist.
-        result: the item after the post transforms, without a batch axis.
-    """
+    """CT, PET and predicted mask of a case; scans that the result lacks are loaded again."""
     wanted = [key for key in (keys.CT, keys.PET) if result.get(key) is None]
     loaded = LoadScansd(wanted)({key: case[key] for key in wanted}) if wanted else {}
     ct, pet = (array_and_grid(loaded[key] if key in loaded else result[key]) for key in (keys.CT, keys.PET))
@@ -289,11 +272,6 @@ class ReportWriter:
 
     def __call__(self, case: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
         """Write one patient's report.
-
-        Args:
-            case: of the datalist.
-            result: the item after the post transforms, without a batch axis.
-            folder: of the patient.
 
         Yields:
             Name and file of what was written.

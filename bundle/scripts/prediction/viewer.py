@@ -98,13 +98,6 @@ def write_viewer(
     too, where the page stays below 8 MB; else it is resampled (linearly) to the smallest of :data:`CT_VOXELS_MM` with
     which it does. The PET is resampled to voxels of 2 mm, or larger ones where it takes more than 1.6 MB.
 
-    Args:
-        folder: of the patient.
-        prediction: as ``prediction.json`` holds it.
-        ct: array (X, Y, Z) in HU and its grid.
-        pet: array (X, Y, Z) in SUV and its grid.
-        mask: predicted tumour (X, Y, Z) and its grid; None without the segmentation task.
-        niivue: code of the viewer, see :func:`read_niivue`.
 
     Returns:
         The file.
@@ -183,13 +176,7 @@ def shown_box(ct: Grid, mask: Scan | None) -> np.ndarray:
 
 
 def crop(array: np.ndarray, grid: Grid, box: np.ndarray) -> Scan:
-    """The voxels of a scan in a box, at least one, and their grid.
-
-    Args:
-        array: (X, Y, Z).
-        grid: of the array.
-        box: lowest and highest corner, world mm (RAS+), (2, 3).
-    """
+    """The voxels of a scan between two corners (2, 3) in world mm (RAS+), at least one, and their grid."""
     corners = np.stack(np.meshgrid(*box.T, indexing="ij"), axis=-1).reshape(-1, 3)
     index = grid.to_index(corners)
     last = np.array(grid.shape) - 1

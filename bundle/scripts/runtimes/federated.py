@@ -92,13 +92,7 @@ def cohort_of_centre(
     clinical_features: Sequence[str] = DEFAULT_FEATURES,
     centre: str | None = None,
 ) -> Cohort:
-    """:func:`scripts.cohorts.cohort.load_cohort`, of one centre.
-
-    Args:
-        dataset_dir: folder of the scans.
-        ehr_csv: table or tables.
-        clinical_features: names of the clinical values.
-        centre: keep the cases of this centre only; None keeps all, where the folder holds one centre's cases.
+    """:func:`scripts.cohorts.cohort.load_cohort`, of one centre; without ``centre`` of all.
 
     Raises:
         CohortError: as ``load_cohort``, or there is no case of this centre.
@@ -214,10 +208,6 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
 
 def validation_numbers(metrics: Mapping[str, Any], cases: Sequence[Case]) -> dict[str, float]:
     """The validation metrics that may be sent: defined, and of at least :data:`LEAST_CASES` cases.
-
-    Args:
-        metrics: of MONAI's evaluator.
-        cases: the validation cases.
 
     Example:
         >>> cases = [{"seg_known": k < 12, "hpv_known": k < 3} for k in range(20)]

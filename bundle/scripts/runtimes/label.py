@@ -172,13 +172,7 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
 def audit_request(
     path: Path, request: Mapping[str, Any], checkpoint: str, prediction: Mapping[str, Any] | None = None
 ) -> None:
-    """Append the line of a request to the audit, see :mod:`scripts.prediction.audit`.
-
-    Args:
-        path: of the audit.
-        request: as :func:`request_case` takes it.
-        checkpoint: the weights.
-        prediction: what was answered; None: it failed.
+    """Append the line of a request to the audit, see :mod:`scripts.prediction.audit`; without a prediction it failed.
 
     Raises:
         OSError: it cannot be written.
@@ -193,12 +187,7 @@ def audit_request(
 
 
 def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) -> Path | None:
-    """The file or folder that a request names; None where it names none.
-
-    Args:
-        request: the parameters.
-        name: of the parameter.
-        ct: the CT of the request, beside which the file may lie.
+    """The file or folder that a request names, which may lie beside its CT; None where it names none.
 
     Raises:
         scripts.runtimes.label_guard.RequestError: it is out of a request's reach.
@@ -322,15 +311,7 @@ def edited_dataset(
     features: Sequence[str],
     otherwise: CaseDataset | None = None,
 ) -> CaseDataset:
-    """The dataset of edited masks.
-
-    Args:
-        data: as for :func:`edited_cases`.
-        transform: as for :class:`scripts.training.sampling.CaseDataset`.
-        cache_dir: likewise.
-        features: names of the clinical values, in the network's order.
-        otherwise: dataset whose cases are used if ``data`` has none.
-    """
+    """The dataset of edited masks (see :func:`edited_cases`); without any, of the cases of ``otherwise``."""
     cases = edited_cases(data, features)
     if not cases and otherwise is not None:
         logger.warning("no case is set apart for validation: the best epoch is selected by the training cases")

@@ -37,11 +37,6 @@ def fetched_series(ct: Path) -> Path | None:
 def study_examination(ct: Path, series: Path, address: str) -> Examination:
     """The CT with the PET of its study, which :func:`scripts.dicom.choice.choose_pet_ct` selects.
 
-    Args:
-        ct: the CT as MONAI Label names it.
-        series: its folder, see :func:`fetched_series`.
-        address: of the DICOMweb server.
-
     Raises:
         DicomError: the server cannot be reached or refuses, the study has no PET, or the files are not whole.
         scripts.imaging.images.ImageReadError: the CT is a damaged file.

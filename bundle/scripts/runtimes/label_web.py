@@ -55,12 +55,10 @@ REFRESH_T
 
 # --- hosts and origins ----------------------------------------------------------------------------------------------
 def is_own_host(host: str, server: str, hosts: Iterable[str] = ()) -> bool:
-    """Whether a request is addressed to this server.
+    """Whether a request with this header ``Host`` is addressed to the server, at whose address it came in.
 
-    Args:
-        host: the header ``Host``.
-        server: address at which the request came in.
-        hosts: names that are allowed besides.
+    It may have the names ``hosts`` besides.
+
 
     Example:
         >>> [is_own_host(host, "10.0.0.5") for host in ("localhost:8000", "10.0.0.5:8000", "evil.example:8000")]
@@ -89,11 +87,6 @@ def is_own_host(host: str, server: str, hosts: Iterable[str] = ()) -> bool:
 def is_allowed_origin(origin: str, host: str, origins: Iterable[str] = ()) -> bool:
     """Whether a web page of this origin may send requests: the server's own pages, and those allowed.
 
-    Args:
-        origin: the header ``Origin``.
-        host: the header ``Host``.
-        origins: those that are allowed besides, such as ``https://viewer.example``.
-
     Example:
         >>> [is_allowed_origin(o, "localhost:8000") for o in ("http://localhost:8000", "http://localhost:3000", "null")]
         [True, False, False]
@@ -107,13 +100,7 @@ def is_allowed_origin(origin: str, host: str, origins: Iterable[str] = ()) -> bo
 
 
 def refusal(scope: Message, hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> tuple[int, str] | None:
-    """Status and text with which a request is refused; None for one that is accepted.
-
-    Args:
-        scope: of ASGI.
-        hosts: see :func:`is_own_host`.
-        origins: see :func:`is_allowed_origin`.
-    """
+    """Status and text with which a request is refused; None for one that is accepted."""
     headers: dict[str, list[str]] = {}
     for name, value in scope.get("headers", []):
         headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
