@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -195,7 +196,7 @@ def test_large_files_are_named_and_left_out_of_the_directory(source, tmp_path, m
     assert entry["url"] == "https://example.org/x/model.pt"
     assert entry["hash_type"] == "sha256"
     with zipfile.ZipFile(tmp_path / f"{NAME}_of_phantoms_v9.8.7.zip") as archive:
-        assert package_bundle.hashlib.sha256(archive.read(f"{NAME}/models/model.pt")).hexdigest() == entry["hash_val"]
+        assert hashlib.sha256(archive.read(f"{NAME}/models/model.pt")).hexdigest() == entry["hash_val"]
         assert f"{NAME}/large_files.yml" not in archive.namelist()
 
 
