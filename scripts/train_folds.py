@@ -58,19 +58,12 @@ REPORT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Failure:
-    """How a fold failed.
+    """How a fold failed."""
 
-    Attributes:
-        step: the step that failed.
-        exit_code: of the command; negative for the signal that ended it.
-        log: file with its output.
-        last_lines: the end of it.
-    """
-
-    step: str
-    exit_code: int
-    log: str
-    last_lines: list[str]
+    step: str  # the step that failed
+    exit_code: int  # of the command; negative for the signal that ended it
+    log: str  # file with its output
+    last_lines: list[str]  # the end of it
 
 
 Start = Callable[[Sequence[str], Path, str], subprocess.Popen | NodeStep]

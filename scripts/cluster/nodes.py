@@ -31,15 +31,10 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class Share:
-    """What one process gets of a node.
+    """What one process gets of a node."""
 
-    Attributes:
-        cores: number of cores, and of threads.
-        gpus: 1 for a GPU, less where several processes share one, 0 for the CPU.
-    """
-
-    cores: int
-    gpus: float
+    cores: int  # number of cores, and of threads
+    gpus: float  # 1 for a GPU, less where several processes share one, 0 for the CPU
 
     def options(self) -> dict[str, Any]:
         """For Ray."""

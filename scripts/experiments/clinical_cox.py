@@ -21,40 +21,25 @@ from scripts.training.concordance import comparable_pairs, resampled_concordance
 
 @dataclass(frozen=True)
 class Score:
-    """C-index of one set of patients.
+    """C-index of one set of patients."""
 
-    Attributes:
-        c_index: Harrell's C-index (lifelines), NaN without a comparable pair.
-        low: lower end of the 95 % bootstrap interval over patients, the model held fixed.
-        high: upper end.
-        patients: number of patients.
-        events: number of relapses.
-    """
-
-    c_index: float
-    low: float
-    high: float
-    patients: int
-    events: int
+    c_index: float  # Harrell's C-index (lifelines), NaN without a comparable pair
+    low: float  # lower end of the 95 % bootstrap interval over patients, the model held fixed
+    high: float  # upper end
+    patients: int  # number of patients
+    events: int  # number of relapses
 
 
 @dataclass(frozen=True)
 class Result:
-    """A fitted and scored model.
+    """A fitted and scored model."""
 
-    Attributes:
-        train: score on the patients the model was fitted to; in cross-validation over all folds, without interval.
-        test: score on the other patients; in cross-validation out of fold, with pairs formed within folds.
-        coefficients: a row for each column; in cross-validation of a model fitted to all patients.
-        dropped: columns left out because they are constant among training patients.
-        warnings: what lifelines found doubtful about the fit.
-    """
-
-    train: Score
-    test: Score
-    coefficients: list[dict[str, Any]]
+    train: Score  # score on the patients the model was fitted to; in cross-validation over all folds, without interval
+    test: Score  # score on the other patients; in cross-validation out of fold, with pairs formed within folds
+    coefficients: list[dict[str, Any]]  # a row for each column; in cross-validation of a model fitted to all patients
+    # columns left out because they are constant among training patients
     dropped: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what lifelines found doubtful about the fit
 
 
 @dataclass(frozen=True)

@@ -85,29 +85,17 @@ class ExperimentError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment to be run.
+    """An experiment to be run."""
 
-    Attributes:
-        folder: of the experiment.
-        config_files: of the training, relative to the bundle's folder or absolute.
-        overrides: ids of the configs and their values, the same for every fold.
-        config: the merged configs with the overrides, as :func:`config_of` gives them.
-        epochs: maximum number of epochs of a fold.
-        cohort: the cases.
-        splits: of every fold.
-        folds: those to run now.
-        command: for the same experiment.
-    """
-
-    folder: Path
-    config_files: tuple[str, ...]
-    overrides: dict[str, Any]
-    config: dict[str, Any]
-    epochs: int
-    cohort: Cohort
-    splits: list[Split]
-    folds: list[int]
-    command: str
+    folder: Path  # of the experiment
+    config_files: tuple[str, ...]  # of the training, relative to the bundle's folder or absolute
+    overrides: dict[str, Any]  # ids of the configs and their values, the same for every fold
+    config: dict[str, Any]  # the merged configs with the overrides, as config_of gives them
+    epochs: int  # maximum number of epochs of a fold
+    cohort: Cohort  # the cases
+    splits: list[Split]  # of every fold
+    folds: list[int]  # those to run now
+    command: str  # for the same experiment
 
     @property
     def held_out(self) -> str:

@@ -32,17 +32,11 @@ OPTIONAL = {"about", "centre"}
 
 @dataclass(frozen=True)
 class ForeignTable:
-    """A table as read.
+    """A table as read."""
 
-    Attributes:
-        cohort: its cases; patients without a positive time are among the exclusions.
-        years: calendar year of the start, by patient id.
-        about: what the mapping says of the source.
-    """
-
-    cohort: Cohort
-    years: dict[str, int]
-    about: dict[str, str]
+    cohort: Cohort  # its cases; patients without a positive time are among the exclusions
+    years: dict[str, int]  # calendar year of the start, by patient id
+    about: dict[str, str]  # what the mapping says of the source
 
 
 @dataclass

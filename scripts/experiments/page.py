@@ -71,17 +71,11 @@ def table(titles: Sequence[str], rows: Sequence[Row], **more: object) -> dict[st
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment and its evaluation.
+    """An experiment and its evaluation."""
 
-    Attributes:
-        folder: of the experiment.
-        record: ``experiment.json``.
-        report: ``evaluation/metrics.json``.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    report: dict[str, Any]
+    folder: Path  # of the experiment
+    record: dict[str, Any]  # experiment.json
+    report: dict[str, Any]  # evaluation/metrics.json
 
     @property
     def tasks(self) -> str:

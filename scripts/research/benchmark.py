@@ -39,25 +39,16 @@ PACKAGES = ("torch", "monai", "numpy", "nibabel", "isal", "scipy")
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the table, or several.
+    """One line of the table, or several."""
 
-    Attributes:
-        title: what is measured.
-        ways: name of each implementation -> its set-up; the plain one first.
-        check: compares the results of the plain implementation and of another; describes their agreement.
-        reach: target speedup of ``bundle`` (see bundle/docs/speed.md); None without a target.
-        runs: timed runs of each implementation.
-        rehearse: whether a run that is not timed goes first.
-        together: whether the processes alternate; False if the memory does not suffice for all of them.
-    """
-
-    title: str
-    ways: Mapping[str, Callable[[at.Setup], at.Run]]
+    title: str  # what is measured
+    ways: Mapping[str, Callable[[at.Setup], at.Run]]  # name of each implementation -> its set-up; the plain one first
+    # compares the results of the plain implementation and of another; describes their agreement
     check: Callable[[at.Setup, at.Answer, at.Answer], str]
-    reach: float | None
-    runs: int = 4
-    rehearse: bool = True
-    together: bool = True
+    reach: float | None  # target speedup of bundle (see bundle/docs/speed.md); None without a target
+    runs: int = 4  # timed runs of each implementation
+    rehearse: bool = True  # whether a run that is not timed goes first
+    together: bool = True  # whether the processes alternate; False if the memory does not suffice for all of them
 
 
 STAGES = {

@@ -56,21 +56,13 @@ class DisagreementError(AssertionError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Folder and sizes of the inputs of a benchmark.
+    """Folder and sizes of the inputs of a benchmark."""
 
-    Attributes:
-        folder: of inputs and outputs.
-        roi: voxels along an edge of the network's box.
-        shrink: factor of the voxel size to that of a clinical scan.
-        cohort: number of patients of the stage cohort.
-        amp: whether the bundle computes in bfloat16; None: as the configs choose on this machine.
-    """
-
-    folder: Path
-    roi: int = 128
-    shrink: int = 1
-    cohort: int = 5
-    amp: bool | None = None
+    folder: Path  # of inputs and outputs
+    roi: int = 128  # voxels along an edge of the network's box
+    shrink: int = 1  # factor of the voxel size to that of a clinical scan
+    cohort: int = 5  # number of patients of the stage cohort
+    amp: bool | None = None  # whether the bundle computes in bfloat16; None: as the configs choose on this machine
 
     @property
     def forced(self) -> dict[str, bool]:

@@ -71,24 +71,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Scenario:
-    """How a phantom is scanned.
+    """How a phantom is scanned."""
 
-    Attributes:
-        says: what is special, for the table.
-        ct_z, pet_z: lowest and highest body coordinate in view, mm; None for the hospital's own extents.
-        parts: painted over the anatomy.
-        body: uptake values that replace the patient's.
-        tilt_deg: angle of the voxel grid to the patient, about x and z.
-        finish: what is done to the finished scans.
-    """
-
-    says: str
+    says: str  # what is special, for the table
+    # lowest and highest body coordinate in view, mm; None for the hospital's own extents
     ct_z: tuple[float, float] | None = None
     pet_z: tuple[float, float] | None = None
-    parts: tuple[Part, ...] = ()
-    body: tuple[tuple[str, float], ...] = ()
-    tilt_deg: float = 0.0
-    finish: Callable[[Scene], Scene] | None = None
+    parts: tuple[Part, ...] = ()  # painted over the anatomy
+    body: tuple[tuple[str, float], ...] = ()  # uptake values that replace the patient's
+    tilt_deg: float = 0.0  # angle of the voxel grid to the patient, about x and z
+    finish: Callable[[Scene], Scene] | None = None  # what is done to the finished scans
 
 
 def turned(scene: Scene, axes: tuple[int, int, int], signs: tuple[int, int, int]) -> Scene:

@@ -34,27 +34,16 @@ class QueueError(OSError):
 
 @dataclass
 class Status:
-    """What became of a study.
+    """What became of a study."""
 
-    Attributes:
-        state: :data:`PREDICTING`, :data:`SENDING` or :data:`DONE`; "" for a new one.
-        images: digest of the names of the images that are being predicted or were answered.
-        attempts: predictions of these images that were begun.
-        outcome: "results" or "reason".
-        reason: why there is no prediction.
-        files: DICOM files to send, in the study's folder ``results``.
-        problem: why they could not be sent so far.
-        time: of the last change.
-    """
-
-    state: str = ""
-    images: str = ""
-    attempts: int = 0
-    outcome: str = ""
-    reason: str = ""
-    files: list[str] = field(default_factory=list)
-    problem: str = ""
-    time: str = ""
+    state: str = ""  # PREDICTING, SENDING or DONE; "" for a new one
+    images: str = ""  # digest of the names of the images that are being predicted or were answered
+    attempts: int = 0  # predictions of these images that were begun
+    outcome: str = ""  # "results" or "reason"
+    reason: str = ""  # why there is no prediction
+    files: list[str] = field(default_factory=list)  # DICOM files to send, in the study's folder results
+    problem: str = ""  # why they could not be sent so far
+    time: str = ""  # of the last change
 
 
 class StudyQueue:

@@ -107,39 +107,24 @@ class AllHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A preprocessed case and its outputs in PyTorch.
+    """A preprocessed case and its outputs in PyTorch."""
 
-    Attributes:
-        name: for the report.
-        image: (1, 2, R, R, R).
-        clinical: (1, F).
-        expected: outputs of the ensemble in float32.
-    """
-
-    name: str
-    image: Tensor
-    clinical: Tensor
-    expected: Mapping[str, Tensor]
+    name: str  # for the report
+    image: Tensor  # (1, 2, R, R, R)
+    clinical: Tensor  # (1, F)
+    expected: Mapping[str, Tensor]  # outputs of the ensemble in float32
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an exported model is from PyTorch on a case.
+    """How far an exported model is from PyTorch on a case."""
 
-    Attributes:
-        case: its name.
-        voxels: of PyTorch's mask in the box.
-        dice: of the two masks, 1.0 where both are empty; the lower one of two classes; None without the segmentation
-            task.
-        scores: largest relative difference of each score, over the folds.
-        wrong: what is outside the limits, empty where all is well.
-    """
-
-    case: str
-    voxels: int
+    case: str  # its name
+    voxels: int  # of PyTorch's mask in the box
+    # of the two masks, 1.0 where both are empty; the lower one of two classes; None without the segmentation task
     dice: float | None
-    scores: Mapping[str, float]
-    wrong: tuple[str, ...]
+    scores: Mapping[str, float]  # largest relative difference of each score, over the folds
+    wrong: tuple[str, ...]  # what is outside the limits, empty where all is well
 
 
 def export(

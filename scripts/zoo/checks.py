@@ -44,15 +44,10 @@ class CheckSkippedError(Exception):
 
 @dataclass(frozen=True)
 class Bundle:
-    """The directory of a bundle.
+    """The directory of a bundle."""
 
-    Attributes:
-        root: the directory.
-        schema: file of the metadata's schema; None: the one of that name in ``../shared/data/schema``.
-    """
-
-    root: Path
-    schema: Path | None = None
+    root: Path  # the directory
+    schema: Path | None = None  # file of the metadata's schema; None: the one of that name in ../shared/data/schema
 
     @property
     def metadata(self) -> dict[str, Any]:

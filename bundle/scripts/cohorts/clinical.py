@@ -40,37 +40,22 @@ class ClinicalValueError(ValueError):
 
 @dataclass(frozen=True)
 class Feature:
-    """One clinical value: its column names, accepted spellings and coding.
+    """One clinical value: its column names, accepted spellings and coding."""
 
-    Attributes:
-        name: name used in configs and as key of a case's clinical values.
-        column: column name in HECKTOR 2025.
-        kind: ``"number"`` (a measurement), ``"ordinal"`` (levels with an order) or ``"category"``.
-        aliases: further column names; upper case, spaces and punctuation do not matter.
-        levels: level -> accepted words, besides the level's own number; empty for numbers.
-        prefix: regular expression of an optional prefix (``ECOG`` in ``ECOG 2``).
-        stage: letter of a stage (``T`` in ``T2``) in AJCC notation, see :func:`_stage_level`.
-        unknown: words that mean missing, in addition to the common ones.
-        low: smallest accepted number.
-        high: largest accepted number.
-        unit: unit of a number.
-        usual: typical value and standard deviation, for scaling.
-        doubts: see :func:`doubt_about`.
-    """
-
-    name: str
-    column: str
-    kind: str
-    aliases: tuple[str, ...] = ()
+    name: str  # name used in configs and as key of a case's clinical values
+    column: str  # column name in HECKTOR 2025
+    kind: str  # "number" (a measurement), "ordinal" (levels with an order) or "category"
+    aliases: tuple[str, ...] = ()  # further column names; upper case, spaces and punctuation do not matter
+    # level -> accepted words, besides the level's own number; empty for numbers
     levels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    prefix: str = ""
-    stage: str = ""
-    unknown: tuple[str, ...] = ()
-    low: float = -math.inf
-    high: float = math.inf
-    unit: str = ""
-    usual: tuple[float, float] = (0.0, 1.0)
-    doubts: tuple[tuple[Callable[[float], bool], str], ...] = ()
+    prefix: str = ""  # regular expression of an optional prefix (ECOG in ECOG 2)
+    stage: str = ""  # letter of a stage (T in T2) in AJCC notation, see _stage_level
+    unknown: tuple[str, ...] = ()  # words that mean missing, in addition to the common ones
+    low: float = -math.inf  # smallest accepted number
+    high: float = math.inf  # largest accepted number
+    unit: str = ""  # unit of a number
+    usual: tuple[float, float] = (0.0, 1.0)  # typical value and standard deviation, for scaling
+    doubts: tuple[tuple[Callable[[float], bool], str], ...] = ()  # see doubt_about
 
     @property
     def accepted(self) -> str:

@@ -33,17 +33,11 @@ RECORD_FILE = "cohort.json"
 
 @dataclass(frozen=True)
 class Exclusion:
-    """An excluded patient.
+    """An excluded patient."""
 
-    Attributes:
-        patient_id: the patient.
-        reason: the same text for all patients with this fault.
-        detail: specific to this patient, such as the path that was expected.
-    """
-
-    patient_id: str
-    reason: str
-    detail: str = ""
+    patient_id: str  # the patient
+    reason: str  # the same text for all patients with this fault
+    detail: str = ""  # specific to this patient, such as the path that was expected
 
 
 def make_case(scans: Scans | None, record: Record | None, features: Sequence[str], has_tables: bool) -> Case:
@@ -105,23 +99,14 @@ def describe_cases(dataset_dir: str, centres: Sequence[str]) -> str:
 
 @dataclass
 class Cohort:
-    """The cases of a data set, the excluded patients and notes.
+    """The cases of a data set, the excluded patients and notes."""
 
-    Attributes:
-        dataset_dir: folder the cohort was read from.
-        cases: case dictionaries, see :mod:`scripts.keys`, sorted by patient id.
-        exclusions: patients left out, sorted by reason and patient id.
-        notes: unusual but usable data.
-        files: the tables read.
-        columns: feature or label name -> columns it was read from.
-    """
-
-    dataset_dir: str
-    cases: list[Case]
-    exclusions: list[Exclusion] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    columns: dict[str, list[str]] = field(default_factory=dict)
+    dataset_dir: str  # folder the cohort was read from
+    cases: list[Case]  # case dictionaries, see scripts.keys, sorted by patient id
+    exclusions: list[Exclusion] = field(default_factory=list)  # patients left out, sorted by reason and patient id
+    notes: list[str] = field(default_factory=list)  # unusual but usable data
+    files: list[str] = field(default_factory=list)  # the tables read
+    columns: dict[str, list[str]] = field(default_factory=dict)  # feature or label name -> columns it was read from
 
     def describe(self) -> str:
         """A table of counts by centre, the share of known values, and exclusions with reasons."""

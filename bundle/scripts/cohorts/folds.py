@@ -17,17 +17,11 @@ _ABLATION_PARTS = (0, 1, 0, 0, 1, 0, 0, 1, 0, 2)
 
 @dataclass(frozen=True)
 class Split:
-    """Cases of one fold; no patient is in two of the lists.
+    """Cases of one fold; no patient is in two of the lists."""
 
-    Attributes:
-        training: for the weights.
-        validation: to choose the best epoch.
-        test: for neither; empty where the protocol has no such part.
-    """
-
-    training: list[Case]
-    validation: list[Case]
-    test: list[Case] = field(default_factory=list)
+    training: list[Case]  # for the weights
+    validation: list[Case]  # to choose the best epoch
+    test: list[Case] = field(default_factory=list)  # for neither; empty where the protocol has no such part
 
     def part(self, name: str) -> list[Case]:
         """The cases of one part.

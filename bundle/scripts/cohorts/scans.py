@@ -34,24 +34,15 @@ class CohortError(ValueError):
 
 @dataclass(frozen=True)
 class Scans:
-    """Files of one patient; None where there is none.
+    """Files of one patient; None where there is none."""
 
-    Attributes:
-        patient_id: the patient's id as the files spell it.
-        folder: folder where the files lie.
-        ct: CT file.
-        pet: PET file.
-        mask: tumour mask.
-        problem: which of them cannot be read, "" where all can.
-        contradictions: "ct", "pet" or "mask" -> the files named as it; the attribute is None then.
-    """
-
-    patient_id: str
-    folder: Path
-    ct: Path | None = None
-    pet: Path | None = None
-    mask: Path | None = None
-    problem: str = ""
+    patient_id: str  # the patient's id as the files spell it
+    folder: Path  # folder where the files lie
+    ct: Path | None = None  # CT file
+    pet: Path | None = None  # PET file
+    mask: Path | None = None  # tumour mask
+    problem: str = ""  # which of them cannot be read, "" where all can
+    # "ct", "pet" or "mask" -> the files named as it; the attribute is None then
     contradictions: Mapping[str, str] = field(default_factory=dict)
 
     def contradiction(self, *kinds: str) -> str:

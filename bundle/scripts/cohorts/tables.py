@@ -30,64 +30,41 @@ _KNOWN = ", ".join(feature.column for feature in clinical.FEATURES.values())
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault in a table.
+    """A fault in a table."""
 
-    Attributes:
-        message: what is wrong and where.
-        patient: key of the patient, or "" where the fault affects the whole table.
-        label: True where only a label is affected, which prediction does not need.
-        told: the message without contents of the table, for users who may not see it; "" where the message has none.
-        nobodys: True where only a row is affected that matches no patient.
-    """
-
-    message: str
-    patient: str = ""
-    label: bool = False
+    message: str  # what is wrong and where
+    patient: str = ""  # key of the patient, or "" where the fault affects the whole table
+    label: bool = False  # True where only a label is affected, which prediction does not need
+    # the message without contents of the table, for users who may not see it; "" where the message has none
     told: str = ""
-    nobodys: bool = False
+    nobodys: bool = False  # True where only a row is affected that matches no patient
 
 
 @dataclass
 class Record:
-    """The values of one patient.
+    """The values of one patient."""
 
-    Attributes:
-        patient_id: the id as in the first table.
-        values: parsed value by feature or label name.
-        places: file, row and column of each value, for messages.
-        centre: name of the centre, "" where no table states it.
-        rows: file and row of the patient, one per table.
-    """
-
-    patient_id: str
-    values: dict[str, float] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    centre: str = ""
-    rows: list[str] = field(default_factory=list)
+    patient_id: str  # the id as in the first table
+    values: dict[str, float] = field(default_factory=dict)  # parsed value by feature or label name
+    places: dict[str, str] = field(default_factory=dict)  # file, row and column of each value, for messages
+    centre: str = ""  # name of the centre, "" where no table states it
+    rows: list[str] = field(default_factory=list)  # file and row of the patient, one per table
     others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Tables:
-    """All tables of a cohort, merged by patient.
+    """All tables of a cohort, merged by patient."""
 
-    Attributes:
-        records: by patient key, see :func:`patient_key`.
-        columns: feature or label name -> names of its columns.
-        unknown: names of unknown columns, with the most similar known name, "" where none is similar.
-        doubts: feature or label name -> implausible values, which are read as missing.
-        short: file and row of rows with fewer cells than there are columns.
-        faults: all faults, in order of file and row.
-        files: the tables read.
-    """
-
-    records: dict[str, Record] = field(default_factory=dict)
-    columns: dict[str, list[str]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)  # by patient key, see patient_key
+    columns: dict[str, list[str]] = field(default_factory=dict)  # feature or label name -> names of its columns
+    # names of unknown columns, with the most similar known name, "" where none is similar
     unknown: dict[str, str] = field(default_factory=dict)
+    # feature or label name -> implausible values, which are read as missing
     doubts: dict[str, list[str]] = field(default_factory=dict)
-    short: list[str] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)  # file and row of rows with fewer cells than there are columns
+    faults: list[Fault] = field(default_factory=list)  # all faults, in order of file and row
+    files: list[Path] = field(default_factory=list)  # the tables read
 
     def notes(self, features: Sequence[str], besides: Iterable[str] = ()) -> list[str]:
         """Notes on missing columns and implausible values.

@@ -88,19 +88,14 @@ def describe(damaged: Sequence[Damaged], shown: int = 3) -> list[str]:
 
 @dataclass
 class Found:
-    """Content of folders.
+    """Content of folders."""
 
-    Attributes:
-        files: regular files, sorted.
-        others: broken links with a name of another file type, pipes, sockets and the like.
-        damaged: other broken links, and folders and files without read permission.
-        loops: links to a parent folder or to themselves, which are not followed.
-    """
-
-    files: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # regular files, sorted
+    # broken links with a name of another file type, pipes, sockets and the like
     others: list[Path] = field(default_factory=list)
+    # other broken links, and folders and files without read permission
     damaged: list[Damaged] = field(default_factory=list)
-    loops: list[Path] = field(default_factory=list)
+    loops: list[Path] = field(default_factory=list)  # links to a parent folder or to themselves, which are not followed
 
 
 def walk(*folders: Path, without: Container[Path] = ()) -> Found:
@@ -188,21 +183,13 @@ def ought_to_be_dicom(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """The pattern of the file names of a series in one folder: equal except for their last number.
+    """The pattern of the file names of a series in one folder: equal except for their last number."""
 
-    Attributes:
-        before: the text before the number.
-        after: the text after it.
-        lowest: lowest number.
-        highest: highest number.
-        dense: whether at least half of the numbers in the range occur.
-    """
-
-    before: str
-    after: str
-    lowest: int
-    highest: int
-    dense: bool
+    before: str  # the text before the number
+    after: str  # the text after it
+    lowest: int  # lowest number
+    highest: int  # highest number
+    dense: bool  # whether at least half of the numbers in the range occur
 
     def like(self, name: str) -> bool:
         """Whether a name matches the pattern, with any number."""

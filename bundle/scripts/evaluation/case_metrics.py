@@ -198,24 +198,16 @@ def aggregated_f1(cases: pd.DataFrame, of: str) -> float:
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric of a table of cases.
+    """A metric of a table of cases."""
 
-    Attributes:
-        title: display name, with unit.
-        columns: required columns; a case counts where none of them is NaN. A table without the first one is of a model
-            that lacks the task.
-        statistic: function of a table of the cases that count; NaN where it is undefined.
-        why_not: the reason then; ``{events}`` and other counts are filled in.
-        digits: decimals to show.
-        absent: the reason where the table lacks the first column.
-    """
-
-    title: str
+    title: str  # display name, with unit
+    # required columns; a case counts where none of them is NaN. A table without the first one is of a model that
+    # lacks the task
     columns: tuple[str, ...]
-    statistic: Statistic
-    why_not: str
-    digits: int = 3
-    absent: str = "not a task of this model"
+    statistic: Statistic  # function of a table of the cases that count; NaN where it is undefined
+    why_not: str  # the reason then; {events} and other counts are filled in
+    digits: int = 3  # decimals to show
+    absent: str = "not a task of this model"  # the reason where the table lacks the first column
 
 
 _HPV, _VOLUMES = ("hpv_prob", "hpv"), ("volume_ml", "true_volume_ml")

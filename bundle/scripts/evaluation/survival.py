@@ -94,15 +94,10 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class FoldScale:
-    """Location and scale of one network's log hazards: networks trained separately have no common zero or unit.
+    """Location and scale of one network's log hazards: networks trained separately have no common zero or unit."""
 
-    Attributes:
-        centre: subtracted from the log hazard.
-        scale: by which it is then divided; above 0.
-    """
-
-    centre: float = 0.0
-    scale: float = 1.0
+    centre: float = 0.0  # subtracted from the log hazard
+    scale: float = 1.0  # by which it is then divided; above 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.centre) and math.isfinite(self.scale) and self.scale > 0):
@@ -164,20 +159,13 @@ class SurvivalInterval:
 
     ``low`` and ``high`` are the smallest and the largest value of any fold. This is not a confidence interval; with one
     fold both equal the estimate.
-
-    Attributes:
-        days: (D,) horizons.
-        survival: (..., D) at the mean of the folds' normalised log hazards.
-        low: (..., D) of the fold with the highest log hazard.
-        high: (..., D) of the fold with the lowest.
-        log_hazard: (...,) the mean of the folds' normalised log hazards.
     """
 
-    days: np.ndarray
-    survival: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    log_hazard: np.ndarray
+    days: np.ndarray  # (D,) horizons
+    survival: np.ndarray  # (..., D) at the mean of the folds' normalised log hazards
+    low: np.ndarray  # (..., D) of the fold with the highest log hazard
+    high: np.ndarray  # (..., D) of the fold with the lowest
+    log_hazard: np.ndarray  # (...,) the mean of the folds' normalised log hazards
 
 
 @dataclass(frozen=True)

@@ -60,23 +60,14 @@ SINGLE_FOLD = (
 
 @dataclass(frozen=True)
 class Model:
-    """What a prediction says of the model, and what it needs of it.
+    """What a prediction says of the model, and what it needs of it."""
 
-    Attributes:
-        sha256: of the model file; of names and values of the weights where the model has no file.
-        folds: members.
-        tasks: of "seg", "hpv", "surv".
-        hpv_inputs: what the HPV probability is read from: "image", "clinical".
-        provenance: stored with the weights (see :mod:`scripts.model.ensemble`).
-        seg_classes: names of the mask's values 1, 2, ...
-    """
-
-    sha256: str
-    folds: int
-    tasks: tuple[str, ...]
-    hpv_inputs: tuple[str, ...]
-    provenance: Mapping[str, Any]
-    seg_classes: tuple[str, ...] = MERGED
+    sha256: str  # of the model file; of names and values of the weights where the model has no file
+    folds: int  # members
+    tasks: tuple[str, ...]  # of "seg", "hpv", "surv"
+    hpv_inputs: tuple[str, ...]  # what the HPV probability is read from: "image", "clinical"
+    provenance: Mapping[str, Any]  # stored with the weights (see scripts.model.ensemble)
+    seg_classes: tuple[str, ...] = MERGED  # names of the mask's values 1, 2,
 
     @classmethod
     def of(cls, model: FoldEnsemble | str | os.PathLike[str]) -> Model:

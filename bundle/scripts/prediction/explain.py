@@ -50,33 +50,20 @@ class ExplainError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Contributions to the log hazard of one patient.
+    """Contributions to the log hazard of one patient."""
 
-    Attributes:
-        patient_id: of the patient.
-        log_hazard: mean over the folds.
-        baseline_log_hazard: that of :data:`BASELINE`.
-        image: (2, X, Y, Z) contribution of each voxel of CT and PET on ``grid``.
-        clinical: name of the clinical value, its coded value and its contribution, in the network's order.
-        tumour: (X, Y, Z) bool, the predicted tumour; None without the segmentation task.
-        grid: of the network's box.
-        steps: points of the integration rule.
-        folds: number of folds.
-        seconds: computing time.
-        trained_on: description of the model's training data.
-    """
-
-    patient_id: str
-    log_hazard: float
-    baseline_log_hazard: float
-    image: np.ndarray
+    patient_id: str  # of the patient
+    log_hazard: float  # mean over the folds
+    baseline_log_hazard: float  # that of BASELINE
+    image: np.ndarray  # (2, X, Y, Z) contribution of each voxel of CT and PET on grid
+    # name of the clinical value, its coded value and its contribution, in the network's order
     clinical: list[tuple[str, float, float]]
-    tumour: np.ndarray | None
-    grid: Grid
-    steps: int
-    folds: int
-    seconds: float
-    trained_on: str = NOT_RECORDED
+    tumour: np.ndarray | None  # (X, Y, Z) bool, the predicted tumour; None without the segmentation task
+    grid: Grid  # of the network's box
+    steps: int  # points of the integration rule
+    folds: int  # number of folds
+    seconds: float  # computing time
+    trained_on: str = NOT_RECORDED  # description of the model's training data
 
     @property
     def smooth(self) -> np.ndarray:

@@ -48,50 +48,31 @@ Scan = tuple[np.ndarray, Grid]  # (X, Y, Z), of CT in HU, of PET in SUV, or labe
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What the planes through a point show of the patient: squares of one size.
+    """What the planes through a point show of the patient: squares of one size."""
 
-    Attributes:
-        centre_mm: (3,) middle of the squares, world mm (RAS+).
-        size_mm: edge.
-    """
-
-    centre_mm: np.ndarray
-    size_mm: float
+    centre_mm: np.ndarray  # (3,) middle of the squares, world mm (RAS+)
+    size_mm: float  # edge
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """The three planes of a case through one point, rows from superior or anterior, columns from the patient's right.
+    """Three planes of a case through a point, rows from superior or anterior, columns from the patient's right."""
 
-    Attributes:
-        centre_mm: (3,) the point, world mm (RAS+).
-        frame: what is shown around it.
-        ct: a picture a plane of :data:`PLANES`, in HU.
-        pet: likewise, in SUV.
-        outlines: name of a mask to its pictures, 0 to 1; the outline is at one half.
-    """
-
-    centre_mm: np.ndarray
-    frame: Frame
-    ct: list[np.ndarray]
-    pet: list[np.ndarray]
-    outlines: dict[str, list[np.ndarray]]
+    centre_mm: np.ndarray  # (3,) the point, world mm (RAS+)
+    frame: Frame  # what is shown around it
+    ct: list[np.ndarray]  # a picture a plane of PLANES, in HU
+    pet: list[np.ndarray]  # likewise, in SUV
+    outlines: dict[str, list[np.ndarray]]  # name of a mask to its pictures, 0 to 1; the outline is at one half
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A maximum intensity projection of the whole PET, with the mask projected likewise.
+    """A maximum intensity projection of the whole PET, with the mask projected likewise."""
 
-    Attributes:
-        name: of the plane.
-        pet: (rows from superior, columns from the patient's right or front), in SUV.
-        extent: left, right, bottom and top of ``pet`` in world mm.
-        masks: name to mask (0 and 1) and its extent; those that are empty are left out.
-    """
-
-    name: str
-    pet: np.ndarray
-    extent: tuple[float, float, float, float]
+    name: str  # of the plane
+    pet: np.ndarray  # (rows from superior, columns from the patient's right or front), in SUV
+    extent: tuple[float, float, float, float]  # left, right, bottom and top of pet in world mm
+    # name to mask (0 and 1) and its extent; those that are empty are left out
     masks: Mapping[str, tuple[np.ndarray, tuple[float, float, float, float]]]
 
     @property

@@ -43,23 +43,14 @@ NOT_CAUSES = (
 
 @dataclass
 class Section:
-    """A part of a report.
+    """A part of a report."""
 
-    Attributes:
-        title: of the section.
-        rows: names and what is said of them.
-        table: titles and rows of a table below them.
-        wide: whether the table needs the whole width of a page.
-        loud: sentences that must not be missed.
-        notes: sentences in small print.
-    """
-
-    title: str
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    table: tuple[list[str], list[list[str]]] | None = None
-    wide: bool = False
-    loud: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    title: str  # of the section
+    rows: list[tuple[str, str]] = field(default_factory=list)  # names and what is said of them
+    table: tuple[list[str], list[list[str]]] | None = None  # titles and rows of a table below them
+    wide: bool = False  # whether the table needs the whole width of a page
+    loud: list[str] = field(default_factory=list)  # sentences that must not be missed
+    notes: list[str] = field(default_factory=list)  # sentences in small print
 
 
 def verdict_of(prediction: Mapping[str, Any]) -> str:

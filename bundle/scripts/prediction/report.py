@@ -71,35 +71,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report shows, for both formats.
+    """All that a report shows, for both formats."""
 
-    Attributes:
-        title: of the document.
-        verdict: on the scans, under the title.
-        warnings: below it, the worst first.
-        notice: the restriction of use.
-        facts: of the examination.
-        results: name, value and remark of the main results.
-        rows: pictures of the lesions, and of what moved the risk.
-        projections: of the whole PET.
-        caption: of all pictures.
-        curve: PNG and caption of the survival; None where it is not known.
-        sections: all text.
-        viewer: file of the viewer beside the report; None where there is none.
-    """
-
-    title: str
-    verdict: str
-    warnings: list[str]
-    notice: str
-    facts: list[tuple[str, str]]
-    results: list[tuple[str, str, str]]
-    rows: list[Row]
-    projections: list[tuple[bytes, str]]
-    caption: str
-    curve: tuple[bytes, str] | None
-    sections: list[Section]
-    viewer: str | None
+    title: str  # of the document
+    verdict: str  # on the scans, under the title
+    warnings: list[str]  # below it, the worst first
+    notice: str  # the restriction of use
+    facts: list[tuple[str, str]]  # of the examination
+    results: list[tuple[str, str, str]]  # name, value and remark of the main results
+    rows: list[Row]  # pictures of the lesions, and of what moved the risk
+    projections: list[tuple[bytes, str]]  # of the whole PET
+    caption: str  # of all pictures
+    curve: tuple[bytes, str] | None  # PNG and caption of the survival; None where it is not known
+    sections: list[Section]  # all text
+    viewer: str | None  # file of the viewer beside the report; None where there is none
 
 
 def write_report(

@@ -156,17 +156,11 @@ class LocalEpochs:
 # --- what a centre sends --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Update:
-    """What a centre sends after a round.
+    """What a centre sends after a round."""
 
-    Attributes:
-        weights: name in the network -> float32 array, new weights minus those received.
-        metrics: of :data:`METRICS`, each a number.
-        cases: training cases, the weight of the centre in the average.
-    """
-
-    weights: dict[str, np.ndarray]
-    metrics: dict[str, float]
-    cases: int
+    weights: dict[str, np.ndarray]  # name in the network -> float32 array, new weights minus those received
+    metrics: dict[str, float]  # of METRICS, each a number
+    cases: int  # training cases, the weight of the centre in the average
 
 
 def check_update(update: Update, network: nn.Module) -> Update:

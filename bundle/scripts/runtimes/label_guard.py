@@ -52,15 +52,10 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a request.
+    """A parameter of a request."""
 
-    Attributes:
-        accepted: what is accepted, in words.
-        read: gives the value as the server takes it; raises ValueError for any other.
-    """
-
-    accepted: str
-    read: Callable[[Any], Any]
+    accepted: str  # what is accepted, in words
+    read: Callable[[Any], Any]  # gives the value as the server takes it; raises ValueError for any other
 
 
 def _truth(value: Any) -> bool:
