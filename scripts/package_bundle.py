@@ -253,11 +253,7 @@ def write_as_the_zoo(building: Path) -> None:
 
 
 def name_repository(building: Path, address: str) -> list[str]:
-    """Add a note to every guide that mentions commands of the repository, which are not in the package.
-
-    Returns:
-        Names of the guides.
-    """
+    """Add a note to every guide that mentions commands of the repository, and give the names of these guides."""
     where = address or "ask for its address where you have the package from"
     note = f"The commands `python scripts/...` are tools of the repository, not of this package ({where})."
     guides = []

@@ -99,13 +99,11 @@ def web_login(studies: str) -> dict[str, str]:
 
 
 def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = False) -> Path:
-    """Put the bundle into MONAI Label's app, which is created if it is missing.
+    """Put the bundle into MONAI Label's app, which is created if it is missing; gives its folder there.
 
     Configs and scripts are brought up to date each time. Weights that are there stay: they may have been trained since.
 
 
-    Returns:
-        The bundle in the app.
 
     Raises:
         SystemExit: the bundle has no weights.

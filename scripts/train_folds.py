@@ -149,10 +149,7 @@ def environment_of(device: str | None, jobs: int) -> dict[str, str]:
 def run_folds(
     plan: Plan, record: dict[str, Any], jobs: int, devices: Sequence[str], nodes: NodeSteps | None = None
 ) -> list[FoldRun]:
-    """Run the unfinished folds of a plan, ``jobs`` at a time on this computer, or with ``nodes`` all on a cluster.
-
-    Returns:
-        Those that failed.
+    """Run the unfinished folds, ``jobs`` at a time here, or with ``nodes`` all on a cluster; gives those that failed.
 
     Raises:
         FolderInUseError: another process uses one of the folds; none is run then.

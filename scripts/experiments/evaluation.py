@@ -58,8 +58,6 @@ def evaluate(run: str, compare: str | None, external: str | None, samples: int) 
     Arguments as for ``evaluate_folds.py``.
 
 
-    Returns:
-        Content of ``metrics.json``.
 
     Raises:
         ExperimentError: the experiment, the other one or the other cohort cannot be read.

@@ -255,10 +255,6 @@ def judge(
     """All metrics of some of the cases, each with the calibration and cut points of its fold.
 
     The follow-up of ``train`` weights the survival metrics; no metric is given of counts below ``least``.
-
-
-    Returns:
-        As :func:`scripts.evaluation.judge.judge`.
     """
 
     def absolute_risk(known: pd.DataFrame) -> dict[str, Any]:

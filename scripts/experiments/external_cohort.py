@@ -30,15 +30,13 @@ from scripts.evaluation.survival_metrics import ensemble_survival
 
 
 def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
-    """Join the folds and predict every case of another cohort with the bundle's ``evaluating``.
+    """The table of every case of another cohort, predicted by the joined folds with the bundle's ``evaluating``.
 
     Args:
         run: whose folds.
         dataset_dir: folder of the other cohort, in one of HECKTOR's layouts.
         folder: receives ``models/model.pt`` and ``evaluation_all/``.
 
-    Returns:
-        The table of its cases.
 
     Raises:
         ExperimentError: the cohort cannot be read or shares patients with the experiment's, or the command failed.

@@ -48,7 +48,7 @@ class MakeCohortError(ValueError):
 
 
 def write_cohort(folder: Path, cases: int = 300, seed: int = 0, scale: str = "small", jobs: int = 1) -> bool:
-    """Write a cohort, or complete an interrupted one. The same seed gives the same bytes.
+    """Write a cohort, or complete an interrupted one; False if it was complete. The same seed gives the same bytes.
 
     Args:
         folder: to write; new, empty, or holding the same cohort.
@@ -57,8 +57,6 @@ def write_cohort(folder: Path, cases: int = 300, seed: int = 0, scale: str = "sm
         scale: ``small`` (6 to 7 mm voxels, some tens of kB a case) or ``full`` (voxel sizes and extents of hospitals).
         jobs: processes; 0: one for each core.
 
-    Returns:
-        Whether anything was written; False if the cohort was complete.
 
     Raises:
         MakeCohortError: an argument is out of range, or ``folder`` holds anything else.

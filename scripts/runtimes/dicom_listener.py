@@ -133,10 +133,7 @@ class Receiver:
         self._server: Any = None
 
     def start(self, host: str, port: int) -> int:
-        """Listen.
-
-        Returns:
-            The port, which the system chooses where ``port`` is 0.
+        """Listen; gives the port, which the system chooses where ``port`` is 0.
 
         Raises:
             OSError: the address cannot be used.

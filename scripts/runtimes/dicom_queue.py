@@ -119,14 +119,11 @@ class StudyQueue:
             return next((study for study, when in self._later.items() if when <= time.monotonic()), None)
 
     def begin(self, study: str, place: Path) -> Status:
-        """Begin a prediction.
+        """Begin a prediction; its status counts the attempt.
 
         Args:
             study: StudyInstanceUID.
             place: folder to put the images into that are there now; they take no further space.
-
-        Returns:
-            Its status, which counts the attempt.
         """
         with self._changing:
             self._waiting.pop(study, None)

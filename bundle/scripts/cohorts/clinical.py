@@ -285,14 +285,12 @@ def parse_clinical(
 
 
 def match_columns(header: Sequence[str], feature: str) -> list[int]:
-    """Positions of the columns that hold a feature.
+    """Positions of the columns that hold a feature, in order.
 
     A remark in brackets, as in ``HPV status (0=-, 1=+)``, is allowed and checked: another coding or unit than the one
     used here is an error, since the values would be misread.
 
 
-    Returns:
-        Positions in the header, in order; empty where no column fits.
 
     Raises:
         ClinicalValueError: the remark of a matching column contradicts the feature's coding or unit.
@@ -341,15 +339,13 @@ def unknown_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def code_clinical(values: Mapping[str, object] | None, features: Sequence[str] = DEFAULT_FEATURES) -> np.ndarray:
-    """The paper's coding of one patient: numbers as they are, levels shifted by one, missing = 0.
+    """(F,) float32, the paper's coding of one patient: numbers as they are, levels shifted by one, missing = 0.
 
     Args:
         values: raw or parsed values by feature name; a feature that is absent, None or NaN is missing.
             None: every value is missing.
         features: names of the features, in the order of the network's clinical vector.
 
-    Returns:
-        float32 of shape (F,).
 
     Raises:
         ClinicalValueError: a value cannot be read.

@@ -158,7 +158,7 @@ class Cohort:
         return describe_cases(self.dataset_dir, [case[keys.CENTRE] for case in cases])
 
     def split(self, protocol: str = "partial", num_folds: int = 3, fold: int = 0, seed: int = 0) -> Split:
-        """Training and validation cases of one fold, and test cases where the protocol has them.
+        """Training, validation and, where the protocol has them, test cases of one fold, each sorted by patient id.
 
         - ``partial`` divides all cases into folds.
         - ``full`` divides the cases with mask and HPV status, and adds all others to the validation set of every fold.
@@ -176,8 +176,6 @@ class Cohort:
             fold: which fold is validated, from 0.
             seed: seed of the shuffle.
 
-        Returns:
-            Lists of cases, each sorted by patient id.
 
         Raises:
             CohortError: there is no such protocol or fold, or there are too few cases or centres for it.
@@ -217,8 +215,6 @@ def load_cohort(
         clinical_features: names of the clinical values to read, in the network's order.
         require_images: False keeps patients without scans (for models of clinical values only).
 
-    Returns:
-        The cohort; its cases are sorted by patient id.
 
     Raises:
         CohortError: faults in files or tables (all of them are listed), or no usable case.
@@ -466,10 +462,7 @@ def patient_problems(tables: Tables, features: Sequence[str]) -> dict[str, list[
 
 
 def default_dataset_dir(bundle_root: str | Path) -> str:
-    """Folder of the demonstration cohort.
-
-    Returns:
-        ``<bundle_root>/data/demonstration``.
+    """Folder of the demonstration cohort, ``<bundle_root>/data/demonstration``.
 
     Raises:
         FileNotFoundError: it has not been made yet; the message says how to.

@@ -16,14 +16,12 @@ Probability = TypeVar("Probability", float, np.ndarray, "torch.Tensor")
 
 
 def above(probability: Probability, threshold: float | np.ndarray = HALF) -> Probability:
-    """Whether a probability is above the threshold (at the threshold it is negative).
+    """Whether a probability is above the threshold (at the threshold it is negative); bool, of the same shape.
 
     Args:
         probability: a number, an array or a tensor.
         threshold: one for all, or an array of the same shape.
 
-    Returns:
-        bool, of the same shape.
 
     Example:
         >>> above(0.5), above(0.51), above(0.3, 0.25)

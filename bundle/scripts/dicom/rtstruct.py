@@ -40,8 +40,6 @@ def write_rtstruct(
     which readers that fill polygons need not know about. Without a lesion there is one ROI ``GTV`` without contours.
 
 
-    Returns:
-        The dataset as written.
 
     Raises:
         scripts.dicom.tags.DicomError: when the numbers are not on the grid of ``source`` or no lesion has them; when

@@ -331,11 +331,7 @@ def _header_of(path: Path) -> Dataset | Damaged | None:
 
 
 def _check_whole(header: Dataset, path: Path) -> set[str]:
-    """Refuse a (possible) image whose file ends within its header, which pydicom does not report.
-
-    Returns:
-        The SOP classes that the file states, normally one.
-    """
+    """The SOP classes that a file states, normally one; refuses a (possible) image that ends within its header."""
     kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
     if (not kinds or kinds & {CT_STORAGE, PET_STORAGE}) and not integer_of(header, "Rows"):
         raise DicomError(f"{path.name}: not a complete DICOM file (no Rows); {AGAIN}")

@@ -106,8 +106,6 @@ def write_sr(
             not identify the patient.
         description: series description, 64 characters at most.
 
-    Returns:
-        The dataset as written.
 
     Raises:
         DicomError: when the lesions are not those of the segmentation, or there is nothing to report.

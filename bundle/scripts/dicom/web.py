@@ -164,7 +164,7 @@ class DicomWeb:
         return [each for each in listed if each.modality in modalities]
 
     def download(self, study: str, folder: Path, modalities: Sequence[str] = ("CT", "PT")) -> list[WebSeries]:
-        """Write the images of a study into a folder, one file an image, in uncompressed form where the server can.
+        """Write the images of a study into a folder, one file an image, uncompressed where the server can; its series.
 
         The time of each file is made from its SOPInstanceUID, so that ``--resume`` knows the same study again.
 
@@ -173,8 +173,6 @@ class DicomWeb:
             folder: receives the files.
             modalities: of the series to download; each must be there.
 
-        Returns:
-            The series that were downloaded.
 
         Raises:
             DicomError: as :meth:`series`; a modality is missing; a series did not come whole; or an image of another

@@ -175,7 +175,7 @@ def box_grid(
 
 
 def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline", fill: float = 0.0) -> np.ndarray:
-    """Interpolate an image at the voxels of another grid.
+    """Interpolate an image at the voxels of another grid, as float32.
 
     Args:
         array: (X, Y, Z) values on ``source``, any real type.
@@ -186,8 +186,6 @@ def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline"
         fill: value of target voxels outside the source's field of view, which ends half a voxel beyond the
             centres of the outer voxels.
 
-    Returns:
-        float32 array of ``target.shape``.
 
     Raises:
         ValueError: when the array does not have the source's shape or the mode is unknown.
@@ -213,10 +211,6 @@ def smooth_resample(array: np.ndarray, source: Grid, target: Grid, sigma_mm: flo
 
     Smoothing is in mm along the source's axes; voxels larger than ``sigma_mm / 0.6`` are smoothed by 0.6 voxels, so
     that the result is continuous.
-
-
-    Returns:
-        float32 array of ``target.shape``.
     """
     _check(array, source)
     sigmas = np.maximum(sigma_mm / source.spacing, 0.6)

@@ -91,14 +91,12 @@ class FoldEnsemble(nn.Module):
         self.provenance = dict[str, Any]()  # not annotated: TorchScript would read the annotation
 
     def forward(self, image: Tensor, clinical: Tensor | None = None) -> Tensor:
-        """The mean tumour probability, for runtimes that take a single tensor.
+        """The mean tumour probability, (B, 1, R, R, R) float32, for runtimes that take a single tensor.
 
         Args:
             image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
             clinical: not used by the segmentation; accepted so that both methods have the same arguments.
 
-        Returns:
-            (B, 1, R, R, R) float32.
 
         Raises:
             RuntimeError: for networks without the segmentation task.

@@ -128,13 +128,11 @@ class PredictionWriter:
         return self.output_dir / self.folders[patient]
 
     def write_patient(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a patient's files, ``prediction.json`` last, and fill the row.
+        """Write a patient's files, ``prediction.json`` last, and fill the row; gives the prediction as written.
 
         Args:
             result: the item after the post transforms, without a batch axis.
 
-        Returns:
-            The prediction as written, its ``files`` filled.
 
         Raises:
             OSError: the patient's folder is a link, or cannot be written to.

@@ -106,9 +106,6 @@ def write_report(
         mask: predicted tumour (X, Y, Z) and its grid, that of the CT as a rule; None without the segmentation task.
         explanation: what moved the risk, see :mod:`scripts.prediction.explain`.
         facts: of the examination, see :func:`scripts.prediction.facts.study_facts`.
-
-    Returns:
-        The files.
     """
     report = make_report(prediction, ct, pet, mask, explanation, facts)
     paths = [Path(folder) / REPORT_HTML, Path(folder) / REPORT_PDF]

@@ -42,8 +42,6 @@ def write_summary(output_dir: str | Path) -> Path:
     Args:
         output_dir: holds ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and the report.
 
-    Returns:
-        The page.
 
     Raises:
         SummaryError: where there is no ``predictions.csv``.

@@ -99,8 +99,6 @@ def write_viewer(
     which it does. The PET is resampled to voxels of 2 mm, or larger ones where it takes more than 1.6 MB.
 
 
-    Returns:
-        The file.
 
     Raises:
         ViewerError: the page would be larger than 8 MB.

@@ -166,9 +166,6 @@ class Update:
 def check_update(update: Update, network: nn.Module) -> Update:
     """Check that an update holds nothing but weights of the network and the numbers of :data:`METRICS`.
 
-    Returns:
-        The update.
-
     Raises:
         FederatedError: it does, or a value is not finite; nothing must be sent then.
     """
