@@ -21,10 +21,8 @@ from command_line import BUNDLE, NAME, UsageError, run_commands
 from runtimes.environments import OwnEnvironmentError, run_step
 from runtimes.label_environment import ENVIRONMENT, make_label_environment
 from scripts.cohorts.files import dated_name, write_text
-from scripts.cohorts.scans import CohortError, find_scans
-from scripts.dicom.tags import DicomError
+from scripts.cohorts.scans import find_scans
 from scripts.dicom.web import PASSWORD, TOKEN, USER, checked_address, user_and_password
-from scripts.model.errors import CheckpointError
 from scripts.runtimes.label_guard import AUDIT, SCANS
 from scripts.runtimes.label_web import HOSTS, allowed
 
@@ -57,13 +55,13 @@ def serve_label(
         audit: file that gets a line for each prediction; ``output/audit.jsonl`` of the bundle in ``app`` by default.
     """
     if not studies:
-        sys.exit("serve_label: name the folder of the scans with --studies")
+        raise UsageError("name the folder of the scans with --studies")
     login = web_login(str(studies))
     place = Path(env or ENVIRONMENT).expanduser().resolve()
     try:
         python = make_label_environment(place)
     except OwnEnvironmentError as error:
-        sys.exit(f"serve_label: MONAI Label's environment cannot be made: {error}")
+        raise UsageError(f"MONAI Label's environment cannot be made: {error}") from error
     folder = Path(app).expanduser().resolve() if app else place / "apps" / "monaibundle"
     name_segments(install_bundle(python, folder, Path(bundle or BUNDLE).expanduser().resolve(), fresh_model))
     reach = scans or ("" if is_address(str(studies)) else str(studies))
@@ -83,17 +81,14 @@ def web_login(studies: str) -> dict[str, str]:
         studies: as for :func:`serve_label`; of a folder there are none.
 
     Raises:
-        SystemExit: the address is none, or what the environment says cannot be used.
+        ValueError: the address is none, or what the environment says cannot be used.
     """
     if not is_address(studies):
         return {}
-    try:
-        checked_address(studies)
-        login = user_and_password()
-    except DicomError as error:
-        sys.exit(f"serve_label: {error}")
+    checked_address(studies)
+    login = user_and_password()
     if login and not isinstance(login, tuple):
-        sys.exit(f"serve_label: MONAI Label has no use for {TOKEN}: set {USER} and {PASSWORD}")
+        raise UsageError(f"MONAI Label has no use for {TOKEN}: set {USER} and {PASSWORD}")
     names = ("MONAI_LABEL_DICOMWEB_USERNAME", "MONAI_LABEL_DICOMWEB_PASSWORD")
     return dict(zip(names, login, strict=True)) if login else {}
 
@@ -106,11 +101,11 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
 
 
     Raises:
-        SystemExit: the bundle has no weights.
+        UsageError: the bundle has no weights.
     """
     weights = bundle / "models" / "model.pt"
     if not weights.is_file():
-        sys.exit(f"serve_label: no weights at {weights}: README.md says how to train or to get them")
+        raise UsageError(f"no weights at {weights}: README.md says how to train or to get them")
     if not (app / "main.py").is_file():
         command = ["-m", "monailabel.main", "apps", "--download", "--name", "monaibundle", "--output", str(app.parent)]
         run_step([str(python), *command])
@@ -138,14 +133,11 @@ def name_segments(bundle: Path) -> None:
         bundle: of :func:`install_bundle`. The metadata of a model of one class stay as they are.
 
     Raises:
-        SystemExit: its weights cannot be read.
+        CheckpointError: its weights cannot be read.
     """
     from scripts.model.ensemble import saved_spec  # torch is slow to import
 
-    try:
-        classes = saved_spec(bundle / "models" / "model.pt").seg_classes
-    except CheckpointError as error:
-        sys.exit(f"serve_label: {error}")
+    classes = saved_spec(bundle / "models" / "model.pt").seg_classes
     if len(classes) > 1:
         path = bundle / "configs" / "metadata.json"
         metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -164,22 +156,19 @@ def list_studies(studies: str, store: str | None = None) -> str:
         store: folder to make; ``<studies>/monailabel`` by default.
 
     Raises:
-        SystemExit: there are no scans.
+        UsageError: there are no scans.
     """
     if is_address(studies):
         return studies
-    try:
-        scans, notes = find_scans(studies)
-    except CohortError as error:
-        sys.exit(f"serve_label: {error}")
+    scans, notes = find_scans(studies)
     folder = Path(store or Path(studies) / "monailabel").expanduser().resolve()
     with_ct = {key: found for key, found in scans.items() if found.ct}
     if not with_ct:
-        sys.exit(f"serve_label: no CT in {studies}: expected <PatientID>/<PatientID>__CT.nii.gz (and __PT.nii.gz)")
+        raise UsageError(f"no CT in {studies}: expected <PatientID>/<PatientID>__CT.nii.gz (and __PT.nii.gz)")
     try:
         _link(folder, [Path(str(found.ct)).resolve() for found in with_ct.values()])
     except OSError as error:
-        sys.exit(f"serve_label: the list of CTs cannot be written: {error}; name a folder for it with --store")
+        raise UsageError(f"the list of CTs cannot be written: {error}; name a folder for it with --store") from error
     notes = [note for note in notes if not note.endswith(f": {folder}")]  # of an earlier start
     notes += [reason for found in scans.values() if (reason := found.contradiction("ct", "pet") or found.problem)]
     for note in [*notes, *(f"{key} has no PET" for key, found in with_ct.items() if not found.pet)]:
@@ -213,10 +202,7 @@ def start_server(
     environment["PATH"] = os.pathsep.join(filter(None, (str(python.parent), environment.get("PATH", ""))))
     environment.pop("PYTHONPATH", None)  # of this project's environment
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # training from MONAI Label takes one GPU
-    try:
-        environment[HOSTS] = json.dumps([*allowed(HOSTS), host])
-    except ValueError as error:
-        sys.exit(f"serve_label: {error}")
+    environment[HOSTS] = json.dumps([*allowed(HOSTS), host])
     settings = {"models": NAME, "zoo_source": "local", "sam2": "false", **(places or {})}
     conf = [word for pair in settings.items() for word in ("--conf", *pair)]
     where = ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
@@ -284,7 +270,7 @@ def serve_dicom(
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], Sequence[type[Exception]]]] = {
-    "label": (serve_label, (OSError,)),
+    "label": (serve_label, (OSError, OwnEnvironmentError, ValueError)),
     "dicom": (serve_dicom, (OSError, ImportError, ValueError)),
 }
 

@@ -14,7 +14,7 @@ from tiny_model import write_model
 
 from conftest import make_tiny_cohort
 from predict import predict
-from scripts.prediction.audit import append_audit
+from scripts.prediction.audit import append_line, audit_line
 from scripts.prediction.outputs import PredictionWriter
 
 
@@ -71,7 +71,7 @@ def test_every_patient_leaves_one_line(patients, study, model, tmp_path):
 
 
 def test_a_patient_without_scans(tmp_path):
-    append_audit(tmp_path / "audit.jsonl", {"ct": None, "pet": str(tmp_path / "gone")}, "failed", None, None)
+    append_line(tmp_path / "audit.jsonl", audit_line({"ct": None, "pet": str(tmp_path / "gone")}, "failed", None, None))
     (line,) = lines(tmp_path / "audit.jsonl")
     assert line["input"] == {"ct": None, "pet": None} and line["weights_sha256"] is None
 

@@ -30,6 +30,8 @@ from dicom_study import write_pet_ct
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
+from command_line import UsageError
+
 import serve
 from conftest import BUNDLE, ROOT, SHARED_DATA
 from runtimes import check, environments, label_environment
@@ -657,7 +659,7 @@ def test_the_server_lists_a_link_to_each_ct(tiny_cohort: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("folder", "message"), [("none", "does not exist"), ("empty", "no CT in")])
 def test_the_server_needs_scans(folder: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         serve.list_studies(str(tmp_path / folder))
 
 
@@ -667,7 +669,7 @@ def test_trained_weights_in_the_app_are_kept(tmp_path: Path) -> None:
     (app / "main.py").touch()
     for name in ("configs", "scripts", "docs", "models"):
         (bundle / name).mkdir(parents=True)
-    with pytest.raises(SystemExit, match="no weights at"):
+    with pytest.raises(UsageError, match="no weights at"):
         serve.install_bundle(Path(sys.executable), app, bundle)
     (bundle / "models" / "model.pt").write_text("shipped")
     (bundle / "configs" / "a.json").write_text("1")
@@ -722,7 +724,7 @@ def test_a_second_start_is_as_quiet_as_the_first(tiny_cohort: Path, tmp_path: Pa
 
 def test_a_list_that_cannot_be_written_is_told(tiny_cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"the list of CTs cannot be written: .*--store"):
+    with pytest.raises(UsageError, match=r"the list of CTs cannot be written: .*--store"):
         serve.list_studies(str(tiny_cohort), str(tmp_path / "file"))
 
 
@@ -741,7 +743,7 @@ def test_an_environment_that_cannot_be_made_is_told_with_its_own_exit_code(
     assert error.value.code == check.SKIPPED == 77
     told = capsys.readouterr().out
     assert "SKIPPED, not tested: MONAI Label's environment cannot be made" in told and "-m pip install" in told
-    with pytest.raises(SystemExit, match="MONAI Label's environment cannot be made"):
+    with pytest.raises(UsageError, match="MONAI Label's environment cannot be made"):
         serve.serve_label(str(tmp_path), env=str(tmp_path / "env"))
     assert (tmp_path / "env" / "installed.txt").read_text() == "not finished"
 

@@ -187,12 +187,12 @@ def test_user_and_password_reach_monai_label(name, monkeypatch):
     if isinstance(wanted, dict):
         assert serve.web_login(ADDRESS) == wanted
     else:
-        with pytest.raises(SystemExit, match=wanted):
+        with pytest.raises(ValueError, match=wanted):
             serve.web_login(ADDRESS)
 
 
 def test_a_password_in_the_address_is_refused():
-    with pytest.raises(SystemExit, match="holds a user or password"):
+    with pytest.raises(ValueError, match="holds a user or password"):
         serve.web_login("https://me:secret@pacs.example/dicom-web")
 
 

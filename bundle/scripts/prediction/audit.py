@@ -22,17 +22,6 @@ from scripts.prediction.description import METADATA
 AUDIT = "audit.jsonl"
 
 
-def append_audit(
-    path: Path, case: Mapping[str, Any], outcome: str, checkpoint: str | None, prediction: Mapping[str, Any] | None
-) -> None:
-    """Append the line of one patient (:func:`audit_line`) to a file (:func:`append_line`).
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    append_line(path, audit_line(case, outcome, checkpoint, prediction))
-
-
 def audit_line(
     case: Mapping[str, Any], outcome: str, checkpoint: str | None, prediction: Mapping[str, Any] | None
 ) -> str:

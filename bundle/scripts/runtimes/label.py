@@ -39,7 +39,7 @@ from scripts.model.ensemble import EXTRA_STATE, PROVENANCE, SETTINGS, TRAINED_ON
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec, check_provenance, check_state
 from scripts.prediction import inputs
-from scripts.prediction.audit import append_audit
+from scripts.prediction.audit import append_line, audit_line
 from scripts.runtimes.label_guard import TABLES, RequestError, confined, dicomweb_address, is_upload, read_prediction
 from scripts.runtimes.label_study import fetched_series, study_examination
 from scripts.training.engine import EnsembleInferer
@@ -183,7 +183,7 @@ def audit_request(
         ct = request.get(keys.IMAGE)
         series = fetched_series(Path(ct)) if ct and dicomweb_address() else None
         case = {keys.CT: series or ct}
-    append_audit(path, case, FAILED if prediction is None else OK, checkpoint, prediction)
+    append_line(path, audit_line(case, FAILED if prediction is None else OK, checkpoint, prediction))
 
 
 def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) -> Path | None:
