@@ -78,9 +78,7 @@ def run_tool(
 def run_room(room: str, *commands: str) -> None:
     """Run a command of a room, by the first word of the command line: ``python scripts/ROOM COMMAND [options]``.
 
-    Args:
-        room: folder in ``scripts/``, a package.
-        *commands: its modules that call :func:`run_tool` when they are run. Another name ends the program with code 2.
+    Commands are modules of the room that call :func:`run_tool` when they are run.
     """
     name = typed_command(room, commands)
     runpy.run_module(f"{room}.{name}", run_name="__main__", alter_sys=True)
@@ -100,9 +98,7 @@ def run_commands(commands: Mapping[str, tuple[Callable[..., None], Sequence[type
 def typed_command(place: str, commands: Iterable[str]) -> str:
     """The first word of the command line, removed from ``sys.argv``.
 
-    Args:
-        place: file or room in ``scripts/``.
-        commands: names; another word ends the program with code 2, ``--help`` with 0.
+    A word that is no command ends the program with code 2, ``--help`` with 0.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:

@@ -75,10 +75,7 @@ def is_address(studies: str) -> bool:
 
 
 def web_login(studies: str) -> dict[str, str]:
-    """MONAI Label's variables for user and password of the DICOMweb server, from those of this project.
-
-    Args:
-        studies: as for :func:`serve_label`; of a folder there are none.
+    """MONAI Label's variables for user and password of a DICOMweb server, from this project's; of a folder none.
 
     Raises:
         ValueError: the address is none, or what the environment says cannot be used.
@@ -129,9 +126,6 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
 def name_segments(bundle: Path) -> None:
     """Write the classes of the served weights into the metadata, from which MONAI Label's clients name the segments.
 
-    Args:
-        bundle: of :func:`install_bundle`. The metadata of a model of one class stay as they are.
-
     Raises:
         CheckpointError: its weights cannot be read.
     """
@@ -151,9 +145,6 @@ def list_studies(studies: str, store: str | None = None) -> str:
 
     MONAI Label reads links through, so that PET and CSV are found where the CT really lies.
 
-    Args:
-        studies: as for :func:`serve_label`.
-        store: folder to make; ``<studies>/monailabel`` by default.
 
     Raises:
         UsageError: there are no scans.

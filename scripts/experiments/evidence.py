@@ -120,12 +120,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def selection_of(record: Mapping[str, Any], judged: str | None = None) -> dict[str, Any]:
-    """What was fitted to the cases that are judged (see :func:`scripts.evaluation.case_table.describe_selection`).
-
-    Args:
-        record: ``experiment.json``.
-        judged: part of the split, None for the one that was held out.
-    """
+    """What was fitted to the cases that are judged (see :func:`scripts.evaluation.case_table.describe_selection`)."""
     selection = describe_selection(record["settings"].get("keep_epoch"), judged or record["held_out"])
     if "epoch" in (selection["fitted_to_these_cases"] or []):
         selection["statement"] = (

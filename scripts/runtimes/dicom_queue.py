@@ -119,12 +119,7 @@ class StudyQueue:
             return next((study for study, when in self._later.items() if when <= time.monotonic()), None)
 
     def begin(self, study: str, place: Path) -> Status:
-        """Begin a prediction; its status counts the attempt.
-
-        Args:
-            study: StudyInstanceUID.
-            place: folder to put the images into that are there now; they take no further space.
-        """
+        """Begin a prediction of the images that are there now, linked into a folder; its status counts the attempt."""
         with self._changing:
             self._waiting.pop(study, None)
             self._later.pop(study, None)  # the new answer takes the place of one that has not arrived

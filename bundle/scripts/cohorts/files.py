@@ -24,13 +24,11 @@ class WriteError(OSError):
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file in the folder of ``path`` that is renamed to ``path`` when the block succeeds.
+    """A temporary file of the same suffix beside ``path``, which is renamed to ``path`` when the block succeeds.
 
     Missing folders are created. If the block raises, ``path`` is unchanged and the temporary file is removed. Temporary
     files of ``path`` left by a killed process are removed.
 
-    Args:
-        path: the final name; the temporary one has the same suffix, by which some writers choose a format.
 
     Raises:
         WriteError: the disk is full, the folder is read-only, or ``path`` is a folder.

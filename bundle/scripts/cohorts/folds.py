@@ -24,10 +24,7 @@ class Split:
     test: list[Case] = field(default_factory=list)  # for neither; empty where the protocol has no such part
 
     def part(self, name: str) -> list[Case]:
-        """The cases of one part.
-
-        Args:
-            name: ``training``, ``validation``, ``test``, or ``all`` for a cohort that was not used for training.
+        """The cases of ``training``, ``validation`` or ``test``, or ``all`` of a cohort that was not used for training.
 
         Raises:
             CohortError: there is no such part, or it is empty.

@@ -67,12 +67,7 @@ class Tables:
     files: list[Path] = field(default_factory=list)  # the tables read
 
     def notes(self, features: Sequence[str], besides: Iterable[str] = ()) -> list[str]:
-        """Notes on missing columns and implausible values.
-
-        Args:
-            features: names of the values and labels wanted.
-            besides: names of values whose columns may be missing.
-        """
+        """Notes on missing columns, unless they are ``besides``, and implausible values."""
         if not self.files:
             return []
         notes = []

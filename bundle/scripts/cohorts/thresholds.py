@@ -16,12 +16,7 @@ Probability = TypeVar("Probability", float, np.ndarray, "torch.Tensor")
 
 
 def above(probability: Probability, threshold: float | np.ndarray = HALF) -> Probability:
-    """Whether a probability is above the threshold (at the threshold it is negative); bool, of the same shape.
-
-    Args:
-        probability: a number, an array or a tensor.
-        threshold: one for all, or an array of the same shape.
-
+    """Whether a number, array or tensor is above the threshold or thresholds (at them: not); bool, of its shape.
 
     Example:
         >>> above(0.5), above(0.51), above(0.3, 0.25)

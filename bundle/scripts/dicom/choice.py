@@ -159,9 +159,7 @@ def _by_day(series: Sequence[Series]) -> list[list[Series]]:
 def missing_scans(series: Sequence[Series], elsewhere: Container[str] = ()) -> str:
     """Why the series of one patient are no PET/CT examination, what was found, and what to send.
 
-    Args:
-        series: of studies of which none has a CT and a PET.
-        elsewhere: modalities (CT, PT) of other patients in the same place that lack the other scan.
+    ``elsewhere``: modalities (CT, PT) of other patients in the same place that lack the other scan.
     """
     names = {"CT": "CT", "PT": "PET"}
     held = sorted({each.modality or "unknown" for each in series})

@@ -63,12 +63,7 @@ class Damaged:
         return cls(path, problem, {name: value for name, value in told.items() if value})
 
     def may_belong_to(self, told: Mapping[str, str], folders: Container[Path]) -> bool:
-        """Whether it may belong to a series: its tags do not differ, and it states the study or is in the same folder.
-
-        Args:
-            told: the series' values of :data:`CONSTANT_TAGS`.
-            folders: those of the series' files.
-        """
+        """Whether it may belong to a series: tags do not differ, and it states the study or is in the same folder."""
         if any(told.get(name, "") != value for name, value in self.told.items()):
             return False
         return "StudyInstanceUID" in self.told or self.path.parent in folders

@@ -255,14 +255,11 @@ _Files = list[tuple[Path, "Dataset"]]
 
 
 def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) -> SeriesList:
-    """Read the headers of all DICOM files below folders and group them by series.
+    """Read the headers of all DICOM files below folders and group them by series. Folders in ``without`` are ignored.
 
     Patients and series may be mixed in any folder structure, including links. Pixels are read only of files with equal
     SOPInstanceUID and position. Images without a SeriesInstanceUID count as damaged.
 
-    Args:
-        folders: the folders to search, with all levels below.
-        without: folders below them to ignore.
 
     Returns:
         The series, by patient, study and SeriesInstanceUID, in the order of their numbers, divided where images differ

@@ -50,7 +50,7 @@ class Suv:
 
 
 def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
-    """The factor from rescaled PET values to SUV by body weight (g/ml).
+    """The factor from rescaled values to SUV by body weight (g/ml), from the headers of all slices of a PET series.
 
     Follows the QIBA vendor-neutral pseudo-code (QIBA Profile FDG-PET/CT, appendix G). With BQML
 
@@ -66,8 +66,6 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     a dose given in parts, and a factor of Philips that differs from that of the public tags. Times that the factor does
     not depend on are checked if they are stated.
 
-    Args:
-        headers: the headers of all slices of one PET series (:func:`scripts.dicom.series.read_headers`).
 
     Raises:
         DicomError: naming the tag that is missing, zero, implausible or differs between slices; for other units

@@ -97,11 +97,7 @@ def lenient() -> Iterator[None]:
 
 
 def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset | None:
-    """The header of a DICOM file, None for a file of another type.
-
-    Args:
-        path: the file, with or without preamble, see :func:`read_file`.
-        keywords: tags to read; None: all.
+    """The header of a DICOM file, or some of its tags; None for a file of another type.
 
     Raises:
         DicomError: the file cannot be read, or is incomplete DICOM.

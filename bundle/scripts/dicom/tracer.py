@@ -70,14 +70,11 @@ class Tracer:
 
 
 def tracer_of(header: Dataset) -> Tracer:
-    """The tracer of a PET, from the radiopharmaceutical items of its header.
+    """The tracer of a PET, from all radiopharmaceutical items (0054,0016) in the header of an image.
 
     Problems are: a code or a text with another tracer than FDG, or FDG and another one; a nuclide or a half-life other
     than that of F-18. Doubts are: a tracer that is not stated or not known here; a series description with another
     tracer. No text of the header is quoted.
-
-    Args:
-        header: of one image; all items of Radiopharmaceutical Information Sequence (0054,0016) are used.
     """
     names: set[str] = set()
     problems: list[str] = []

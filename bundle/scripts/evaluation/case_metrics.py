@@ -306,11 +306,7 @@ def centre_groups(cases: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def too_few(counts: Mapping[str, Any], least: Mapping[str, int] | None) -> str:
-    """The reason why a group is too small for a metric; empty where it is large enough.
-
-    Args:
-        counts: ``patients``, ``events``, ...; one that is missing is not checked.
-        least: such as :data:`SMALL_GROUP`.
+    """The reason why a group is too small for a metric, by counts that are not missing; empty where it is not.
 
     Example:
         >>> too_few({"patients": 12, "events": 3}, SMALL_GROUP), too_few({"patients": 12}, SMALL_GROUP)

@@ -226,12 +226,7 @@ def dice_figure(groups: Mapping[str, Sequence[float]], title: str = "") -> Figur
 
 
 def forest_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Forest plot: one row for each value with its interval, or the reason for a missing value.
-
-    Args:
-        rows: ``{"name", "value", "low", "high", "patients", ...}`` or with ``value`` None and ``reason``.
-        title: of the figure.
-    """
+    """Forest plot: a row for each value with its interval, or for a ``value`` None with its ``reason``."""
     figure = _figure(6.6, 1.1 + 0.32 * max(1, len(rows)))
     panel = figure.subplots()
     values = [row[name] for row in rows for name in ("value", "low", "high") if row.get(name) is not None]
@@ -262,10 +257,6 @@ def draw_patient_curve(panel: Axes, survival: Mapping[str, Any]) -> None:
     """Predicted recurrence-free survival of one patient: the curve, the range of the folds, the reported years.
 
     The curve ends at the last of these years (at the end of follow-up where none is reported).
-
-    Args:
-        panel: axes to draw into.
-        survival: the entry ``survival`` of a prediction, with its ``curve``.
     """
     curve = survival["curve"]
     years = np.array(curve["days"], dtype=float) / DAYS_PER_YEAR

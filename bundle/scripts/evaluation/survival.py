@@ -105,10 +105,7 @@ class FoldScale:
 
     @classmethod
     def of(cls, log_hazard: ArrayLike) -> FoldScale:
-        """Mean and standard deviation of one network's log hazards.
-
-        Args:
-            log_hazard: (N,) of one fold's network for the patients it was trained on.
+        """Mean and standard deviation of one network's log hazards (N,) of the patients it was trained on.
 
         Raises:
             CalibrationError: where they are all the same, or there are none.

@@ -125,10 +125,6 @@ class Grid:
 def field_of_view_fault(shape: Sequence[int], affine: np.ndarray) -> str:
     """Why the size or position is impossible for a scan of a body, "" where it is possible.
 
-    Args:
-        shape: voxels along the first three array axes.
-        affine: (4, 4) voxel index to world millimetres.
-
     Example:
         >>> field_of_view_fault((512, 512, 200), np.diag([0.98, 0.98, 3.0, 1.0]))
         ''

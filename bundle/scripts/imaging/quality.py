@@ -412,10 +412,7 @@ def check_mask(
 
 
 def reject_action(force: bool | str) -> str:
-    """The action for a rejected case: ``"flag"`` if it shall be predicted all the same, otherwise ``"raise"``.
-
-    Args:
-        force: True or False, also as text from a command line.
+    """``"flag"`` if a rejected case shall be predicted all the same (also as text), otherwise ``"raise"``.
 
     Raises:
         ValueError: any other value.

@@ -130,10 +130,6 @@ class ResampleToBoxd(MapTransform):
     where the nearest mask voxel is GTVn, 1 where it is GTVp (or any other value but 0), zeros without a mask;
     ``seg_known``; ``seg_classes_known``, whether the mask holds GTVn anywhere, so that it tells primary tumour and
     nodes apart; and ``seg_inside``, the share of the mask's voxels that lie in the box.
-
-    Args:
-        roi_size: voxels of the box along x, y, z, as for :class:`LocaliseBoxd`.
-        keys: CT, PET and mask, as set by :class:`LoadScansd`.
     """
 
     def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (keys.CT, keys.PET, keys.MASK)) -> None:
@@ -242,12 +238,7 @@ class CodeClinicald(MapTransform):
 
 
 class ToNetworkItemd(MapTransform):
-    """Keep only the keys that network, loss and writer need; numbers become float32 tensors, flags bool ones.
-
-    Args:
-        keys: :data:`TRAINING_KEYS` or :data:`INFERENCE_KEYS`.
-        allow_missing_keys: whether a key may be absent.
-    """
+    """Keep only the keys that network, loss and writer need; numbers become float32 tensors, flags bool ones."""
 
     def __init__(self, keys: KeysCollection = TRAINING_KEYS, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)

@@ -113,11 +113,7 @@ class ModelSpec:
 
     @classmethod
     def read(cls, stored: Any, where: str = "the weights") -> ModelSpec:
-        """The specification that is stored with weights.
-
-        Args:
-            stored: as :meth:`to_dict` gives it.
-            where: the file, for messages.
+        """The specification stored with weights, as :meth:`to_dict` gives it; ``where``: the file, for messages.
 
         Raises:
             SpecError: for anything else.
@@ -142,12 +138,7 @@ class ModelSpec:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def network(self, **training: Any) -> MultitaskNet:
-        """The untrained network of one fold.
-
-        Args:
-            **training: arguments of :class:`scripts.model.networks.MultitaskNet` that concern training only, such as
-                ``mask_gradient``.
-        """
+        """The untrained network of one fold; ``training``: arguments for training, as ``mask_gradient``."""
         return MultitaskNet(
             clinical_features=len(self.clinical_features),
             tasks=self.tasks,

@@ -53,10 +53,6 @@ def audit_line(
 def append_line(path: Path, line: str) -> None:
     """Append a line in a single write, so that several programs of one computer may share a file.
 
-    Args:
-        path: of the file, which is created if it does not exist.
-        line: without its end.
-
     Raises:
         OSError: it cannot be written.
     """

@@ -263,10 +263,7 @@ def describe_survival(
 
 
 def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any]:
-    """Recurrence-free survival by the shipped model of clinical values alone, beside the network's.
-
-    Args:
-        values: clinical values by name, as far as they are known.
+    """Recurrence-free survival by the shipped model of clinical values alone, as far as they are known.
 
     Returns:
         The part ``clinical_model`` of a prediction. Where there is no such model, ``unavailable`` says why and

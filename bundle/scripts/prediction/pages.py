@@ -21,12 +21,7 @@ class Words(str):
 
 
 class Link(str):
-    """A cell of a table that leads to a file beside the page.
-
-    Args:
-        text: what is shown.
-        target: path relative to the page, as a plain string.
-    """
+    """A cell of a table that leads to a file, of a path relative to the page."""
 
     target: str
 
@@ -69,12 +64,7 @@ def environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from its template.
-
-    Args:
-        template: file in ``templates/``; it extends ``page.html``.
-        values: for the template.
-    """
+    """A page from its template."""
     return environment().get_template(template).render(values)
 
 

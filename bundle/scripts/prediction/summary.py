@@ -39,10 +39,6 @@ class SummaryError(ValueError):
 def write_summary(output_dir: str | Path) -> Path:
     """Write ``index.html`` over what a run left in its folder.
 
-    Args:
-        output_dir: holds ``predictions.csv`` and, in a folder for each patient, ``prediction.json`` and the report.
-
-
     Raises:
         SummaryError: where there is no ``predictions.csv``.
     """

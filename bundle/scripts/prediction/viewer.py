@@ -51,10 +51,7 @@ class ViewerError(ValueError):
 
 
 def read_niivue(path: str | Path) -> Markup:
-    """The code of niivue, fit to stand in a page.
-
-    Args:
-        path: npm package of niivue (``.tgz``).
+    """The code in the npm package of niivue (``.tgz``), fit to stand in a page.
 
     Raises:
         ViewerError: there is no such file, or it is another one; says how to get it.

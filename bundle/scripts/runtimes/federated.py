@@ -309,12 +309,7 @@ class CentreClient(MonaiAlgo):
         return self._trainer.network
 
     def train(self, data: ExchangeObject, extra: dict[str, Any] | None = None) -> None:
-        """Train the weights received.
-
-        Args:
-            data: the global weights.
-            extra: ``{"round": number}``, from 0.
-        """
+        """Train the weights received; ``extra`` has the ``round``, from 0."""
         state, done = self._trainer.state, (extra or {})["round"] * self.local_epochs
         state.epoch, state.iteration = done, done * cast(int, state.epoch_length)
         self.epochs.losses.clear()

@@ -320,14 +320,11 @@ def edited_dataset(
 
 
 def edited_cases(pairs: Sequence[Mapping[str, Any]], features: Sequence[str]) -> list[Case]:
-    """Training cases from pairs of CT and edited mask; a pair that cannot be used is logged and excluded.
+    """Training cases from pairs of CT (``image``) and edited mask (``label``: 1 GTVp, 2 GTVn, on its grid).
+
+    A pair that cannot be used is logged and excluded.
 
     PET, survival, HPV status and clinical values are looked up by patient id.
-
-    Args:
-        pairs: dictionaries with the paths ``image`` (CT) and ``label`` (mask on the CT's grid: 1 GTVp, 2 GTVn; tumour
-            where it is not 0).
-        features: names of the clinical values, in the network's order.
     """
     cases = []
     for pair in pairs:

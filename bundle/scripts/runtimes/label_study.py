@@ -25,11 +25,7 @@ SAME_MM = 0.1  # largest difference of the edges of one CT in two formats
 
 
 def fetched_series(ct: Path) -> Path | None:
-    """The folder with the DICOM files of a CT in MONAI Label's cache; None where the CT is not from there.
-
-    Args:
-        ct: the folder itself, or the image file that was made of it.
-    """
+    """The folder with the DICOM files of a CT (itself, or made of them) in MONAI Label's cache; None for another CT."""
     folder = ct if ct.is_dir() else ct.with_name(ct.name.removesuffix(image_suffix(ct)))
     return folder if is_uid(folder.name) and folder.is_dir() else None
 
