@@ -200,11 +200,7 @@ def evaluate(
     seed: int,
     bootstrap: int,
 ) -> dict[str, Any]:
-    """Fit, score and print a model; arguments as :func:`fit_clinical`.
-
-    Raises:
-        CohortError: an option cannot be met.
-    """
+    """Fit, score and print a model; arguments as :func:`fit_clinical`."""
     groups = split_groups(loaded, centres[0], centres[1], num_folds, seed)
     known = [case for pair in groups[:1] for side in pair for case in side]
     missing = {name: sum(case[keys.CLINICAL][name] is None for case in known) for name in names}

@@ -136,11 +136,7 @@ def check_directory(folder: Path, schema: Path | None, run_code: bool) -> None:
 
 
 def bundle_files(source: Path) -> list[str]:
-    """Files of the bundle relative to ``source``, sorted, without stray files.
-
-    Raises:
-        PackageError: there are none.
-    """
+    """Files of the bundle relative to ``source``, sorted, without stray files."""
     found = (path for path in source.rglob("*") if path.is_file() and not stray_reason(path, source))
     files = sorted(path.relative_to(source).as_posix() for path in found)
     if METADATA not in files:
@@ -239,11 +235,7 @@ def copy_files(source: Path, files: list[str], metadata: Mapping[str, Any], buil
 
 
 def write_as_the_zoo(building: Path) -> None:
-    """Format configs and code in the zoo's style.
-
-    Raises:
-        PackageError: a file is no JSON or no Python.
-    """
+    """Format configs and code in the zoo's style."""
     try:
         for file in sorted((building / "configs").glob("*.json")):
             write_text(file, styled_json(file.read_text(encoding="utf-8")) + "\n")

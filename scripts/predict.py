@@ -144,11 +144,7 @@ def predict(
 def check_usage(
     input: str | None, output: str | None, ct: str | None, pet: str | None, values: Mapping[str, Any]
 ) -> None:
-    """Refuse what cannot be meant.
-
-    Raises:
-        UsageError: says what to give instead.
-    """
+    """Refuse what cannot be meant."""
     if output is None or (ct is None) != (pet is None):
         raise UsageError(WAYS)
     unknown = [name for name in values if name not in FEATURES]
@@ -157,11 +153,7 @@ def check_usage(
 
 
 def check_web(input: str | None, ct: str | None, dicomweb: str | None, study: str | None, store: bool) -> None:
-    """Refuse scans that are named in no way or in several.
-
-    Raises:
-        UsageError: says what to give instead.
-    """
+    """Refuse scans that are named in no way or in several."""
     if (dicomweb is None) != (study is None):
         raise UsageError("--dicomweb URL and --study UID go together")
     if store and dicomweb is None:
@@ -171,22 +163,14 @@ def check_web(input: str | None, ct: str | None, dicomweb: str | None, study: st
 
 
 def check_scans(*paths: str | None) -> None:
-    """Refuse scans that are not there.
-
-    Raises:
-        UsageError: names the path.
-    """
+    """Refuse scans that are not there."""
     for path in paths:
         if path is not None and not Path(path).expanduser().exists():
             raise UsageError(f"{path} does not exist")
 
 
 def gpus_of_process(device: str | None, gpus: float | None, dicomweb: str | None) -> float | None:
-    """GPUs of each process on a cluster; None: one where the cluster has GPUs.
-
-    Raises:
-        UsageError: says what to give instead.
-    """
+    """GPUs of each process on a cluster; None: one where the cluster has GPUs."""
     if dicomweb is not None:
         raise UsageError("--dicomweb downloads one study to this computer: leave out --ray")
     if device not in (None, "cpu", "cuda", "cuda:0") or (device == "cpu" and gpus):

@@ -75,11 +75,7 @@ def is_address(studies: str) -> bool:
 
 
 def web_login(studies: str) -> dict[str, str]:
-    """MONAI Label's variables for user and password of a DICOMweb server, from this project's; of a folder none.
-
-    Raises:
-        ValueError: the address is none, or what the environment says cannot be used.
-    """
+    """MONAI Label's variables for user and password of a DICOMweb server, from this project's; of a folder none."""
     if not is_address(studies):
         return {}
     checked_address(studies)
@@ -94,11 +90,6 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
     """Put the bundle into MONAI Label's app, which is created if it is missing; gives its folder there.
 
     Configs and scripts are brought up to date each time. Weights that are there stay: they may have been trained since.
-
-
-
-    Raises:
-        UsageError: the bundle has no weights.
     """
     weights = bundle / "models" / "model.pt"
     if not weights.is_file():
@@ -124,11 +115,7 @@ def install_bundle(python: Path, app: Path, bundle: Path, fresh_model: bool = Fa
 
 
 def name_segments(bundle: Path) -> None:
-    """Write the classes of the served weights into the metadata, from which MONAI Label's clients name the segments.
-
-    Raises:
-        CheckpointError: its weights cannot be read.
-    """
+    """Write the classes of the served weights into the metadata, from which MONAI Label's clients name the segments."""
     from scripts.model.ensemble import saved_spec  # torch is slow to import
 
     classes = saved_spec(bundle / "models" / "model.pt").seg_classes
@@ -144,10 +131,6 @@ def list_studies(studies: str, store: str | None = None) -> str:
     """What MONAI Label is to take for its studies: a flat folder with a link to each CT, or a server's address.
 
     MONAI Label reads links through, so that PET and CSV are found where the CT really lies.
-
-
-    Raises:
-        UsageError: there are no scans.
     """
     if is_address(studies):
         return studies

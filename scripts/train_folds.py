@@ -120,9 +120,6 @@ def start_here(
 def parse_devices(devices: Any) -> list[str]:
     """Devices for the folds: ``cpu``, or numbers of GPUs.
 
-    Raises:
-        ExperimentError: for anything else.
-
     Example:
         >>> parse_devices("cpu"), parse_devices((0, 1)), parse_devices("")
         (['cpu'], ['0', '1'], [])

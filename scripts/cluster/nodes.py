@@ -86,11 +86,7 @@ def connected(address: str, cores: int, gpus: float | None) -> Iterator[Share]:
 
 
 def places(share: Share) -> int:
-    """Number of processes that the cluster holds, if it does nothing else.
-
-    Raises:
-        ClusterError: none.
-    """
+    """Number of processes that the cluster holds, if it does nothing else."""
     import ray
 
     count, nodes = 0, [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -261,11 +261,7 @@ def find_config(name: str) -> str:
 
 
 def check_overrides(overrides: Mapping[str, Any], parser: ConfigParser) -> None:
-    """Refuse overrides that MONAI accepts silently: ids that no config has, or that train_folds sets.
-
-    Raises:
-        ExperimentError: there is one; the message gives the most similar id.
-    """
+    """Refuse overrides that MONAI accepts silently: ids that no config has, or that train_folds sets."""
     from scripts.training.configuration import all_ids, unknown_id
 
     for name in overrides:
@@ -401,11 +397,7 @@ def claim_folder(plan: Plan) -> dict[str, Any]:
 
 
 def read_experiment(run: str | Path) -> dict[str, Any]:
-    """``experiment.json`` of a folder.
-
-    Raises:
-        ExperimentError: there is none.
-    """
+    """``experiment.json`` of a folder."""
     path = Path(run) / EXPERIMENT_FILE
     if not path.is_file():
         raise ExperimentError(f"no {EXPERIMENT_FILE} in {run}: make an experiment with scripts/train_folds.py")

@@ -54,11 +54,7 @@ def start_logged(
 
 
 def lock_folder(folder: Path, seconds: float = 5.0) -> IO[str]:
-    """Lock the folder of a fold; the lock is released when the returned file is closed or the processes end.
-
-    Raises:
-        FolderInUseError: another process holds the lock.
-    """
+    """Lock the folder of a fold; the lock is released when the returned file is closed or the processes end."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
     deadline = time.monotonic() + seconds

@@ -71,11 +71,7 @@ def check_ray() -> NoReturn:
 
 
 def make_deploy_environment(folder: Path) -> Path:
-    """The Python of the environment, which is created if it is missing or of other versions.
-
-    Raises:
-        OwnEnvironmentError: it cannot be made.
-    """
+    """The Python of the environment, which is created if it is missing or of other versions."""
     lists = [APP / "requirements.txt", ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()
     python, stamp = folder / "bin" / "python", folder / "requirements.sha256"

@@ -71,11 +71,7 @@ class Peer:
 
 
 def sender(text: str) -> Peer:
-    """A node that may send: ``AE_TITLE@ADDRESS``, or ``AE_TITLE`` from any address.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """A node that may send: ``AE_TITLE@ADDRESS``, or ``AE_TITLE`` from any address."""
     title, at, host = text.partition("@")
     try:
         host = str(ipaddress.ip_address(host)) if at else ""
@@ -87,11 +83,7 @@ def sender(text: str) -> Peer:
 
 
 def receiver(text: str) -> Peer:
-    """A node that gets the answers: ``AE_TITLE@HOST:PORT``.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """A node that gets the answers: ``AE_TITLE@HOST:PORT``."""
     found = re.fullmatch(r"(.+)@([\w.:-]+):(\d{1,5})", text)
     if not found or not AE_TITLE.fullmatch(found[1]) or not 0 < int(found[3]) < 2**16:
         raise UsageError(f"--send is AE_TITLE@HOST:PORT, got {text!r}")
@@ -99,11 +91,7 @@ def receiver(text: str) -> Peer:
 
 
 def pynetdicom() -> Any:
-    """The library.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The library."""
     try:
         return needed_module("pynetdicom")
     except ImportError as error:
@@ -133,11 +121,7 @@ class Receiver:
         self._server: Any = None
 
     def start(self, host: str, port: int) -> int:
-        """Listen; gives the port, which the system chooses where ``port`` is 0.
-
-        Raises:
-            OSError: the address cannot be used.
-        """
+        """Listen; gives the port, which the system chooses where ``port`` is 0."""
         events = pynetdicom().evt
         handlers = [
             (events.EVT_REQUESTED, self.check_peer),
@@ -335,11 +319,7 @@ def dicom_files(prediction: Path) -> list[str]:
 
 
 def send_files(ae_title: str, peer: Peer, paths: Sequence[Path]) -> None:
-    """Send DICOM files by C-STORE.
-
-    Raises:
-        NotSentError: the node cannot be reached, or refuses one.
-    """
+    """Send DICOM files by C-STORE."""
     node = pynetdicom().AE(ae_title)
     node.network_timeout = node.dimse_timeout = node.acse_timeout = node.connection_timeout = TIMEOUT_S
     dcmread = needed_module("pydicom").dcmread

@@ -47,29 +47,17 @@ def make_environment(place: Path, title: str, contents: str, install: Callable[[
 
 
 def pip_install(python: Path, *arguments: str) -> None:
-    """Install packages.
-
-    Raises:
-        OwnEnvironmentError: it fails.
-    """
+    """Install packages."""
     run_step([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments])
 
 
 def packages_of(python: Path) -> Path:
-    """Folder of the packages of a Python.
-
-    Raises:
-        OwnEnvironmentError: it does not start.
-    """
+    """Folder of the packages of a Python."""
     return Path(run_step([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
 
 
 def run_step(command: Sequence[str]) -> str:
-    """Run a step of the installation, and give what it printed.
-
-    Raises:
-        OwnEnvironmentError: it fails; with the end of what it printed.
-    """
+    """Run a step of the installation, and give what it printed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shown = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-8:])

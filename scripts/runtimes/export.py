@@ -172,9 +172,6 @@ def comparison_cases(ensemble: FoldEnsemble, model: Path, folder: str = "") -> l
         ensemble: gives the expected outputs.
         model: its checkpoint, whose settings decide the preprocessing.
         folder: of the real cases; empty: those of ``../shared`` where they are.
-
-    Raises:
-        ExportError: ``folder`` holds no case that can be prepared.
     """
     with tempfile.TemporaryDirectory() as phantoms:
         write_cohort(Path(phantoms), cases=1)
@@ -187,11 +184,7 @@ def comparison_cases(ensemble: FoldEnsemble, model: Path, folder: str = "") -> l
 
 
 def prepare(ensemble: FoldEnsemble, model: Path, folder: str, kind: str, tables: bool) -> Case:
-    """The first case of a folder that can be prepared.
-
-    Raises:
-        ExportError: there is none; the reasons are named.
-    """
+    """The first case of a folder that can be prepared."""
     # Scans that quality control rejects can still be used to compare two runtimes.
     parser = inference_config(model, device="cpu", amp=False, dataset_dir=folder, force=True)
     preprocessing, reasons = parser.get_parsed_content("preprocessing"), []
@@ -297,11 +290,7 @@ def open_onnx(path: Path) -> Run:
 
 
 def needed(package: str) -> Any:
-    """An optional package.
-
-    Raises:
-        ExportError: it is not installed.
-    """
+    """An optional package."""
     try:
         return __import__(package)
     except ImportError as error:

@@ -102,11 +102,7 @@ def federated_job(
 
 
 def centres_of(dataset_dir: str, settings: dict[str, Any], chosen: Sequence[Any]) -> list[str]:
-    """The centres of a cohort, or those chosen among them.
-
-    Raises:
-        UsageError: one that is chosen has no case.
-    """
+    """The centres of a cohort, or those chosen among them."""
     found = load_cohort(Path(dataset_dir).expanduser().resolve(), settings.get("ehr_csv")).centres
     strange = sorted({str(name) for name in chosen} - set(found))
     if strange:
@@ -130,11 +126,7 @@ def check_names(names: Sequence[str], min_centres: int) -> None:
 
 
 def rounds_of(path: str) -> int:
-    """The rounds that a global model was trained for.
-
-    Raises:
-        UsageError: it was not trained federated.
-    """
+    """The rounds that a global model was trained for."""
     facts = saved_provenance(path).get(FEDERATED)
     if not isinstance(facts, dict):
         raise UsageError(f"--start {path}: it was not trained federated")

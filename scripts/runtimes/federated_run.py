@@ -47,11 +47,7 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
 
 
 def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
-    """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results.
-
-    Raises:
-        FederatedRunError: the training ended early.
-    """
+    """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results."""
     names = json.loads((job / "meta.json").read_text())["deploy_map"][CLIENT]
     workspace = results / "workspace"
     shutil.rmtree(workspace, ignore_errors=True)

@@ -160,11 +160,7 @@ def read_case(folder: Path, features: Sequence[str]) -> Case:
 
 
 def only_image(folder: Path) -> Path:
-    """The one ``.mha`` file of a folder.
-
-    Raises:
-        CohortError: there is none, or there are several.
-    """
+    """The one ``.mha`` file of a folder."""
     found = sorted(folder.glob("*.mha"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -179,9 +175,6 @@ def activity_scan(pet: Path, table: str, patient: str | None) -> ActivityScan:
         pet: its file.
         table: with the factors.
         patient: its id there; None for the file's name without ``__PT``.
-
-    Raises:
-        CohortError: as :func:`.read_suv_factor`.
     """
     named = re.sub(r"__PT$", "", pet.name.removesuffix(image_suffix(pet)), flags=re.IGNORECASE)
     try:

@@ -51,11 +51,7 @@ class Bundle:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Content of ``configs/metadata.json``.
-
-        Raises:
-            CheckError: there is none, or it is no JSON object.
-        """
+        """Content of ``configs/metadata.json``."""
         try:
             content = json.loads((self.root / METADATA).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -66,11 +62,7 @@ class Bundle:
 
     @property
     def large_files(self) -> dict[str, dict[str, str]]:
-        """Entries of ``large_files.yml`` by path; empty without that file.
-
-        Raises:
-            CheckError: it holds no list ``large_files``.
-        """
+        """Entries of ``large_files.yml`` by path; empty without that file."""
         if not (self.root / LARGE_FILES).is_file():
             return {}
         entries = ConfigParser.load_config_file(str(self.root / LARGE_FILES)).get("large_files")
@@ -186,11 +178,7 @@ def torchscript(bundle: Bundle) -> None:
 
 
 def run_monai(bundle: Bundle, command: str, *options: str) -> None:
-    """Run a command of ``monai.bundle`` on the bundle's network, in its folder.
-
-    Raises:
-        CheckError: it failed; the message is the last line of its output.
-    """
+    """Run a command of ``monai.bundle`` on the bundle's network, in its folder."""
     files = ["--meta_file", METADATA, "--config_file", "configs/inference.json", "--bundle_root", "."]
     call = [sys.executable, "-m", "monai.bundle", command, "--net_id", NETWORK, *files, *options]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}

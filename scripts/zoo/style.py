@@ -32,11 +32,7 @@ def styled_json(text: str) -> str:
 
 
 def style_code(folder: Path) -> None:
-    """Format Python files in place with isort and black.
-
-    Raises:
-        StyleError: one of them cannot be formatted.
-    """
+    """Format Python files in place with isort and black."""
     with tempfile.TemporaryDirectory() as place:  # away from any other settings
         settings = Path(place) / "pyproject.toml"
         settings.write_text(ZOO_STYLE, encoding="utf-8")

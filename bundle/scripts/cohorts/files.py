@@ -51,11 +51,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:
-    """Create a folder for results where it does not exist, and check that files can be written to it.
-
-    Raises:
-        WriteError: they cannot.
-    """
+    """Create a folder for results where it does not exist, and check that files can be written to it."""
     folder = Path(folder)
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         what = "it is a file, not a folder" if folder.exists() else "it is a broken link"

@@ -261,11 +261,7 @@ def read_records(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-        CohortError: it cannot be read, or is too large for a table.
-    """
+    """The content of a file."""
     try:
         if what := no_file(path):
             raise CohortError(f"{path} cannot be read: it is {what}")

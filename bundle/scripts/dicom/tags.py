@@ -40,11 +40,7 @@ class AbsentTagError(DicomError):
 
 
 def needed_module(name: str) -> Any:
-    """Import a module that only DICOM needs.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Import a module that only DICOM needs."""
     try:
         return import_module(name)
     except ImportError as error:

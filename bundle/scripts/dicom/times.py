@@ -222,11 +222,7 @@ def _moment(header: Dataset, day: str, clock: str) -> datetime:
 
 
 def required(header: Dataset, keyword: str) -> str:
-    """A tag as text.
-
-    Raises:
-        AbsentTagError: it is missing or empty.
-    """
+    """A tag as text; a missing or empty one raises :class:`.AbsentTagError`."""
     text = text_of(header, keyword)
     if not text:
         raise AbsentTagError(f"SUV: {tag_name(keyword)} is missing or empty")

@@ -205,11 +205,7 @@ class DicomWeb:
         logger.info("downloaded: %s, %d images", series.modality, count)
 
     def _require_part(self, image: Any, study: str, series: str) -> None:
-        """Refuse an image of another study or series: it may be of another patient.
-
-        Raises:
-            DicomError: it is one.
-        """
+        """Refuse an image of another study or series: it may be of another patient."""
         for name, asked in (("StudyInstanceUID", study), ("SeriesInstanceUID", series)):
             if (got := text_of(image, name)) != asked:
                 shown = printable(got or "none", LONGEST_UID)
@@ -239,11 +235,7 @@ class DicomWeb:
 
     @contextmanager
     def _told(self, doing: str) -> Iterator[None]:
-        """Turn what goes wrong on the way to a server into a sentence.
-
-        Raises:
-            DicomError: it says what to do.
-        """
+        """Turn what goes wrong on the way to a server into a sentence."""
         errors = needed_module("requests").exceptions
         start = f"cannot {doing} {self.url}"
         try:

@@ -117,11 +117,7 @@ class ClinicalModel:
 
 @cache
 def shipped() -> ClinicalModel:
-    """The model in :data:`MODEL_FILE`, read once.
-
-    Raises:
-        ClinicalModelError: as :meth:`ClinicalModel.read`.
-    """
+    """The model in :data:`MODEL_FILE`, read once."""
     return ClinicalModel.read()
 
 

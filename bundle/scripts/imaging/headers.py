@@ -476,11 +476,7 @@ def _packed_as(path: Path, start: int) -> int:
 
 
 def _numbers(fields: Mapping[str, str], name: str, kind: Callable[[str], float], count: int) -> list:
-    """The numbers of a field.
-
-    Raises:
-        _Fault: the field does not hold ``count`` finite numbers.
-    """
+    """The numbers of a field."""
     try:
         found = [kind(word) for word in fields.get(name, "").split()]
     except ValueError:

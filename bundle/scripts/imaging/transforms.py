@@ -341,11 +341,7 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 def _clinical_rows(
     features: Sequence[str], coded: Sequence[float], given: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Clinical values and their coding; for ``given`` None the values are derived from the coding.
-
-    Raises:
-        scripts.cohorts.clinical.ClinicalValueError: a value cannot be read.
-    """
+    """Clinical values and their coding; for ``given`` None the values are derived from the coding."""
     rows = []
     for name, code in zip(features, coded, strict=True):
         if given is not None:

@@ -51,11 +51,7 @@ def audit_line(
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line in a single write, so that several programs of one computer may share a file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Append a line in a single write, so that several programs of one computer may share a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())

@@ -361,11 +361,7 @@ def _seconds(started: Any) -> float | None:
 
 
 def _number(data: Mapping[Hashable, Any], key: str) -> float:
-    """A score as a number.
-
-    Raises:
-        ValueError: when it is not finite.
-    """
+    """A score as a number."""
     number = float(data[key])
     if not math.isfinite(number):
         raise ValueError(f"the network gave {key} = {number}; the weights or the input are damaged")

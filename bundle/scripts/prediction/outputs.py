@@ -233,11 +233,7 @@ class PredictionWriter:
         logger.error("no audit: %s", self.problems["audit"])
 
     def append_audit(self, line: str) -> None:
-        """Append a patient's line to the audit.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Append a patient's line to the audit."""
         append_line(self.audit, line)
 
     def note_failure(self, engine: Workflow) -> None:

@@ -67,11 +67,7 @@ def read_niivue(path: str | Path) -> Markup:
 
 
 class ViewerWriter:
-    """Writes the viewer of each patient; one of the ``products`` of :class:`.PredictionWriter`.
-
-    Raises:
-        ViewerError: see :func:`read_niivue`.
-    """
+    """Writes the viewer of each patient; one of the ``products`` of :class:`.PredictionWriter`."""
 
     def __init__(self, niivue: str | Path) -> None:
         self.niivue = read_niivue(niivue)

@@ -172,11 +172,7 @@ def request_case(request: Mapping[str, Any], features: Sequence[str] = DEFAULT_F
 def audit_request(
     path: Path, request: Mapping[str, Any], checkpoint: str, prediction: Mapping[str, Any] | None = None
 ) -> None:
-    """Append the line of a request to the audit, see :mod:`scripts.prediction.audit`; without a prediction it failed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Append a line to the audit (:mod:`scripts.prediction.audit`); without a prediction the request failed."""
     try:
         case = request_case(request)
     except Exception:  # then the CT is all that is known
@@ -204,11 +200,7 @@ def named_file(request: Mapping[str, Any], name: str, ct: Path | None = None) ->
 
 
 def _scans_with(ct: Path, pet: Path | None = None, patient: str | None = None) -> Scans:
-    """The CT's patient and scans, without a mask.
-
-    Raises:
-        CohortError: no PET is named, and none lies beside the CT.
-    """
+    """The CT's patient and scans, without a mask."""
     named = named_ct(ct)
     name = patient or named or _stem(ct)
     if pet is None and named:
@@ -259,11 +251,7 @@ def _dicom_case(
 
 
 def _read_tables(paths: Sequence[str | Path], features: Sequence[str]) -> Tables:
-    """The tables, whose faults say nothing of what stands in them: the client may not see them, but the messages.
-
-    Raises:
-        CohortError: one is no table of clinical values.
-    """
+    """The tables, whose faults say nothing of what stands in them: the client may not see them, but the messages."""
     try:
         tables = read_tables(paths, features)
     except CohortError:

@@ -70,11 +70,7 @@ def _images(folder: Path) -> int:
 
 
 def _require_same_place(ct: Path, choice: Choice) -> None:
-    """Check that the image file shows what the DICOM series does.
-
-    Raises:
-        DicomError: it does not, as where a series holds several scans.
-    """
+    """Check that the image file shows what the DICOM series does."""
     header = read_header(ct, image_suffix(ct))
     made, series = Grid(header.shape, header.affine), choice.ct.grid
     if sorted(made.shape) != sorted(series.shape) or np.abs(made.bounds - series.bounds).max() > SAME_MM:

@@ -71,22 +71,14 @@ def find_bundle(model_path: str | os.PathLike[str]) -> Path:
 
 
 def unused(folder: Path) -> Path:
-    """The output folder, in which no earlier run has left results: nobody shall take those for the new ones.
-
-    Raises:
-        AppError: when there are some.
-    """
+    """The output folder, in which no earlier run has left results: nobody shall take those for the new ones."""
     if folder.is_dir() and any(folder.iterdir()):
         raise AppError(f"{folder} is not empty: name another folder with --output, or remove what is in it")
     return folder
 
 
 def forced() -> bool:
-    """Whether the user wants a prediction although quality control rejects the study.
-
-    Raises:
-        AppError: when the option is neither on nor off.
-    """
+    """Whether the user wants a prediction although quality control rejects the study."""
     value = os.environ.get(FORCE, "").strip().lower()
     if value not in SWITCH:
         raise AppError(f"{FORCE} is 1 or 0, not {value!r}")
@@ -94,11 +86,7 @@ def forced() -> bool:
 
 
 def check_arguments() -> None:
-    """Read the command line as the SDK will, which ends a program with code 2 and its usage.
-
-    Raises:
-        AppError: it cannot be read.
-    """
+    """Read the command line as the SDK will, which ends a program with code 2 and its usage."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):
