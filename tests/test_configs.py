@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import nibabel
@@ -21,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data.utils import pickle_hashing
 
 from conftest import BUNDLE, TINY, make_tiny_cohort
+from phantom.cohort import write_cohort
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
 from scripts.imaging.images import read_image
@@ -30,6 +33,7 @@ from scripts.imaging.transforms import INFERENCE_KEYS, TRAINING_KEYS, LoadScansd
 from scripts.model.ensemble import saved_provenance, saved_spec
 from scripts.model.preprocessing import Preprocessing
 from scripts.model.spec import ModelSpec
+from scripts.prediction.coarse import CoarsePass
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
 SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
@@ -125,6 +129,24 @@ def test_training_evaluation_and_inference_preprocess_alike(purpose: str, keys_k
     assert (scale.ct_window, scale.pet_window) == ((-100, 900), (0, 20))
     assert clinical.features == ("m_stage", "age")
     assert select.keys == keys_kept
+
+
+@pytest.mark.parametrize(
+    ("proposer", "shared"),
+    [
+        pytest.param(None, False, id="no_network"),
+        pytest.param(CoarsePass("model.pt"), True, id="in_doubt"),
+        pytest.param(CoarsePass("model.pt", when="always"), False, id="always"),
+        pytest.param(lambda *_: [], False, id="of_a_user"),
+    ],
+)
+def test_cases_are_prepared_by_rules_alone_where_a_network_is_asked_in_doubt_only(proposer: Any, shared: bool) -> None:
+    spec = ModelSpec(["seg"], [], 32, 4.0, [-1000, 1000], None, 1e-5)
+    rules = Preprocessing(spec, "evaluation", proposer, advisory=["box_in_view"]).by_rules
+    assert (rules is not None) == shared
+    if rules is not None:
+        plain = Preprocessing(spec, "evaluation", None, advisory=["box_in_view"])
+        assert pickle_hashing(rules.transforms) == pickle_hashing(plain.transforms)
 
 
 def test_preprocessing_for_another_purpose_is_refused() -> None:
@@ -401,22 +423,39 @@ def test_evaluating_reads_the_trained_model(trained: Path, tiny_cohort: Path, ru
     assert len(rows) == report["cases"] == 3
 
 
-def test_evaluating_prepares_every_case_once(trained: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch) -> None:
+def test_evaluating_prepares_every_case_once(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    """With the cache of the training only what is in doubt, and with the same results."""
     loaded, load = [], LoadScansd.__call__
     monkeypatch.setattr(
         LoadScansd, "__call__", lambda self, data: loaded.append(data[keys.PATIENT_ID]) or load(self, data)
     )
     monkeypatch.chdir(BUNDLE)
-    where = {"dataset_dir": str(tiny_cohort), "ckpt_dir": str(trained / "models"), "output_dir": str(tmp_path)}
-    options = {"num_folds": 2, "num_workers": 0, "device": "cpu", "logging_file": False, "workflow_type": "train"}
-    workflow = ConfigWorkflow([str(BUNDLE / TRAIN), str(BUNDLE / EVALUATE)], **where, **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    assert (
-        json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["cases"] == len(loaded) == len(set(loaded))
-    )
-    assert not (tmp_path / "evaluation" / "cache").exists()
+    cohort = tmp_path / "phantoms"
+    write_cohort(cohort, 6, 0, "small")
+    first = min((cohort / "Task 1").rglob("*__PT.nii.gz"))
+    change_image(first, lambda pet: np.where(np.arange(pet.shape[2]) > 0.5 * pet.shape[2], 0.01, pet))  # no brain
+    where = {"dataset_dir": str(cohort), "ckpt_dir": str(trained / "models"), "output_dir": str(tmp_path)}
+    options = {"evaluate_on": "all", "num_workers": 0, "device": "cpu", "logging_file": False, "workflow_type": "train"}
+
+    def evaluate(**more: Any) -> str:
+        loaded.clear()
+        workflow = ConfigWorkflow([str(BUNDLE / TRAIN), str(BUNDLE / EVALUATE)], **where, **options, **more)
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        assert not (tmp_path / "evaluation_all" / "cache").exists()
+        return (tmp_path / "evaluation_all" / "cases.csv").read_text()
+
+    table = evaluate()
+    assert json.loads((tmp_path / "evaluation_all" / "metrics.json").read_text())["cases"] == len(loaded)
+    assert len(loaded) == len(set(loaded))
+    rows = rows_of(tmp_path / "evaluation_all" / "cases.csv")
+    doubtful = [row["PatientID"] for row in rows if (row["crop_method"], row["crop_flag"]) != ("pet_brain", "")]
+    assert 0 < len(doubtful) < len(rows)
+    assert evaluate(**{"validate#dataset#shared_cache_dir": str(tmp_path / "shared")}) == table
+    assert sorted(loaded) == sorted([row["PatientID"] for row in rows] + doubtful)
+    assert evaluate(**{"validate#dataset#shared_cache_dir": str(tmp_path / "shared")}) == table
+    assert sorted(loaded) == sorted(doubtful)
 
 
 def test_settings_that_differ_from_the_weights_are_refused(trained: Path, tiny_cohort: Path, run_bundle) -> None:

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -149,6 +150,51 @@ def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:
     assert MakeImage.calls == 3
     CaseDataset(cases(0, 3), prepared(fails="nobody"), cache_dir=str(tmp_path))[0]
     assert MakeImage.calls == 4
+
+
+class ByNetwork(Compose):
+    """A preprocessing whose box follows from a network where the rules are in doubt; counts what each prepares."""
+
+    def __init__(self, doubtful: str, rejected: str = "", weights: int | None = None) -> None:
+        super().__init__([PlaceBox(doubtful, rejected, weights)])
+        self.by_rules = ByNetwork(doubtful, rejected) if weights is not None else None
+
+
+class PlaceBox(Transform):
+    calls: ClassVar[list[tuple[str, int | None]]] = []
+
+    def __init__(self, doubtful: str, rejected: str, weights: int | None) -> None:
+        self.doubtful, self.rejected, self.weights = doubtful, rejected, weights
+
+    def __call__(self, data: dict) -> dict:
+        patient = data[keys.PATIENT_ID]
+        PlaceBox.calls.append((patient, self.weights))
+        if patient == self.rejected and self.weights is None:
+            raise ValueError("the box holds no body")
+        doubt = patient in (self.doubtful, self.rejected)
+        item = {keys.PATIENT_ID: patient, keys.CROP_FLAG: "the vertex is cut off" if doubt else ""}
+        placed = self.weights if doubt and self.weights is not None else -1
+        return {**item, keys.CROP_METHOD: "pet_brain", keys.IMAGE: torch.full((2, 1, 1, 1), float(placed))}
+
+
+def test_evaluations_share_the_cases_whose_box_needs_no_network(tmp_path: Path) -> None:
+    """The training left its own; a second network prepares what is in doubt, and what the rules alone reject."""
+    PlaceBox.calls.clear()
+    shared, members = str(tmp_path / "shared"), cases(0, 4)
+    doubt, rejected = members[1][keys.PATIENT_ID], members[2][keys.PATIENT_ID]
+    CaseDataset(members[:1], ByNetwork(doubt, rejected), cache_dir=shared)[0]
+    found = {}
+    for weights in (1, 2):
+        own = str(tmp_path / str(weights))
+        alone = CaseDataset(members, ByNetwork(doubt, rejected, weights), own + "a")
+        dataset = CaseDataset(members, ByNetwork(doubt, rejected, weights), own, shared_cache_dir=shared)
+        found[weights] = [float(dataset[k][keys.IMAGE].flatten()[0]) for k in range(4)]
+        assert found[weights] == [float(alone[k][keys.IMAGE].flatten()[0]) for k in range(4)]
+    assert found == {1: [-1, 1, 1, -1], 2: [-1, 2, 2, -1]}
+    by_rules = [patient for patient, weights in PlaceBox.calls if weights is None]
+    assert sorted(by_rules) == sorted(
+        [members[0][keys.PATIENT_ID], doubt, rejected, rejected, members[3][keys.PATIENT_ID]]
+    )
 
 
 @pytest.mark.parametrize(

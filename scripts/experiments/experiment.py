@@ -112,6 +112,7 @@ class Plan:
         overrides = {**self.overrides, "output_dir": str(fold_folder(self.folder, fold)), "fold": fold}
         steps = [(TRAINING, bundle_command("training", self.config_files, overrides))]
         overrides.pop("tracking", None)
+        overrides["validate#dataset#shared_cache_dir"] = overrides.get("cache_dir")
         files = (*self.config_files, EVALUATE_CONFIG)
         return steps + [
             (f"evaluating {part}", bundle_command("evaluating", files, {**overrides, "evaluate_on": part}))

@@ -34,6 +34,7 @@ from phantom.cohort import NOTICE
 from scripts.cohorts.files import write_text, written_whole
 from scripts.imaging.geometry import Grid, box_grid, share_inside
 from scripts.imaging.localise import (
+    ALWAYS,
     METHOD_CENTRE,
     METHOD_PET_BRAIN,
     Anchor,
@@ -44,7 +45,7 @@ from scripts.imaging.localise import (
     place_box,
 )
 from scripts.keys import GTVP
-from scripts.prediction.coarse import ALWAYS, COARSE_SPACING_MM, CoarsePass
+from scripts.prediction.coarse import COARSE_SPACING_MM, CoarsePass
 
 CT_MM, PET_MM = 4.0, 5.0
 CROPS = {"224 mm": (32, 7.0), "256 mm": (128, 2.0)}

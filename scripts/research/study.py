@@ -190,7 +190,7 @@ class Study:
             "ckpt_dir": str(fold_folder(folder, fold) / "models"),
             "evaluation_dir": str(evaluation_folder(folder, fold, OTHERS)),
             "evaluate_on": "all",
-            "cache_dir": self.cache,
+            "validate#dataset#shared_cache_dir": self.cache,
         }
         files = [TRAIN_CONFIG, *(find_config(name) for name in self.config_files(variant)), EVALUATE_CONFIG]
         return bundle_command("evaluating", files, options)

@@ -25,6 +25,7 @@ METHOD_WORDS = {
     METHOD_CT_TOP: "below the top of the body in the CT",
     METHOD_CENTRE: "in the middle of the scan",
 }
+IN_DOUBT, ALWAYS = "in_doubt", "always"  # when a network is asked
 BY_NETWORK = "+network"  # suffix of the rule: the box was then moved to the tumour found by the network
 
 # --- the box in relation to the brain ------------------------------------------------------------------------
@@ -94,6 +95,11 @@ class Location:
     def rule(self) -> str:
         """The ``METHOD_*`` name without ``BY_NETWORK``."""
         return self.method.removesuffix(BY_NETWORK)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is not at a whole brain in the PET, all of it in the CT; always where :attr:`Anchor.doubtful`."""
+        return self.method != METHOD_PET_BRAIN or self.flag != ""
 
 
 def method_words(method: str) -> str:

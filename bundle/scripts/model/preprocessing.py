@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from monai.transforms import Compose
 
-from scripts.imaging.localise import Proposer
+from scripts.imaging.localise import IN_DOUBT, Proposer
 from scripts.imaging.quality import CheckQualityd, Limits
 from scripts.imaging.transforms import (
     INFERENCE_KEYS,
@@ -37,6 +37,10 @@ class Preprocessing(Compose):
         limits: of the quality checks, as :class:`scripts.imaging.quality.CheckQualityd` takes them.
         advisory: names of the checks that reject no case.
 
+    Attributes:
+        by_rules: the same without the proposer, where that gives the same for every case whose box is not in doubt;
+            else None.
+
     Raises:
         ValueError: for another purpose.
     """
@@ -52,6 +56,8 @@ class Preprocessing(Compose):
     ) -> None:
         if purpose not in KEYS:
             raise ValueError(f"purpose is one of {', '.join(KEYS)}; got {purpose!r}")
+        in_doubt = proposer is not None and getattr(proposer, "when", None) == IN_DOUBT
+        self.by_rules = Preprocessing(spec, purpose, None, on_reject, limits, advisory) if in_doubt else None
         super().__init__(
             [
                 LoadScansd(),

@@ -20,14 +20,13 @@ from torch.utils.data import get_worker_info
 
 from scripts.cohorts.thresholds import above
 from scripts.imaging.geometry import Grid, box_grid, resample
-from scripts.imaging.localise import BODY_HU, Anchor, Candidate, NoCoarsePass, credible_bounds
+from scripts.imaging.localise import ALWAYS, BODY_HU, IN_DOUBT, Anchor, Candidate, NoCoarsePass, credible_bounds
 from scripts.imaging.transforms import CT_FILL, PET_FILL, ScaleIntensityPETCTd
 from scripts.keys import IMAGE, TASK_SEG
 from scripts.model.ensemble import read_state, saved_spec
 from scripts.model.networks import MultitaskNet
 from scripts.model.unet import ROI_FACTOR
 
-IN_DOUBT, ALWAYS = "in_doubt", "always"
 COARSE_SPACING_MM = 4.0
 WINDOW_OVERLAP = 0.25
 CONTEXT_MM = 40.0  # margin around the bounds, for tumours at their edge

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from scripts import keys
 from scripts.cohorts.files import written_whole
+from scripts.imaging.localise import Location
 from scripts.imaging.quality import OK, VOXEL_SIZES, Check, checks_from_json
 from scripts.model.ranks import rank, world_size
 
@@ -69,6 +70,9 @@ class CaseDataset(PersistentDataset):
         mask_labels: whether masks tell primary tumour (1) and nodes (2) apart: ``"apart"`` all, ``"merged"`` none,
             ``"auto"`` those that hold a 2 and, once :func:`prepare_datasets` has seen all masks, those of a centre with
             such a mask.
+        shared_cache_dir: folder of the cache of a training. Of a :class:`.Preprocessing` with a proposer, which follows
+            from the weights, the cases whose box is not in doubt are prepared without it and kept there, for other
+            evaluations to use; None: all are kept in ``cache_dir``.
         image_dtype: type in which images are kept: ``"float32"``, or ``"float16"``, which takes half of the memory and
             changes a value of [0, 1] by at most 0.00025 (0.5 HU of 2000, 0.006 SUV of 25).
 
@@ -86,6 +90,7 @@ class CaseDataset(PersistentDataset):
         cache_dir: str | None = None,
         mask_labels: str = AUTO,
         image_dtype: str = "float32",
+        shared_cache_dir: str | None = None,
     ) -> None:
         if image_dtype not in IMAGE_DTYPES:
             raise ValueError(f"image_dtype is one of {', '.join(IMAGE_DTYPES)}; got {image_dtype!r}")
@@ -98,6 +103,9 @@ class CaseDataset(PersistentDataset):
         self._suffix = f"{self.transform_hash}_{image_dtype}.pt"
         self._opened: dict[Path, Mapping[str, Any]] = {}
         self._told_of_disk = False
+        self._by_rules: CaseDataset | None = None
+        if shared_cache_dir is not None and (rules := getattr(transform, "by_rules", None)) is not None:
+            self._by_rules = CaseDataset([], rules, shared_cache_dir, mask_labels, image_dtype)
 
     def __getitem__(self, index: Any) -> Any:
         """Case ``index``; of a :class:`Draw`, with its seed as ``augmentation_seed``."""
@@ -122,6 +130,13 @@ class CaseDataset(PersistentDataset):
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         """The prepared case, from memory, from the cache or computed; MONAI's hook."""
+        if self._by_rules is not None:
+            try:
+                item = self._by_rules._cachecheck(item_transformed)
+            except Exception:  # with a box by the network it may be sound
+                item = None
+            if item is not None and not is_in_doubt(item):
+                return item
         if self.cache_dir is None:
             return self._kept(self._pre_transform(deepcopy(item_transformed)))
         path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self._suffix}"
@@ -152,6 +167,11 @@ class CaseDataset(PersistentDataset):
     def __getstate__(self) -> dict[str, Any]:
         """Without the files that are mapped into the memory of this process."""
         return {**self.__dict__, "_opened": {}}
+
+
+def is_in_doubt(item: Mapping[Any, Any]) -> bool:
+    """Whether the box of a prepared case is where a network would be asked."""
+    return Location(np.zeros(3), item[keys.CROP_METHOD], item[keys.CROP_FLAG]).doubtful
 
 
 def _mapped(path: Path) -> Mapping[str, Any]:
