@@ -71,7 +71,7 @@ class Variant:
         object.__setattr__(self, "overrides", ids)
 
 
-TABLE_1 = {"protocol": "ablation", "epochs": 100, "val_interval": 10}
+TABLE_1: dict[str, Any] = {"protocol": "ablation", "epochs": 100, "val_interval": 10}
 
 
 def deep(what: str, **overrides: Any) -> Variant:
