@@ -528,6 +528,23 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(fake, centres, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        pytest.param("mine.json", '{"epochs": 9,}', r"mine\.json cannot be read as a config .*: .*line 1", id="json"),
+        pytest.param("mine.yaml", "epochs: 9\n  a: [1,\n", r"mine\.yaml cannot be read as a config", id="yaml"),
+        pytest.param("mine.txt", "epochs: 9\n", r"mine\.txt cannot be read as a config", id="ending"),
+        pytest.param("mine.yaml", "- 9\n", r"mine\.yaml is no config: it must hold ids", id="list"),
+        pytest.param("mine.yml", "", r"mine\.yml is no config: it must hold ids", id="empty"),
+    ],
+)
+def test_an_overlay_that_is_no_config_is_refused(monkeypatch, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExperimentError, match=message):
+        experiment.find_config(name)
+
+
 def test_a_gpu_that_is_not_visible_is_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ExperimentError, match="no GPU 1: CUDA_VISIBLE_DEVICES is 3"):

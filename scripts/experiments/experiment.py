@@ -250,13 +250,22 @@ def find_config(name: str) -> str:
     """Path of a config file: relative to the bundle's folder if it is in there, else absolute.
 
     Raises:
-        ExperimentError: there is no such file, or it is not for this tool.
+        ExperimentError: there is no such file, it cannot be read as a config, or it is not for this tool.
     """
+    from monai.bundle import ConfigParser
+
     if Path(name).name == "multi_gpu_train.json":
         raise ExperimentError(f"{name} is for torchrun: here each fold has a device of its own (--devices 0,1)")
     for folder in (BUNDLE, Path.cwd()):
         path = (folder / name).resolve()
         if path.is_file():
+            try:
+                content = ConfigParser.load_config_file(str(path))
+            except Exception as error:  # of MONAI, the JSON or the YAML reader
+                why = " ".join(str(error).split())
+                raise ExperimentError(f"{path} cannot be read as a config (.json or .yaml): {why}") from error
+            if not isinstance(content, dict):
+                raise ExperimentError(f"{path} is no config: it must hold ids with their values, such as epochs: 100")
             return path.relative_to(BUNDLE).as_posix() if path.is_relative_to(BUNDLE) else str(path)
     raise ExperimentError(f"no config file {name}, neither in {BUNDLE} nor in {Path.cwd()}")
 
