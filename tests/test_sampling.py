@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import math
-import os
 import pickle
 import resource
 import shutil
@@ -277,6 +276,41 @@ def test_files_kept_in_another_type_are_not_taken(tmp_path: Path) -> None:
         assert dataset.prepare(0)[keys.IMAGE].dtype == dataset[0][keys.IMAGE].dtype == getattr(torch, image_dtype)
 
 
+def test_files_of_another_version_are_not_taken(tmp_path: Path, monkeypatch) -> None:
+    MakeImage.calls = 0
+    for version in ("0.6.0", "0.7.0", "0.7.0"):
+        monkeypatch.setattr("scripts.training.sampling._version", lambda version=version: version)
+        CaseDataset(cases(0, 2), prepared(), cache_dir=str(tmp_path)).prepare(0)
+    assert MakeImage.calls == 2
+
+
+class MadeByTwo(MakeCase):
+    """Another process makes the file of the case in the meantime."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __call__(self, data: dict) -> dict:
+        if self.folder is not None:
+            folder, self.folder = self.folder, None
+            CaseDataset([data], Compose([self]), str(folder)).prepare(0)
+            self.folder = folder
+        return super().__call__(data)
+
+
+def test_a_file_that_another_process_made_in_the_meantime_stays(tmp_path: Path, monkeypatch) -> None:
+    """It may be mapped into the memory of a process on another computer, which must not lose it."""
+    monkeypatch.setattr(CaseDataset, "set_transform_hash", lambda self, function: setattr(self, "transform_hash", "x"))
+    replaced: list[Path] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: replaced.append(target) or replace(self, target))
+    dataset = CaseDataset(cases(0, 1), Compose([MadeByTwo(tmp_path)]), str(tmp_path))
+    first = dataset.prepare(0)[keys.IMAGE]
+    assert len(replaced) == len(list(tmp_path.glob("*.pt"))) == 1
+    assert torch.equal(dataset.prepare(0)[keys.IMAGE], first)
+
+
 def test_kept_processes_change_no_draw(tmp_path: Path) -> None:
     """Neither of cases and seeds, nor of torch's generator, from which dropout is drawn."""
 
@@ -300,6 +334,7 @@ def test_kept_processes_change_no_draw(tmp_path: Path) -> None:
 
 
 STEP, LIMIT, WINDOW = 0.05, 0.055, 30
+MOST_IN_USE = 0.15  # of the processors, by other processes
 
 
 @pytest.fixture(scope="module")
@@ -332,18 +367,37 @@ def test_loading_takes_a_fraction_of_the_processors(large_cases) -> None:
     assert least < 0.09
 
 
+def share_in_use(seconds: float = 1.0) -> float:
+    """Share of the time of all processors that anything uses."""
+    readings = []
+    for wait in (seconds, 0.0):
+        times = [int(time) for time in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        readings.append((sum(times), sum(times) - times[3] - times[4]))  # without idling and waiting for a disk
+        time.sleep(wait)
+    (start, used_before), (end, used) = readings
+    return (used - used_before) / (end - start)
+
+
 def test_a_step_of_50_ms_does_not_wait_for_data(large_cases) -> None:
-    if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
-        pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}), so that times of waiting mean nothing")
+    """The mean step of one of four epochs. A failure means nothing where other processes use the processors."""
+    in_use = [share_in_use()]
     loader = CaseLoader(large_cases[0], batch_sampler=large_cases[1], num_workers=2, persistent_workers=True)
-    medians = []
+    steps = []
     for _ in range(4):
         clock = []
         for _ in loader:
             time.sleep(STEP)
             clock.append(time.perf_counter())
-        medians.append(float(np.median(np.diff(clock))))
-    assert min(medians) < LIMIT
+        steps.append((clock[-1] - clock[0]) / (len(clock) - 1))
+    del loader  # and its processes
+    in_use.append(share_in_use())
+    if min(steps) >= LIMIT and max(in_use) > MOST_IN_USE:
+        pytest.skip(
+            f"a step took {min(steps) * 1000:.1f} ms, at most {LIMIT * 1000:.0f} are wanted; but other processes used "
+            f"{in_use[0]:.0%} of the processors before and {in_use[1]:.0%} after it, more than {MOST_IN_USE:.0%}: "
+            "repeat it when the machine is at rest"
+        )
+    assert min(steps) < LIMIT
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
@@ -356,6 +410,30 @@ def test_a_cache_that_cannot_be_written_costs_no_case(tmp_path: Path, monkeypatc
     prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
     assert len(dataset) == 3 and not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
     assert caplog.text.count("cannot be written to") == 1
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_a_batch_holds_cases_with_and_without_a_file(tmp_path: Path, monkeypatch, room: int) -> None:
+    """The disk is full after so many files; the others are prepared each time."""
+    save, written = torch.save, []
+
+    def limited(item, path) -> None:
+        if len(written) == room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        save(item, path)
+
+    monkeypatch.setattr(torch, "save", limited)
+    members = cases(2, 2)
+    dataset = CaseDataset(members, Compose([MakeCase()]), str(tmp_path / "cache"), image_dtype="float16")
+    prepare_datasets({"training": dataset}, str(tmp_path / "out"), show_progress=False)
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == room
+    for workers in (0, 2):
+        (batch,) = CaseLoader(dataset, batch_size=4, num_workers=workers)
+        image, targets, _, _ = prepare_batch(batch, "cpu")
+        expected = [MakeCase()(member) for member in members]
+        assert torch.equal(image, torch.stack([made[keys.IMAGE].as_tensor().half().float() for made in expected]))
+        assert torch.equal(targets[keys.SEG], torch.stack([made[keys.SEG].as_tensor() for made in expected]))
 
 
 @pytest.mark.parametrize(

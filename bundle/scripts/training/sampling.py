@@ -7,6 +7,7 @@ uninterrupted one, with any number of workers.
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -33,6 +34,7 @@ from scripts.cohorts.files import written_whole
 from scripts.imaging.localise import Location
 from scripts.imaging.quality import OK, VOXEL_SIZES, Check, checks_from_json
 from scripts.model.ranks import rank, world_size
+from scripts.training.configuration import CONFIGS
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,10 @@ class CaseDataset(PersistentDataset):
     """MONAI's disk-cached dataset, which passes on the seeds that the sampler draws.
 
     ``transform`` is computed once and cached in ``cache_dir``, under a hash of the case and of the transforms with
-    their parameters. The files are mapped into memory. So the system keeps them there as long as memory is free, all
-    processes share them, also those of other folds, and a case is read without unpickling. Masks are kept as uint8, and
-    become float32 again in :func:`scripts.training.engine.prepare_batch`.
+    their parameters, and the bundle's version, since another version may compute other values from them. The files are
+    mapped into memory. So the system keeps them there as long as memory is free, all processes share them, also those
+    of other folds, and a case is read without unpickling. Masks are kept as uint8, and become float32 again in
+    :func:`scripts.training.engine.prepare_batch`.
 
     A file that cannot be read is computed again; if none can be written (full disk), the case is prepared each time.
     (MONAI's own cache raises for a truncated file and for a full disk, and does not write atomically across disks.)
@@ -100,7 +103,7 @@ class CaseDataset(PersistentDataset):
         self.mask_labels = mask_labels
         self.centres_apart: frozenset[str] = frozenset()
         self._dtypes = {keys.IMAGE: IMAGE_DTYPES[image_dtype], keys.SEG: torch.uint8}
-        self._suffix = f"{self.transform_hash}_{image_dtype}.pt"
+        self._suffix = f"{self.transform_hash}_{_version()}_{image_dtype}.pt"
         self._opened: dict[Path, Mapping[str, Any]] = {}
         self._told_of_disk = False
         self._by_rules: CaseDataset | None = None
@@ -140,7 +143,8 @@ class CaseDataset(PersistentDataset):
         if self.cache_dir is None:
             return self._kept(self._pre_transform(deepcopy(item_transformed)))
         path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self._suffix}"
-        if path not in self._opened and path.is_file():
+        there = path.is_file()
+        if path not in self._opened and there:
             try:
                 self._opened[path] = _mapped(path)
             except Exception as error:  # torch raises many kinds for a damaged file
@@ -149,9 +153,11 @@ class CaseDataset(PersistentDataset):
         if path in self._opened:
             return self._opened[path]
         item = self._kept(self._pre_transform(deepcopy(item_transformed)))
+        if path.is_file() and not there:  # of another process; a file that a process of another node maps must stay
+            return item
         try:
             with written_whole(path) as partial:
-                torch.save(convert_to_tensor(item, convert_numeric=False, track_meta=False), partial)
+                torch.save(item, partial)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             if not self._told_of_disk:
                 self._told_of_disk = True
@@ -159,10 +165,14 @@ class CaseDataset(PersistentDataset):
         return item
 
     def _kept(self, item: Any) -> Any:
-        """A prepared case with its image and mask in the types in which they are kept."""
+        """A prepared case as the cache holds it: image and mask in their types, tensors without metadata.
+
+        A batch may hold cases from the cache and, where the disk is full, others; tensors of two kinds do not collate.
+        """
         if not isinstance(item, Mapping):
             return item
-        return {key: value.to(self._dtypes[key]) if key in self._dtypes else value for key, value in item.items()}
+        kept = {key: value.to(self._dtypes[key]) if key in self._dtypes else value for key, value in item.items()}
+        return convert_to_tensor(kept, convert_numeric=False, track_meta=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the files that are mapped into the memory of this process."""
@@ -172,6 +182,10 @@ class CaseDataset(PersistentDataset):
 def is_in_doubt(item: Mapping[Any, Any]) -> bool:
     """Whether the box of a prepared case is where a network would be asked."""
     return Location(np.zeros(3), item[keys.CROP_METHOD], item[keys.CROP_FLAG]).doubtful
+
+
+def _version() -> str:
+    return json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["version"]
 
 
 def _mapped(path: Path) -> Mapping[str, Any]:
