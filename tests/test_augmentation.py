@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.transforms import Affine as MonaiAffine
 from monai.transforms import Compose, RandFlipd, RandScaleIntensityd, RandShiftIntensityd
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.spatial.transform import Rotation
+from scipy.stats import kstest
 from torch.profiler import profile
 
 from conftest import BUNDLE
@@ -27,6 +31,7 @@ from scripts.training.augmentation import (
 )
 
 SEEDS = [11, 12, 13, 14]
+TRANSFORMS = "train#augmentation#transforms"
 CT, PET = 0, 1
 
 
@@ -98,6 +103,49 @@ def test_affine_is_as_monai_case_by_case(spacing_mm: float) -> None:
         assert set(got_seg[case].unique().tolist()) <= {0.0, 1.0, 2.0}
 
 
+@pytest.mark.parametrize("name", ["train.json", "paper.json"])
+def test_draws_of_the_affine_are_uniform_and_independent(name: str) -> None:
+    """Of the whole range, whatever the transforms before it draw.
+
+    MONAI's ``RandAffined`` is not: in a pipeline with a seed it decides with the number that it then takes for the
+    first angle, which for a probability of 0.5 is never positive.
+    """
+    config = json.loads((BUNDLE / "configs" / name).read_text())
+    listed = config["train"]["augmentation"]["transforms"] if "train" in config else config[TRANSFORMS]
+    made = ConfigParser(listed).get_parsed_content()
+    augmentation, (at,) = Augmentation(made, 2.0), [k for k, one in enumerate(made) if isinstance(one, Affine)]
+    drawn = [augmentation._draw(seed) for seed in range(3000)]
+    found = np.array([numbers[at] for numbers in drawn if numbers[at] is not None])
+    assert len(found) / len(drawn) == pytest.approx(0.5, abs=0.03)
+    limits = np.array([0.17] * 3 + [16.0] * 3 + [0.1] * 3)
+    for column in (found / limits).T:
+        assert kstest(column, "uniform", (-1, 2)).pvalue > 1e-3
+    assert np.abs(np.corrcoef(found.T) - np.eye(9)).max() < 0.1
+    chosen = np.array([[numbers is not None for numbers in one] for one in drawn])
+    assert np.abs(np.corrcoef(chosen.T) - np.eye(len(made))).max() < 0.08
+
+
+def test_affine_in_mm_is_as_scipy_where_voxels_are_not_cubes() -> None:
+    """Rotation, shift and change of size at once, from their formulas."""
+    spacing, size = np.array([2.0, 3.0, 4.0]), np.array([32, 24, 20])
+    angles, shift, scale = np.array([0.15, -0.1, 0.12]), np.array([7.0, -5.0, 9.0]), np.array([0.08, -0.05, 0.1])
+    image = torch.rand((1, 2, *size), generator=torch.Generator().manual_seed(1))
+    change = Affine(1.0)
+    change.numbers = lambda: [*angles, *shift, *scale]  # type: ignore[method-assign]
+    seg = (image[:, :1] > 0.5).float()
+    got_image, got_seg = augmented([change], image, seg, [1], spacing)
+    rotation = Rotation.from_euler("XYZ", angles).as_matrix()
+    matrix = rotation @ np.diag(1 + scale) * spacing / spacing[:, None]  # of voxels
+    centre = (size - 1) / 2
+    offset = centre + rotation @ shift / spacing - matrix @ centre
+    with_air = {"mode": "grid-constant", "cval": 0.0}
+    for channel in (CT, PET):
+        expected = affine_transform(image[0, channel].numpy(), matrix, offset, order=1, **with_air)
+        np.testing.assert_allclose(got_image[0, channel].numpy(), expected, atol=1e-5)
+    nearest = affine_transform(seg[0, 0].numpy(), matrix, offset, order=0, **with_air)
+    assert (got_seg[0, 0].numpy() == nearest).mean() > 0.999
+
+
 def test_affine_is_rigid_in_mm_where_voxels_are_not_cubes() -> None:
     """A rotation by 90 degrees about z of a box of 2 x 4 x 4 mm."""
     image, seg = torch.zeros(1, 2, 16, 8, 8), torch.zeros(1, 1, 16, 8, 8)
@@ -111,7 +159,9 @@ def test_affine_is_rigid_in_mm_where_voxels_are_not_cubes() -> None:
     assert len(x) * 32 == pytest.approx(8 * 32, rel=0.5)
 
 
-@pytest.mark.parametrize(("spacing_mm", "voxels"), [(2.0, 3), (4.0, 2), ((6.0, 6.0, 6.0), 1), (20.0, 0)])
+@pytest.mark.parametrize(
+    ("spacing_mm", "voxels"), [(2.0, 3), (4.0, 2), ((6.0, 6.0, 6.0), 1), (20.0, 0), (0.6, 10), (0.1, 12)]
+)
 def test_only_the_ct_moves_and_by_mm(spacing_mm, voxels: int) -> None:
     image, seg = batch()
     move = Misregistration(1.0, 6.0)
@@ -119,7 +169,8 @@ def test_only_the_ct_moves_and_by_mm(spacing_mm, voxels: int) -> None:
     got_image, got_seg = augmented([move], image, seg, spacing_mm=spacing_mm)
     assert torch.equal(got_image[:, PET], image[:, PET]) and torch.equal(got_seg, seg)
     expected = torch.zeros_like(image[:, CT])
-    expected[:, voxels:, : 10 - voxels] = image[:, CT, : 12 - voxels, voxels:]
+    if voxels < 10:  # the CT is still in the box
+        expected[:, voxels:, : 10 - voxels] = image[:, CT, : 12 - voxels, voxels:]
     assert torch.equal(got_image[:, CT], expected)
 
 
@@ -137,6 +188,30 @@ def test_blur_has_its_width_in_mm(spacing_mm, channel: int) -> None:
         np.testing.assert_allclose(got[case, channel].numpy()[inner], expected[inner], atol=1e-5)
     flat = torch.ones_like(image)
     torch.testing.assert_close(augmented([blur], flat, seg, spacing_mm=spacing_mm)[0], flat)
+
+
+@pytest.mark.parametrize(("voxels", "share"), [(0.5, 0.0), (1.0, 0.62), (1.5, 0.99), (2.0, 1.0), (4.0, 1.0)], ids=str)
+def test_a_narrow_blur_has_less_effect(voxels: float, share: float) -> None:
+    """The variance of a blurred point, as a share of that of the Gaussian."""
+    point, seg = torch.zeros(1, 2, 25, 25, 25), torch.zeros(1, 1, 25, 25, 25)
+    point[..., 12, 12, 12] = 1
+    profile = augmented([Blur(1.0, (4 * voxels, 4 * voxels), "pet")], point, seg, [1], 4.0)[0][0, PET].sum((1, 2))
+    variance = float((profile * (torch.arange(25) - 12) ** 2).sum())
+    assert variance / (voxels / 2.3548) ** 2 == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_an_image_without_contrast_stays_finite(value: float) -> None:
+    image, seg = torch.full((4, 2, 12, 10, 8), value), torch.zeros(4, 1, 12, 10, 8)
+    got, _ = augmented(ALL, image, seg)
+    assert bool(torch.isfinite(got).all())
+
+
+def test_a_value_that_is_not_a_number_stays_in_its_case() -> None:
+    image, seg = batch()
+    image[1, PET, 3, 3, 3] = math.nan
+    got, _ = augmented(ALL, image, seg)
+    assert torch.isnan(got).flatten(1).any(dim=1).tolist() == [False, True, False, False]
 
 
 def spread_of_noise(noise, level: float, spacing_mm: float = 2.0) -> torch.Tensor:
@@ -219,8 +294,23 @@ def test_without_a_change_a_batch_stays_as_it_is_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        pytest.param(lambda: Flip(1.5), "prob is a probability, got 1.5", id="prob"),
+        pytest.param(lambda: Flip(1.5), "prob of Flip is a number, from 0 to 1; got 1.5", id="prob"),
+        pytest.param(lambda: Flip("0.5"), "prob of Flip is a number, from 0 to 1; got '0.5'", id="text"),
+        pytest.param(lambda: Flip(0.5, axis=3), "axis of Flip is 0, 1 or 2; got 3", id="axis"),
         pytest.param(lambda: Blur(1.0, (2, 8), "mr"), "channel is one of both, ct, pet; got 'mr'", id="channel"),
+        pytest.param(lambda: Blur(1.0, (-2, 8)), "fwhm_mm of Blur is the smallest and the largest", id="negative"),
+        pytest.param(lambda: Blur(1.0, (8, 2)), "fwhm_mm of Blur is the smallest and the largest", id="falling"),
+        pytest.param(lambda: Gamma(1.0, 1.2), "gamma of Gamma is the smallest and the largest", id="one_gamma"),
+        pytest.param(lambda: Gamma(1.0, (0, 1.2)), "gamma of Gamma is .* from 0.01 on; got", id="gamma_of_zero"),
+        pytest.param(lambda: Affine(1.0, 0.17), "rotate_range of Affine is a number for each of x, y", id="one_angle"),
+        pytest.param(lambda: Affine(1.0, translate_mm=(4, 4)), "translate_mm of Affine is a number for", id="two_axes"),
+        pytest.param(lambda: Affine(1.0, scale_range=(1.5, 0, 0)), "from 0 to 0.9; got", id="size_of_zero"),
+        pytest.param(lambda: Misregistration(1.0, math.nan), "shift_mm of .* from 0 on; got nan", id="nan"),
+        pytest.param(lambda: Scale(1.0, 1.5), "factors of Scale is a number, from 0 to 1; got 1.5", id="factor"),
+        pytest.param(lambda: Shift(1.0, -0.1), "offsets of Shift is a number, from 0 on; got -0.1", id="offset"),
+        pytest.param(lambda: Noise(1.0, -0.1), "std of Noise is a number, from 0 on", id="std"),
+        pytest.param(lambda: PetNoise(1.0, -0.1, (4, 8)), "cv of PetNoise is a number, from 0 on", id="cv"),
+        pytest.param(lambda: PetNoise(1.0, 0.1, 4), "fwhm_mm of PetNoise is the smallest", id="fwhm"),
     ],
 )
 def test_refusals(make, match: str) -> None:

@@ -40,6 +40,8 @@ __all__ = [
 CHANNELS = {"both": slice(0, 2), "ct": slice(0, 1), "pet": slice(1, 2)}
 FWHM_PER_SD = 2 * math.sqrt(2 * math.log(2))
 SEEDS = 2**31
+LARGEST_SCALE = 0.9  # of a size of 1: nothing is mirrored or shrunk to nothing
+LEAST_GAMMA = 0.01
 
 
 @dataclass
@@ -74,9 +76,7 @@ class RandomChange(Randomizable, ABC):
     """
 
     def __init__(self, prob: float) -> None:
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob is a probability, got {prob}")
-        self.prob = prob
+        (self.prob,) = _checked(self, "prob", prob, most=1)
 
     def draw(self) -> list[float] | None:
         """The random numbers of one case; None if it stays as it is."""
@@ -144,6 +144,8 @@ class Flip(RandomChange):
 
     def __init__(self, prob: float, axis: int = 0) -> None:
         super().__init__(prob)
+        if axis not in (0, 1, 2):
+            raise ValueError(f"axis of Flip is 0, 1 or 2; got {axis!r}")
         self.axis = axis
 
     def numbers(self) -> list[float]:
@@ -177,7 +179,9 @@ class Affine(RandomChange):
         scale_range: Sequence[float] = (0.0, 0.0, 0.0),
     ) -> None:
         super().__init__(prob)
-        self.limits = np.array([rotate_range, translate_mm, scale_range], dtype=float).ravel()
+        limits = _checked(self, "rotate_range", rotate_range, 3) + _checked(self, "translate_mm", translate_mm, 3)
+        limits += _checked(self, "scale_range", scale_range, 3, most=LARGEST_SCALE)
+        self.limits = np.array(limits, dtype=float)
 
     def numbers(self) -> list[float]:
         """Three angles, shifts and changes of size."""
@@ -215,7 +219,7 @@ class Misregistration(RandomChange):
 
     def __init__(self, prob: float, shift_mm: float) -> None:
         super().__init__(prob)
-        self.shift_mm = shift_mm
+        (self.shift_mm,) = _checked(self, "shift_mm", shift_mm)
 
     def numbers(self) -> list[float]:
         """A shift in mm along each axis."""
@@ -223,7 +227,9 @@ class Misregistration(RandomChange):
 
     def apply(self, volumes: Volumes, cases: Sequence[int], drawn: np.ndarray) -> None:
         """Shift the CTs; air comes in."""
-        for case, voxels in zip(cases, np.rint(drawn / volumes.spacing_mm).astype(int).tolist(), strict=True):
+        size = np.array(volumes.image.shape[2:])
+        shifts = np.clip(np.rint(drawn / volumes.spacing_mm).astype(int), -size, size)
+        for case, voxels in zip(cases, shifts.tolist(), strict=True):
             ct = volumes.image[case, 0]
             shifted = torch.zeros_like(ct)
             to = tuple(slice(max(0, by), n + min(0, by)) for by, n in zip(voxels, ct.shape, strict=True))
@@ -273,7 +279,8 @@ class Scale(IntensityChange):
     """
 
     def __init__(self, prob: float, factors: float, channel: str = "both") -> None:
-        super().__init__(prob, channel, -factors, factors)
+        (most,) = _checked(self, "factors", factors, most=1)
+        super().__init__(prob, channel, -most, most)
 
     def changed(self, values: torch.Tensor, volumes: Volumes, drawn: np.ndarray) -> torch.Tensor:
         """Scaled values."""
@@ -290,7 +297,8 @@ class Shift(IntensityChange):
     """
 
     def __init__(self, prob: float, offsets: float, channel: str = "both") -> None:
-        super().__init__(prob, channel, -offsets, offsets)
+        (most,) = _checked(self, "offsets", offsets)
+        super().__init__(prob, channel, -most, most)
 
     def changed(self, values: torch.Tensor, volumes: Volumes, drawn: np.ndarray) -> torch.Tensor:
         """Shifted values."""
@@ -309,7 +317,7 @@ class Gamma(IntensityChange):
     """
 
     def __init__(self, prob: float, gamma: tuple[float, float], channel: str = "both") -> None:
-        super().__init__(prob, channel, *np.log(gamma).tolist())
+        super().__init__(prob, channel, *np.log(_checked(self, "gamma", gamma, 2, least=LEAST_GAMMA)).tolist())
 
     def changed(self, values: torch.Tensor, volumes: Volumes, drawn: np.ndarray) -> torch.Tensor:
         """Values to the power of gamma."""
@@ -319,7 +327,8 @@ class Gamma(IntensityChange):
 class Blur(IntensityChange):
     """Smooth with a Gaussian. PET: a scanner or reconstruction of lower resolution; CT: a scan of poor quality.
 
-    An image of resolution r then has sqrt(r^2 + fwhm^2).
+    An image of resolution r then has sqrt(r^2 + fwhm^2). The Gaussian is sampled at the voxels: a width below 1.5
+    voxels has less effect than that, one below half a voxel none.
 
     Args:
         prob: probability that a case is changed.
@@ -328,7 +337,7 @@ class Blur(IntensityChange):
     """
 
     def __init__(self, prob: float, fwhm_mm: tuple[float, float], channel: str = "both") -> None:
-        super().__init__(prob, channel, *fwhm_mm)
+        super().__init__(prob, channel, *_checked(self, "fwhm_mm", fwhm_mm, 2))
 
     def changed(self, values: torch.Tensor, volumes: Volumes, drawn: np.ndarray) -> torch.Tensor:
         """Smoothed values."""
@@ -345,7 +354,7 @@ class Noise(IntensityChange):
     """
 
     def __init__(self, prob: float, std: float, channel: str = "both") -> None:
-        super().__init__(prob, channel, 0.0, std)
+        super().__init__(prob, channel, 0.0, *_checked(self, "std", std))
 
     def numbers(self) -> list[float]:
         """The standard deviation and the seed of the noise."""
@@ -370,8 +379,8 @@ class PetNoise(IntensityChange):
     """
 
     def __init__(self, prob: float, cv: float, fwhm_mm: tuple[float, float]) -> None:
-        super().__init__(prob, "pet", 0.0, cv)
-        self.narrowest, self.widest = fwhm_mm
+        super().__init__(prob, "pet", 0.0, *_checked(self, "cv", cv))
+        self.narrowest, self.widest = _checked(self, "fwhm_mm", fwhm_mm, 2)
 
     def numbers(self) -> list[float]:
         """Coefficient of variation, width of the Gaussian, seed of the noise."""
@@ -385,6 +394,33 @@ class PetNoise(IntensityChange):
         noise = _smoothed(_white(values, drawn[:, 2]), volumes.there(drawn[:, 1]), volumes.spacing_mm, order=2)
         spread = volumes.per_case(drawn[:, 0]) * (values * mean).clamp(min=0).sqrt()
         return (values + spread * noise).clamp(min=0)
+
+
+def _checked(
+    change: RandomChange, name: str, given: Any, count: int = 1, least: float = 0.0, most: float = math.inf
+) -> list[float]:
+    """The numbers of an argument.
+
+    Args:
+        change: whose argument it is.
+        name: of the argument.
+        given: a number, or a list where ``count`` is not 1; two are the smallest and the largest.
+        count: of the numbers.
+        least: smallest allowed.
+        most: largest allowed.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    values = [given] if count == 1 else list(given) if isinstance(given, list | tuple) else []
+    fits = len(values) == count and all(
+        isinstance(value, int | float) and math.isfinite(value) and least <= value <= most for value in values
+    )
+    if not fits or (count == 2 and values[0] > values[1]):
+        what = {1: "a number", 2: "the smallest and the largest number", 3: "a number for each of x, y and z"}[count]
+        limits = f"from {least:g} to {most:g}" if math.isfinite(most) else f"from {least:g} on"
+        raise ValueError(f"{name} of {type(change).__name__} is {what}, {limits}; got {given!r}")
+    return values
 
 
 def _white(like: torch.Tensor, seeds: np.ndarray) -> torch.Tensor:
