@@ -29,6 +29,7 @@ from scripts.training.engine import innermost
 
 TRAIN, EVALUATE, INFERENCE = ("train.json",), ("train.json", "evaluate.json"), ("inference.json",)
 OF_INFERENCE = ("inference.json", "inference_trt.json", "label.json")
+AUGMENTATION, PRIOR = "train#augmentation#transforms", "network_def#network#tumour_prior"
 CONFIGS = [path.name for path in sorted((BUNDLE / "configs").glob("*.json")) if path.name != "metadata.json"]
 
 
@@ -64,6 +65,22 @@ def test_the_bundles_own_configs_of_inference_pass() -> None:
         pytest.param({"num_workers": -2}, "num_workers is -2, not a whole number from 0 on", id="workers"),
         pytest.param({"learning_rate": "1e-4x"}, "learning_rate is '1e-4x', not a number$", id="rate"),
         pytest.param({"num_folds": 1}, "num_folds is 1, not a whole number from 2 on", id="one_fold"),
+        pytest.param({"epochs": None}, "epochs is None, not a whole number from 1 on", id="null"),
+        pytest.param({"seed": 1.5}, "seed is 1.5, not a whole number from 0 on", id="part_of_a_seed"),
+        pytest.param({"seed": -1}, "seed is -1, not", id="negative_seed"),
+        pytest.param({"early_stop_patience": -1}, "early_stop_patience is -1, not", id="no_patience"),
+        pytest.param({"early_stop_patience": 2.5}, "early_stop_patience is 2.5, not a whole number", id="patience"),
+        pytest.param({"l2_weight": -0.1}, "l2_weight is -0.1, not a number from 0 on", id="negative_penalty"),
+        pytest.param({"lr_factors": ["0.5", 0.1, 0.01]}, "lr_factors#0 is '0.5', not a number", id="text_in_a_list"),
+        pytest.param({"lr_milestones": [1, 2, 3, "9"]}, "lr_milestones#3 is '9', not a number", id="longer_list"),
+        pytest.param({"lr_milestones": (4, "6")}, "lr_milestones#1 is '6', not a number", id="tuple"),
+        pytest.param({"train#sampler#event_fraction": "0.5"}, "event_fraction is '0.5', not a number", id="component"),
+        pytest.param({PRIOR: "0.05"}, "network_def#network#tumour_prior is '0.05', not a number", id="prior"),
+        pytest.param({f"{AUGMENTATION}#0#prob": "0.5"}, "transforms#0#prob is '0.5', not a number", id="augmentation"),
+        pytest.param({f"{AUGMENTATION}#3#fwhm_mm#1": True}, "fwhm_mm#1 is True, not a number", id="switch_in_a_list"),
+        pytest.param(
+            {"train#dataloader#persistent_workers": "false"}, "persistent_workers is 'false', not True", id="switch"
+        ),
     ],
 )
 def test_what_is_no_number_is_refused_where_there_is_to_be_one(changes: dict[str, Any], message: str) -> None:
@@ -71,9 +88,19 @@ def test_what_is_no_number_is_refused_where_there_is_to_be_one(changes: dict[str
         check_numbers(merged(*TRAIN, **changes).get())
 
 
-@pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"epochs": "$2 * 3"}, {"learning_rate": 1}, {"fold": "@seed"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"epochs": 1}, {"epochs": "$2 * 3"}, {"learning_rate": 1}, {"fold": "@seed"}, {"l2_weight": 0}),
+        *({"spacing_mm": [2, 3, 4]}, {"spacing_mm": (2, 3, 4)}, {"roi_size": 64}, {"lr_milestones": (4, 6, 8)}),
+        *({PRIOR: None}, {PRIOR: "@fold"}, {"train#sampler#event_fraction": None}, {"train#loss#hpv_gamma": 2}),
+        *({AUGMENTATION: []}, {AUGMENTATION: [{"_target_": "mine", "prob": 1, "axis": "$1"}]}),
+    ],
+    ids=str,
+)
 def test_numbers_pass(changes: dict[str, Any]) -> None:
     check_numbers(merged(*TRAIN, **changes).get())
+    check_numbers(merged(*TRAIN, "paper.json", **changes).get())
 
 
 def test_a_switch_is_true_or_false() -> None:
@@ -82,7 +109,6 @@ def test_a_switch_is_true_or_false() -> None:
         check_numbers(merged(*INFERENCE, force="maybe").get())
 
 
-AUGMENTATION = "train#augmentation#transforms"
 FLIP = [{"_target_": "scripts.training.augmentation.Flip", "prob": 1.0}]
 
 
@@ -236,6 +262,7 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
     [
         pytest.param({"fold": 1}, "fold: 0 there, 1 now", id="fold"),
         pytest.param({"lr_milestones": [1, 2, 3]}, "lr_milestones#0: 100 there, 1 now", id="milestones"),
+        pytest.param({"lr_milestones": (100, 200, 250)}, "lr_milestones#2: 300 there, 250 now", id="typed_with_commas"),
         pytest.param({"network_def#network#bn_momentum": 0.01}, "bn_momentum: 0.1 there, 0.01 now", id="batch_norm"),
         pytest.param(
             {f"{AUGMENTATION}#1#prob": 0.9},
@@ -266,6 +293,7 @@ def test_another_configuration_is_another_run(describe: Callable, tiny_cohort: P
     [
         pytest.param({}, id="same"),
         pytest.param({"epochs": 900}, id="more_epochs"),
+        pytest.param({"lr_milestones": (100, 200, 300)}, id="same_numbers_typed_with_commas"),
         pytest.param({"num_workers": 1, "amp": True, "compile": True, "checkpointing": True}, id="how_it_computes"),
         pytest.param({"output_dir": "x", "ckpt_dir": "y", "cache_dir": "$None"}, id="moved"),
         pytest.param({"tracking_uri": "x", "save_execute_config": "y"}, id="tracking"),

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -43,10 +45,29 @@ def test_schedule_steps_once_an_epoch() -> None:
     assert rates == pytest.approx([1e-4, 5e-5, 5e-5, 1e-5])
 
 
-@pytest.mark.parametrize(("milestones", "factors"), [([1, 2], [0.1]), ([2, 1], [0.1, 0.2])])
-def test_schedules_that_contradict_themselves(milestones, factors) -> None:
+def test_milestones_after_the_last_epoch_change_nothing() -> None:
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    scheduler = learning_rate_schedule(optimizer, (100, 200), (0.5, 0.1))
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("milestones", "factors", "message"),
+    [
+        pytest.param([1, 2], [0.1], r"lr_milestones \[1, 2\] must rise and match lr_factors \[0.1\]", id="too_few"),
+        pytest.param([2, 1], [0.1, 0.2], r"lr_milestones \[2, 1\] must rise", id="falling"),
+        pytest.param(100, 0.5, r"lr_milestones 100 and lr_factors 0.5 must be lists", id="numbers"),
+        pytest.param([100], 0.5, r"lr_factors 0.5 must be lists", id="one_number"),
+        pytest.param([1, 2], [0.5, -0.1], r"lr_factors \[0.5, -0.1\] must not be negative", id="negative"),
+        pytest.param([1], [float("nan")], r"lr_factors \[nan\] must not be", id="nan"),
+    ],
+)
+def test_schedules_that_contradict_themselves(milestones, factors, message: str) -> None:
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="milestones"):
+    with pytest.raises(ValueError, match=message):
         learning_rate_schedule(optimizer, milestones, factors)
 
 
@@ -207,8 +228,14 @@ def test_plain_errors(statement: str, shown: str, hidden: str, tmp_path: Path) -
     assert hidden not in result.stderr
 
 
-READ_BY_THE_HOST = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+READ_BY_THE_HOST = {
+    *("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"),
+    *("aten::masked_select", "aten::_unique2", "aten::bincount"),
+}
 """Operators whose result the host, or the shape of a tensor, waits for."""
+READING_METHODS = ("tolist", "numpy", "cpu")
+"""On CPU they call no operator."""
+AXES = "monai/losses/dice.py"  # lists axes of a tensor with one that is always on the host
 FUSED_ADAM = "aten::_fused_adam_"  # on CPU it reads its own counters; on a GPU its kernel does
 
 
@@ -217,27 +244,97 @@ def callers(event: Any) -> list[str]:
     return [event.name, *(callers(event.cpu_parent) if event.cpu_parent else [])]
 
 
+class HostReads:
+    """What a block reads of tensors: the operators, and the methods, for which the host waits on a GPU.
+
+    Args:
+        on_host: returns a tensor that is never on a GPU.
+
+    Attributes:
+        called: operators and reading methods, each with its callers, of all blocks.
+    """
+
+    def __init__(self, on_host: Callable[[], Any] = lambda: None) -> None:
+        self.on_host = on_host
+        self.called: list[list[str]] = []
+
+    def __enter__(self) -> HostReads:
+        self.patch = pytest.MonkeyPatch()
+        for name in READING_METHODS:
+            self.patch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+        self.profile = profile().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.profile.__exit__(*error)
+        self.patch.undo()
+        self.called += [callers(event) for event in self.profile.events()]
+
+    def _noting(self, name: str, method: Callable) -> Callable:
+        def noting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor is not self.on_host():
+                frame = sys._getframe(1)
+                self.called.append([name, f"line {frame.f_lineno} of {frame.f_code.co_filename}"])
+            return method(tensor, *args, **kwargs)
+
+        return noting
+
+    def found(self) -> list[list[str]]:
+        """The calls for which the host waits."""
+        reading = READ_BY_THE_HOST.union(READING_METHODS)
+        calls = [call for call in self.called if call[0] in reading and FUSED_ADAM not in call]
+        return [call for call in calls if not call[-1].endswith(AXES)]
+
+
+@pytest.mark.parametrize(
+    ("read", "seen"),
+    [
+        pytest.param(lambda x: x.item(), True, id="item"),
+        pytest.param(lambda x: float(x), True, id="float"),
+        pytest.param(lambda x: x.item() if x > 0 else 0, True, id="condition"),
+        pytest.param(lambda x: x[None][x[None] > 0], True, id="selection"),
+        pytest.param(lambda x: torch.masked_select(x, x > 0), True, id="masked_select"),
+        pytest.param(lambda x: torch.unique(x), True, id="unique"),
+        pytest.param(lambda x: torch.equal(x, x), True, id="equal"),
+        pytest.param(lambda x: x.tolist(), True, id="tolist"),
+        pytest.param(lambda x: x.numpy(), True, id="numpy"),
+        pytest.param(lambda x: np.asarray(x), True, id="asarray"),
+        pytest.param(lambda x: x.detach().cpu(), True, id="cpu"),
+        pytest.param(lambda x: torch.where(x > 0, x, 0.0).sum(), False, id="mask"),
+        pytest.param(lambda x: x[None][torch.tensor([0])], False, id="numbers_of_cases"),
+        pytest.param(lambda x: x.float().to("cpu", non_blocking=True), False, id="moving"),
+    ],
+)
+def test_what_the_host_reads_is_seen(read: Callable, seen: bool) -> None:
+    value = torch.tensor(1.5)
+    with HostReads() as reads:
+        read(value)
+    assert bool(reads.found()) == seen
+    with HostReads(lambda: value) as reads:
+        value.tolist()
+    assert not reads.found()
+
+
 @pytest.mark.parametrize(
     "weights", [{}, {"train#loss#task_weights": "uncertainty"}], ids=["default", "learned_weights"]
 )
 def test_a_step_of_training_never_waits_for_the_device(tiny_cohort: Path, tmp_path: Path, monkeypatch, weights) -> None:
-    """Forward, loss, backward, optimizer and handlers of the config itself, on cases with labels missing."""
+    """Augmentation, forward, loss, backward, optimizer and handlers of the config, on cases with labels missing."""
     monkeypatch.chdir(BUNDLE)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     options = {"dataset_dir": str(tiny_cohort), "output_dir": str(tmp_path), "num_folds": 2, "epochs": 1, **weights}
     tiny = {"roi_size": [32] * 3, "spacing_mm": 8.0, "num_workers": 0, "device": "cpu", "batch_size": 2}
+    options |= {f"train#augmentation#transforms#{k}#prob": 1.0 for k in range(12)}
     workflow = ConfigWorkflow(
         str(BUNDLE / "configs/train.json"), logging_file=False, workflow_type="train", **options, **tiny
     )
     workflow.initialize()
     trainer = workflow.parser.get_parsed_content("train#trainer")
-    profiles: list[profile] = []
-    steps = (lambda: profiles.append(profile().__enter__()), lambda: profiles[-1].__exit__(None, None, None))
+    reads = HostReads(lambda: trainer.state.batch[keys.SEED])  # the seeds stay on the host
+    steps = (reads.__enter__, lambda: reads.__exit__(None, None, None))
     for event, act in zip((Events.ITERATION_STARTED, Events.ITERATION_COMPLETED), steps, strict=True):
         trainer.add_event_handler(event, act)
     workflow.run()
-    assert profiles
-    for of_step in profiles:
-        calls = [callers(event) for event in of_step.events()]
-        assert {"aten::convolution", "aten::logsumexp", FUSED_ADAM} <= {call[0] for call in calls}
-        assert not [call for call in calls if call[0] in READ_BY_THE_HOST and FUSED_ADAM not in call]
+    called = {call[0] for call in reads.called}
+    assert {"aten::grid_sampler_3d", "aten::normal_", "aten::convolution", "aten::logsumexp", FUSED_ADAM} <= called
+    assert not reads.found()

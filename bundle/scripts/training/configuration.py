@@ -66,7 +66,10 @@ epochs, which may be increased. All others are compared."""
 CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
 PROCESSES = "processes of torchrun (nnodes x nproc_per_node)"
 """Entry of the configuration; runs of earlier versions lack it. Batches and dropout depend on it."""
-LEAST = {"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0}
+LEAST = {
+    **{"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0},
+    **{"seed": 0, "early_stop_patience": 0, "l2_weight": 0},
+}
 LEAST_LIKENESS = 0.6
 LONGEST = 200  # characters of a value, and of a list of patients, in a message
 
@@ -230,8 +233,11 @@ def _unquoted(text: str) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in nested dictionaries and lists, with its id; without metadata."""
-    if not isinstance(value, dict | list):
+    """Every value in nested dictionaries and lists, with its id; without metadata.
+
+    Options typed with a comma, ``4,6``, are tuples.
+    """
+    if not isinstance(value, dict | list | tuple):
         yield name, value
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -306,6 +312,9 @@ def unknown_id(name: str, known: Iterable[str]) -> str:
 def check_numbers(config: Mapping[str, Any]) -> None:
     """Refuse other values than numbers or booleans where the bundle's configs have one, and counts that are too small.
 
+    At the top, and in components and lists of numbers text and the wrong one of the two kinds. What belongs to the
+    model is checked by :class:`.ModelSpec`.
+
     Args:
         config: the merged configuration; its expressions and references are not evaluated.
 
@@ -314,16 +323,34 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     """
     for name, own in _own_ids(config).items():
         value = config.get(name, own)
-        if not isinstance(own, bool | int | float) or (isinstance(value, str) and value.startswith(PARSED)):
+        if not isinstance(own, bool | int | float) or _is_parsed(value) or name in SETTINGS:
             continue
         whole = isinstance(own, int) and name in LEAST
         kinds = (bool,) if isinstance(own, bool) else (int,) if whole else (int, float)
         fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
-        if value is None or (fits and value >= LEAST.get(name, -math.inf)):
+        if (value is None and name not in LEAST) or (fits and value >= LEAST.get(name, -math.inf)):
             continue
         what = "True or False" if isinstance(own, bool) else "a whole number" if whole else "a number"
         least = f" from {LEAST[name]} on" if name in LEAST else ""
         raise ConfigurationError(f"{name} is {_short(value)}, not {what}{least}")
+    _check_parts(config)
+
+
+def _check_parts(config: Mapping[str, Any]) -> None:
+    """:func:`check_numbers` within components, and of each item of a list of numbers."""
+    own = {name: value for content in _own_configs(config) for name, value in _leaves(content)}
+    for name, value in _leaves(dict(config)):
+        above, _, last = name.rpartition(ID_SEP_KEY)
+        like = own.get(f"{above}{ID_SEP_KEY}0" if last.isdecimal() else name)
+        if not isinstance(like, bool | int | float) or value is None or _is_parsed(value) or above in SETTINGS:
+            continue
+        if not isinstance(value, bool | int | float) or isinstance(value, bool) != isinstance(like, bool):
+            what = "True or False" if isinstance(like, bool) else "a number"
+            raise ConfigurationError(f"{_shown_id(name)} is {_short(value)}, not {what}")
+
+
+def _is_parsed(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(PARSED)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -168,10 +168,16 @@ def learning_rate_schedule(
     Epochs are counted from 0; to be stepped once an epoch. (torch's ``MultiStepLR`` has one factor for all milestones.)
 
     Raises:
-        ValueError: the numbers of factors and milestones differ, or the milestones do not increase.
+        ValueError: these are no lists of as many numbers, the milestones do not rise, or a factor is negative.
     """
+    if not isinstance(milestones, list | tuple) or not isinstance(factors, list | tuple):
+        raise ValueError(
+            f"lr_milestones {milestones!r} and lr_factors {factors!r} must be lists, such as [100] and [0.5]"
+        )
     if len(milestones) != len(factors) or list(milestones) != sorted(milestones):
         raise ValueError(f"lr_milestones {list(milestones)} must rise and match lr_factors {list(factors)}")
+    if not all(factor >= 0 for factor in factors):
+        raise ValueError(f"lr_factors {list(factors)} must not be negative")
     steps = [1.0, *factors]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: steps[bisect_right(milestones, epoch)])
 
