@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from lifelines.utils import concordance_index as lifelines_c_index
 from monai.metrics import compute_dice
 
@@ -324,6 +324,26 @@ def test_an_epoch_kept_whose_masks_are_of_little_use_is_told(tmp_path, caplog, c
         state.end_epoch(trainer)
     assert ("of little use" in caplog.text) == bool(warning)
     assert warning in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("validated", [True, False], ids=["validated", "not_validated"])
+def test_a_training_that_diverges_ends_before_it_is_written(tmp_path, value: float, validated: bool) -> None:
+    """The weights of the epochs before stay."""
+    state = trained_state(tmp_path, 2)
+    state.val_interval, state.evaluator = (1 if validated else 5), Engine(lambda engine, batch: pytest.fail())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    trainer = Engine(lambda engine, batch: {"loss": torch.tensor(value if batch == 1 else 1.0)})
+    trainer.add_event_handler(Events.STARTED, lambda: setattr(trainer.state, "epoch", 2))
+    state.resume = lambda engine: None  # type: ignore[method-assign]
+    if validated:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: state.evaluator.run([0]))
+    state.attach(trainer)
+    with pytest.raises(
+        RuntimeError, match=r"training has diverged in epoch 3 \(loss (nan|inf)\).* learning_rate .in this epoch 0.001"
+    ):
+        trainer.run([0, 1, 2], max_epochs=9)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ class TrainingState:
         engine.add_event_handler(Events.EPOCH_STARTED, self.begin_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.record_loss)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+        self.evaluator.add_event_handler(Events.STARTED, self.check_losses)  # the C-index of NaN would be an error
 
     # -- events ------------------------------------------------------------------------------------------------
     def resume(self, engine: Workflow) -> None:
@@ -285,8 +286,23 @@ class TrainingState:
         # As logging handlers (MLflow's) read it. Decollating the output would read the loss at each step.
         engine.state.output = [{"loss": loss}]
 
+    def check_losses(self, engine: Any = None) -> None:
+        """End a run whose losses of the epoch are not numbers, before its weights are validated or written.
+
+        Raises:
+            RuntimeError: training has diverged.
+        """
+        wrong = [f"{name} {value}" for name, value in self._mean_losses().items() if not math.isfinite(value)]
+        if wrong:
+            rate = self.parts["optimizer"].param_groups[0]["lr"]
+            raise RuntimeError(
+                f"training has diverged in epoch {self.sampler.epoch} ({', '.join(wrong)}), which is not written: "
+                f"train with a lower learning_rate (in this epoch {rate:g}) in another output_dir"
+            )
+
     def end_epoch(self, engine: Workflow) -> None:
         """Validate if due, save the epoch, and stop the run after ``patience`` validations without improvement."""
+        self.check_losses()
         epoch = engine.state.epoch
         due, last = epoch % self.val_interval == 0, epoch == engine.state.max_epochs
         if last and not due:  # else the ValidationHandler has run it
