@@ -296,6 +296,7 @@ def test_another_configuration_is_another_run(describe: Callable, tiny_cohort: P
         pytest.param({"lr_milestones": (100, 200, 300)}, id="same_numbers_typed_with_commas"),
         pytest.param({"num_workers": 1, "amp": True, "compile": True, "checkpointing": True}, id="how_it_computes"),
         pytest.param({"output_dir": "x", "ckpt_dir": "y", "cache_dir": "$None"}, id="moved"),
+        pytest.param({"validate#dataset#cache_dir": "x", "validate#dataset#shared_cache_dir": "y"}, id="cache_moved"),
         pytest.param({"tracking_uri": "x", "save_execute_config": "y"}, id="tracking"),
     ],
 )

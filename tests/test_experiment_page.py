@@ -48,7 +48,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     for fold, doubts in enumerate(["P1,mask_uptake\nP1,misalignment\n", "P2,mask_uptake\n"]):
         place = evaluation_folder(made["partial"], fold, "validation")
         (place / "quality.csv").write_text(f"PatientID,check\n{doubts}")
-        (place / "exclusions.csv").write_text(f"PatientID,set,reason\nP{fold},validation,no PET\n")
+        (place / "exclusions.csv").write_text(f"PatientID,set,reason\nP9,cohort,no PET\nP{fold},validation,no PET\n")
     return made
 
 

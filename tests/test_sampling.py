@@ -20,6 +20,7 @@ from monai.data import DataLoader, MetaTensor, ThreadDataLoader, decollate_batch
 from monai.transforms import Compose, Lambdad, Transform
 
 from scripts import keys
+from scripts.cohorts.cohort import Cohort, Exclusion
 from scripts.training.augmentation import Augmentation, Shift
 from scripts.training.engine import prepare_batch
 from scripts.training.sampling import (
@@ -463,11 +464,16 @@ def test_no_more_loading_processes_than_shared_memory_holds(
 def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = CaseDataset(cases(0, 2), prepared(), cache_dir=str(tmp_path / "cache"))
     bad = CaseDataset(cases(0, 4), prepared("P-002"), cache_dir=str(tmp_path / "cache"))
-    prepare_datasets({"training": bad, "validation": good}, str(tmp_path), show_progress=False)
+    before = Cohort("folder", [], [Exclusion("P-9", "no PET", "P-9__PT.nii.gz"), Exclusion("P-8", "RFS is 0")])
+    prepare_datasets({"training": bad, "validation": good}, str(tmp_path), before, show_progress=False)
     assert [c[keys.PATIENT_ID] for c in bad.data] == ["P-000", "P-001", "P-003"]
     assert len(good.data) == 2
     rows = list(csv.DictReader((tmp_path / "exclusions.csv").read_text().splitlines()))
-    assert rows == [{"PatientID": "P-002", "set": "training", "reason": "P-002__CT.nii.gz cannot be read"}]
+    assert rows == [
+        {"PatientID": "P-9", "set": "cohort", "reason": "no PET: P-9__PT.nii.gz"},
+        {"PatientID": "P-8", "set": "cohort", "reason": "RFS is 0"},
+        {"PatientID": "P-002", "set": "training", "reason": "P-002__CT.nii.gz cannot be read"},
+    ]
     assert "P-002: left out of the training set" in caplog.text
 
 

@@ -40,7 +40,7 @@ from scripts.prediction.figures import save_case_figure
 from scripts.prediction.outputs import folder_name
 from scripts.prediction.pages import TEMPLATES as PAGE_TEMPLATES
 from scripts.prediction.pages import Words, environment
-from scripts.training.sampling import DOUBTS_FILE, EXCLUSIONS_FILE
+from scripts.training.sampling import COHORT, DOUBTS_FILE, EXCLUSIONS_FILE
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE_FILE, EXAMPLES_FOLDER = "report.html", "examples"
@@ -316,7 +316,8 @@ def listed(main: Experiment, name: str) -> pd.DataFrame:
 
 def unreadable_cases(main: Experiment) -> list[str]:
     """Why held-out cases were not evaluated, a line for each reason."""
-    count = len(listed(main, EXCLUSIONS_FILE))
+    excluded = listed(main, EXCLUSIONS_FILE)
+    count = int((excluded["set"] != COHORT).sum()) if len(excluded) else 0  # the table of cases counts the others
     lines = [f"{count} are left out, with the reasons: see fold_*/evaluation*/{EXCLUSIONS_FILE}"] if count else []
     missing = main.record["num_folds"] - len(main.report["folds_evaluated"])
     if missing:

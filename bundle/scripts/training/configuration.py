@@ -447,7 +447,7 @@ def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """
     if set(there) != set(now):
         return ["it was written by another version of this bundle"]
-    one, other = ({PROCESSES: 1, **run.get(CONFIGURATION, {})} for run in (there, now))
+    one, other = ({PROCESSES: 1, **_compared(run.get(CONFIGURATION, {}))} for run in (there, now))
     differences = [
         f"{name}: {_short(one.get(name, '(absent)'))} there, {_short(other.get(name, '(absent)'))} now"
         for name in sorted({*one, *other})
@@ -465,6 +465,11 @@ def run_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     if changed:
         differences.append(f"other labels, clinical values or files: {_cut(', '.join(sorted(changed)))}")
     return differences
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the folders in which components keep prepared cases."""
+    return {name: value for name, value in config.items() if not name.endswith("cache_dir")}
 
 
 def _untracked(value: Any) -> Any:

@@ -30,6 +30,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from scripts import keys
+from scripts.cohorts.cohort import Cohort
 from scripts.cohorts.files import written_whole
 from scripts.imaging.localise import Location
 from scripts.imaging.quality import OK, VOXEL_SIZES, Check, checks_from_json
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 ERROR = "error"
 EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
+COHORT = "cohort"  # in the column "set": excluded before the cases were divided
 AUTO, MASKS_MERGED, MASKS_APART = "auto", "merged", "apart"
 MASK_LABELS = (AUTO, MASKS_MERGED, MASKS_APART)
 IMAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -371,10 +373,13 @@ def share_of_rank(dataset: CaseDataset) -> range:
     return range(rank(), len(dataset), world_size())
 
 
-def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_progress: bool = True) -> None:
+def prepare_datasets(
+    datasets: Mapping[str, CaseDataset], output_dir: str, cohort: Cohort | None = None, show_progress: bool = True
+) -> None:
     """Preprocess every case once, fill the cache, and remove the cases that cannot be read.
 
-    A case that fails is logged and listed in ``<output_dir>/exclusions.csv``. Doubtful cases are kept, listed in
+    A case that fails is logged and listed in ``<output_dir>/exclusions.csv``, after the patients that the cohort
+    excludes (set ``cohort``). Doubtful cases are kept, listed in
     ``<output_dir>/quality.csv`` and counted in the log; voxel sizes are not checked, since the cohort defines their
     range. Empty lists are not written. The datasets are told in which centres masks tell primary tumour and nodes
     apart. All ranks of a training share the work and the result.
@@ -382,12 +387,16 @@ def prepare_datasets(datasets: Mapping[str, CaseDataset], output_dir: str, show_
     Args:
         datasets: name ("training", "validation") to dataset; their ``data`` lists are changed in place.
         output_dir: folder of the lists.
+        cohort: that the cases are of.
         show_progress: show a progress bar.
 
     Raises:
         RuntimeError: a dataset is empty, or none of its cases can be read.
     """
-    excluded: list[dict[str, Any]] = []
+    excluded = [
+        {"PatientID": one.patient_id, "set": COHORT, "reason": ": ".join(filter(None, [one.reason, one.detail]))}
+        for one in (cohort.exclusions if cohort is not None else ())
+    ]
     doubtful: list[dict[str, Any]] = []
     holds_nodes: dict[str, tuple[str, bool]] = {}
     for name, dataset in datasets.items():
