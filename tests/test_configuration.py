@@ -78,9 +78,7 @@ def test_the_bundles_own_configs_of_inference_pass() -> None:
         pytest.param({PRIOR: "0.05"}, "network_def#network#tumour_prior is '0.05', not a number", id="prior"),
         pytest.param({f"{AUGMENTATION}#0#prob": "0.5"}, "transforms#0#prob is '0.5', not a number", id="augmentation"),
         pytest.param({f"{AUGMENTATION}#3#fwhm_mm#1": True}, "fwhm_mm#1 is True, not a number", id="switch_in_a_list"),
-        pytest.param(
-            {"train#dataloader#persistent_workers": "false"}, "persistent_workers is 'false', not True", id="switch"
-        ),
+        pytest.param({"train#trainer#non_blocking": "false"}, "non_blocking is 'false', not True", id="switch"),
     ],
 )
 def test_what_is_no_number_is_refused_where_there_is_to_be_one(changes: dict[str, Any], message: str) -> None:

@@ -208,12 +208,6 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(
         ),
         pytest.param("int('x')", "Traceback", "error: invalid", id="any_other_error"),
         pytest.param(
-            "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')",
-            "error: DataLoader worker (pid 7) is killed by signal: Bus error. A process that loads cases was killed",
-            "Traceback",
-            id="loading_process_killed",
-        ),
-        pytest.param(
             "raise KeyboardInterrupt", "interrupted: rerun the same command to resume", "Traceback", id="ctrl_c"
         ),
     ],

@@ -7,9 +7,9 @@ import errno
 import math
 import pickle
 import resource
-import shutil
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -312,26 +312,54 @@ def test_a_file_that_another_process_made_in_the_meantime_stays(tmp_path: Path, 
     assert torch.equal(dataset.prepare(0)[keys.IMAGE], first)
 
 
-def test_kept_processes_change_no_draw(tmp_path: Path) -> None:
-    """Neither of cases and seeds, nor of torch's generator, from which dropout is drawn."""
+def test_threads_change_no_draw(tmp_path: Path) -> None:
+    """Neither of cases and seeds, nor of torch's generator, from which dropout is drawn; as torch's own loader."""
 
-    def drawn(workers: int, persistent: bool) -> list:
+    def drawn(kind: type[DataLoader], workers: int) -> list:
         dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
         sampler = EventBatchSampler(dataset.data, 4, seed=3)
-        options = {"num_workers": workers, "persistent_workers": persistent}
-        loader = CaseLoader(dataset, batch_sampler=sampler, **options)
-        found, pids = [], set()
+        loader = kind(dataset, batch_sampler=sampler, num_workers=workers)
+        found = []
         for epoch in (1, 2, 3):
             sampler.set_epoch(epoch)
             seed_epoch(0, epoch)
-            found += [batch[keys.SEED].tolist() for batch in loader]
-            found.append(float(torch.rand(1)))
-            if loader._iterator is not None:
-                pids |= {worker.pid for worker in loader._iterator._workers}
-        assert len(pids) == (workers if persistent else 0)
+            for batch in loader:
+                found += [batch[keys.SEED].tolist(), float(torch.rand(1))]
         return found
 
-    assert drawn(0, False) == drawn(0, True) == drawn(2, False) == drawn(2, True)
+    assert drawn(DataLoader, 0) == drawn(CaseLoader, 0) == drawn(CaseLoader, 1) == drawn(CaseLoader, 3)
+
+
+def test_no_more_batches_are_prepared_than_two_a_thread(tmp_path: Path) -> None:
+    class Counting(CaseDataset):
+        read = 0
+
+        def __getitem__(self, index):
+            Counting.read += 1
+            return super().__getitem__(index)
+
+    dataset = Counting(cases(4, 60), prepared(), cache_dir=str(tmp_path))
+    batches = iter(CaseLoader(dataset, batch_size=4, num_workers=2))
+    for taken in range(1, 4):
+        next(batches)
+        time.sleep(0.3)
+        assert Counting.read == 4 * (taken + 4)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cases")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_thread_ends_the_epoch_as_it_is(tmp_path: Path, workers: int) -> None:
+    dataset = CaseDataset(cases(2, 10), prepared("P-006"), cache_dir=str(tmp_path))
+    batches = iter(CaseLoader(dataset, batch_size=2, num_workers=workers))
+    assert [batch[keys.PATIENT_ID] for batch in islice(batches, 3)] == [
+        ["P-000", "P-001"],
+        ["P-002", "P-003"],
+        ["P-004", "P-005"],
+    ]
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    assert reason(caught.value) == "P-006__CT.nii.gz cannot be read"
 
 
 STEP, LIMIT, WINDOW = 0.05, 0.055, 30
@@ -382,7 +410,7 @@ def share_in_use(seconds: float = 1.0) -> float:
 def test_a_step_of_50_ms_does_not_wait_for_data(large_cases) -> None:
     """The mean step of one of four epochs. A failure means nothing where other processes use the processors."""
     in_use = [share_in_use()]
-    loader = CaseLoader(large_cases[0], batch_sampler=large_cases[1], num_workers=2, persistent_workers=True)
+    loader = CaseLoader(large_cases[0], batch_sampler=large_cases[1], num_workers=2)
     steps = []
     for _ in range(4):
         clock = []
@@ -390,7 +418,6 @@ def test_a_step_of_50_ms_does_not_wait_for_data(large_cases) -> None:
             time.sleep(STEP)
             clock.append(time.perf_counter())
         steps.append((clock[-1] - clock[0]) / (len(clock) - 1))
-    del loader  # and its processes
     in_use.append(share_in_use())
     if min(steps) >= LIMIT and max(in_use) > MOST_IN_USE:
         pytest.skip(
@@ -435,30 +462,6 @@ def test_a_batch_holds_cases_with_and_without_a_file(tmp_path: Path, monkeypatch
         expected = [MakeCase()(member) for member in members]
         assert torch.equal(image, torch.stack([made[keys.IMAGE].as_tensor().half().float() for made in expected]))
         assert torch.equal(targets[keys.SEG], torch.stack([made[keys.SEG].as_tensor() for made in expected]))
-
-
-@pytest.mark.parametrize(
-    ("free", "expected"),
-    [
-        pytest.param(10**9, 2, id="room_for_all"),
-        pytest.param(4 * 8 * 4 * (2 * 1 + 2), 1, id="room_for_one"),
-        pytest.param(64, 0, id="room_for_none"),
-    ],
-)
-def test_no_more_loading_processes_than_shared_memory_holds(
-    tmp_path: Path, monkeypatch, caplog, free, expected
-) -> None:
-    dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
-    assert dataset.prepare(0)[keys.IMAGE].nbytes == 8 * 4
-    usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr("scripts.training.sampling.SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr("scripts.training.sampling.shutil.disk_usage", lambda path: usage)
-    for options in ({"batch_size": 4}, {"batch_sampler": EventBatchSampler(dataset.data, 4)}):
-        caplog.clear()
-        loader = CaseLoader(dataset, num_workers=2, **options)
-        assert sum(len(batch[keys.IMAGE]) for batch in loader) == 12
-        assert loader.num_workers == expected
-        assert ("docker run --shm-size" in caplog.text) == (expected < 2)
 
 
 def test_a_case_that_fails_is_left_out_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,6 @@ import torch
 from monai.inferers.utils import sliding_window_inference
 from scipy import ndimage
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from scripts.cohorts.thresholds import above
 from scripts.imaging.geometry import Grid, box_grid, resample
@@ -88,10 +87,9 @@ class CoarsePass:
         if anchor is not None and self.when == IN_DOUBT and not anchor.doubtful:
             return None
         network, settings = self._load()
-        device = torch.device("cpu") if get_worker_info() is not None else self.device
         spacing = max(self.spacing_mm, float(np.max(settings["spacing_mm"])))
         look = look_grid(ct_grid, pet_grid, spacing, None if anchor is None else credible_bounds(anchor))
-        look, probability = see_tumour(network.to(device), settings, look, ct, ct_grid, pet, pet_grid)
+        look, probability = see_tumour(network.to(self.device), settings, look, ct, ct_grid, pet, pet_grid)
         return find_candidates(probability, look)
 
     def _load(self) -> tuple[MultitaskNet, dict[str, Any]]:

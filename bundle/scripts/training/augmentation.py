@@ -5,7 +5,7 @@ and contrast of the CT, movement between the two scans. Lengths are in mm, inten
 (1 is the upper end of the window or the maximum, see :class:`scripts.imaging.transforms.ScaleIntensityPETCTd`).
 
 Random numbers depend on the seed of a case alone (:class:`scripts.training.sampling.Draw`), not on the other cases of
-its batch, on the number of loading processes or on the rank. Noise is drawn on the device, so that it differs between
+its batch, on the number of loading threads or on the rank. Noise is drawn on the device, so that it differs between
 kinds of devices.
 """
 

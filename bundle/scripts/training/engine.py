@@ -29,11 +29,6 @@ from scripts.training.sampling import ERROR, innermost, reason
 
 logger = logging.getLogger(__name__)
 
-WORKER_KILLED = (
-    "A process that loads cases was killed: too little shared memory (docker run --shm-size 4g, or --ipc host) or too "
-    "little main memory. --num_workers 0 loads without such processes."
-)
-
 TARGET_KEYS = (
     *(keys.SEG, keys.SEG_KNOWN, keys.SEG_CLASSES_KNOWN, keys.HPV, keys.HPV_KNOWN),
     *(keys.TIME, keys.EVENT, keys.SURV_KNOWN),
@@ -44,8 +39,8 @@ def plain_errors() -> None:
     """Print one line instead of a traceback for errors raised by this package.
 
     MONAI wraps errors in config expressions several times, which hides the message in a long traceback. An interruption
-    (Ctrl-C) and a killed loading process also get one line. Other errors, and all errors with ``TRACEBACK=1`` in the
-    environment, keep their traceback. Exceptions themselves are unchanged.
+    (Ctrl-C) also gets one line. Other errors, and all errors with ``TRACEBACK=1`` in the environment, keep their
+    traceback. Exceptions themselves are unchanged.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -58,8 +53,6 @@ def plain_errors() -> None:
             print(
                 "interrupted: rerun the same command to resume training from the last complete epoch", file=sys.stderr
             )
-        elif isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
-            print(f"error: {' '.join(str(cause).split())} {WORKER_KILLED}", file=sys.stderr)
         elif ours and isinstance(cause, ValueError | RuntimeError | OSError):
             print(f"error: {cause}", file=sys.stderr)
         else:

@@ -10,12 +10,12 @@ import csv
 import json
 import logging
 import os
-import shutil
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -41,11 +41,11 @@ logger = logging.getLogger(__name__)
 
 ERROR = "error"
 EXCLUSIONS_FILE, DOUBTS_FILE = "exclusions.csv", "quality.csv"
+_WRITING = threading.Lock()  # a case that is drawn twice may be prepared by two threads
 COHORT = "cohort"  # in the column "set": excluded before the cases were divided
 AUTO, MASKS_MERGED, MASKS_APART = "auto", "merged", "apart"
 MASK_LABELS = (AUTO, MASKS_MERGED, MASKS_APART)
 IMAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-SHARED_MEMORY = Path("/dev/shm")  # of loading processes on Linux
 
 
 class Draw(NamedTuple):
@@ -158,7 +158,7 @@ class CaseDataset(PersistentDataset):
         if path.is_file() and not there:  # of another process; a file that a process of another node maps must stay
             return item
         try:
-            with written_whole(path) as partial:
+            with _WRITING, written_whole(path) as partial:
                 torch.save(item, partial)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             if not self._told_of_disk:
@@ -206,52 +206,44 @@ def _mapped(path: Path) -> Mapping[str, Any]:
 
 
 class CaseLoader(DataLoader):
-    """MONAI's loader with no more processes than fit in shared memory.
+    """MONAI's loader with threads instead of processes.
 
-    Loading processes return their batches through ``/dev/shm``. If it is full (Docker's default is 64 MB), the system
-    kills them, or they wait forever. Batches do not depend on the number of processes.
+    A cached case is mapped from its file, so that a batch is one copy, during which Python's lock is free. Batches of
+    other processes would come through shared memory, which takes longer to hand over and to free, and of which
+    containers have little. Batches and random numbers do not depend on the number of threads.
 
     Args:
         dataset: of cases, each a dictionary.
-        num_workers: loading processes wanted.
-        persistent_workers: keep the processes from one epoch to the next, if there are any.
+        num_workers: threads that prepare the next batches, each up to two; 0: none is prepared ahead.
+        pin_memory: copy tensors to memory from which a GPU reads without waiting.
         **kwargs: as for ``monai.data.DataLoader``.
     """
 
-    def __init__(self, dataset: Any, num_workers: int = 0, persistent_workers: bool = False, **kwargs: Any) -> None:
-        persistent_workers = persistent_workers and num_workers > 0  # torch refuses to keep none
-        super().__init__(dataset, num_workers=num_workers, persistent_workers=persistent_workers, **kwargs)
+    def __init__(self, dataset: Any, num_workers: int = 0, pin_memory: bool = False, **kwargs: Any) -> None:
+        super().__init__(dataset, num_workers=0, **kwargs)
+        self.threads, self.pinned = num_workers, pin_memory
 
     def __iter__(self) -> Any:
-        if self._iterator is not None:  # of an earlier epoch
-            # A new iterator draws a seed from torch's generator. Dropout must not depend on whether it is a new one.
-            torch.empty((), dtype=torch.int64).random_()
-            return super().__iter__()
-        fitting = self.num_workers
-        if fitting and SHARED_MEMORY.is_dir():
-            free = shutil.disk_usage(SHARED_MEMORY).free
-            while fitting and self._bytes_in_flight(fitting) > free:
-                fitting -= 1
-            if fitting < self.num_workers:
-                logger.warning(
-                    "loading with %d processes instead of %d, which is slower: they need %.0f MB of shared memory and "
-                    "%s has %.0f MB free; give a container more (docker run --shm-size 4g, or --ipc host)",
-                    *(fitting, self.num_workers, self._bytes_in_flight(self.num_workers) / 1e6, SHARED_MEMORY),
-                    free / 1e6,
-                )
-        self.num_workers = fitting
-        return super().__iter__()
+        torch.empty((), dtype=torch.int64).random_()  # which torch's own iterators draw, too: dropout follows from it
+        batches = iter(cast(Iterable[list[Any]], self.batch_sampler))
+        return self._prepared_ahead(batches) if self.threads else map(self._load, batches)
 
-    def _bytes_in_flight(self, workers: int) -> int:
-        """Bytes of the batches prefetched by the workers, of the one in use and of the one being collated."""
-        sampler = self.batch_sampler if self.batch_size is None else self
-        batch = int(getattr(sampler, "batch_size", None) or 1)
-        return self._case_bytes * batch * (workers * (self.prefetch_factor or 2) + 2)
+    def _prepared_ahead(self, batches: Iterator[list[Any]]) -> Iterator[Any]:
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cases")
+        try:
+            ahead = deque(pool.submit(self._load, batch) for batch in islice(batches, 2 * self.threads))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(self._load, following) for following in islice(batches, 1))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    @cached_property
-    def _case_bytes(self) -> int:
-        item = cast(CaseDataset, self.dataset).prepare(0)
-        return sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor | np.ndarray))
+    def _load(self, batch: Sequence[Any]) -> Any:
+        loaded = self.collate_fn([self.dataset[index] for index in batch])
+        if not self.pinned:
+            return loaded
+        return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in loaded.items()}
 
 
 class GuardedDataset(Dataset):
