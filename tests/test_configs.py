@@ -334,16 +334,18 @@ def test_without_a_cohort_one_line_says_how_to_make_one(tmp_path: Path, run_bund
 
 
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as docs/training.md says: else a restart finds old addresses
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node"]
 
 
-def start_two_processes(cohort: Path, output: Path) -> subprocess.Popen[str]:
+def start_processes(cohort: Path, output: Path, count: int = 2, device: str = "cpu") -> subprocess.Popen[str]:
     files = str([TRAIN, "configs/multi_gpu_train.json"])
     where = ["--dataset_dir", str(cohort), "--output_dir", str(output), *SMALL_RUN, "--epochs", "3"]
+    where[where.index("--device") + 1] = device
+    command = ["-m", "monai.bundle", "run", "training", "--config_file", files, *where]
     return subprocess.Popen(
-        [sys.executable, *TORCHRUN, "-m", "monai.bundle", "run", "training", "--config_file", files, *where],
+        [sys.executable, *TORCHRUN, str(count), *command],
         cwd=BUNDLE,
-        env={**os.environ, **NEW_STORE, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **NEW_STORE, "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "VERSION"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -370,10 +372,27 @@ def cohort_of_eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 def trained_by_two(cohort_of_eight: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of two processes on CPU (gloo)."""
     output = tmp_path_factory.mktemp("two")
-    run = start_two_processes(cohort_of_eight[0], output)
+    run = start_processes(cohort_of_eight[0], output)
     log, _ = run.communicate()
     assert run.returncode == 0, log[-3000:]
     return output
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", id="gloo"),
+        pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), id="nccl"),
+    ],
+)
+def test_one_process_joins_itself(cohort_of_eight: tuple[Path, str], tmp_path: Path, device: str) -> None:
+    run = start_processes(cohort_of_eight[0], tmp_path, 1, device)
+    log, _ = run.communicate()
+    assert run.returncode == 0, log[-3000:]
+    assert ("NCCL version" in log) == (device != "cpu")
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert len(history) == 3 and all(np.isfinite(row["val_dice"]) for row in history)
+    assert saved_provenance(tmp_path / "models" / "model.pt")["trained_on"]
 
 
 def test_two_processes_train_together(trained_by_two: Path, cohort_of_eight: tuple[Path, str]) -> None:
@@ -387,7 +406,7 @@ def test_two_processes_train_together(trained_by_two: Path, cohort_of_eight: tup
 def test_when_one_process_is_killed_the_run_ends_as_an_unbroken_one(
     trained_by_two: Path, cohort_of_eight: tuple[Path, str], tmp_path: Path
 ) -> None:
-    run = start_two_processes(cohort_of_eight[0], tmp_path)
+    run = start_processes(cohort_of_eight[0], tmp_path)
     while not (tmp_path / "models" / "resume" / "last.pt").is_file() and run.poll() is None:
         time.sleep(0.01)
     kill_second(run)
