@@ -8,4 +8,5 @@ if __name__ == "__main__":
 
     from command_line import run_room
 
-    run_room("research", "benchmark", "compare_inference", "measure_localisation", "measure_masks", "study_learning")
+    names = ("benchmark", "compare_evaluations", "compare_inference", "measure_localisation", "measure_masks")
+    run_room("research", *names, "study_learning")
