@@ -339,7 +339,7 @@ def train_folds(
     leave_one_centre_out: bool = False,
     folds: int | Sequence[int] | None = None,
     tasks: str | Sequence[str] | None = None,
-    config_files: str | Sequence[str] = (),
+    config_file: str | Sequence[str] = (),
     output_dir: str | None = None,
     jobs: int = 0,
     devices: str | int | Sequence[int] = "",
@@ -359,7 +359,7 @@ def train_folds(
         leave_one_centre_out: short for ``--protocol leave_one_centre_out``.
         folds: folds to run, such as 0,2; all if not given.
         tasks: such as surv or seg,surv.
-        config_files: overlays to add to ``configs/train.json``, such as configs/paper.json.
+        config_file: overlays to add to ``configs/train.json``, such as configs/paper.json.
         output_dir: folder of the experiment; ``runs/<cohort>_<protocol>`` with the tasks if not given.
         jobs: number of folds in parallel; 0: one for each of ``devices``.
         devices: ``cpu`` or numbers of GPUs; the bundle's own choice if not given.
@@ -373,7 +373,7 @@ def train_folds(
     given = {"num_folds": num_folds, "tasks": tasks, "epochs": epochs}
     overrides = {name: value for name, value in given.items() if value is not None} | overrides
     shown = {"dataset_dir": dataset_dir, "protocol": protocol, "leave_one_centre_out": leave_one_centre_out}
-    command = command_line({**shown, **overrides, "config_files": as_list(config_files), "output_dir": output_dir})
+    command = command_line({**shown, **overrides, "config_file": as_list(config_file), "output_dir": output_dir})
     if leave_one_centre_out:
         if protocol not in ("partial", "leave_one_centre_out"):
             raise ExperimentError(f"--leave_one_centre_out is a protocol of its own: leave out --protocol {protocol}")
@@ -385,7 +385,7 @@ def train_folds(
         raise ExperimentError("give --devices or --device, not both")
     if ray is not None and (jobs or places or "device" in overrides):
         raise ExperimentError("Ray places the folds: with --ray, leave out --jobs, --devices and --device")
-    plan = make_plan(dataset_dir, protocol, config_files, folds, output_dir, overrides, command)
+    plan = make_plan(dataset_dir, protocol, config_file, folds, output_dir, overrides, command)
     record = claim_folder(plan)
     print(f"{plan.cohort.describe()}\nexperiment {plan.folder}, logs in fold_*/{LOG_FILE}", file=sys.stderr)
     for fold in plan.folds:

@@ -125,7 +125,7 @@ def test_each_run_is_a_command_with_its_own_folder_and_threads(cohort, tmp_path,
     first, second = (call["given"] for call in calls(fake)[:2])
     assert first["train#loss#task_weights"] == "None" and "train#loss#task_weights" not in second
     assert second["network_def#network#mask_gradient"] == "flow" and second["epochs"] == "3" and second["seed"] == "0"
-    assert second["folds"] == "[0, 1]" and second["config_files"] == "['configs/demo.json']"
+    assert second["folds"] == "[0, 1]" and second["config_file"] == "['configs/demo.json']"
     assert second["dataset_dir"] == str(cohort) and second["cache_dir"] == first["cache_dir"]
     assert not (tmp_path / "study" / "equal_s0" / "run.json").exists()
     record = json.loads((tmp_path / "study" / "flow_s2" / "run.json").read_text())

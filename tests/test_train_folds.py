@@ -215,7 +215,7 @@ def test_started_again_a_finished_experiment_runs_nothing(real_run, tiny_cohort,
         pytest.param(
             {"tasks": ("seg", "surv")}, r"tasks: there \['seg', 'hpv', 'surv'\], now \['seg', 'surv'\]", id="tasks"
         ),
-        pytest.param({"config_files": "configs/paper.json"}, "bn_eps: there 1e-05, now 0.001;.* flow", id="overlay"),
+        pytest.param({"config_file": "configs/paper.json"}, "bn_eps: there 1e-05, now 0.001;.* flow", id="overlay"),
         pytest.param({"protocol": "leave_one_centre_out", "num_folds": None}, "two centres", id="protocol"),
     ],
 )
@@ -508,8 +508,8 @@ def test_an_overlay_of_ones_own(centres, tmp_path, monkeypatch):
         pytest.param({"val_interval": -1}, "val_interval is -1: give a whole number", id="interval"),
         pytest.param({"batch_size": 0}, "batch_size is 0: give a whole number", id="empty_batch"),
         pytest.param({"fold": 1}, "--fold is set by train_folds", id="reserved"),
-        pytest.param({"config_files": "configs/none.json"}, r"no config file configs/none\.json", id="no_config"),
-        pytest.param({"config_files": "configs/multi_gpu_train.json"}, "is for torchrun", id="multi_gpu"),
+        pytest.param({"config_file": "configs/none.json"}, r"no config file configs/none\.json", id="no_config"),
+        pytest.param({"config_file": "configs/multi_gpu_train.json"}, "is for torchrun", id="multi_gpu"),
         pytest.param({"folds": (0, 3)}, r"folds are \[0, 3\]; this experiment has the folds 0 to 2", id="folds"),
         pytest.param({"devices": "gpu"}, "'cpu' or numbers of GPUs", id="devices"),
         pytest.param({"devices": 0, "device": "cpu"}, "not both", id="device_twice"),

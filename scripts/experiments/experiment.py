@@ -57,7 +57,7 @@ TEXT_IDS = ("dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "tr
 """Ids of the configs that are names or paths, even where they look like numbers."""
 SET_HERE = ("output_dir", "ckpt_dir", "bundle_root", "fold", "checkpoint", "evaluate_on", "evaluation_dir")
 """Ids of the configs that train_folds sets for each fold."""
-OPTIONS = ("leave_one_centre_out", "folds", "config_files", "jobs", "devices", "ray", "ray_cores", "ray_gpus")
+OPTIONS = ("leave_one_centre_out", "folds", "config_file", "jobs", "devices", "ray", "ray_cores", "ray_gpus")
 """Options of train_folds that are no ids of the configs."""
 NOT_SETTINGS = ("output_dir", "ckpt_dir", "cache_dir", "bundle_root", "device", "num_workers", "fold")
 """Ids of the configs that may differ when an experiment is resumed: they do not change its results."""

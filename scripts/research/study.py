@@ -216,7 +216,7 @@ class Study:
         options = {
             "dataset_dir": self.dataset_dir,
             "output_dir": str(self.run_folder(variant, seed)),
-            "config_files": self.config_files(variant),
+            "config_file": self.config_files(variant),
             "folds": list(self.folds),
             "cache_dir": self.cache,
             **self.settings(variant, seed),
