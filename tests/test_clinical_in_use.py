@@ -19,7 +19,7 @@ from scripts.evaluation.clinical_model import ClinicalModelError, shipped
 from scripts.imaging.transforms import CodeClinicald
 from scripts.prediction import description
 from scripts.prediction.description import describe_clinical_model
-from scripts.prediction.findings import clinical_model_section
+from scripts.prediction.findings import clinical_model_section, clinical_name
 from scripts.prediction.inputs import add_clinical_values
 from scripts.prediction.outputs import COLUMNS, prediction_row
 
@@ -149,7 +149,7 @@ def test_survival_is_that_of_the_file():
 def test_few_values_are_told(lacking, known, warns):
     found = describe_clinical_model({name: value for name, value in ALL.items() if name not in lacking})
     assert (found["known"], bool(found["warning"])) == (known, warns)
-    assert all(name in found["warning"] for name in lacking) or not warns
+    assert all(clinical_name(name) in found["warning"] for name in lacking) or not warns
     section = clinical_model_section(found)
     assert bool(section.loud) is warns
     assert ("values known", f"{known} of 8") in section.rows
@@ -159,6 +159,7 @@ def test_the_section_names_the_model():
     section = clinical_model_section(describe_clinical_model(ALL))
     assert section.title == "Recurrence-free survival from clinical values alone"
     assert "trained on 3,267 patients of one hospital, externally C-index 0.655" in section.notes[0]
+    assert "counted from the start of radiotherapy" in section.notes[1] and "deaths" in section.notes[1]
     assert [name for name, _ in section.rows][1:] == [
         "1 year",
         "2 years",

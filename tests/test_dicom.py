@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_study import AXIAL, SECRETS, dciodvfy_errors, pet_header, write_mask, write_series
+from dicom_study import AXIAL, SECRETS, dciodvfy_errors, pet_header, pet_tags, write_mask, write_series
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -449,6 +449,8 @@ OTHERS = [
     pytest.param("PT", {"ImageType": ["DERIVED", "PRIMARY"]}, {}, "derived", id="derived_pet"),
     pytest.param("PT", {}, {"depths": LONG[:15]}, "fewer slices", id="short_pet"),
     pytest.param("PT", {"PixelSpacing": [6, 6]}, {}, "coarser", id="coarse_pet"),
+    pytest.param("PT", {"AcquisitionTime": "125000"}, {}, "scanned later", id="delayed_pet"),
+    pytest.param("PT", {"AcquisitionTime": None}, {}, "at an unknown time", id="pet_without_time"),
     pytest.param(
         "PT", {"FrameOfReferenceUID": "1.2.3.4.78"}, {"depths": np.arange(25) * 9.0}, "no CT in its", id="lone_pet"
     ),
@@ -475,6 +477,50 @@ def test_the_other_series_is_rejected(tmp_path, only_pair, modality, tags, serie
     assert re.search(reason, why), why
     assert why in choice.describe()
     assert_anonymous(choice.describe() + repr(choice) + repr(rejected))
+
+
+ANOTHER = "another PET of this examination (series 9) was scanned"
+LOSSY = "compressed with loss by Lossy Image Compression (0028,2110)"
+
+
+@pytest.mark.parametrize(
+    "modality, tags, told",
+    [
+        pytest.param("PT", {"AcquisitionTime": "115500"}, "", id="another_reconstruction"),
+        pytest.param("PT", {"AcquisitionTime": "125000"}, f"{ANOTHER} 60 min later", id="delayed"),
+        pytest.param("PT", {"AcquisitionTime": "12:50:00"}, f"{ANOTHER} 60 min later", id="old_way_of_writing_times"),
+        pytest.param(
+            "PT", {"AcquisitionTime": "110000", "PixelSpacing": [6, 6]}, f"{ANOTHER} 50 min earlier", id="coarser"
+        ),
+        pytest.param("PT", {"AcquisitionTime": None}, "", id="time_not_stated"),
+        pytest.param("PT", {"AcquisitionTime": "noon"}, "", id="time_unreadable"),
+        pytest.param("PT", {"AcquisitionTime": "125000", "CorrectedImage": ["DECY"]}, "", id="not_corrected"),
+        pytest.param("PT", {"AcquisitionTime": "125000", "Radiopharmaceutical": "FMISO"}, "", id="another_tracer"),
+        pytest.param("PT", {"AcquisitionTime": "125000", "AcquisitionDate": "20200601"}, "", id="another_day"),
+        pytest.param("PT", {"AcquisitionTime": "125000", "FrameOfReferenceUID": "1.2.3"}, "", id="another_frame"),
+        pytest.param("CT", {"AcquisitionTime": "125000"}, "", id="ct"),
+    ],
+)
+def test_another_pet_of_the_examination_is_a_doubt(tmp_path, only_pair, modality, tags, told):
+    other = {**(CT_TAGS | tags if modality == "CT" else pet_tags(**tags)), "SeriesNumber": 9}
+    write_series(tmp_path, modality, uid="1.2.3.4.5", tags=other, depths=LONG)
+    choice = choose_pet_ct([*only_pair, *find_series(tmp_path)])
+    assert (choice.ct.number, choice.pet.number) == (3, 4)
+    assert [doubt.partition(":")[0] for doubt in choice.doubts] == ([told] if told else [])
+
+
+@pytest.mark.parametrize(
+    "ct, pet, told",
+    [
+        pytest.param("00", None, [], id="none"),
+        pytest.param("01", "00", [f"the CT was {LOSSY}"], id="ct"),
+        pytest.param("01", "01", [f"the CT was {LOSSY}", f"the PET was {LOSSY}"], id="both"),
+    ],
+)
+def test_compression_with_loss_is_a_doubt(tmp_path, ct, pet, told):
+    write_series(tmp_path / "ct", tags={"LossyImageCompression": ct})
+    write_series(tmp_path / "pet", "PT", uid="1.2.3.4.4", tags={"LossyImageCompression": pet, "SeriesNumber": 2})
+    assert [doubt.partition(":")[0] for doubt in choose_pet_ct(find_series(tmp_path)).doubts] == told
 
 
 def test_ct_and_pet_share_the_frame_of_reference(tmp_path):
@@ -972,13 +1018,17 @@ def test_report_refers_to_its_sources(tmp_path):
 
 
 def test_report_says_what_made_it_and_that_it_is_for_research(tmp_path):
-    report, _, _ = written_report(tmp_path, notes=["PET does not reach the top of the CT"])
+    remarks = {"Tumour": ["of the tumour"], "Prediction": ["of the prediction"]}
+    report, _, _ = written_report(tmp_path, notes=["PET does not reach the top of the CT"], remarks=remarks)
     texts = []
     report.walk(lambda _, element: texts.append(str(element.value)) if element.keyword == "TextValue" else None)
     comments = [text for text in texts if text.startswith(("Research use only", "PET does not"))]
     assert len(comments) == 5, "both for tumour and prediction, the restriction for the lesion"
     assert {MODEL.name, MODEL.version, f"weights: {MODEL.weights}", MODEL.manufacturer} <= set(texts)
     assert texts.count("The model was trained on: 9 phantoms") == 2
+    for group in report.content.get_image_measurement_groups():
+        own = [item.TextValue for item in group[0].ContentSequence if item.get("TextValue", "").startswith("of the")]
+        assert own == remarks[group.tracking_identifier]
 
 
 def test_codes_are_those_of_the_dictionaries(tmp_path):

@@ -8,6 +8,7 @@ import pydicom
 import pytest
 from dicom_study import write_series
 from pydicom.config import disable_value_validation
+from report_case import prediction, uncalibrated, without_tasks
 
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import find_examinations
@@ -17,6 +18,8 @@ from scripts.dicom.series import find_series
 from scripts.dicom.sr import Findings, write_sr
 from scripts.dicom.tags import DicomError
 from scripts.imaging.lesions import find_lesions
+from scripts.prediction.dicom_results import remarks
+from scripts.prediction.findings import AS_IN_TRAINING
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
 MODEL = Model("multitask", "1.2.3", "maintainers", "sha256:0123456789abcdef", "9 phantoms")
@@ -205,3 +208,30 @@ def test_shared_cases_without_tags(tmp_path, name):
     for file in ("seg.dcm", "sr.dcm", "rtstruct.dcm"):
         written = pydicom.dcmread(tmp_path / file)
         assert all(keyword in written for keyword in EMPTY_OR_NOT)
+
+
+RULE = "Metabolic Volume and Total Lesion Glycolysis: 41 % of the lesion's SUVmax"
+RANGE = (
+    "Recurrence-free survival, range of 5 folds, no confidence interval: 0.880 to 0.930 at 365 days, 0.770 to 0.860 at "
+    "730 days, 0.660 to 0.790 at 1096 days"
+)
+THRESHOLD = "HPV status is positive above a probability of 0.550"
+
+
+@pytest.mark.parametrize(
+    "said, tumour, predicted",
+    [
+        pytest.param(
+            prediction(), [RULE], [RANGE, AS_IN_TRAINING, f"{THRESHOLD}; of 5 folds 0.700 to 0.700"], id="all"
+        ),
+        pytest.param(
+            prediction(hpv={**prediction()["hpv"], "probability_folds": [0.7]}, survival=None),
+            *([RULE], [THRESHOLD]),
+            id="one_fold",
+        ),
+        pytest.param(uncalibrated(), [], [], id="nothing_to_say"),
+        pytest.param(without_tasks(), [], [], id="no_tasks"),
+    ],
+)
+def test_the_report_says_how_sure_its_numbers_are_and_how_they_are_defined(said, tumour, predicted):
+    assert remarks(said) == {"Tumour": tumour, "Prediction": predicted}

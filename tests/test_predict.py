@@ -209,7 +209,8 @@ def test_dicom_comes_back_as_dicom(patients, options, tmp_path, caplog, capsys):
     assert values["Volume"] == pytest.approx(prediction["tumour"]["volume_ml"], abs=0.005)
     comments = [text for name, text in said_by(report.ContentSequence) if name == "Comment"]
     assert {keys.RESEARCH_USE_ONLY, f"The model was trained on: {TRAINED_ON}"} <= set(comments)
-    assert "Clinical values that were missing: m_stage" in comments
+    assert "Clinical values that were missing: M-stage" in comments
+    assert [text for text in comments if text.startswith("Metabolic Volume and Total Lesion Glycolysis: per lesion")]
     sources = {row["name"]: row.get("source") for row in prediction["clinical"]}
     assert sources == {"age": "DICOM header", "gender": "DICOM header", "m_stage": None}
     assert "CHUM-001: age, gender from: DICOM header" in caplog.text

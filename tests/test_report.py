@@ -20,6 +20,7 @@ from scripts.prediction.explain import Explanation
 from scripts.prediction.findings import (
     FORCED,
     NO_TUMOUR,
+    key_results,
     notice_of,
     page_verdict,
     quality_problems,
@@ -69,7 +70,8 @@ def explanation(tumour: bool = True) -> Explanation:
 EVERYTHING = (
     *(NOTICE, "300 digital phantoms, not for clinical use", "CHUM-001"),
     *("risk group high", "higher than in 81 % of the training cases"),
-    *("recurrence-free at 3 years", "72 %", "range of the folds: 66 to 79 %", "It is not a confidence interval"),
+    *("recurrence-free at 3 years", "72 %", "no confidence interval: 66 to 79 %", "It is not a confidence interval"),
+    "Recurrence, a death without one, and the day from which time is counted are defined as in the training data",
     *("5 years not given: beyond the follow-up", "0.83 ± 0.21 over 5 folds"),
     *("probability of HPV 0.73 ± 0.06 over 5 folds", "threshold 0.55", "class positive"),
     "read from PET/CT and clinical values (2 of 3 known)",
@@ -213,12 +215,46 @@ def test_survival_is_given_with_the_range_of_the_folds_and_the_number_at_risk(fo
     assert table[1][0] == row
 
 
+MERGED = [{"label": "GTV"}] * 2
+NODES = [{"label": "GTVn"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "shown"),
+    [
+        pytest.param("hpv", {}, "positive: probability 0.73 \u00b1 0.06 over 5 folds; positive above 0.55", id="hpv"),
+        pytest.param(
+            "hpv", {"probability_folds": [0.7]}, "positive: probability 0.73; positive above 0.55", id="one fold"
+        ),
+        pytest.param(
+            "hpv",
+            {"threshold": None, "positive": None},
+            "not available: probability 0.73 \u00b1 0.06 over 5 folds",
+            id="no threshold",
+        ),
+        pytest.param("tumour", {}, "18.3 ml: 1 primary tumour, 1 lymph node, SUVmax 14.2", id="both classes"),
+        pytest.param(
+            "tumour", {"lesion_list": NODES}, "18.3 ml: no primary tumour, 2 lymph nodes, SUVmax 14.2", id="nodes"
+        ),
+        pytest.param("tumour", {"lesion_list": MERGED}, "18.3 ml: 2 lesions, SUVmax 14.2", id="not told apart"),
+        pytest.param("tumour", {"lesion_list": [], "lesions": 1}, "18.3 ml: 1 lesion, SUVmax 14.2", id="no list"),
+        pytest.param("tumour", {"lesion_list": [], "lesions": 0}, "18.3 ml: no lesion", id="no lesion"),
+    ],
+)
+def test_the_main_results_are_called_predicted_and_say_what_they_mean(part, changes, shown) -> None:
+    said = prediction()
+    said[part].update(changes)
+    names = {"hpv": "predicted HPV status", "tumour": "tumour and lymph nodes"}
+    [result] = [result for result in key_results(said) if result[0] == names[part]]
+    assert f"{result[1]}: {result[2]}" == shown
+
+
 def test_doubts_are_loud() -> None:
     said = prediction()
     said["survival"]["doubt"] = "the slope is zero"
     said["crop"]["flag"] = "no brain"
     loud = [text for section in sections_of(said) for text in section.loud]
-    assert loud == ["In doubt: the slope is zero", "Place of the box in doubt: no brain"]
+    assert loud == ["In doubt: the slope is zero", "Position of this region in doubt: no brain"]
 
 
 def test_a_model_that_does_not_say_what_it_was_trained_on() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from scripts.dicom.series import CT_STORAGE, PET_STORAGE, Series, people_differ
 from scripts.dicom.suv import READABLE_UNITS
-from scripts.dicom.tags import DicomError
+from scripts.dicom.tags import DicomError, tag_name
 
 MULTIFRAME_STORAGE = (f"{CT_STORAGE}.1", f"{CT_STORAGE}.2", f"{PET_STORAGE}.1", "1.2.840.10008.5.1.4.1.1.130")
 # ImageType values of images that are not slices of the body.
@@ -22,6 +22,7 @@ PICTURE_TYPES = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE", "REPROJECTION"
 
 MIN_SLICES = 8  # fewer are a scout, a test or a biopsy control
 AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
+SAME_SCAN_MIN = 10  # PETs that start within this time may be reconstructions of one scan
 ONE_DAY = 1  # maximum difference of CT and PET of one examination, which may pass midnight
 MOST_FOUND = 3  # series that a message lists
 OVERLAP_STEP_MM = 50.0  # smaller differences in overlap do not decide between two CTs
@@ -38,10 +39,27 @@ class Choice:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Doubts about the pair, as texts."""
-        apart = days_apart(self.ct, self.pet)
-        if apart <= ONE_DAY:
-            return ()
-        return (f"CT and PET are {apart} days apart by their dates: are they of one examination?",)
+        found, apart = [], days_apart(self.ct, self.pet)
+        if apart > ONE_DAY:
+            found.append(f"CT and PET are {apart} days apart by their dates: are they of one examination?")
+        for other in (series for series, _ in self.rejected if series.modality == "PT"):
+            later = (other.start or 0) - (self.pet.start or 0)
+            if other.start and self.pet.start and abs(later) > SAME_SCAN_MIN and self._could_be(other):
+                found.append(
+                    f"another PET of this examination (series {other.number}) was scanned {abs(later)} min "
+                    f"{'later' if later > 0 else 'earlier'}: is series {self.pet.number} the one to predict from?"
+                )
+        for name, series in (("CT", self.ct), ("PET", self.pet)):
+            if series.lossy:
+                found.append(
+                    f"the {name} was compressed with loss by {tag_name('LossyImageCompression')}: its values are not "
+                    "those that were measured"
+                )
+        return tuple(found)
+
+    def _could_be(self, pet: Series) -> bool:
+        """Whether another PET could be predicted from with this CT."""
+        return not _unfit(pet) and not _mismatch(self.ct, pet) and days_apart(self.ct, pet) <= ONE_DAY
 
     def describe(self) -> str:
         """The choice and the other series, one per line, without anything that identifies a patient."""
@@ -84,9 +102,9 @@ def choose_pet_ct(series: Sequence[Series]) -> Choice:
 
     Of the PETs left, the first in this order that has a CT: known to be attenuation corrected, more certainly of FDG
     (:class:`scripts.dicom.tracer.Tracer`), of the day of a CT, original rather than derived, more slices, finer pixels,
-    lower series number. Of the CTs in its frame of reference that overlap it: of its day, longer overlap along the body
-    (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more slices, finer
-    pixels, lower series number.
+    scanned first, lower series number. Of the CTs in its frame of reference that overlap it: of its day, longer overlap
+    along the body (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more
+    slices, finer pixels, lower series number.
 
 
     Raises:
@@ -283,8 +301,16 @@ def _common_rank(series: Series) -> list[tuple[str, float]]:
     return [
         ("fewer slices", -len(series)),
         ("coarser pixels", round(pixel, 2)),
+        ("scanned later or at an unknown time; the first was preferred", _when(series)),
         ("equal; the lower series number was preferred", series.number),
     ]
+
+
+def _when(series: Series) -> float:
+    """Start of a PET in steps of :data:`SAME_SCAN_MIN`, the last where it is not stated; CTs do not differ by it."""
+    if series.modality != "PT":
+        return 0.0
+    return math.inf if series.start is None else series.start // SAME_SCAN_MIN
 
 
 def is_sharp_kernel(kernel: str) -> bool:

@@ -93,6 +93,8 @@ class Series:
         pixel_spacing: (2,) mm between rows and between columns; None where there is none.
         tracer: of a PET.
         day: date of the first image as ordinal number (``date.toordinal``); None where none is stated.
+        start: minute of the first image by Acquisition Date and Time, counted from day 0; None where none is stated.
+        lossy: whether an image was compressed with loss by Lossy Image Compression.
         repeated: files ignored as copies of another image.
         shared: images with the SOPInstanceUID of another image of the series.
         damaged: problem of a damaged file that may be one of its slices, "" where there is none.
@@ -123,6 +125,8 @@ class Series:
     positions: np.ndarray | None
     tracer: Tracer = field(default_factory=Tracer)
     day: int | None = None
+    start: int | None = None
+    lossy: bool = False
     part: int = 0
     repeated: int = 0
     shared: int = 0
@@ -249,6 +253,7 @@ _HEADER_TAGS = (
     *("ConvolutionKernel", "NumberOfSlices", "Rows", "Columns", "PixelSpacing", "AcquisitionNumber", "InstanceNumber"),
     *("ImageOrientationPatient", "ImagePositionPatient"),
     *("RadiopharmaceuticalInformationSequence", "SeriesDescription", "AcquisitionDate", "SeriesDate"),
+    *("AcquisitionTime", "LossyImageCompression"),
 )
 _ALIKE = ("SOPClassUID", "Modality", "Rows", "Columns", "FrameOfReferenceUID")
 _Files = list[tuple[Path, "Dataset"]]
@@ -441,6 +446,12 @@ def _day(header: Dataset) -> int | None:
     return None
 
 
+def _minute(header: Dataset) -> int | None:
+    """The date and time of an image, see :attr:`Series.start`."""
+    day, clock = _day(header), re.match(r"([01]\d|2[0-3]):?([0-5]\d)", text_of(header, "AcquisitionTime"), re.ASCII)
+    return None if day is None or clock is None else (day * 24 + int(clock[1])) * 60 + int(clock[2])
+
+
 def _patient(header: Dataset) -> str:
     return clean_id(text_of(header, "PatientID")) if text_of(header, "PatientID") else ""
 
@@ -525,6 +536,8 @@ def _one_series(files: _Files) -> Series:
         positions=positions,
         tracer=tracer_of(header) if text_of(header, "Modality").upper() == "PT" else Tracer(),
         day=min((day for _, each in members if (day := _day(each)) is not None), default=None),
+        start=min((minute for _, each in members if (minute := _minute(each)) is not None), default=None),
+        lossy=any(text_of(each, "LossyImageCompression") == "01" for _, each in members),
         repeated=len(files) - len(members),
         shared=shared,
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from scripts.dicom.seg import CODES, UTF_8, Model, code, save_whole, source_headers
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 SR_SERIES_NUMBER = 9102
+TUMOUR, PREDICTION = "Tumour", "Prediction"  # groups of the report
 # Concepts for which neither DICOM nor SNOMED has a code. The report names the scheme in its coding scheme
 # identification; survival at d days has the code RFS_<d>D.
 PRIVATE_SCHEME = "99HNPETCT"
@@ -53,7 +55,7 @@ class Findings:
         lesions: of :data:`MEASUREMENTS`, those of each lesion, in the order of the segments; diameters in mm.
         log_hazard: of recurrence.
         risk_percentile: of the log hazard in the training cohort, 0 to 100.
-        survival: recurrence-free survival probability (0 to 1) by days since the scan.
+        survival: recurrence-free survival probability (0 to 1) by days, counted as in the training data.
         hpv_probability: 0 to 1.
         hpv_positive: the class.
 
@@ -86,6 +88,7 @@ def write_sr(
     model: Model,
     seg: Dataset | None = None,
     notes: Sequence[str] = (),
+    remarks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     description: str = "PET/CT measurements and prediction (research use only)",
 ) -> Dataset:
     """Write measurements and prediction as a DICOM structured report (Comprehensive SR, template TID 1500).
@@ -102,8 +105,9 @@ def write_sr(
         pet: the PET used.
         model: what made the prediction.
         seg: the segmentation (:func:`write_seg`); needed when there are lesions.
-        notes: remarks for the reader, e.g. quality flags; each becomes a comment of tumour and prediction. They must
-            not identify the patient.
+        notes: for the reader, e.g. quality flags; each becomes a comment of tumour and prediction. They must not
+            identify the patient.
+        remarks: the same for one of the two, by its name ``Tumour`` or ``Prediction``.
         description: series description, 64 characters at most.
 
 
@@ -115,12 +119,17 @@ def write_sr(
         if findings.lesions and (seg is None or len(seg.SegmentSequence) != len(findings.lesions)):
             raise DicomError("measurements of lesions refer to their segmentation: give seg, with one segment for each")
         lesions = [_lesion_group(k, lesion, seg, ct, model) for k, lesion in enumerate(findings.lesions)]
-        summaries = [*_tumour_group(findings, model), *_prediction_group(findings, model)]
+        groups = {TUMOUR: _tumour_group(findings, model), PREDICTION: _prediction_group(findings, model)}
+        summaries = [group for found in groups.values() for group in found]
         if not summaries and not lesions:
             raise DicomError("nothing to report")
         for group, texts in [
             *((group, model.statements[:1]) for group in lesions),
-            *((group, (*model.statements, *notes)) for group in summaries),
+            *(
+                (group, (*model.statements, *notes, *remarks.get(name, ())))
+                for name, found in groups.items()
+                for group in found
+            ),
         ]:
             group[0].ContentSequence.extend(_comment(text) for text in texts)
         report = hd.sr.MeasurementReport(
@@ -231,7 +240,7 @@ def _tumour_group(findings: Findings, model: Model) -> list[Any]:
     sr, measurements = needed_module("highdicom").sr, _measurements(findings.tumour)
     kind, region = CODES["GTV"]
     site = sr.FindingSite(anatomic_location=code("SCT", *region))
-    return _summary("Tumour", code("SCT", *kind), model, measurements, [], [site])
+    return _summary(TUMOUR, code("SCT", *kind), model, measurements, [], [site])
 
 
 def _prediction_group(findings: Findings, model: Model) -> list[Any]:
@@ -244,7 +253,7 @@ def _prediction_group(findings: Findings, model: Model) -> list[Any]:
     measurements = [
         _measurement(name, value, unit, None, decimals) for name, value, unit, decimals in rows if value is not None
     ]
-    return _summary("Prediction", _private_code("PREDICTION"), model, measurements, _hpv_status(findings), [])
+    return _summary(PREDICTION, _private_code("PREDICTION"), model, measurements, _hpv_status(findings), [])
 
 
 def _summary(

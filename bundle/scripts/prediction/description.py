@@ -21,6 +21,7 @@ import torch
 from monai.transforms import Transform
 
 from scripts import keys
+from scripts.cohorts.clinical import FEATURES
 from scripts.cohorts.files import sha256_of
 from scripts.cohorts.thresholds import above
 from scripts.evaluation.clinical_model import ClinicalModelError, few_known, shipped
@@ -272,11 +273,13 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
     try:
         model = shipped()
     except ClinicalModelError as error:
-        return {"unavailable": str(error), "summary": "", "values": [], "known": 0, "warning": "", "survival": None}
+        return dict.fromkeys(("summary", "endpoint", "warning"), "") | {
+            **{"unavailable": str(error), "values": [], "known": 0, "survival": None}
+        }
     known = {name: value for name in model.features if (value := values.get(name)) is not None}
     warning = ""
     if few_known(len(known), len(model.features)):
-        missing = ", ".join(name for name in model.features if name not in known)
+        missing = ", ".join(FEATURES[name].column for name in model.features if name not in known)
         count = f"only {len(known)} of its {len(model.features)} values are known"
         warning = f"{count} (missing: {missing}): the result is less accurate"
     log_hazard = float(model.log_hazard([known])[0])
@@ -286,6 +289,7 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
     return {
         "unavailable": "",
         "summary": model.summary,
+        "endpoint": model.endpoint,
         "values": [{"name": name, "value": known.get(name)} for name in model.features],
         "known": len(known),
         "warning": warning,

@@ -14,10 +14,10 @@ from scripts import keys
 from scripts.dicom.choice import Choice
 from scripts.dicom.rtstruct import write_rtstruct
 from scripts.dicom.seg import Model, write_seg
-from scripts.dicom.sr import Findings, write_sr
+from scripts.dicom.sr import PREDICTION, TUMOUR, Findings, write_sr
 from scripts.imaging.lesions import find_lesions
 from scripts.prediction.description import METADATA
-from scripts.prediction.findings import CHECK_WORDS
+from scripts.prediction.findings import AS_IN_TRAINING, CHECK_WORDS, clinical_name
 from scripts.prediction.measures import OF_LESION, TOTALS
 
 SEG_FILE, RTSTRUCT_FILE, SR_FILE = "tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"
@@ -61,6 +61,7 @@ def write_dicom_results(case: Mapping[str, Any], result: Mapping[str, Any], fold
         model=model,
         seg=seg,
         notes=notes(prediction),
+        remarks=remarks(prediction),
     )
     yield "dicom_sr", SR_FILE
 
@@ -99,7 +100,7 @@ def notes(prediction: Mapping[str, Any]) -> list[str]:
     ]
     if prediction["crop"]["flag"]:
         said.append(f"Field of view of the network: {prediction['crop']['flag']}")
-    missing = [row["name"] for row in prediction["clinical"] if row["missing"]]
+    missing = [clinical_name(row["name"]) for row in prediction["clinical"] if row["missing"]]
     if missing:
         said.append(f"Clinical values that were missing: {', '.join(missing)}")
     said += [f"{title}: {part['doubt']}" for title, part in (("Survival", survival),) if part.get("doubt")]
@@ -108,4 +109,27 @@ def notes(prediction: Mapping[str, Any]) -> list[str]:
         for title, part in (("Absolute risk", survival), ("HPV class", hpv))
         if part.get("unavailable")
     ]
+    return said
+
+
+def remarks(prediction: Mapping[str, Any]) -> dict[str, list[str]]:
+    """How to read the numbers of each group: the rule of MTV; spread of the folds, threshold, endpoint."""
+    survival, hpv, tumour = (prediction[part] or {} for part in ("survival", "hpv", "tumour"))
+    rule = tumour.get("mtv_rule") if tumour.get("lesions") else ""
+    said: dict[str, list[str]] = {
+        TUMOUR: [f"Metabolic Volume and Total Lesion Glycolysis: {rule}"] if rule else [],
+        PREDICTION: [],
+    }
+    given = survival.get("recurrence_free_survival") or []
+    ranges = [f"{r['low']:.3f} to {r['high']:.3f} at {r['days']:.0f} days" for r in given if r["low"] is not None]
+    if ranges:
+        folds = len(survival["log_hazard_folds"])
+        said[PREDICTION].append(
+            f"Recurrence-free survival, range of {folds} folds, no confidence interval: {', '.join(ranges)}"
+        )
+    said[PREDICTION] += [AS_IN_TRAINING] if given else []
+    if hpv.get("threshold") is not None:
+        values = hpv["probability_folds"]
+        spread = f"; of {len(values)} folds {min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+        said[PREDICTION].append(f"HPV status is positive above a probability of {hpv['threshold']:.3f}{spread}")
     return said

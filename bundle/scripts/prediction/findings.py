@@ -5,6 +5,7 @@ Nothing is computed here. What the prediction leaves open (null) is said with it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ LESION_COLUMNS = (  # title, key in lesion_list, decimals
     *(("MTV ml", "mtv_ml", 1), ("TLG g", "tlg_g", 0), ("longest diameter mm", "longest_diameter_mm", 0)),
 )
 CLASS_NAMES = {"GTV": "tumour", "GTVp": "primary tumour", "GTVn": "lymph node"}
+AS_IN_TRAINING = (
+    "Recurrence, a death without one, and the day from which time is counted are defined as in the training data."
+)
 NOT_CAUSES = (
     "What moved the computed risk of this model: no statement about causes, nor about what a treatment would change."
 )
@@ -66,7 +70,7 @@ def warnings_of(prediction: Mapping[str, Any]) -> list[str]:
     if prediction.get("tumour") and not prediction["tumour"].get("volume_ml"):
         loud.append(NO_TUMOUR)
     if flag and not any(flag in text for text in loud):
-        loud.append(f"The position of the network's box is doubtful: {flag}")
+        loud.append(f"The position of the region that the network reads is doubtful: {flag}")
     if (prediction.get("survival") or {}).get("doubt"):
         loud.append(f"The survival is doubtful: {prediction['survival']['doubt']}")
     return loud
@@ -121,18 +125,18 @@ def key_results(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if survival:
         percentile = survival.get("percentile")
         remark = "" if percentile is None else f"higher than in {percentile:.0f} % of the training cases"
-        shown.append(("risk of recurrence", survival.get("risk_group") or NOT_AVAILABLE, remark))
+        shown.append(("predicted risk of recurrence", survival.get("risk_group") or NOT_AVAILABLE, remark))
     if survival.get("recurrence_free_survival"):
         last = survival["recurrence_free_survival"][-1]
-        name = f"recurrence-free at {years(last['years'])}"
+        name = f"predicted recurrence-free at {years(last['years'])}"
         shown.append((name, f"{100 * last['survival']:.0f} %", _range_of(last, survival)))
     if hpv:
         status = {True: "positive", False: "negative"}.get(hpv.get("positive"), NOT_AVAILABLE)  # type: ignore[arg-type]
-        shown.append(("HPV status", status, f"probability {number(hpv.get('probability'), digits=2)}"))
+        shown.append(("predicted HPV status", status, _probability_of(hpv)))
     if tumour:
-        count = tumour.get("lesions") or 0
-        remark = f"{count} lesion{'' if count == 1 else 's'}, SUVmax {number(tumour.get('suv_max'))}"
-        shown.append(("tumour volume", number(tumour.get("volume_ml"), "ml"), remark if count else "no lesion"))
+        remark = f"{_lesions_of(tumour)}, SUVmax {number(tumour.get('suv_max'))}"
+        volume = number(tumour.get("volume_ml"), "ml")
+        shown.append(("tumour and lymph nodes", volume, remark if tumour.get("lesions") else "no lesion"))
     return shown
 
 
@@ -201,6 +205,8 @@ def survival_section(survival: Mapping[str, Any] | None) -> Section:
         )
     elif given:
         section.notes.append("The model has a single fold: its uncertainty is not known.")
+    if given:
+        section.notes.append(AS_IN_TRAINING)
     return section
 
 
@@ -220,6 +226,8 @@ def clinical_model_section(part: Mapping[str, Any] | None) -> Section:
     if part["warning"]:
         section.loud.append(f"Clinical model: {part['warning']}.")
     section.notes.append(f"Another model than the network: {part['summary']}. It does not read the scans.")
+    if part.get("endpoint"):
+        section.notes.append(f"It predicts {part['endpoint']}.")
     return section
 
 
@@ -311,7 +319,7 @@ def clinical_section(clinical: Sequence[Mapping[str, Any]]) -> Section:
         section.rows.append((clinical_name(value["name"]), clinical_value(value["name"], value["value"]) + source))
     section.rows.append(("missing", ", ".join(missing) if missing else "nothing"))
     if missing:
-        section.notes.append("Missing values are coded as 0; the model was trained with such gaps.")
+        section.notes.append("Missing values are coded as missing (0); the model was trained with such gaps.")
     return section
 
 
@@ -339,14 +347,14 @@ def model_section(prediction: Mapping[str, Any]) -> Section:
         ),
         ("trained on", model.get("trained_on") or "not recorded"),
         ("SHA-256", model.get("sha256") or NOT_AVAILABLE),
-        ("network's box", _box(placed, crop)),
+        ("region read by the network", _box(placed, crop)),
         (
             "made",
             f"{prediction.get('created') or 'time not recorded'}{'' if seconds is None else f', in {seconds:.1f} s'}",
         ),
     ]
     if crop.get("flag"):
-        section.loud.append(f"Place of the box in doubt: {crop['flag']}")
+        section.loud.append(f"Position of this region in doubt: {crop['flag']}")
     return section
 
 
@@ -377,7 +385,7 @@ def explanation_section(explanation: Mapping[str, Any]) -> Section:
 
 def years(count: float) -> str:
     """``1 year``, ``2 years``."""
-    return f"{count:g} year{'' if count == 1 else 's'}"
+    return f"{count:g} year{'s' if count > 1 else ''}"
 
 
 def number(value: float | None, unit: str = "", digits: int = 1) -> str:
@@ -417,7 +425,28 @@ def _range_of(row: Mapping[str, Any], survival: Mapping[str, Any], name: bool = 
     if len(survival.get("log_hazard_folds") or []) < 2 or low is None or high is None:
         return ""
     said = f"{100 * low:.0f} to {100 * high:.0f} %"
-    return f"range of the folds: {said}" if name else said
+    return f"range of the folds, no confidence interval: {said}" if name else said
+
+
+def _probability_of(hpv: Mapping[str, Any]) -> str:
+    """Probability of HPV, its spread over the folds, and from where on it counts as positive."""
+    probability = _with_spread(
+        hpv.get("probability"), hpv.get("probability_std"), len(hpv.get("probability_folds") or [])
+    )
+    threshold = hpv.get("threshold")
+    return f"probability {probability}" + ("" if threshold is None else f"; positive above {threshold:.2f}")
+
+
+def _lesions_of(tumour: Mapping[str, Any]) -> str:
+    """How many lesions there are of each class, in words."""
+    counts = Counter(CLASS_NAMES.get(lesion.get("label", "")) for lesion in tumour.get("lesion_list") or [])
+    if set(counts) <= {"primary tumour", "lymph node"} and counts:
+        return ", ".join(_counted(counts[name], name) for name in ("primary tumour", "lymph node"))
+    return _counted(tumour.get("lesions") or 0, "lesion")
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count or 'no'} {name}{'s' if count > 1 else ''}"
 
 
 def _with_spread(value: float | None, spread: float | None, folds: int) -> str:

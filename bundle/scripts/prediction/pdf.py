@@ -38,7 +38,7 @@ def write_pdf(path: str | Path, report: Report) -> None:
     for row in report.rows:
         pdf.say(row.title, 7.5, "B")
         pdf.pictures([png for png, _ in row.tiles], max(20.0, min(room, (pdf.epw + GAP_MM) / TILES - GAP_MM)))
-    pdf.say(report.caption, 6, colour=PALE)
+    pdf.say(" ".join([report.caption, *([report.curve[1]] if report.curve else [])]), 6, colour=PALE)
     pdf.add_page()
     for section in report.sections:
         pdf.section(section)

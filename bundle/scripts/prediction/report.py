@@ -215,8 +215,8 @@ def caption_of(masks: Mapping[str, Scan], explained: bool) -> str:
     return (
         f"{outlines}The patient's right is on the left. Positions are distances from the scanner's origin. "
         f"CT window {CT_WINDOW_HU[0]:.0f} to {CT_WINDOW_HU[1]:.0f} HU; PET window {PET_WINDOW_SUV[0]:.0f} to "
-        f"{PET_WINDOW_SUV[1]:.0f} SUV. MIP: the highest PET value along each ray."
-        + (" Influence: part of the computed risk that each place accounts for." if explained else "")
+        f"{PET_WINDOW_SUV[1]:.0f} SUV; in the fusion, low uptake is red, too. MIP: the highest PET value along "
+        "each ray." + (" Influence: part of the computed risk that each place accounts for." if explained else "")
     )
 
 
@@ -229,7 +229,9 @@ def curve_png(survival: Mapping[str, Any]) -> bytes:
 
 def curve_caption(survival: Mapping[str, Any]) -> str:
     """What the curve shows."""
-    spread = "; band: range of the folds" if len(survival.get("log_hazard_folds") or []) > 1 else ""
+    spread = (
+        "; band: range of the folds, no confidence interval" if len(survival.get("log_hazard_folds") or []) > 1 else ""
+    )
     return f"Predicted recurrence-free survival, risk group {survival.get('risk_group')}{spread}."
 
 
