@@ -401,10 +401,17 @@ def test_files_that_repeat_an_image_are_left_out(tmp_path):
     assert "12 files repeated" in series.label
 
 
-def test_scout_filed_with_its_scan_becomes_a_part(tmp_path):
+@pytest.mark.parametrize(
+    "tags, shape",
+    [
+        pytest.param({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, (9, 9), id="coronal"),
+        pytest.param({}, (6, 5), id="axial_at_a_slice"),
+    ],
+)
+def test_scout_filed_with_its_scan_becomes_a_part(tmp_path, tags, shape):
     write_series(tmp_path / "ct")
-    coronal = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1], "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
-    write_series(tmp_path / "scout", depths=[0], shape=(9, 9), tags=coronal)
+    tags = {**tags, "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    write_series(tmp_path / "scout", depths=[0], shape=shape, tags=tags)
     assert sorted((s.part, len(s)) for s in find_series(tmp_path)) == [(1, 12), (2, 1)]
 
 
@@ -496,7 +503,12 @@ LOSSY = "compressed with loss by Lossy Image Compression (0028,2110)"
         pytest.param("PT", {"AcquisitionTime": "noon"}, "", id="time_unreadable"),
         pytest.param("PT", {"AcquisitionTime": "125000", "CorrectedImage": ["DECY"]}, "", id="not_corrected"),
         pytest.param("PT", {"AcquisitionTime": "125000", "Radiopharmaceutical": "FMISO"}, "", id="another_tracer"),
-        pytest.param("PT", {"AcquisitionTime": "125000", "AcquisitionDate": "20200601"}, "", id="another_day"),
+        pytest.param(
+            "PT",
+            {"AcquisitionTime": "125000", "AcquisitionDate": "20200601"},
+            f"{ANOTHER} 151 days later",
+            id="another_day_and_a_ct_without_a_date",
+        ),
         pytest.param("PT", {"AcquisitionTime": "125000", "FrameOfReferenceUID": "1.2.3"}, "", id="another_frame"),
         pytest.param("CT", {"AcquisitionTime": "125000"}, "", id="ct"),
     ],

@@ -45,8 +45,10 @@ class Choice:
         for other in (series for series, _ in self.rejected if series.modality == "PT"):
             later = (other.start or 0) - (self.pet.start or 0)
             if other.start and self.pet.start and abs(later) > SAME_SCAN_MIN and self._could_be(other):
+                days = days_apart(self.pet, other)
+                apart_by = f"{days} days" if days > ONE_DAY else f"{abs(later)} min"
                 found.append(
-                    f"another PET of this examination (series {other.number}) was scanned {abs(later)} min "
+                    f"another PET of this examination (series {other.number}) was scanned {apart_by} "
                     f"{'later' if later > 0 else 'earlier'}: is series {self.pet.number} the one to predict from?"
                 )
         for name, series in (("CT", self.ct), ("PET", self.pet)):

@@ -489,6 +489,8 @@ def people_differ(people: Iterable[tuple[str, str, str]]) -> str:
 def _same_grid(one: Dataset, other: Dataset) -> bool:
     if any(text_of(one, key) != text_of(other, key) for key in _ALIKE):
         return False
+    if len({"LOCALIZER" in words_of(each, "ImageType") for each in (one, other)}) > 1:  # axial, as the slices are
+        return False
     for key, count in (("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
         a, b = numbers_of(one, key, count), numbers_of(other, key, count)
         if a is None or b is None:

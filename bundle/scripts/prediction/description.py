@@ -280,7 +280,7 @@ def describe_clinical_model(values: Mapping[str, float | None]) -> dict[str, Any
     warning = ""
     if few_known(len(known), len(model.features)):
         missing = ", ".join(FEATURES[name].column for name in model.features if name not in known)
-        count = f"only {len(known)} of its {len(model.features)} values are known"
+        count = f"only {len(known)} of its {len(model.features)} values {'is' if len(known) == 1 else 'are'} known"
         warning = f"{count} (missing: {missing}): the result is less accurate"
     log_hazard = float(model.log_hazard([known])[0])
     survival = describe_survival(log_hazard, None, [log_hazard], {"calibration": model.calibration.to_dict()})

@@ -128,7 +128,7 @@ def key_results(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         shown.append(("predicted risk of recurrence", survival.get("risk_group") or NOT_AVAILABLE, remark))
     if survival.get("recurrence_free_survival"):
         last = survival["recurrence_free_survival"][-1]
-        name = f"predicted recurrence-free at {years(last['years'])}"
+        name = f"recurrence-free at {years(last['years'])}"
         shown.append((name, f"{100 * last['survival']:.0f} %", _range_of(last, survival)))
     if hpv:
         status = {True: "positive", False: "negative"}.get(hpv.get("positive"), NOT_AVAILABLE)  # type: ignore[arg-type]

@@ -82,7 +82,12 @@ class _Pdf(FPDF):
 
     def grid(self, rows: Sequence[Sequence[str]], sizes: Sequence[float], styles: Sequence[str]) -> None:
         """Texts in columns without lines, a size a row."""
-        with self.table(borders_layout=TableBordersLayout.NONE, first_row_as_headings=False, align="L") as table:
+        with self.table(
+            borders_layout=TableBordersLayout.NONE,
+            first_row_as_headings=False,
+            text_align="LEFT",
+            line_height=max(sizes) * LEADING,
+        ) as table:
             for row, size, style in zip(rows, sizes, styles, strict=True):
                 line = table.row(style=FontFace(FONT, style, size, color=INK if style else PALE))
                 for text in row:
