@@ -565,7 +565,12 @@ def test_every_patient_is_a_case_or_an_exclusion_with_a_reason(tmp_path):
         ("CHUM-006", "RFS <= 0", f"{table} 7, column 'RFS'"),
         ("CHUM-008", "scans without a row in a table and without a mask: nothing to learn from", ""),
         ("CHUM-009", "no mask, HPV status or survival: nothing to learn from", f"{table} 8"),
-        ("CHUM-012", "no scans", ""),
+        (
+            "CHUM-012",
+            "no scans",
+            f"{tmp_path}/CHUM-012 holds no file; expected CHUM-012__CT.nii.gz and CHUM-012__PT.nii.gz (or .nii, .mha, "
+            ".nrrd)",
+        ),
     }
     unlabelled = {case[keys.PATIENT_ID]: case for case in found.cases}["CHUM-007"]
     assert unlabelled[keys.CLINICAL_FOUND] is False
@@ -691,6 +696,98 @@ def test_folders_of_patients_too_deep_are_noted(tmp_path, caplog):
     assert f"note: {note}\n" in f"{cohort.load_cohort(tmp_path).describe()}\n"
     cohort.inference_cases(tmp_path)
     assert note in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("entry", "patient", "reason", "predicted"),
+    [
+        pytest.param("P3/", "P3", "no scans: P3 holds no file", "no CT and no PET found", id="empty"),
+        pytest.param("P3/1/IM0", "P3", "no scans: P3 holds 1/IM0;", "no CT and no PET found", id="dicom_alone"),
+        pytest.param("P3/ct.nii", "P3", "no scans: P3 holds ct.nii;", "no CT and no PET found", id="other_names"),
+        pytest.param("P3/a/P3__CT.nii", "P3", "no scans: P3 holds a/P3__CT.nii;", "no CT and no PET", id="too_deep"),
+        pytest.param("AB-3/", "AB-3", "no scans: AB-3 holds no file", "no CT and no PET found", id="like_hecktor"),
+        pytest.param("Smith/", "Smith", "no scans: Smith holds no file", "ignored", id="another_name"),
+        pytest.param("Smith/a/b/c/x.dcm", "Smith", "no scans: Smith holds a/b/c/x.dcm;", "ignored", id="deep"),
+        pytest.param("P3.nii/", "P3.nii", "no scans: P3.nii holds no file", "ignored", id="named_as_a_file"),
+        pytest.param("P3.nii", "P3", "no scans: only the mask P3.nii", "masks without scans", id="mask_alone"),
+        pytest.param("P3__CT.zip", "P3", "cannot be read: P3__CT.zip is in no format", "is in no format", id="format"),
+        pytest.param("P3/P3__PT.dcm", "P3", "cannot be read: P3/P3__PT.dcm is in no", "is in no", id="format_inside"),
+        pytest.param("Dr. Who -> nowhere", "Dr. Who", "Dr. Who is a broken link", "is a broken link", id="broken_link"),
+    ],
+)
+def test_whatever_may_be_a_patient_is_named(tmp_path, caplog, entry, patient, reason, predicted):
+    """In training with the excluded; in prediction with a row, or in the log where it may be no patient's."""
+    add_patients(tmp_path, "P1", "P2")
+    path, _, target = entry.partition(" -> ")
+    if target:
+        (tmp_path / path).symlink_to(target)
+    elif path.endswith("/"):
+        (tmp_path / path).mkdir()
+    else:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    caplog.set_level(logging.INFO)
+    found = cohort.load_cohort(tmp_path)
+    assert ids(found.cases) == ["P1", "P2"]
+    (one,) = found.exclusions
+    assert one.patient_id == patient
+    assert reason in f"{one.reason}: {one.detail}".replace(f"{tmp_path}/", "")
+    assert f"{patient} ({one.detail})" in caplog.text
+    cases = {case[keys.PATIENT_ID]: case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)}
+    if patient in cases:
+        assert predicted in cases.pop(patient)
+    elif predicted == "ignored":
+        assert f"folders without CT and PET as image files, perhaps of no patient: {tmp_path}/{patient}" in caplog.text
+    else:
+        assert predicted in caplog.text
+    assert cases == {"P1": "", "P2": ""}
+
+
+def test_paths_with_line_breaks_stay_on_one_line(tmp_path, caplog):
+    """In exclusions, notes, problems and the log."""
+    add_patients(tmp_path, "P1", "P2", "P\n3")
+    (tmp_path / "P\n4").mkdir()
+    (tmp_path / "P\n3" / "gtv\n.nii").write_bytes(b"x")
+    (tmp_path / "a\nb").mkdir()
+    found = cohort.load_cohort(tmp_path)
+    assert ids(found.cases) == ["P\\n3", "P1", "P2"]
+    assert ids_of(found.exclusions) == ["a\\nb", "P\\n4"]
+    told = [f"{item.reason} {item.detail}" for item in found.exclusions] + found.notes
+    told += [case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)]
+    assert len(told) > 5 and not any("\n" in text for text in [*told, *caplog.messages])
+
+
+def test_what_an_operating_system_or_another_format_leaves_costs_no_patient(tmp_path):
+    add_patients(tmp_path, "P1", "P2")
+    for name in (".cache", "lost+found", "__MACOSX"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "P1" / "P1__CT.json").write_text("{}")
+    found = cohort.load_cohort(tmp_path)
+    assert (ids(found.cases), found.exclusions) == (["P1", "P2"], [])
+    assert not any("P1__CT" in note for note in found.notes)
+
+
+def test_masks_in_folders_of_their_own_are_found(tmp_path):
+    for patient in ("P1", "P2"):
+        add_scans(tmp_path / "imagesTr", patient, "ct pet")
+        add_scans(tmp_path / "labelsTr" / patient, patient, "mask")
+    found = cohort.load_cohort(tmp_path)
+    assert (ids(found.cases), found.exclusions) == (["P1", "P2"], [])
+    assert all(case[keys.SEG_KNOWN] for case in found.cases)
+
+
+@pytest.mark.parametrize(
+    ("path", "note"),
+    [
+        pytest.param("P1/P1__GTV.nii.gz", "neither CT, PET nor mask by its name", id="mask_of_another_name"),
+        pytest.param("Task 1/imagesTr/P9__CT.nii.gz", "no file is named after its folder", id="folder_in_a_task"),
+    ],
+)
+def test_files_that_are_left_out_are_noted(tmp_path, path, note):
+    add_patients(tmp_path, "P1", "P2")
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_bytes(b"x")
+    assert any(note in text and str(Path(path).parent) in text for text in cohort.load_cohort(tmp_path).notes)
 
 
 @pytest.mark.parametrize("name", ["clinical.xlsx", "table.XLS", "clinical.tsv"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from scripts.training.engine import innermost
 
 TRAIN, EVALUATE, INFERENCE = ("train.json",), ("train.json", "evaluate.json"), ("inference.json",)
 OF_INFERENCE = ("inference.json", "inference_trt.json", "label.json")
+LOSS, MOMENTUM = "train#loss", "network_def#network#bn_momentum"
 AUGMENTATION, PRIOR = "train#augmentation#transforms", "network_def#network#tumour_prior"
 CONFIGS = [path.name for path in sorted((BUNDLE / "configs").glob("*.json")) if path.name != "metadata.json"]
 
@@ -63,7 +65,23 @@ def test_the_bundles_own_configs_of_inference_pass() -> None:
         pytest.param({"epochs": True}, "epochs is True, not", id="switch_for_a_number"),
         pytest.param({"batch_size": [4]}, r"batch_size is \[4\], not", id="list"),
         pytest.param({"num_workers": -2}, "num_workers is -2, not a whole number from 0 on", id="workers"),
-        pytest.param({"learning_rate": "1e-4x"}, "learning_rate is '1e-4x', not a number$", id="rate"),
+        pytest.param({"learning_rate": "1e-4x"}, "learning_rate is '1e-4x', not a number from 0 on$", id="rate"),
+        pytest.param({"learning_rate": -0.1}, "learning_rate is -0.1, not a number from 0 on", id="negative_rate"),
+        pytest.param({"learning_rate": math.inf}, "learning_rate is inf, not a number from 0 on", id="infinite"),
+        pytest.param({"lr_factors": [math.nan, 1, 1]}, "lr_factors#0 is nan, not a number", id="not_a_number"),
+        pytest.param({f"{LOSS}#hpv_alpha": 1.5}, "train#loss#hpv_alpha is 1.5, not a number from 0 to 1", id="alpha"),
+        pytest.param({f"{LOSS}#hpv_alpha": -0.1}, "train#loss#hpv_alpha is -0.1, not a number", id="negative_alpha"),
+        pytest.param({f"{LOSS}#hpv_alpha": None}, "train#loss#hpv_alpha is None, not a number", id="no_alpha"),
+        pytest.param({f"{LOSS}#hpv_gamma": -2}, "train#loss#hpv_gamma is -2, not a number from 0 on", id="gamma"),
+        pytest.param(
+            {f"{LOSS}#task_weights": {"seg": 1, "surv": -1}},
+            "train#loss#task_weights#surv is -1, not a number from 0 on",
+            id="weight",
+        ),
+        pytest.param({f"{LOSS}#task_weights": {"hpv": "2"}}, "weights#hpv is '2', not a number", id="weight_as_text"),
+        pytest.param(
+            {MOMENTUM: 1.1}, "network_def#network#bn_momentum is 1.1, not a number from 0 to 1", id="momentum"
+        ),
         pytest.param({"num_folds": 1}, "num_folds is 1, not a whole number from 2 on", id="one_fold"),
         pytest.param({"epochs": None}, "epochs is None, not a whole number from 1 on", id="null"),
         pytest.param({"seed": 1.5}, "seed is 1.5, not a whole number from 0 on", id="part_of_a_seed"),
@@ -92,6 +110,8 @@ def test_what_is_no_number_is_refused_where_there_is_to_be_one(changes: dict[str
         *({}, {"epochs": 1}, {"epochs": "$2 * 3"}, {"learning_rate": 1}, {"fold": "@seed"}, {"l2_weight": 0}),
         *({"spacing_mm": [2, 3, 4]}, {"spacing_mm": (2, 3, 4)}, {"roi_size": 64}, {"lr_milestones": (4, 6, 8)}),
         *({PRIOR: None}, {PRIOR: "@fold"}, {"train#sampler#event_fraction": None}, {"train#loss#hpv_gamma": 2}),
+        *({f"{LOSS}#task_weights": {"hpv": 0}}, {f"{LOSS}#task_weights": "uncertainty"}, {f"{LOSS}#hpv_alpha": 1}),
+        *({MOMENTUM: 0}, {f"{LOSS}#hpv_gamma": "@fold"}, {f"{LOSS}#task_weights": {"surv": "$0.5"}}),
         *({AUGMENTATION: []}, {AUGMENTATION: [{"_target_": "mine", "prob": 1, "axis": "$1"}]}),
     ],
     ids=str,

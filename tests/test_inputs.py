@@ -366,6 +366,27 @@ def test_dicom_and_image_files_in_one_folder_are_all_predicted(tmp_path, caplog)
     assert cases["P-2"][keys.CLINICAL]["age"] == 60.0
 
 
+def test_a_folder_whose_dicom_is_predicted_under_its_own_id_is_no_second_patient(tmp_path):
+    """Unless clinical values stand in a row of its name, which the patient of the DICOM does not get."""
+    for patient in ("A1", "A2"):
+        add_scans(tmp_path / patient, patient)
+    write_dicom(tmp_path / "A3", "P-2", 2)
+    (tmp_path / "A4").mkdir()
+    nothing = f"no CT and no PET found in {tmp_path}"
+    whole = {"A1": "", "A2": "", "A4": f"{nothing}/A4", "P-2": ""}
+    assert {name: case[keys.PROBLEM] for name, case in by_id(find_cases(tmp_path, FEATURES)).items()} == whole
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\nA3,50\n")
+    problems = {name: case[keys.PROBLEM] for name, case in by_id(find_cases(tmp_path, FEATURES)).items()}
+    assert problems == {**whole, "A3": f"{nothing}/A3"}
+
+
+def test_empty_folders_beside_dicom_are_told(tmp_path, caplog):
+    write_dicom(tmp_path / "a", "P-1")
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    assert set(by_id(find_cases(tmp_path, FEATURES))) == {"P-1"}
+    assert f"folders without a file: {tmp_path}/b" in caplog.messages
+
+
 def test_patients_whom_only_the_table_has_fail_beside_dicom_too(tmp_path):
     write_dicom(tmp_path / "in" / "a", "P-1")
     (tmp_path / "all.csv").write_text("PatientID,Age\nP-1,50\nP-2,60\n")

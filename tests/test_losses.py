@@ -619,6 +619,7 @@ MULTITASK_ERRORS = [
     pytest.param(
         {"task_weights": "equal"}, "task_weights is 'equal'; it must be 'uncertainty'", id="unknown_weighting"
     ),
+    pytest.param({"task_weights": [1.0, 2.0]}, r"task_weights is \[1.0, 2.0\]; it must be", id="list_of_weights"),
 ]
 
 

@@ -21,12 +21,23 @@ from scripts import keys
 from scripts.cohorts import clinical
 from scripts.cohorts.clinical import DEFAULT_FEATURES
 from scripts.cohorts.folds import PROTOCOLS, Split
-from scripts.cohorts.scans import CohortError, Scans, clean_id, find_scans, list_faults, patient_key, some
+from scripts.cohorts.scans import (
+    CohortError,
+    Scans,
+    clean_id,
+    find_scans,
+    first_files,
+    list_faults,
+    patient_key,
+    printable,
+    some,
+)
 from scripts.cohorts.tables import Record, Tables, centre_name, find_tables, read_tables
 from scripts.keys import Case
 
 logger = logging.getLogger(__name__)
 
+FILES_SHOWN = 3  # of a folder without scans
 RECORD_FILE = "cohort.json"
 """File in the folder of a synthetic cohort that describes it."""
 
@@ -232,7 +243,7 @@ def load_cohort(
         if reason is None:
             cases.append(case)
         else:
-            exclusions.append(Exclusion(case[keys.PATIENT_ID], *reason))
+            exclusions.append(Exclusion(case[keys.PATIENT_ID], *map(printable, reason)))
     exclusions.sort(key=lambda item: (item.reason, patient_key(item.patient_id)))
     source = str(dataset_dir or ", ".join(map(str, tables.files)))
     if not cases:
@@ -326,7 +337,10 @@ def _reason_to_exclude(scans: Scans | None, record: Record | None, require_image
     if require_images and scans is not None and scans.problem:
         return "scans that cannot be read", scans.problem
     if require_images and (scans is None or not (scans.ct or scans.pet)):
-        return ("row in the table but no scans" if record else "no scans", rows)
+        return (
+            "row in the table but no scans" if record else "no scans",
+            "; ".join(filter(None, [_bare(scans), rows])),
+        )
     if require_images and scans is not None and not (scans.ct and scans.pet):
         missing, suffix = ("PET", "PT") if scans.ct else ("CT", "CT")
         return f"no {missing}", f"expected {scans.folder / scans.patient_id}__{suffix}.nii.gz"
@@ -339,6 +353,18 @@ def _reason_to_exclude(scans: Scans | None, record: Record | None, require_image
     if not has_mask and "hpv" not in values and not {"rfs", "relapse"} <= set(values):
         return "no mask, HPV status or survival: nothing to learn from", rows
     return None
+
+
+def _bare(scans: Scans | None) -> str:
+    """What there is of a patient without CT and PET, "" where there is nothing."""
+    if scans is None:
+        return ""
+    if scans.mask:
+        return f"only the mask {scans.mask}"
+    files = first_files(scans.folder, FILES_SHOWN)
+    held = f"holds {', '.join(files)}{' ...' if len(files) == FILES_SHOWN else ''}" if files else "holds no file"
+    patient = scans.patient_id
+    return f"{scans.folder} {held}; expected {patient}__CT.nii.gz and {patient}__PT.nii.gz (or .nii, .mha, .nrrd)"
 
 
 def _notes_on_tables(tables: Tables, cases: Sequence[Case], features: Sequence[str]) -> list[str]:
@@ -406,9 +432,14 @@ def folder_cases(
             listed = some(sorted(rows_only))
             logger.info("%d patients of the tables have no scans in %s: %s", len(rows_only), dataset_dir, listed)
         rows_only = set()
+    folders_only = {key for key, found in scans.items() if found.unlike_a_patient}
     left_alone = masks_only - set(tables.records)
     if left_alone:
         logger.warning("masks without scans are ignored: %s", some(sorted(left_alone)))
+    if no_patients := folders_only - set(tables.records):
+        folders = printable(some([str(scans[key].folder) for key in sorted(no_patients)]))
+        logger.warning("folders without CT and PET as image files, perhaps of no patient: %s", folders)
+        left_alone |= no_patients
     patients = sorted({*scans, *rows_only} - left_alone)
     without_masks = {key: replace(found, mask=None) for key, found in scans.items()}  # they have no part in it
     return cases_to_predict(patients, without_masks, tables, clinical_features, str(dataset_dir)), tables
@@ -436,7 +467,7 @@ def cases_to_predict(
         found = scans.get(key)
         lost = (found.contradiction("ct", "pet") or found.problem) if found else ""
         lacking = [lost or f"no {' and no '.join(missing)} found in {found.folder if found else place}"]
-        case[keys.PROBLEM] = "; ".join([*(lacking if missing else []), *problems.get(key, [])])
+        case[keys.PROBLEM] = printable("; ".join([*(lacking if missing else []), *problems.get(key, [])]))
         cases.append(case)
     return cases
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import unicodedata
@@ -13,15 +14,20 @@ from typing import Any
 UNNAMED = "unnamed"
 """Name of a patient whose id is empty."""
 
-SYSTEM_FOLDERS = frozenset(("lost+found", "System Volume Information", "$RECYCLE.BIN"))
+SYSTEM_FOLDERS = frozenset(("lost+found", "System Volume Information", "$RECYCLE.BIN", "__MACOSX"))
 """Folders that operating systems create on every disk."""
 
+_FORMATS = ".nii, .nii.gz, .mha, .mhd, .nrrd"
+_NO_NAME = "not read, since neither CT, PET nor mask by its name"
 _MAX_FAULTS = 20
 _SPACES = r"[-_\s\u2010-\u2015\u2212]+"
 _CONTROLS = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 _FORMULA = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+-](?![\d.,]+$)")  # a signed number is not a formula
 _SUFFIX = r"\.(?:nii|nii\.gz|mha|mhd|nrrd)"
+_FILE = re.compile(r"\.(nii|gz|mha|mhd|nrrd|csv|json|tsv|xlsx?|txt|pdf)", re.IGNORECASE)
 _SCAN_FILE = re.compile(rf"(?P<id>.+?)__(?P<kind>CT|PT|PET){_SUFFIX}", re.IGNORECASE | re.DOTALL)
+_OTHER_FORMAT = re.compile(r"(?P<id>.+?)__(?P<kind>CT|PT|PET)\..+", re.IGNORECASE | re.DOTALL)
+_OTHER_NAME = re.compile(rf"(?P<id>.+?)__(?!(CTPlanning|RTDOSE|Dose)\.)[^.]*{_SUFFIX}", re.IGNORECASE | re.DOTALL)
 _MASK_FILE = re.compile(rf"(?P<id>(?:(?!__).)+){_SUFFIX}", re.IGNORECASE | re.DOTALL)
 _PATIENT_FOLDER = re.compile(r"[A-Za-z]{2,}[-_]\d+")
 CONTAINER = re.compile(r"images|labels|(images|labels)t[rs]|task[ _-]*\d+", re.IGNORECASE)
@@ -44,6 +50,7 @@ class Scans:
     problem: str = ""  # which of them cannot be read, "" where all can
     # "ct", "pet" or "mask" -> the files named as it; the attribute is None then
     contradictions: Mapping[str, str] = field(default_factory=dict)
+    unlike_a_patient: bool = False  # a folder without files of a patient, whose name is unlike those of the patients
 
     def contradiction(self, *kinds: str) -> str:
         """The contradictory files of these kinds, "" where there are none."""
@@ -128,6 +135,8 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     ``images/``, ``Task N/``, ``imagesTr/`` + ``labelsTr/``. Planning CT and dose files are ignored. ``.nii``, ``.mha``,
     ``.mhd`` and ``.nrrd`` are read as well.
 
+    A folder without scans is a patient, too; ``unlike_a_patient`` where its name is not made like those of the others.
+
     Links are followed. A broken link and a patient's folder that cannot be read are that patient's ``problem``. Two
     files of one folder named as the same scan, two folders of one patient, and a file in another patient's folder are
     that patient's ``contradictions``. Other patients are not affected.
@@ -147,19 +156,19 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     remarks = Remarks()
     place = root
     try:
-        for place in [root, *containers(root)]:
-            _find_below(place, found, remarks)
+        below = containers(root)
+        for place in [root, *below]:
+            _find_below(place, found, remarks, below)
     except OSError as error:
         raise CohortError(f"{place} cannot be read ({error.strerror})") from error
     scans = {key: _merge_scans(found[key], remarks) for key in sorted(found)}
-    return scans, [f"{title}: {some(items)}" for title, items in remarks.notes.items()]
+    return scans, [printable(f"{title}: {some(items)}") for title, items in remarks.notes.items()]
 
 
-def _find_below(container: Path, found: dict[str, list[Scans]], remarks: Remarks) -> None:
-    """Add the patients of one folder of patients."""
-    labels_only = container.name.lower().startswith("labels")
-    groups = _group_files(container, remarks, labels_only)
-    folders = {} if labels_only else _patient_folders(container, remarks)
+def _find_below(container: Path, found: dict[str, list[Scans]], remarks: Remarks, others: Sequence[Path]) -> None:
+    """Add the patients of one folder of patients; ``others`` are read as such, too."""
+    groups = _group_files(container, remarks, container.name.lower().startswith("labels"))
+    folders = _patient_folders(container, remarks, others)
     for key in {*groups, *folders}:
         found.setdefault(key, []).extend(scans for scans in (groups.get(key), folders.get(key)) if scans)
 
@@ -170,12 +179,19 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
     names: dict[str, str] = {}
     lost: dict[str, list[str]] = {}
     clashes: dict[str, dict[str, str]] = {}
+    unread: list[tuple[Path, re.Match[str]]] = []
     for path in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         scan, mask = _SCAN_FILE.fullmatch(path.name), _MASK_FILE.fullmatch(path.name)
         match = mask if masks_only else scan or mask
-        if match is None or path.is_dir():
+        if path.is_dir():
             continue
-        kind = "mask" if match is mask else "ct" if match["kind"].lower() == "ct" else "pet"
+        if match is None:
+            if not masks_only and (other_format := _OTHER_FORMAT.fullmatch(path.name)):
+                unread.append((path, other_format))
+            elif _OTHER_NAME.fullmatch(path.name):
+                remarks.note(_NO_NAME, str(path))
+            continue
+        kind = "mask" if match is mask else _kind(match)
         key = patient_key(match["id"])
         what = no_file(path)
         if what and kind == "mask":
@@ -191,12 +207,21 @@ def _group_files(folder: Path, remarks: Remarks, masks_only: bool = False) -> di
         elif other is not None:
             remarks.note("the .nii.gz is used where a .nii of the same name exists", str(path))
         groups[key][kind] = path
+    for path, match in unread:
+        key = patient_key(match["id"])
+        names.setdefault(key, match["id"])
+        if _kind(match) not in groups.setdefault(key, {}):
+            lost.setdefault(key, []).append(f"{path} is in no format that is read ({_FORMATS})")
     patients = {}
     for key, files in groups.items():
         problem = "; ".join(lost.get(key, []))
         scans = Scans(names[key], folder, files.get("ct"), files.get("pet"), files.get("mask"), problem)
         patients[key] = without(scans, clashes.get(key, {}))
     return patients
+
+
+def _kind(match: re.Match[str]) -> str:
+    return "ct" if match["kind"].lower() == "ct" else "pet"
 
 
 def without(scans: Scans, contradictions: Mapping[str, str]) -> Scans:
@@ -223,46 +248,74 @@ def leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def _patient_folders(container: Path, remarks: Remarks) -> dict[str, Scans]:
+def _patient_folders(container: Path, remarks: Remarks, others: Sequence[Path]) -> dict[str, Scans]:
     """Patients with a folder of their own in ``container``, and those whose scans are in another patient's folder."""
     patients: dict[str, Scans] = {}
     misplaced: dict[str, Scans] = {}
-    for folder in sorted(container.iterdir()):
+    contents = _contents([folder for folder in container.iterdir() if folder not in others], remarks, patients)
+    shapes = {_shape(folder.name) for folder, groups in contents.items() if patient_key(folder.name) in groups}
+    shapes = {shape for shape in shapes if "0" in shape}  # names of letters alone have nothing in common
+    for folder, groups in contents.items():
         key = patient_key(folder.name)
-        if folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS:
-            continue
-        if leads_nowhere(folder) and not folder.suffix:
-            patients[key] = Scans(folder.name, folder, problem=f"{folder} is a broken link")
-        if not folder.is_dir() or CONTAINER.fullmatch(folder.name):
-            continue
-        try:
-            groups = _group_files(folder, remarks)
-        except OSError as error:
-            patients[key] = Scans(folder.name, folder, problem=f"{folder} cannot be read ({error.strerror})")
-            continue
         scans = groups.pop(key, None)
         strangers = [str(path) for other in groups.values() for path in (other.ct, other.pet, other.mask) if path]
-        if scans is None and not _PATIENT_FOLDER.fullmatch(folder.name):
+        if scans is None and not _PATIENT_FOLDER.fullmatch(folder.name) and _shape(folder.name) not in shapes:
             if strangers:
                 title = "not read, since no file is named after its folder, as <PatientID>/<PatientID>__CT.nii.gz"
                 remarks.note(title, str(folder))
             elif any(_SCAN_FILE.fullmatch(path.name) for path in folder.glob("*/*")):
                 title = "not read, since patients are searched in the folder itself, images/ and Task N/ only"
                 remarks.note(title, str(folder))
+            else:
+                patients.setdefault(key, Scans(folder.name, folder, unlike_a_patient=True))
             continue
         scans = replace(scans or Scans(folder.name, folder), patient_id=folder.name)
-        others = {name: other for name, other in groups.items() if other.ct or other.pet or other.contradictions}
-        if others:
+        owners = {name: other for name, other in groups.items() if other.ct or other.pet or other.contradictions}
+        if owners:
             fault = f"{folder} holds scans named for another patient: {some(strangers)}"
             scans = without(scans, dict.fromkeys(("ct", "pet"), fault))
-            misplaced |= {name: Scans(other.patient_id, folder, problem=fault) for name, other in others.items()}
+            misplaced |= {name: Scans(other.patient_id, folder, problem=fault) for name, other in owners.items()}
         elif strangers:
-            remarks.note("not read, since neither CT, PET nor mask by its name", some(strangers))
+            remarks.note(_NO_NAME, some(strangers))
         if key in patients:
             fault = f"{patients[key].folder} and {folder.name} are folders of the same patient"
             scans = without(scans, dict.fromkeys(("ct", "pet", "mask"), fault))
         patients[key] = scans
     return misplaced | patients
+
+
+def _contents(entries: Iterable[Path], remarks: Remarks, lost: dict[str, Scans]) -> dict[Path, dict[str, Scans]]:
+    """The files of each folder by patient; folders that cannot be read, and broken links, are added to ``lost``."""
+    contents = {}
+    for folder in sorted(entries):
+        if folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS:
+            continue
+        if leads_nowhere(folder) and not _FILE.fullmatch(folder.suffix):
+            lost[patient_key(folder.name)] = Scans(folder.name, folder, problem=f"{folder} is a broken link")
+        if not folder.is_dir():
+            continue
+        try:
+            contents[folder] = _group_files(folder, remarks)
+        except OSError as error:
+            problem = f"{folder} cannot be read ({error.strerror})"
+            lost[patient_key(folder.name)] = Scans(folder.name, folder, problem=problem)
+    return contents
+
+
+def _shape(name: str) -> str:
+    """What names that are made alike have in common: letters and digits in a row are one character each."""
+    return re.sub(r"\d+", "0", re.sub(r"[^\W\d_]+", "a", name))
+
+
+def first_files(folder: Path, number: int = 1) -> list[str]:
+    """The first files of a folder, at any depth, as paths in it; links to folders are not followed."""
+    names: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        names += [str(Path(place, name).relative_to(folder)) for name in sorted(files)]
+        if len(names) >= number:
+            break
+    return names[:number]
 
 
 def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
@@ -277,7 +330,8 @@ def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
     problem = "; ".join(dict.fromkeys(place.problem for place in places if place.problem))
     if problem and ct and pet:
         remarks.note("not used, since another folder has this patient's scans", problem)
-    merged = Scans(best.patient_id, best.folder, ct, pet, mask, "" if ct and pet else problem)
+    unlike = all(place.unlike_a_patient for place in places)
+    merged = Scans(best.patient_id, best.folder, ct, pet, mask, "" if ct and pet else problem, unlike_a_patient=unlike)
     return without(merged, {kind: text for place in places for kind, text in place.contradictions.items()})
 
 

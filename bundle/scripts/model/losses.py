@@ -240,7 +240,7 @@ class MultitaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks)
-        if isinstance(task_weights, str) and task_weights != UNCERTAINTY:
+        if task_weights is not None and task_weights != UNCERTAINTY and not isinstance(task_weights, Mapping):
             raise ValueError(f"task_weights is {task_weights!r}; it must be '{UNCERTAINTY}' or a weight by task")
         learned = self.tasks if task_weights == UNCERTAINTY else ()
         self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros((), device=device)) for task in learned})

@@ -17,7 +17,7 @@ from scripts.cohorts import cohort
 from scripts.cohorts import tables as cohort_tables
 from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, ClinicalValueError, parse_clinical
 from scripts.cohorts.cohort import Case, CohortError
-from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, patient_key, some
+from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, first_files, patient_key, printable, some
 from scripts.cohorts.tables import Tables
 from scripts.dicom.examinations import (
     HEADER,
@@ -80,7 +80,10 @@ def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | No
         cases, _ = cohort.folder_cases(source, clinical, features)
         return _with_dicom_beside(cases, features, clinical, source)
     try:
-        return _dicom_cases(find_examinations(source), features, clinical, source)
+        cases = _dicom_cases(find_examinations(source), features, clinical, source)
+        if empty := [str(scans.folder) for scans in found if scans.folder != source and not first_files(scans.folder)]:
+            logger.warning("folders without a file: %s", printable(some(empty)))
+        return cases
     except DicomError as error:
         raise NoScanError(
             f"{source} holds no scan: neither <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
@@ -263,9 +266,22 @@ def _with_dicom_beside(
     found = [each for each in found if patient_key(each.patient_id) not in having]
     beside = _dicom_cases(found, features, clinical, folder, table_alone=False)
     names = {patient_key(case[keys.PATIENT_ID]) for case in beside if case[keys.CT]}
-    kept = [case for case in cases if patient_key(case[keys.PATIENT_ID]) not in names]
+    names |= _folders_of(beside, folder) - {patient_key(case[keys.PATIENT_ID]) for case in cases if _has_row(case)}
+    kept = [case for case in cases if patient_key(case[keys.PATIENT_ID]) not in names - having]
     known = {patient_key(case[keys.PATIENT_ID]) for case in kept}
     return kept + [case for case in beside if patient_key(case[keys.PATIENT_ID]) not in known]
+
+
+def _folders_of(cases: Sequence[Case], folder: Path) -> set[str]:
+    """Names, as patient keys, of the folders that hold the DICOM of cases: the PatientID there may be another."""
+    choices = [case[keys.DICOM] for case in cases if case[keys.CT]]
+    paths = [path for choice in choices for path in (choice.ct.paths[0], choice.pet.paths[0])]
+    return {patient_key(name) for path in paths for name in path.relative_to(folder).parts[:-1]}
+
+
+def _has_row(case: Case) -> bool:
+    """Whether clinical values of the case are known, which are not those of a patient with another id."""
+    return any(value is not None for name in (keys.CLINICAL, keys.CLINICAL_OTHERS) for value in case[name].values())
 
 
 def _dicom_cases(

@@ -66,10 +66,15 @@ epochs, which may be increased. All others are compared."""
 CONFIGURATION, TRAINING, VALIDATION = "configuration", "training", "validation"
 PROCESSES = "processes of torchrun (nnodes x nproc_per_node)"
 """Entry of the configuration; runs of earlier versions lack it. Batches and dropout depend on it."""
-LEAST = {
-    **{"epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "num_folds": 2, "fold": 0},
-    **{"seed": 0, "early_stop_patience": 0, "l2_weight": 0},
+LIMITS = {
+    **dict.fromkeys(("epochs", "val_interval", "batch_size"), (1, math.inf)),
+    **dict.fromkeys(("num_workers", "fold", "seed", "early_stop_patience"), (0, math.inf)),
+    "num_folds": (2, math.inf),
+    **dict.fromkeys(("learning_rate", "l2_weight", "train#loss#hpv_gamma"), (0.0, math.inf)),
+    **{f"train#loss#task_weights#{task}": (0.0, math.inf) for task in keys.TASKS},
+    **dict.fromkeys(("train#loss#hpv_alpha", "network_def#network#bn_momentum"), (0.0, 1.0)),
 }
+"""Ids of numbers with the lowest and the highest value; those with an integer are counts."""
 LEAST_LIKENESS = 0.6
 LONGEST = 200  # characters of a value, and of a list of patients, in a message
 
@@ -310,7 +315,7 @@ def unknown_id(name: str, known: Iterable[str]) -> str:
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Refuse other values than numbers or booleans where the bundle's configs have one, and counts that are too small.
+    """Refuse other values than numbers or booleans where the bundle's configs have one, and numbers out of range.
 
     At the top, and in components and lists of numbers text and the wrong one of the two kinds. What belongs to the
     model is checked by :class:`.ModelSpec`.
@@ -325,14 +330,8 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         value = config.get(name, own)
         if not isinstance(own, bool | int | float) or _is_parsed(value) or name in SETTINGS:
             continue
-        whole = isinstance(own, int) and name in LEAST
-        kinds = (bool,) if isinstance(own, bool) else (int,) if whole else (int, float)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
-        if (value is None and name not in LEAST) or (fits and value >= LEAST.get(name, -math.inf)):
-            continue
-        what = "True or False" if isinstance(own, bool) else "a whole number" if whole else "a number"
-        least = f" from {LEAST[name]} on" if name in LEAST else ""
-        raise ConfigurationError(f"{name} is {_short(value)}, not {what}{least}")
+        if value is not None or name in LIMITS:
+            _check_number(name, value, own)
     _check_parts(config)
 
 
@@ -341,12 +340,25 @@ def _check_parts(config: Mapping[str, Any]) -> None:
     own = {name: value for content in _own_configs(config) for name, value in _leaves(content)}
     for name, value in _leaves(dict(config)):
         above, _, last = name.rpartition(ID_SEP_KEY)
-        like = own.get(f"{above}{ID_SEP_KEY}0" if last.isdecimal() else name)
-        if not isinstance(like, bool | int | float) or value is None or _is_parsed(value) or above in SETTINGS:
+        limits = LIMITS.get(_shown_id(name))
+        like = limits[0] if limits else own.get(f"{above}{ID_SEP_KEY}0" if last.isdecimal() else name)
+        if not isinstance(like, bool | int | float) or _is_parsed(value) or above in SETTINGS:
             continue
-        if not isinstance(value, bool | int | float) or isinstance(value, bool) != isinstance(like, bool):
-            what = "True or False" if isinstance(like, bool) else "a number"
-            raise ConfigurationError(f"{_shown_id(name)} is {_short(value)}, not {what}")
+        if value is not None or limits:
+            _check_number(_shown_id(name), value, like)
+
+
+def _check_number(name: str, value: Any, like: bool | int | float) -> None:
+    """Refuse what is no boolean or finite number, as ``like`` is, or outside the limits of its id."""
+    low, high = LIMITS.get(name, (-math.inf, math.inf))
+    whole = isinstance(low, int)
+    kinds = (bool,) if isinstance(like, bool) else (int,) if whole else (int, float)
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(like, bool)
+    if fits and math.isfinite(value) and low <= value <= high:
+        return
+    what = "True or False" if isinstance(like, bool) else "a whole number" if whole else "a number"
+    limits = f" from {low:g} to {high:g}" if math.isfinite(high) else f" from {low:g} on" if name in LIMITS else ""
+    raise ConfigurationError(f"{name} is {_short(value)}, not {what}{limits}")
 
 
 def _is_parsed(value: Any) -> bool:
