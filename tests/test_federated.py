@@ -188,11 +188,63 @@ def test_a_job_that_cannot_be_made(options: dict[str, Any], message: str, centre
     assert not (tmp_path / "job").exists()
 
 
-def test_other_folders_are_not_replaced(centres: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+@pytest.mark.parametrize(
+    ("name", "text"), [("notes.txt", "mine"), ("meta.json", '{"name": "of something else"}'), ("meta.json", "[")]
+)
+def test_other_folders_are_not_replaced(centres: Path, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="holds something else than a job"):
         federated_job(str(tmp_path), str(centres))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_job_that_was_not_written_to_its_end_is_not_run_and_can_be_replaced(
+    centres: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "job"
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("runtimes.federated_job.save_weights", stop)
+        federated_job(str(job), str(centres), **SETTINGS)
+    with pytest.raises(ValueError, match="is no whole job folder"):
+        federated_run(str(job), str(tmp_path / "out"))
+    federated_job(str(job), str(centres), **SETTINGS)
+    assert json.loads((job / "meta.json").read_text())["deploy_map"]["app_client"] == [A, B]
+
+
+# a Python that does what NVIDIA FLARE's simulator does in one round, and is stopped in the next
+SIMULATOR = """#!{python}
+import os, pathlib, signal, sys
+folder = pathlib.Path("server/simulate_job")
+if {stop} != "at once":
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("round 1")
+    (folder / "history.json").write_text('[{{"round": 1}}]')
+os.kill(os.getppid() if {stop} == "by the keyboard" else os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("stop", ["by the keyboard", "by itself"])
+def test_the_rounds_of_a_training_that_ends_early_are_kept(job: Path, tmp_path: Path, stop: str) -> None:
+    """Also when the next run starts, which empties the workspace."""
+    python, out = tmp_path / "python", tmp_path / "out"
+
+    def run(how: str) -> None:
+        python.write_text(SIMULATOR.format(python=sys.executable, stop=repr(how)))
+        python.chmod(0o755)
+        simulate(python, job, out)
+
+    with pytest.raises((KeyboardInterrupt, FederatedRunError)):
+        run(stop)
+    assert (out / "model.pt").read_text() == "round 1"
+    (out / "model.pt").unlink()  # as if this process had been killed, too
+    with pytest.raises(FederatedRunError, match="ended early"):
+        run("at once")
+    assert (out / "model.pt").read_text() == "round 1"
+    assert not list((out / "workspace").rglob("model.pt"))
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------
@@ -481,5 +533,5 @@ def test_a_centre_that_fails(needed: int, rounds: int, centres: Path, tmp_path: 
 
 
 def test_a_folder_that_is_no_job(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no job folder: make one with"):
+    with pytest.raises(ValueError, match="is no whole job folder: make one with"):
         federated_run(str(tmp_path), str(tmp_path / "out"))

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.utils import optional_import
 from tiny_model import write_model
 
 from command_line import read_arguments
@@ -543,6 +544,15 @@ def test_an_overlay_that_is_no_config_is_refused(monkeypatch, tmp_path, name, te
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExperimentError, match=message):
         experiment.find_config(name)
+
+
+def test_yaml_without_its_reader_says_what_to_install(monkeypatch, tmp_path):
+    """PyYAML is not among the requirements: the bundle's own configs are JSON."""
+    monkeypatch.setattr("monai.bundle.config_parser.yaml", optional_import("no_such_yaml")[0])
+    (tmp_path / "mine.yaml").write_text("epochs: 9\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExperimentError, match=r"mine\.yaml: to read YAML, install PyYAML .*, or write .* as JSON$"):
+        experiment.find_config("mine.yaml")
 
 
 def test_a_gpu_that_is_not_visible_is_refused(monkeypatch):

@@ -261,6 +261,9 @@ def find_config(name: str) -> str:
         if path.is_file():
             try:
                 content = ConfigParser.load_config_file(str(path))
+            except ImportError as error:
+                what = f"{path}: to read YAML, install PyYAML (pip install pyyaml), or write the config as JSON"
+                raise ExperimentError(what) from error
             except Exception as error:  # of MONAI, the JSON or the YAML reader
                 why = " ".join(str(error).split())
                 raise ExperimentError(f"{path} cannot be read as a config (.json or .yaml): {why}") from error

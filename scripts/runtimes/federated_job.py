@@ -32,7 +32,7 @@ from scripts.runtimes.federated import FEDERATED, NORMS
 FLARE = Path(__file__).with_name("federated_flare.py")
 SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # as NVIDIA FLARE names clients
 FEWEST = 2
-SERVER, CLIENT = "app_server", "app_client"
+SERVER, CLIENT, META = "app_server", "app_client", "meta.json"
 
 
 def federated_job(
@@ -82,9 +82,8 @@ def federated_job(
         )
     ensemble, settings = starting_model([str(path) for path in overlays], overrides, start)
     folder = Path(out).expanduser().resolve()
-    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
+    if not is_replaceable(folder):
         raise UsageError(f"{folder} holds something else than a job; name a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
     place = str(Path(dataset_dir).expanduser().resolve()) if not sites else dataset_dir
     client = {"by_centre": not sites, "dataset_dir": place, "local_epochs": local_epochs, "norms": norms}
     client |= {"config_files": files, "settings": settings}
@@ -93,12 +92,26 @@ def federated_job(
     server |= {"num_clients": len(names), "num_rounds": rounds - done, "start_round": done}
     workflow = {"workflows": [component("GlobalModel", server, "fedavg")]}
     executor = {"tasks": ["train", "validate"], "executor": component("CentreExecutor", client)}
+    meta = {"name": NAME, "min_clients": min_centres or len(names), "resource_spec": {}}
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(folder / META, meta)  # first, so that what an interruption leaves can be replaced
     write_app(folder / SERVER, "config_fed_server.json", workflow, overlays)
     write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]}, overlays)
     save_weights(ensemble, folder / SERVER / "custom" / "start.pt")
-    meta = {"name": NAME, "min_clients": min_centres or len(names), "resource_spec": {}}
-    write_json(folder / "meta.json", {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
+    write_json(folder / META, {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
     print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
+
+
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder is new, empty, or a job, whole or not."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    try:
+        return not any(folder.iterdir()) or json.loads((folder / META).read_text(encoding="utf-8"))["name"] == NAME
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def centres_of(dataset_dir: str, settings: dict[str, Any], chosen: Sequence[Any]) -> list[str]:

@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from command_line import ROOT, UsageError, run_tool
 
 from runtimes.environments import OwnEnvironmentError, make_environment, packages_of, pip_install
-from runtimes.federated_job import CLIENT
+from runtimes.federated_job import CLIENT, META
+from scripts.cohorts.files import written_whole
 from scripts.model.ensemble import CheckpointError, saved_provenance
 
 ENVIRONMENT = ROOT / ".federated_env"
@@ -39,33 +42,57 @@ def federated_run(job: str, out: str, threads: int = 0, env: str = "") -> None:
         env: folder of NVIDIA FLARE's environment; ``.federated_env`` beside this project by default.
     """
     folder, results = Path(job).expanduser().resolve(), Path(out).expanduser().resolve()
-    if not (folder / "meta.json").is_file():
-        raise UsageError(f"{folder} is no job folder: make one with python scripts/runtimes federated_job")
+    if CLIENT not in deploy_map(folder):
+        raise UsageError(f"{folder} is no whole job folder: make one with python scripts/runtimes federated_job")
     python = make_federated_environment(Path(env or ENVIRONMENT).expanduser().resolve())
     simulate(python, folder, results, threads)
     print(f"{results / 'model.pt'}: {saved_provenance(results / 'model.pt')['trained_on']}")
 
 
 def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
-    """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results."""
-    names = json.loads((job / "meta.json").read_text())["deploy_map"][CLIENT]
+    """Run NVIDIA FLARE's simulator and copy ``model.pt`` and ``history.json`` to the results.
+
+    The last complete round is copied, too, where the simulator is stopped or fails, or was killed in an earlier run.
+    """
+    names = deploy_map(job)[CLIENT]
     workspace = results / "workspace"
+    if history := copy_results(workspace, results):
+        print(
+            f"{results / 'model.pt'}, of an earlier run, has its rounds up to {history[-1]['round']}", file=sys.stderr
+        )
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
     command = [str(python), "-m", SIMULATOR, str(job), "-w", str(workspace), "-c", ",".join(names)]
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(names))))
     command += ["-t", str(threads or len(names))]
-    code = subprocess.run(command, cwd=workspace, env=environment, check=False).returncode
-    written = workspace / RUN / "history.json"
-    history = json.loads(written.read_text()) if written.is_file() else []
-    if history:
-        for name in ("model.pt", "history.json"):
-            shutil.copy(workspace / RUN / name, results)
+    try:
+        code = subprocess.run(command, cwd=workspace, env=environment, check=False).returncode
+    finally:
+        history = copy_results(workspace, results)
     if code or not history or history[-1]["round"] != "final":
         last = history[-1]["round"] if history else 0
         kept = f"; {results / 'model.pt'} is of round {last}, federated_job --start continues from it" if last else ""
         raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
+
+
+def deploy_map(job: Path) -> dict[str, list[str]]:
+    """The names of the clients in a job folder; empty where it is none, or was not written to its end."""
+    try:
+        return json.loads((job / META).read_text(encoding="utf-8")).get("deploy_map", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def copy_results(workspace: Path, results: Path) -> list[dict[str, Any]]:
+    """Copy ``model.pt`` and ``history.json`` of the server to the results; gives the entries of the history."""
+    written = workspace / RUN / "history.json"
+    if not written.is_file():
+        return []
+    for name in ("model.pt", "history.json"):
+        with written_whole(results / name) as partial:
+            shutil.copyfile(workspace / RUN / name, partial)
+    return json.loads(written.read_text(encoding="utf-8"))
 
 
 def make_federated_environment(place: Path) -> Path:
