@@ -36,6 +36,17 @@ SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 HELP = ("-h", "--help")
 
 
+def tell_end(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Say in one line that the program was stopped, also while its modules are imported, which takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).stem}: stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = tell_end
+
+
 class UsageError(ValueError):
     """An invalid command line; the message says what to give instead."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -296,3 +297,16 @@ def test_the_image_gets_the_files_that_it_copies() -> None:
     kept = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     assert sorted(" ".join(copied).split()) == sorted(kept)
     assert all((ROOT / path).exists() for path in kept)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("KeyboardInterrupt", r"^-c: stopped\n$"), ("ValueError('why')", r"Traceback.*ValueError: why\n$")],
+    ids=["ctrl_c", "any_other_error"],
+)
+def test_a_command_that_is_stopped_while_it_is_imported_says_so_in_one_line(error, said):
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import command_line; raise {error}"], cwd=SCRIPTS, capture_output=True, text=True
+    )
+    assert re.search(said, ended.stderr, re.DOTALL)
+    assert ended.returncode == (-signal.SIGINT if "Keyboard" in error else 1)

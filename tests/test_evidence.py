@@ -81,6 +81,44 @@ def test_ids_are_read_as_they_are_written(copy):
     assert evidence.read_cases(path)["PatientID"].tolist()[:3] == ["NA", "007", "1.10"]
 
 
+CASES = "PatientID,centre,time,event,hpv,log_hazard\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("", "cannot be read as a table: No columns", id="empty"),
+        pytest.param(b"\x89PNG\xff\x00", "cannot be read as a table: ", id="picture"),
+        pytest.param(
+            "PatientID,a\n1,2\n", "has no column centre, time, event, hpv: is it a cases.csv", id="other_table"
+        ),
+        pytest.param(CASES, "has no row: no case was evaluated", id="no_row"),
+        pytest.param(CASES + "P1,A,soon,1,,0.5\n", "column time holds something else than numbers", id="word"),
+        pytest.param(CASES + "P1,A,9,1,,high\n", "column log_hazard holds something else than numbers", id="risk"),
+        pytest.param(CASES + "P1,A,9,1,,0\n" * 2, r"1 patients stand there twice \(P1 ...\)", id="twice"),
+    ],
+)
+def test_what_is_no_table_of_cases_is_refused(tmp_path, text, message):
+    path = tmp_path / "cases.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ExperimentError, match=message):
+        evidence.read_cases(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("{", r"experiment\.json cannot be read: ", id="half"),
+        pytest.param("{}", r"has no entry 'command': is it of scripts/train_folds\.py", id="of_something_else"),
+        pytest.param("[]", r"has no entry 'command'", id="list"),
+    ],
+)
+def test_what_is_no_record_of_an_experiment_is_refused(tmp_path, text, message):
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(ExperimentError, match=message):
+        evidence.read_run(tmp_path)
+
+
 def test_full_label_cases_of_every_fold_count_once(cohort, tmp_path):
     folder = make_run(tmp_path / "full", cohort, "full", num_folds=3)
     judged = evidence.read_run(folder)

@@ -16,6 +16,7 @@ from monai.metrics import compute_dice
 
 from conftest import TINY
 from scripts import keys
+from scripts.cohorts.files import WriteError
 from scripts.model.ensemble import FoldEnsemble
 from scripts.model.losses import MultitaskLoss
 from scripts.model.networks import MultitaskNet
@@ -189,6 +190,14 @@ def training_state(folder: Path, metric: str, patience: int, keep: str = "best")
         patience=patience,
         keep=keep,
     )
+
+
+def test_a_folder_that_takes_no_checkpoint_is_told_before_the_first_epoch(tmp_path):
+    (tmp_path / "resume").write_text("somebody's")
+    state = training_state(tmp_path, "c_index", 0)
+    with pytest.raises(WriteError, match="resume: it is a file, not a folder"):
+        state.resume(SimpleNamespace(state=SimpleNamespace(epoch=0, max_epochs=1)))
+    assert (tmp_path / "resume").read_text() == "somebody's"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from scripts.evaluation.survival_metrics import MetricUnavailableError
 
 EVALUATION_FOLDER, METRICS_FILE, CASES_FILE = "evaluation", "metrics.json", "cases.csv"
 SHARED = -1  # the fold of patients whom every fold validates and none trains on (protocol "full")
+PREDICTED = ("log_hazard", "hpv_prob", "dice")  # columns, of those tasks that a model has
 NO_CALIBRATION = "there are no held-out cases of another fold to calibrate on"
 
 
@@ -135,15 +136,27 @@ def read_cases(path: Path) -> pd.DataFrame:
     """A table of cases as the bundle writes it.
 
     Raises:
-        ExperimentError: there is none, or it lacks the columns that name a patient and an outcome.
+        ExperimentError: there is none, it cannot be read, has no row, lacks the columns that name a patient and an
+            outcome, holds text in a column of numbers, or has a patient twice in one fold.
     """
     if not path.is_file():
         raise ExperimentError(f"no table of cases at {path}: it is written by the bundle's `evaluating`")
     as_written = {"PatientID": str, keys.CENTRE: str}  # a patient may be called NA or 001
-    table = pd.read_csv(path, converters=as_written)
+    try:
+        table = pd.read_csv(path, converters=as_written)
+    except ValueError as error:  # of pandas, or no text
+        raise ExperimentError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
     missing = [name for name in ("PatientID", keys.CENTRE, keys.TIME, keys.EVENT, keys.HPV) if name not in table]
     if missing:
         raise ExperimentError(f"{path} has no column {', '.join(missing)}: is it a cases.csv of `evaluating`?")
+    if not len(table):
+        raise ExperimentError(f"{path} has no row: no case was evaluated")
+    for name in (keys.TIME, keys.EVENT, keys.HPV, *(column for column in PREDICTED if column in table)):
+        if pd.to_numeric(table[name], errors="coerce").notna().sum() < table[name].notna().sum():
+            raise ExperimentError(f"{path}: column {name} holds something else than numbers")
+    twice = table["PatientID"][table.duplicated([column for column in ("PatientID", "fold") if column in table])]
+    if len(twice):
+        raise ExperimentError(f"{path}: {len(twice)} patients stand there twice ({twice.iloc[0]} ...)")
     return table
 
 

@@ -53,6 +53,7 @@ PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of a protocol, unless the command line or an overlay sets them."""
 
+RECORDED = ("command", "dataset_dir", "num_folds", "held_out", "settings", "cohort", "folds")  # of what is read
 TEXT_IDS = ("dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "tracking", "device")
 """Ids of the configs that are names or paths, even where they look like numbers."""
 SET_HERE = ("output_dir", "ckpt_dir", "bundle_root", "fold", "checkpoint", "evaluate_on", "evaluation_dir")
@@ -414,7 +415,13 @@ def read_experiment(run: str | Path) -> dict[str, Any]:
     path = Path(run) / EXPERIMENT_FILE
     if not path.is_file():
         raise ExperimentError(f"no {EXPERIMENT_FILE} in {run}: make an experiment with scripts/train_folds.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExperimentError(f"{path} cannot be read: {error}") from error
+    if missing := [name for name in RECORDED if name not in record]:
+        raise ExperimentError(f"{path} has no entry '{missing[0]}': is it of scripts/train_folds.py?")
+    return record
 
 
 def read_fold(run: str | Path, fold: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts import keys
-from scripts.cohorts.files import write_text, written_whole
+from scripts.cohorts.files import require_writable, write_text, written_whole
 from scripts.cohorts.thresholds import above, label_map
 from scripts.imaging.lesions import MERGED
 from scripts.model.ensemble import FoldEnsemble, load_checkpoint, save_weights
@@ -253,7 +253,9 @@ class TrainingState:
 
         Raises:
             RuntimeError: the state on disk cannot be read, or is of another run.
+            scripts.cohorts.files.WriteError: no checkpoint can be written there.
         """
+        require_writable(self.last_path.parent)  # now, rather than after the first epoch
         state = self._read_state()
         if state is None:
             return
