@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -169,11 +170,20 @@ def test_what_cannot_be_judged_is_refused(copy, spoil, message):
         evidence.read_run(copy)
 
 
-def test_the_same_log_hazard_for_all_cannot_be_brought_to_a_scale(copy):
-    path = evaluation_folder(copy, 0, "training") / "cases.csv"
+def test_a_fold_with_the_same_log_hazard_for_all_is_judged_with_a_note(copy):
+    """Its network ranks nobody, as one that finds no tumour; mask and HPV status are judged all the same."""
+    path, pooled = evaluation_folder(copy, 0, "training") / "cases.csv", copy / "out_of_fold.csv"
     pd.read_csv(path).assign(log_hazard=1.0).to_csv(path, index=False)
-    with pytest.raises(ValueError, match="the same log hazard"):
-        evidence.read_run(copy)
+    table = pd.read_csv(pooled)
+    table.loc[table["fold"] == 0, "log_hazard"] = 1.0
+    table.to_csv(pooled, index=False)
+    judged = evidence.read_run(copy)
+    assert (judged.cases.loc[judged.cases["fold"] == 0, "risk"] == 0).all()
+    assert any(re.fullmatch(r"fold 0 gives all \d+ patients .* the same log hazard", note) for note in judged.notes)
+    fold = judged.cases[judged.cases["fold"] == 0]
+    metrics = evidence.judge(judged, fold, judged.others(0), 0, SAMPLES)["metrics"]
+    assert metrics["c_index"]["value"] == 0.5
+    assert metrics["dice"]["value"] is not None and metrics["hpv_auc"]["value"] is not None
 
 
 def test_one_fold_has_nobody_to_be_calibrated_on(copy):

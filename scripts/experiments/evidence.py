@@ -107,7 +107,7 @@ def read_run(folder: str | Path) -> Run:
     unfinished = [fold for fold, outcome in record["folds"].items() if outcome["status"] != FINISHED]
     if unfinished:
         notes.append(f"fold {', '.join(unfinished)} of {record['num_folds']} is not finished and counts nowhere")
-    scales, normalisation = fold_scales(folder, tables["cases"])
+    scales, normalisation = fold_scales(folder, tables["cases"], notes)
     tables = {name: merge_shared(add_risk(table, scales), notes) for name, table in tables.items()}
     run = Run(folder, record, tables["cases"], tables.get("reference"), {}, normalisation, notes)
     for fold in run.cases["fold"].unique().tolist():
@@ -160,10 +160,11 @@ def read_cases(path: Path) -> pd.DataFrame:
     return table
 
 
-def fold_scales(folder: Path, cases: pd.DataFrame) -> tuple[dict[int, FoldScale], str]:
+def fold_scales(folder: Path, cases: pd.DataFrame, notes: list[str]) -> tuple[dict[int, FoldScale], str]:
     """Where the log hazards of each fold lie, and in words by which patients.
 
-    By the fold's training cases where ``evaluation_training/cases.csv`` is there, else by its held-out ones.
+    By the fold's training cases where ``evaluation_training/cases.csv`` is there, else by its held-out ones. A network
+    that gives all of them the same log hazard, as one that finds no tumour does, keeps its unit and gets a note.
     """
     if "log_hazard" not in cases:
         return {}, "survival is not a task of this model"
@@ -172,7 +173,12 @@ def fold_scales(folder: Path, cases: pd.DataFrame) -> tuple[dict[int, FoldScale]
         path = evaluation_folder(folder, fold, TRAINING) / CASES_FILE
         known = read_cases(path) if path.is_file() else rows
         by_held_out += [] if path.is_file() else [str(fold)]
-        scales[fold] = FoldScale.of(known["log_hazard"])
+        hazards = known["log_hazard"]
+        if hazards.nunique() == 1:
+            scales[fold] = FoldScale(float(hazards.iloc[0]))
+            notes.append(f"fold {fold} gives all {len(hazards)} patients by which it is scaled the same log hazard")
+        else:
+            scales[fold] = FoldScale.of(hazards)
     how = "log hazards less the mean, divided by the standard deviation, of the fold's network on its training cases"
     if by_held_out:
         how += f" (fold {', '.join(by_held_out)}: on the held-out cases themselves, no others being predicted)"
