@@ -124,6 +124,13 @@ def test_patients_of_the_experiment_are_known_however_their_ids_are_spelled(run,
         judge_external(read_run(run), tmp_path / "cases.csv", tmp_path / "figures", 0, SAMPLES)
 
 
+def test_an_experiment_is_not_compared_with_itself(run, monkeypatch) -> None:
+    monkeypatch.chdir(run)
+    with pytest.raises(ExperimentError, match="is the experiment itself"):
+        evaluate_folds(str(run), compare=".")
+    assert not (run / "evaluation").exists()
+
+
 def test_another_cohort_that_is_not_there_is_refused_before_anything_is_judged(run) -> None:
     with pytest.raises(ExperimentError, match="--external nowhere: there is no such folder or table"):
         evaluate_folds(str(run), external="nowhere")

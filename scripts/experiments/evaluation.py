@@ -65,6 +65,8 @@ def evaluate(run: str, compare: str | None, external: str | None, samples: int) 
     other = Path(external or ".").expanduser()
     if not other.exists():
         raise ExperimentError(f"--external {external}: there is no such folder or table")
+    if compare and Path(compare).expanduser().resolve() == Path(run).expanduser().resolve():
+        raise ExperimentError(f"--compare {compare} is the experiment itself: name another one")
     judged = read_run(run)
     folder = judged.folder / EVALUATION_FOLDER
     cases, clinical = add_clinical(judged, judged.cases, SEED, samples)
