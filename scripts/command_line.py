@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import gc
 import inspect
 import io
 import itertools
@@ -57,6 +58,7 @@ def run_tool(
     words: Sequence[str] = (),
     others: Iterable[str] | None = None,
     read: Callable[[str, str], Any] = lambda name, text: text,
+    resume: str = "",
 ) -> None:
     """Call a tool's function with what was typed.
 
@@ -67,6 +69,7 @@ def run_tool(
         words: parameters that words without an option's name stand for; by default those without a default.
         others: names that the function's ``**`` takes; None for any.
         read: value of such an option from its name and text.
+        resume: how to go on after a Ctrl-C, which the last line says.
     """
     plain_console()
     name = function.__name__
@@ -81,8 +84,10 @@ def run_tool(
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        stopped.__traceback__ = None
+        gc.collect()  # closes progress bars now, not below the last line
+        print(f"{name}: stopped{resume and f'; {resume}'}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 

@@ -304,4 +304,11 @@ def shown(value: Any, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    run_tool(predict, WriteError, DicomError, ClusterError, ImportError, words=("input", "output"), others=FEATURES)
+    again = "the same command with --resume leaves out the patients who are done"
+    run_tool(
+        predict,
+        *(WriteError, DicomError, ClusterError, ImportError),
+        words=("input", "output"),
+        others=FEATURES,
+        resume=again,
+    )

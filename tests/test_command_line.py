@@ -299,6 +299,20 @@ def test_the_image_gets_the_files_that_it_copies() -> None:
     assert all((ROOT / path).exists() for path in kept)
 
 
+def test_the_last_line_after_ctrl_c_says_how_to_go_on():
+    """Below the progress bar of whatever was interrupted."""
+    code = (
+        "import command_line\nfrom tqdm import tqdm\nclass Run:\n    def __init__(self) -> None:\n"
+        "        self.me, self.bar = self, tqdm(total=3, desc='predicting')\n"
+        "def show() -> None:\n    run = Run()\n    raise KeyboardInterrupt\n"
+        "command_line.run_tool(show, resume='go on with --resume')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert "predicting:   0%" in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "show: stopped; go on with --resume"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [("KeyboardInterrupt", r"^-c: stopped\n$"), ("ValueError('why')", r"Traceback.*ValueError: why\n$")],
