@@ -22,10 +22,10 @@ def test_a_cohort_is_predicted_once_and_compared(tmp_path, capsys) -> None:
     [path] = (tmp_path / "out").glob("cases_*.csv")
     cases = pd.read_csv(path)
     ways = {
-        f"{name}{flip}{drop}"
+        f"{name}{flip}{left_out}"
         for name in ("fold 0", "fold 1", "ensemble")
         for flip in ("", " + flip")
-        for drop in ("", " + drop")
+        for left_out in ("", " + drop", " + peak")
     }
     assert set(cases["way"]) == ways and len(cases) == 4 * len(ways)
     by = {way: rows.set_index("PatientID") for way, rows in cases.groupby("way")}
@@ -70,7 +70,7 @@ def test_small_components_are_dropped(voxels: float, left: int) -> None:
 
 def test_differences_are_of_the_same_patients() -> None:
     table = pd.DataFrame({"PatientID": list("abc"), "dice": [0.5, 0.6, np.nan]})
-    ways = {"fold 0": 0.0, "fold 0 + flip": 0.1, "fold 0 + drop": 0.2, "ensemble": 0.3}
+    ways = {"fold 0": 0.0, "fold 0 + flip": 0.1, "fold 0 + drop": 0.2, "fold 0 + peak": 0.25, "ensemble": 0.3}
     cases = pd.concat(
         table.assign(
             way=way,
@@ -85,10 +85,11 @@ def test_differences_are_of_the_same_patients() -> None:
             true_lesions=1,
         )
         for name, more in ways.items()
-        for way in ([name] if "fold" in name else [name, f"{name} + flip", f"{name} + drop"])
+        for way in ([name] if "fold" in name else [name, *(f"{name} + {way}" for way in ("flip", "drop", "peak"))])
     )
     found = compare(cases, 1, samples=10).set_index(["way", "minus", "metric"])
     flip = found.loc[("fold 0 + flip", "fold 0", "dice")]
     assert (flip["value"], flip["low"], flip["high"], flip["patients"]) == pytest.approx((0.1, 0.1, 0.1, 2))
     assert found.loc[("ensemble", "fold 0", "dice")]["value"] == pytest.approx(0.3)
+    assert found.loc[("fold 0 + peak", "fold 0", "dice")]["value"] == pytest.approx(0.25)
     assert ("fold 0 + drop", "fold 0", "c_index") not in found.index

@@ -45,7 +45,7 @@ OLD = {  # as versions 0.1 and 0.2 wrote them
     "pet_window": None,
     "bn_eps": 1e-05,
 }
-SETTINGS = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"], "seg_classes": ["GTV"]}
+SETTINGS = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image"], "seg_classes": ["GTV"], "lesion_peak": 0.5}
 
 
 def ensemble(folds=1, seed=0, tasks=("seg", "hpv", "surv"), settings=None):

@@ -147,7 +147,7 @@ def test_the_file_says_where_the_weights_come_from(runs, tmp_path):
     ensemble_folds.ensemble_folds(str(runs), str(tmp_path / "model.pt"))
     state = torch.load(tmp_path / "model.pt", weights_only=True)["_extra_state"]
     known = state["provenance"]
-    assert state["settings"] == known["preprocessing"] == SETTINGS | {"seg_classes": ["GTV"]}
+    assert state["settings"] == known["preprocessing"] == SETTINGS | {"seg_classes": ["GTV"], "lesion_peak": 0.5}
     assert known["trained_on"] == PHANTOMS and "not for clinical decisions" in known["intended_use"]
     assert known["cohort"] == {"cases": 60, "events": 45}
     assert known["voxel_limits"] == {"ct_slice": {"warn_above": 3.0}}

@@ -9,7 +9,7 @@ import pytest
 from scipy.spatial.distance import pdist
 
 from scripts.imaging.geometry import Grid
-from scripts.imaging.lesions import APART, MERGED, find_lesions, longest_diameter
+from scripts.imaging.lesions import APART, MERGED, find_lesions, longest_diameter, without_faint_lesions
 
 GRID = Grid((30, 30, 30), np.diag([2.0, 2.0, 2.0, 1.0]))  # 0.008 ml a voxel
 
@@ -107,3 +107,38 @@ def test_diameter_of_a_ball() -> None:
     where = np.stack(np.meshgrid(*[np.arange(61) - 30.0] * 3, indexing="ij"))
     ball = np.linalg.norm(where, axis=0) <= 25
     assert longest_diameter(ball, Grid(ball.shape, np.eye(4))) == pytest.approx(50, abs=1.1)
+
+
+# --- faint lesions -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("row", "peak", "expected"),
+    [
+        pytest.param([0.6, 0.1, 0.6, 0.9], 0.7, [0.5, 0.1, 0.6, 0.9], id="the_confident_one_is_kept_whole"),
+        pytest.param([0.6, 0.5, 0.9, 0.4], 0.7, [0.5, 0.5, 0.9, 0.4], id="at_the_threshold_it_does_not_connect"),
+        pytest.param([0.6, 0.51, 0.71, 0.2], 0.7, [0.6, 0.51, 0.71, 0.2], id="connected"),
+        pytest.param([0.7, 0.0, 0.0, 0.8], 0.7, [0.5, 0.0, 0.0, 0.8], id="at_the_peak_is_not_above_it"),
+        pytest.param([0.6, 0.0, 0.65, 0.1], 0.7, [0.5, 0.0, 0.5, 0.1], id="none_is_left"),
+        pytest.param([0.6, 0.0, 0.9, 0.0], 0.5, [0.6, 0.0, 0.9, 0.0], id="a_peak_of_the_threshold_keeps_all"),
+        pytest.param([0.2, 0.0, 0.5, 0.1], 0.7, [0.2, 0.0, 0.5, 0.1], id="no_tumour"),
+    ],
+)
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_lesions_without_a_confident_voxel_are_left_out(row, peak, expected, axis, kind) -> None:
+    shape = [4 if k == axis else 1 for k in range(3)]
+    given = np.array(row, dtype=kind).reshape(shape)
+    before = given.copy()
+    found = without_faint_lesions(given, peak)
+    assert found.dtype == kind and found.ravel().tolist() == np.array(expected, dtype=kind).tolist()
+    np.testing.assert_array_equal(given, before)
+
+
+def test_corners_connect() -> None:
+    given = np.full((2, 2, 2), 0.1)
+    given[0, 0, 0], given[1, 1, 1] = 0.6, 0.9
+    assert without_faint_lesions(given, 0.7) is given
+
+
+def test_the_threshold_of_faint_lesions_is_the_masks() -> None:
+    given = np.array([[[0.35, 0.1, 0.6, 0.4]]])
+    assert without_faint_lesions(given, 0.5, threshold=0.3).ravel().tolist() == [0.3, 0.1, 0.6, 0.4]

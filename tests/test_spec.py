@@ -53,6 +53,8 @@ def spec(**changes: Any) -> ModelSpec:
         pytest.param("roi_size", [32, 48, 64], (32, 48, 64), id="box"),
         pytest.param("spacing_mm", [1, 1, 3.0], (1, 1, 3.0), id="three_spacings"),
         pytest.param("pet_window", [0, 25], (0, 25), id="window"),
+        pytest.param("lesion_peak", 0.7, 0.7, id="lesion_peak"),
+        pytest.param("lesion_peak", 0.5, 0.5, id="all_lesions"),
     ],
 )
 def test_a_model_as_it_may_be_given(name: str, given: Any, expected: Any) -> None:
@@ -63,6 +65,10 @@ def test_a_model_as_it_may_be_given(name: str, given: Any, expected: Any) -> Non
 
 EVIL = "$__import__('pathlib').Path('ran').touch()"
 WRONG = [
+    pytest.param("lesion_peak", 0.4, "a probability from 0.5 on, below 1; got 0.4", id="peak_below_the_threshold"),
+    pytest.param("lesion_peak", 1, "a probability from 0.5 on", id="no_lesion_at_all"),
+    pytest.param("lesion_peak", "@bn_eps", "a probability from 0.5 on", id="reference_for_the_peak"),
+    pytest.param("lesion_peak", None, "a probability from 0.5 on", id="no_peak"),
     pytest.param("tasks", [], "tasks are some of", id="no_task"),
     pytest.param("tasks", ["seg", "os"], "tasks are some of", id="unknown_task"),
     pytest.param("tasks", ["seg", "seg"], "tasks are some of", id="task_twice"),

@@ -29,7 +29,7 @@ def probability(value: float) -> torch.Tensor:
     return map_
 
 
-def evaluated(value: float) -> int:
+def evaluated(value: float, peak: float = 0.5) -> int:
     affine = torch.from_numpy(BOX.affine)[None]
     nothing = {
         keys.TIME: torch.zeros(1),
@@ -49,13 +49,13 @@ def evaluated(value: float) -> int:
         },
         **{keys.SEG: torch.zeros(1, 1, *BOX.shape), keys.SEG_CLASSES_KNOWN: torch.tensor([False])},
     }
-    return round(case_rows(batch, {keys.SEG_PROB: probability(value)})[0]["volume_ml"] / BOX.voxel_ml)
+    return round(case_rows(batch, {keys.SEG_PROB: probability(value)}, peak)[0]["volume_ml"] / BOX.voxel_ml)
 
 
-def restored(value: float) -> int:
+def restored(value: float, peak: float = 0.5) -> int:
     affine = torch.from_numpy(BOX.affine)
     item = {keys.SEG_PROB: probability(value)[0], keys.BOX_AFFINE: affine, keys.CT_AFFINE: affine}
-    return int(RestoreMaskd()({**item, keys.CT_SHAPE: torch.tensor(BOX.shape)})[keys.PRED].sum())
+    return int(RestoreMaskd(peak=peak)({**item, keys.CT_SHAPE: torch.tensor(BOX.shape)})[keys.PRED].sum())
 
 
 def validated(value: float) -> int:
@@ -86,6 +86,12 @@ def status(value: float) -> pd.DataFrame:
 )
 def test_at_the_threshold_is_negative_and_above_it_positive(positives):
     assert (positives(AT), positives(OVER)) == (0, 1)
+
+
+@pytest.mark.parametrize("mask", [evaluated, restored])
+@pytest.mark.parametrize(("value", "voxels"), [(0.6, 0), (0.75, 1)])
+def test_faint_lesions_are_left_out_in_evaluation_and_prediction(mask, value, voxels):
+    assert (mask(value, peak=0.5), mask(value, peak=0.7)) == (1, voxels)
 
 
 def test_a_threshold_that_was_chosen_separates_by_the_same_rule():

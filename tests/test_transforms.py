@@ -294,6 +294,7 @@ def test_a_doubtful_place_of_a_scan_is_a_warning_of_quality_control(case, tmp_pa
         (lambda: ScaleIntensityPETCTd(ct_window=(1000, -1000)), "ct_window"),
         (lambda: ScaleIntensityPETCTd(pet_window=(0, 0)), "pet_window"),
         (lambda: RestoreMaskd(threshold=0.0), "threshold"),
+        (lambda: RestoreMaskd(peak=1.0), "peak"),
         (lambda: RestoreMaskd(keys=("a", "b")), "one probability map"),
         (lambda: CodeClinicald()({keys.CLINICAL: [1.0, 2.0]}), "coded clinical values"),
         (lambda: CodeClinicald(("age",))({keys.CLINICAL: torch.zeros(1, 1)}), "coded clinical values"),

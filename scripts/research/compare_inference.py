@@ -1,4 +1,4 @@
-"""Ways of inference compared on the same networks and patients: flips, small components dropped, ensemble or one fold.
+"""Ways of inference compared on the same networks and patients: flips, lesions left out, ensemble or one fold.
 
 ``python scripts/research compare_inference --models fold_0,fold_1 --dataset_dir COHORT --output_dir OUT`` predicts each
 case of a cohort that the networks were not trained on with every fold, from the scan and from its mirror image. It
@@ -26,7 +26,7 @@ from experiments.experiment import as_list
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
 from scripts.cohorts.files import sha256_of, write_text
-from scripts.cohorts.thresholds import above
+from scripts.cohorts.thresholds import HALF, above
 from scripts.evaluation.bootstrap import BOOTSTRAP_SAMPLES, paired_bootstrap
 from scripts.evaluation.case_metrics import MEASURES
 from scripts.evaluation.case_table import case_rows
@@ -38,7 +38,7 @@ from scripts.prediction.coarse import CoarsePass
 from scripts.training.engine import NetworkInferer, default_amp, prepare_batch
 from scripts.training.sampling import ERROR, GuardedDataset, collate_one
 
-ENSEMBLE, FLIP, DROP = "ensemble", " + flip", " + drop"
+ENSEMBLE, FLIP, DROP, PEAK = "ensemble", " + flip", " + drop", " + peak"
 LEFT_RIGHT = 2  # axis of (B, C, X, Y, Z)
 DIFFERENCES = "differences.csv"
 OF_MASKS, OF_RISKS = ("dice", "lesion_f1"), ("c_index", "balanced_accuracy")
@@ -61,19 +61,22 @@ def compare_inference(
     dataset_dir: str,
     output_dir: str,
     drop_ml: float = 0.5,
+    peak: float = 0.7,
     device: str = "cpu",
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> None:
     """Compare ways of inference. If interrupted, rerun the same command: finished cases are kept.
 
     "flip" (test-time augmentation) is the mean of the logits and log hazards of the image and of its mirror image, left
-    and right. "drop" removes connected components of the predicted mask that are smaller than drop_ml.
+    and right. "drop" removes connected components of the predicted mask that are smaller than drop_ml, "peak" those
+    whose tumour probability is nowhere above peak (spec#lesion_peak). The other ways keep all components.
 
     Args:
         models: folders that each hold the model.pt of one fold, such as runs/a/fold_0/models,runs/a/fold_1/models.
         dataset_dir: a cohort that no fold was trained on.
         output_dir: receives the results.
         drop_ml: smallest component that is kept, ml.
+        peak: probability that some voxel of a lesion must exceed.
         device: cpu or cuda:0.
         samples: draws of the bootstrap.
     """
@@ -82,7 +85,7 @@ def compare_inference(
     ensemble = empty_ensemble(state[EXTRA_STATE][SETTINGS]).to(device).eval()
     ensemble.load_state_dict(state)
     spec = ModelSpec.read(ensemble.settings, "the folds")
-    facts = [*(sha256_of(path) for path in paths), str(dataset_dir), str(drop_ml)]
+    facts = [*(sha256_of(path) for path in paths), str(dataset_dir), str(drop_ml), str(peak)]
     table = Path(output_dir) / f"cases_{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:12]}.csv"
     done = pd.read_csv(table, dtype={"PatientID": str}) if table.is_file() else pd.DataFrame({"PatientID": []})
     cases = load_cohort(dataset_dir, None, spec.clinical_features).cases
@@ -94,7 +97,7 @@ def compare_inference(
         if ERROR in item:
             excluded[item[keys.PATIENT_ID]] = item[ERROR]
             continue
-        done = pd.concat([done, pd.DataFrame(ways_of(ensemble, collate_one([item]), drop_ml, device))])
+        done = pd.concat([done, pd.DataFrame(ways_of(ensemble, collate_one([item]), drop_ml, peak, device))])
         write_text(table, done.to_csv(index=False))
     if not len(done):
         raise CohortError(f"{dataset_dir}: no case can be predicted: {excluded}")
@@ -105,7 +108,9 @@ def compare_inference(
 
 
 @torch.inference_mode()
-def ways_of(ensemble: FoldEnsemble, batch: Mapping[str, Any], drop_ml: float, device: str) -> list[dict[str, Any]]:
+def ways_of(
+    ensemble: FoldEnsemble, batch: Mapping[str, Any], drop_ml: float, peak: float, device: str
+) -> list[dict[str, Any]]:
     """Rows of the table of cases (:func:`.case_rows`) of one patient, one for each way, with a column ``way``."""
     image, _, _, extra = prepare_batch(batch, device)
     infer, clinical = NetworkInferer(default_amp(device)), extra[keys.CLINICAL]
@@ -121,8 +126,9 @@ def ways_of(ensemble: FoldEnsemble, batch: Mapping[str, Any], drop_ml: float, de
             joint = FoldEnsemble(Given(members[0]), ensemble.settings)  # type: ignore[arg-type]
             joint.folds = nn.ModuleList(map(Given, members))
             pred = joint.predict(image, clinical)
-            for drop, each in (("", pred), (DROP, without_small(pred, drop_ml / voxel_ml))):
-                rows += [{"way": name + flip + drop, **row} for row in case_rows(batch, each)]
+            small = without_small(pred, drop_ml / voxel_ml)
+            for left_out, each, least in (("", pred, HALF), (DROP, small, HALF), (PEAK, pred, peak)):
+                rows += [{"way": name + flip + left_out, **row} for row in case_rows(batch, each, least)]
     return rows
 
 
@@ -138,7 +144,8 @@ def compare(cases: pd.DataFrame, folds: int, samples: int = BOOTSTRAP_SAMPLES) -
     """Paired differences of one way minus another (:func:`.paired_bootstrap`), networks fixed."""
     names = [ENSEMBLE, *(f"fold {k}" for k in range(folds))]
     pairs: list[tuple[str, str, tuple[str, ...]]] = [(name + FLIP, name, OF_MASKS + OF_RISKS) for name in names]
-    pairs += [(name + DROP, name, OF_MASKS) for name in names]  # risks are of the undropped mask
+    # risks are of the mask with all components
+    pairs += [(name + left_out, name, OF_MASKS) for left_out in (DROP, PEAK) for name in names]
     pairs += [(ENSEMBLE, name, OF_MASKS + OF_RISKS) for name in names[1:]]
     rows = []
     for one, other, metrics in pairs:

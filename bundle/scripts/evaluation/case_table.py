@@ -25,12 +25,13 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scripts import keys
 from scripts.cohorts.cohort import describe_cases
 from scripts.cohorts.files import write_text, written_whole
-from scripts.cohorts.thresholds import label_map
+from scripts.cohorts.thresholds import HALF, label_map
 from scripts.evaluation.case_metrics import SMALL_GROUP, centre_groups, confusion, format_summary, roc_curve
 from scripts.evaluation.detection import class_columns, match_lesions
 from scripts.evaluation.judge import judge
 from scripts.evaluation.survival import Outcomes
 from scripts.evaluation.survival_metrics import ensemble_survival
+from scripts.imaging.lesions import without_faint_lesions
 from scripts.model.ensemble import KEEP_EPOCH, FoldEnsemble
 from scripts.training.handlers import BEST, LAST
 
@@ -67,6 +68,7 @@ class CaseTable:
             network was trained on, or those evaluated if it was trained elsewhere; None leaves survival metrics out.
         ensemble: the network, for a cohort it was not trained on: its HPV threshold and calibration are then used.
         part: evaluated part of the split (``evaluate_on``); reported with what was fitted to its cases.
+        lesion_peak: of the network's specification.
     """
 
     output_dir: str
@@ -76,6 +78,7 @@ class CaseTable:
     training_cases: Sequence[Mapping[str, Any]] | None = None
     ensemble: FoldEnsemble | None = None
     part: str = ""
+    lesion_peak: float = HALF
 
     def __post_init__(self) -> None:
         self.folder = Path(self.output_dir)
@@ -93,7 +96,7 @@ class CaseTable:
     def collect(self, engine: Workflow) -> None:
         """Append the cases of one batch."""
         batch: Mapping[str, Any] = engine.state.batch
-        self.rows.extend(case_rows(batch, engine.state.output["pred"]))
+        self.rows.extend(case_rows(batch, engine.state.output["pred"], self.lesion_peak))
         if keys.FEATURES in engine.state.output["pred"]:
             self.features.append(engine.state.output["pred"][keys.FEATURES].float().cpu().numpy())
 
@@ -240,12 +243,15 @@ def dice_groups(cases: pd.DataFrame) -> dict[str, list[float]]:
     return groups
 
 
-def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+def case_rows(
+    batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor], lesion_peak: float = HALF
+) -> list[dict[str, Any]]:
     """One row for each case of a collated ``batch`` and its prediction; NaN where a label is unknown.
 
     Dice (8), surface distance and lesions are computed on the network's grid, without the part of the true mask
     outside the box; its share is ``1 - seg_inside``. A network of two classes of tumour has the columns of
-    :func:`.class_columns` too. What is true of a class is known only where the mask tells classes apart.
+    :func:`.class_columns` too. What is true of a class is known only where the mask tells classes apart. Lesions of the
+    prediction that are nowhere above ``lesion_peak`` are left out (:func:`.without_faint_lesions`).
     """
     columns: dict[str, Any] = {"PatientID": batch[keys.PATIENT_ID], keys.CENTRE: batch[keys.CENTRE]}
     if keys.LOG_HAZARD in pred:
@@ -259,7 +265,9 @@ def case_rows(batch: Mapping[str, Any], pred: Mapping[str, torch.Tensor]) -> lis
         columns["hpv_prob"] = _numbers(pred[keys.HPV_PROB])
     columns["hpv"] = _numbers(batch[keys.HPV], batch[keys.HPV_KNOWN])
     if keys.SEG_PROB in pred:
-        labels = label_map(pred[keys.SEG_PROB], pred.get(keys.CLASS_PROB)).cpu()
+        maps = [without_faint_lesions(each[0], lesion_peak) for each in pred[keys.SEG_PROB].float().cpu().numpy()]
+        classes = pred.get(keys.CLASS_PROB)
+        labels = label_map(torch.from_numpy(np.stack(maps))[:, None], None if classes is None else classes.cpu())
         columns |= mask_columns(batch, labels, keys.CLASS_PROB in pred)
     columns[keys.CROP_METHOD] = batch[keys.CROP_METHOD]
     columns[keys.CROP_FLAG] = batch[keys.CROP_FLAG]

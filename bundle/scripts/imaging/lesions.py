@@ -12,9 +12,11 @@ from typing import Final
 
 import cc3d
 import numpy as np
+from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
+from scripts.cohorts.thresholds import HALF, above
 from scripts.imaging.geometry import Grid, bounding_window
 
 CONNECTIVITY: Final = 26  # voxels that touch at a corner belong to one lesion
@@ -121,6 +123,39 @@ def find_lesions(mask: np.ndarray, grid: Grid, classes: Sequence[str] = MERGED) 
         for name, label, volume, k, box in zip(names, labels, volumes, order, boxes, strict=True)
     ]
     return Lesions(window, rank[components], where, tuple(parts[:count]), tuple(parts[count:]))
+
+
+def without_faint_lesions(tumour: np.ndarray, peak: float, threshold: float = HALF) -> np.ndarray:
+    """The tumour probability without the components of its mask that are nowhere above ``peak``.
+
+    They are lowered to ``threshold``, at which a voxel is not tumour. A component is connected (26 neighbours) and
+    above ``threshold``. This is a threshold with hysteresis: the network has to be confident of some voxel of a lesion,
+    not of its edge.
+
+    Args:
+        tumour: (X, Y, Z) probability of tumour of any class.
+        peak: probability that some voxel of a lesion must exceed; ``threshold`` keeps all.
+        threshold: of the mask.
+
+    Returns:
+        (X, Y, Z), of the same type; ``tumour`` itself where nothing is faint.
+
+    Example:
+        >>> without_faint_lesions(np.array([[[0.6, 0.1, 0.6, 0.9]]]), peak=0.7)
+        array([[[0.5, 0.1, 0.6, 0.9]]])
+    """
+    if peak <= threshold:
+        return tumour
+    mask = above(tumour, threshold)
+    components, count = cc3d.connected_components(mask, connectivity=CONNECTIVITY, return_N=True)
+    inside = components[mask]
+    highest = ndimage.maximum(tumour[mask], inside, np.arange(1, count + 1)) if count else []
+    faint = np.flatnonzero(~above(np.asarray(highest), peak)) + 1
+    if not len(faint):
+        return tumour
+    lowered = tumour.copy()
+    lowered[np.isin(components, faint)] = threshold
+    return lowered
 
 
 def longest_diameter(component: np.ndarray, grid: Grid) -> float:

@@ -25,6 +25,7 @@ from scripts.cohorts.clinical import DEFAULT_FEATURES, code_clinical, feature_na
 from scripts.cohorts.thresholds import HALF, label_map
 from scripts.imaging.geometry import Grid, box_grid, field_of_view_fault, resample, share_inside, to_ct_window
 from scripts.imaging.images import read_scan
+from scripts.imaging.lesions import without_faint_lesions
 from scripts.imaging.localise import Proposer, locate_head_neck, locate_mask
 
 CT_FILL = -1024.0  # air, in HU
@@ -258,15 +259,18 @@ class RestoreMaskd(MapTransform):
     Args:
         keys: the probability (1, R, R, R); the box's affine and the CT's shape and affine are needed too.
         threshold: probability above which a voxel is tumour.
+        peak: probability that some voxel of a lesion must exceed (:func:`.without_faint_lesions`).
     """
 
-    def __init__(self, keys: KeysCollection = keys.SEG_PROB, threshold: float = HALF) -> None:
+    def __init__(self, keys: KeysCollection = keys.SEG_PROB, threshold: float = HALF, peak: float = HALF) -> None:
         super().__init__(keys)
         if len(self.keys) != 1:
             raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
-        self.threshold = threshold
+        if not 0 < peak < 1:
+            raise ValueError(f"peak must lie in (0, 1), got {peak}")
+        self.threshold, self.peak = threshold, peak
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore the mask."""
@@ -274,6 +278,7 @@ class RestoreMaskd(MapTransform):
         if d.get(self.keys[0]) is None:
             return d
         prob = _plain(d[self.keys[0]]).float()
+        prob = torch.from_numpy(without_faint_lesions(prob[0].cpu().numpy(), self.peak, self.threshold))[None]
         if d.get(keys.CLASS_PROB) is not None:
             prob = torch.cat([prob, _plain(d[keys.CLASS_PROB]).float()])
         shape = [int(n) for n in d[keys.CT_SHAPE]]

@@ -236,11 +236,12 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of stored settings with the defaults of those that are newer than the weights.
 
     Example:
-        >>> complete({"spacing_mm": 2.0, "survival_inputs": ["burden"]})
-        {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'seg_classes': ['GTV'], 'spacing_mm': 2.0}
+        >>> complete({"survival_inputs": ["burden"]})
+        {'survival_inputs': ['burden'], 'hpv_inputs': ['image'], 'seg_classes': ['GTV'], 'lesion_peak': 0.5}
     """
-    earlier = {item.name: list(item.default) for item in fields(ModelSpec) if item.default is not MISSING}
-    return copy.deepcopy({**earlier, **settings})
+    earlier = {item.name: item.default for item in fields(ModelSpec) if item.default is not MISSING}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in earlier.items()}
+    return copy.deepcopy({**plain, **settings})
 
 
 def settings_differences(

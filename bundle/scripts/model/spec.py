@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from scripts.cohorts.clinical import FEATURES, clinical_scales
+from scripts.cohorts.thresholds import HALF
 from scripts.imaging.lesions import APART, MERGED
 from scripts.imaging.quality import VOXEL_SIZES, merge_limits
 from scripts.keys import TASK_SURV
@@ -61,6 +62,8 @@ class ModelSpec:
             setting.
         seg_classes: classes of tumour that the mask tells apart, its values 1, 2, ...: ("GTV",), primary tumour and
             nodes as one, or ("GTVp", "GTVn"); the default is for weights older than this setting.
+        lesion_peak: tumour probability that some voxel of a lesion must exceed (:func:`.without_faint_lesions`), from
+            0.5, which keeps all; the default is for weights older than this setting.
 
     Raises:
         SpecError: for a value of another type, outside its range, or that contradicts another one.
@@ -84,6 +87,7 @@ class ModelSpec:
     survival_inputs: tuple[str, ...] = ("deep",)
     hpv_inputs: tuple[str, ...] = ("image",)
     seg_classes: tuple[str, ...] = MERGED
+    lesion_peak: float = HALF
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -99,6 +103,8 @@ class ModelSpec:
         }
         if not _is_number(self.bn_eps) or not 0 < self.bn_eps <= MOST_BN_EPS:
             raise SpecError(f"bn_eps is a number above 0, at most {MOST_BN_EPS:g}; got {shown(self.bn_eps)}")
+        if not _is_number(self.lesion_peak) or not HALF <= self.lesion_peak < 1:
+            raise SpecError(f"lesion_peak is a probability from {HALF:g} on, below 1; got {shown(self.lesion_peak)}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if TASK_SURV in self.tasks:

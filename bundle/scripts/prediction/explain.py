@@ -26,8 +26,9 @@ from torch import Tensor
 
 from scripts import keys
 from scripts.cohorts.files import write_text
-from scripts.cohorts.thresholds import above
+from scripts.cohorts.thresholds import HALF, above
 from scripts.imaging.geometry import Grid
+from scripts.imaging.lesions import without_faint_lesions
 from scripts.model.ensemble import NOT_RECORDED, TRAINED_ON, FoldEnsemble
 from scripts.model.networks import MultitaskNet
 
@@ -174,7 +175,10 @@ class RiskExplainer:
         clinical = result.get(keys.CLINICAL)
         clinical = None if clinical is None else torch.as_tensor(clinical).detach()[None]
         probability = result.get(keys.SEG_PROB)
-        tumour = None if probability is None else above(torch.as_tensor(probability)[0].cpu().numpy())
+        tumour = None
+        if probability is not None:
+            found, peak = torch.as_tensor(probability)[0].cpu().numpy(), self.network.settings.get("lesion_peak", HALF)
+            tumour = above(without_faint_lesions(found, peak))
         shape = tuple(image.shape[-3:])
         grid = Grid((shape[0], shape[1], shape[2]), torch.as_tensor(result[keys.BOX_AFFINE]).cpu().double().numpy())
         patient = str(result.get(keys.PATIENT_ID, ""))
