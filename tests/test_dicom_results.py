@@ -18,7 +18,7 @@ from scripts.dicom.series import find_series
 from scripts.dicom.sr import Findings, write_sr
 from scripts.dicom.tags import DicomError
 from scripts.imaging.lesions import find_lesions
-from scripts.prediction.dicom_results import remarks
+from scripts.prediction.dicom_results import notes, remarks
 from scripts.prediction.findings import AS_IN_TRAINING
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
@@ -235,3 +235,19 @@ THRESHOLD = "HPV status is positive above a probability of 0.550"
 )
 def test_the_report_says_how_sure_its_numbers_are_and_how_they_are_defined(said, tumour, predicted):
     assert remarks(said) == {"Tumour": tumour, "Prediction": predicted}
+
+
+@pytest.mark.parametrize(
+    "name, value, verdict, word",
+    [
+        pytest.param("ct_slice", 3.0, "warn", "remark", id="ordinary_voxel_size"),
+        pytest.param("ct_slice", 6.0, "warn", "warning", id="voxel_size"),
+        pytest.param("overlap", 40.0, "warn", "warning", id="another_check"),
+        pytest.param("overlap", 4.0, "reject", "rejected", id="rejected"),
+        pytest.param("overlap", 99.0, "ok", "", id="passed"),
+    ],
+)
+def test_the_report_says_of_the_scans_what_the_page_says(name, value, verdict, word):
+    checks = [{"name": name, "value": value, "unit": "", "limit": "", "verdict": verdict, "message": "so it is"}]
+    said = notes(prediction(quality={"verdict": verdict, "forced": False, "checks": checks}))
+    assert [text for text in said if "so it is" in text] == ([f"Quality control, {word}: so it is"] if word else [])

@@ -19,6 +19,7 @@ CT, PET = (Grid((4, 4, 4), np.diag([*edges, 1.0])) for edges in ((-0.98, 0.98, 3
 VOXELS = [("CT voxels", "0.98 x 0.98 x 3.27 mm"), ("PET voxels", "5.47 x 5.47 x 3.27 mm")]
 SCANNER, DATE = ("PET scanner", "GE MEDICAL SYSTEMS"), ("study date", "2020-01-02")
 DOSE, UPTAKE = ("injected activity", "370 MBq"), ("uptake time", "110 min")
+SERIES = ("series number", "CT 1, PET 1")
 AGE, SEX = ("age", "20 years"), ("sex", "female")
 PATIENT = [AGE, SEX]
 
@@ -63,7 +64,7 @@ def dicom_case(folder: Path, ct: dict | None = None, pet: dict | None = None) ->
     ],
 )
 def test_facts_of_dicom(ct, pet, facts, tmp_path) -> None:
-    assert study_facts(dicom_case(tmp_path, ct, pet), CT, PET) == [*facts, *VOXELS]
+    assert study_facts(dicom_case(tmp_path, ct, pet), CT, PET) == [*facts, SERIES, *VOXELS]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,19 @@ def test_facts_of_dicom(ct, pet, facts, tmp_path) -> None:
 def test_what_is_not_stated_or_cannot_be_is_left_out(change, lost, tmp_path) -> None:
     case = dicom_case(tmp_path, pet=pet_tags(**change))
     expected = [fact for fact in (DATE, *PATIENT, SCANNER, DOSE, UPTAKE) if fact != lost]
-    assert study_facts(case, CT, PET) == [*expected, *VOXELS]
+    assert study_facts(case, CT, PET) == [*expected, SERIES, *VOXELS]
+
+
+@pytest.mark.parametrize(
+    ("ct", "pet", "shown"),
+    [
+        pytest.param(2, 4, "CT 2, PET 4", id="both"),
+        pytest.param(None, 304, "CT without, PET 304", id="one without a number"),
+    ],
+)
+def test_the_series_that_were_used_are_named(ct, pet, shown, tmp_path) -> None:
+    case = dicom_case(tmp_path, {"SeriesNumber": ct}, {"SeriesNumber": pet})
+    assert ("series number", shown) in study_facts(case, CT, PET)
 
 
 def test_what_the_network_reads_comes_before_the_header(tmp_path) -> None:

@@ -17,7 +17,7 @@ from scripts.dicom.seg import Model, write_seg
 from scripts.dicom.sr import PREDICTION, TUMOUR, Findings, write_sr
 from scripts.imaging.lesions import find_lesions
 from scripts.prediction.description import METADATA
-from scripts.prediction.findings import AS_IN_TRAINING, CHECK_WORDS, clinical_name
+from scripts.prediction.findings import AS_IN_TRAINING, clinical_name, quality_problems, quality_remarks
 from scripts.prediction.measures import OF_LESION, TOTALS
 
 SEG_FILE, RTSTRUCT_FILE, SR_FILE = "tumour_seg.dcm", "tumour_rtstruct.dcm", "report_sr.dcm"
@@ -93,11 +93,8 @@ def notes(prediction: Mapping[str, Any]) -> list[str]:
     said = []
     if prediction["quality"]["forced"]:
         said.append("FORCED: quality control rejected these scans, and they were predicted in spite of it")
-    said += [
-        f"Quality control, {CHECK_WORDS[check['verdict']]}: {check['message']}"
-        for check in prediction["quality"]["checks"]
-        if check["verdict"] != "ok"
-    ]
+    quality = prediction["quality"]
+    said += [f"Quality control, {text}" for text in (*quality_problems(quality), *quality_remarks(quality))]
     if prediction["crop"]["flag"]:
         said.append(f"Field of view of the network: {prediction['crop']['flag']}")
     missing = [clinical_name(row["name"]) for row in prediction["clinical"] if row["missing"]]

@@ -1,4 +1,4 @@
-"""Facts of the examination for the report: date, patient, scanner, dose and uptake time, as far as they are known."""
+"""Facts of the examination for the report: date, patient, scanner, dose, uptake time, series, as far as known."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def study_facts(case: Mapping[str, Any], ct: Grid, pet: Grid) -> Facts:
     for name in ("gender", "age"):
         if values.get(name) is not None:
             facts.insert(1 if facts and facts[0][0] == "study date" else 0, _of_patient(name, values[name]))
+    if choice is not None:
+        numbers = (f"{name} {one.number or 'without'}" for name, one in (("CT", choice.ct), ("PET", choice.pet)))
+        facts.append(("series number", ", ".join(numbers)))
     return [*facts, ("CT voxels", _voxels(ct)), ("PET voxels", _voxels(pet))]
 
 

@@ -92,6 +92,11 @@ def quality_problems(quality: Mapping[str, Any]) -> list[str]:
     return [f"{CHECK_WORDS[check['verdict']]}: {check['message']}" for check in _findings(quality)[0]]
 
 
+def quality_remarks(quality: Mapping[str, Any]) -> list[str]:
+    """The messages of ordinary voxel sizes beyond the training range."""
+    return [f"remark: {check['message']}" for check in _findings(quality)[1]]
+
+
 def _findings(quality: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Checks that are not passed, the worst first; and those of voxel sizes that are ordinary.
 
