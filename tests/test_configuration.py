@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from conftest import BUNDLE, make_tiny_cohort
-from runtimes.inference import load_bundle
+from runtimes.inference import CaseList, load_bundle
 from scripts.training.configuration import (
     PROCESSES,
     ConfigurationError,
@@ -211,6 +211,12 @@ def test_paths_stay_what_was_typed(config: dict, typed: dict, restored: dict) ->
 def test_paths_that_cannot_be_had_back_are_refused(config: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         paths_as_typed(config, {})
+
+
+def test_cases_of_a_caller_may_have_any_name() -> None:
+    """One patient called so must not end the cohort."""
+    cases = CaseList([{"patient_id": "a::b", "ct": "/data/$x/::1", "weight": "@id"}])
+    assert paths_as_typed({"output_dir": "out", "dataset": {"data": cases}}, {}) == {}
 
 
 def test_only_the_command_line_of_monai_is_read() -> None:

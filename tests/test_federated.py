@@ -223,6 +223,9 @@ if {stop} != "at once":
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("round 1")
     (folder / "history.json").write_text('[{{"round": 1}}]')
+    log = pathlib.Path("CHUM/simulate_job/app_CHUM/output/centre.log")
+    log.parent.mkdir(parents=True)
+    log.write_text("ERROR scripts: the task failed\\nValueError: why\\nERROR scripts: reason: why\\n")
 os.kill(os.getppid() if {stop} == "by the keyboard" else os.getpid(), signal.SIGINT)
 """
 
@@ -237,7 +240,9 @@ def test_the_rounds_of_a_training_that_ends_early_are_kept(job: Path, tmp_path: 
         python.chmod(0o755)
         simulate(python, job, out)
 
-    with pytest.raises((KeyboardInterrupt, FederatedRunError)):
+    ends: Any = {"by the keyboard": pytest.raises(KeyboardInterrupt)}
+    told = rf"ended early .*; CHUM: why; {out}/model.pt is of round 1, federated_job --start continues from it; see"
+    with ends.get(stop, pytest.raises(FederatedRunError, match=told)):
         run(stop)
     assert (out / "model.pt").read_text() == "round 1"
     (out / "model.pt").unlink()  # as if this process had been killed, too
@@ -525,7 +530,9 @@ def test_a_centre_that_fails(needed: int, rounds: int, centres: Path, tmp_path: 
         simulate(Path(sys.executable), job, out)
         assert set(json.loads((out / "history.json").read_text())[0]["centres"]) == {A, B}
     else:
-        with pytest.raises(FederatedRunError, match="the training ended early"):
+        with pytest.raises(
+            FederatedRunError, match=r"the training ended early .*XXX: .* has no case of the centre 'XXX'"
+        ):
             simulate(Path(sys.executable), job, out)
         assert not (out / "model.pt").exists()
     log = (out / "workspace" / "XXX" / "simulate_job" / "app_XXX" / "output" / "centre.log").read_text()

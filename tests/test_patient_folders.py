@@ -87,6 +87,7 @@ def test_a_list_of_patients_of_every_name(work, model):
         "../up",
         "a/b",
         "a_b",
+        "@b::$(c)",
         "CON",
         "x" * 300,
         "Mu\u0308ller\x1b[31m",
@@ -97,7 +98,7 @@ def test_a_list_of_patients_of_every_name(work, model):
     predict(str(work / "given" / "cases.json"), str(output), ckpt_dir=str(model), device="cpu", report=True)
     with (output / "predictions.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    shown = [*names[:2], "'=1+1", *names[3:8], "M\u00fcller\\x1b[31m"]
+    shown = [*names[:2], "'=1+1", *names[3:6], "'@b::$(c)", *names[7:9], "M\u00fcller\\x1b[31m"]
     assert sorted(row["PatientID"] for row in table) == sorted(shown)
     assert {row["status"] for row in table} == {"ok"}
     assert {path.name for path in work.iterdir()} == {"given", "other_results", "results"}

@@ -24,11 +24,20 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from scripts.cohorts.files import write_text
-from scripts.runtimes.federated import LOCAL, CentreClient, keep_log_here, read_weights, write_global_model
+from scripts.runtimes.federated import (
+    CENTRE_LOG,
+    LOCAL,
+    REASON,
+    CentreClient,
+    keep_log_here,
+    read_weights,
+    write_global_model,
+)
+from scripts.training.sampling import innermost
 
 TRAIN, VALIDATE = "train", "validate"
 HERE = Path(__file__).resolve().parent
-START, MODEL, HISTORY, LOG = "start.pt", "model.pt", "history.json", "centre.log"
+START, MODEL, HISTORY = "start.pt", "model.pt", "history.json"
 logger = logging.getLogger("scripts.runtimes.federated_flare")  # to the centre's own file
 
 
@@ -61,14 +70,17 @@ class CentreExecutor(Executor):
                 self.client = self._make(output, fl_ctx.get_identity_name())
             received = FLModelUtils.from_shareable(shareable)
             answer = self._answer(output, task_name, received, abort_signal)
-        except Exception:  # whose message may name patients
+        except Exception as error:  # whose message may name patients
             logger.exception("the task %r failed", task_name)
-            self.log_error(fl_ctx, f"the task {task_name!r} failed: see {LOG} in this client's folder of the job")
+            logger.error("%s%s", REASON, innermost(error))
+            self.log_error(
+                fl_ctx, f"the task {task_name!r} failed: see {CENTRE_LOG} in this client's folder of the job"
+            )
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         return make_reply(ReturnCode.TASK_ABORTED) if abort_signal.triggered else FLModelUtils.to_shareable(answer)
 
     def _make(self, output: Path, name: str) -> CentreClient:
-        keep_log_here(output / LOG)
+        keep_log_here(output / CENTRE_LOG)
         centre = name if self.by_centre else None
         client = CentreClient(str(HERE), output_dir=str(output), centre=centre, **self.options)
         client.initialize()

@@ -21,6 +21,7 @@ from runtimes.environments import OwnEnvironmentError, make_environment, package
 from runtimes.federated_job import CLIENT, META
 from scripts.cohorts.files import written_whole
 from scripts.model.ensemble import CheckpointError, saved_provenance
+from scripts.runtimes.federated import CENTRE_LOG, REASON
 
 ENVIRONMENT = ROOT / ".federated_env"
 REQUIREMENTS = ROOT / "requirements-federated.txt"
@@ -73,7 +74,16 @@ def simulate(python: Path, job: Path, results: Path, threads: int = 0) -> None:
     if code or not history or history[-1]["round"] != "final":
         last = history[-1]["round"] if history else 0
         kept = f"; {results / 'model.pt'} is of round {last}, federated_job --start continues from it" if last else ""
-        raise FederatedRunError(f"the training ended early (exit code {code}){kept}; see the log above and {workspace}")
+        failed = "".join(f"; {name}: {why}" for name in names if (why := reason_of(workspace, name)))
+        what = f"the training ended early (exit code {code}){failed}{kept}"
+        raise FederatedRunError(f"{what}; see the log above and {workspace}")
+
+
+def reason_of(workspace: Path, name: str) -> str:
+    """Why the last task of a centre failed, by its log; "" where none did."""
+    log = workspace / name / RUN.name / f"app_{name}" / "output" / CENTRE_LOG
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return next((line.partition(REASON)[2] for line in reversed(text.splitlines()) if f": {REASON}" in line), "")
 
 
 def deploy_map(job: Path) -> dict[str, list[str]]:

@@ -78,6 +78,7 @@ LABELS = {
 }
 """Parts of the network that one task alone trains, and what a case must have for it."""
 STATE_FILE = "federated.pt"
+CENTRE_LOG, REASON = "centre.log", "reason: "  # what stays at a centre, and how the line on a failure starts there
 FEDERATED = "federated"  # in the provenance of the global model
 
 

@@ -240,9 +240,9 @@ def _unquoted(text: str) -> str:
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every value in nested dictionaries and lists, with its id; without metadata.
 
-    Options typed with a comma, ``4,6``, are tuples.
+    Options typed with a comma, ``4,6``, are tuples; what is derived from a tuple is a caller's own, such as cases.
     """
-    if not isinstance(value, dict | list | tuple):
+    if not isinstance(value, dict | list) and type(value) is not tuple:
         yield name, value
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
