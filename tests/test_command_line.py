@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import signal
@@ -24,7 +25,7 @@ SCRIPTS = ROOT / "scripts"
 TOOLS = sorted(
     ".".join(path.relative_to(SCRIPTS).with_suffix("").parts)
     for path in SCRIPTS.rglob("*.py")
-    if f"run_tool({path.stem}" in path.read_text()
+    if re.search(rf"run_tool\(\s*{path.stem}\b", path.read_text())
 )
 ROOMS = ("research", "runtimes")
 
@@ -307,7 +308,8 @@ def test_the_last_line_after_ctrl_c_says_how_to_go_on():
         "def show() -> None:\n    run = Run()\n    raise KeyboardInterrupt\n"
         "command_line.run_tool(show, resume='go on with --resume')"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True)
+    shown = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, env=shown, capture_output=True, text=True)
     assert ended.returncode == 130
     assert "predicting:   0%" in ended.stderr
     assert ended.stderr.splitlines()[-1] == "show: stopped; go on with --resume"

@@ -96,8 +96,10 @@ def runs(tmp_path) -> Path:
         (place / "fold.json").write_text(json.dumps(outcome))
     record = {
         "command": "python scripts/train_folds.py --dataset_dir data",
+        "dataset_dir": "cohort",
         "protocol": "partial",
         "num_folds": 3,
+        "held_out": "validation",
         "settings": {"keep_epoch": "best"},
         "cohort": {
             "trained_on": PHANTOMS,
@@ -107,6 +109,7 @@ def runs(tmp_path) -> Path:
         },
         "configs": {"configs/train.json": "0123"},
         "versions": {"bundle": "0.1.0", "torch": "2.13.0"},
+        "folds": {},
     }
     (folder / "experiment.json").write_text(json.dumps(record))
     return folder

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,6 +231,15 @@ os.kill(os.getppid() if {stop} == "by the keyboard" else os.getpid(), signal.SIG
 """
 
 
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background, in which a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("stop", ["by the keyboard", "by itself"])
 def test_the_rounds_of_a_training_that_ends_early_are_kept(job: Path, tmp_path: Path, stop: str) -> None:
     """Also when the next run starts, which empties the workspace."""

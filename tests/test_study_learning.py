@@ -182,7 +182,7 @@ def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs
         folder.mkdir()
         record = json.loads((runs / "base_s0" / "experiment.json").read_text())
         for option in complete({}):
-            del record["settings"][option]
+            record["settings"].pop(option, None)
         (folder / "experiment.json").write_text(json.dumps(record))
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
     with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['burden'\]"):
