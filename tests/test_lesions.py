@@ -136,7 +136,7 @@ def test_lesions_without_a_confident_voxel_are_left_out(row, peak, expected, axi
 def test_corners_connect() -> None:
     given = np.full((2, 2, 2), 0.1)
     given[0, 0, 0], given[1, 1, 1] = 0.6, 0.9
-    assert without_faint_lesions(given, 0.7) is given
+    np.testing.assert_array_equal(without_faint_lesions(given, 0.7), given)
 
 
 def test_the_threshold_of_faint_lesions_is_the_masks() -> None:

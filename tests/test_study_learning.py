@@ -181,12 +181,21 @@ def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs
         folder = tmp_path / name
         folder.mkdir()
         record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-        for option in complete({}):
-            record["settings"].pop(option, None)
+        for option in {*complete({})} - {"lesion_peak"}:
+            del record["settings"][option]
         (folder / "experiment.json").write_text(json.dumps(record))
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
     with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['burden'\]"):
         study_plan.check_run(make_study(cohort, tmp_path, "burden"), "burden", 0)
+
+
+def test_masks_of_a_run_from_before_lesion_peak_are_not_mixed_with_others(cohort, runs, tmp_path):
+    (tmp_path / "base_s0").mkdir()
+    record = json.loads((runs / "base_s0" / "experiment.json").read_text())
+    del record["settings"]["lesion_peak"]
+    (tmp_path / "base_s0" / "experiment.json").write_text(json.dumps(record))
+    with pytest.raises(ExperimentError, match=r"lesion_peak 0\.5 instead of 0\.7"):
+        study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
 
 
 def test_a_signal_ends_the_runs(cohort, tmp_path, fake):

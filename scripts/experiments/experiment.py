@@ -66,6 +66,7 @@ NESTED = {
     "ct_window": "spec#ct_window",
     "bn_eps": "spec#bn_eps",
     "seg_classes": "spec#seg_classes",
+    "lesion_peak": "spec#lesion_peak",
     "bn_momentum": "network_def#network#bn_momentum",
     "mask_gradient": "network_def#network#mask_gradient",
     "tumour_prior": "network_def#network#tumour_prior",

@@ -138,24 +138,15 @@ def without_faint_lesions(tumour: np.ndarray, peak: float, threshold: float = HA
         threshold: of the mask.
 
     Returns:
-        (X, Y, Z), of the same type; ``tumour`` itself where nothing is faint.
+        (X, Y, Z), of the same type.
 
     Example:
         >>> without_faint_lesions(np.array([[[0.6, 0.1, 0.6, 0.9]]]), peak=0.7)
         array([[[0.5, 0.1, 0.6, 0.9]]])
     """
-    if peak <= threshold:
-        return tumour
     mask = above(tumour, threshold)
-    components, count = cc3d.connected_components(mask, connectivity=CONNECTIVITY, return_N=True)
-    inside = components[mask]
-    highest = ndimage.maximum(tumour[mask], inside, np.arange(1, count + 1)) if count else []
-    faint = np.flatnonzero(~above(np.asarray(highest), peak)) + 1
-    if not len(faint):
-        return tumour
-    lowered = tumour.copy()
-    lowered[np.isin(components, faint)] = threshold
-    return lowered
+    kept = ndimage.binary_propagation(above(tumour, max(peak, threshold)), np.ones((3, 3, 3), dtype=bool), mask=mask)
+    return np.where(mask & ~kept, tumour.dtype.type(threshold), tumour)
 
 
 def longest_diameter(component: np.ndarray, grid: Grid) -> float:
