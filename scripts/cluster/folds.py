@@ -76,7 +76,6 @@ def run_step(
     Arguments as for :func:`.start_logged`; ``code``: folder of this software's commands; ``paths``: what the node has
     to see.
 
-
     Returns:
         Its exit ``code``; and the ``problem`` because of which it was not run, or "".
     """

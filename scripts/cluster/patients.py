@@ -92,7 +92,6 @@ def predict_on_nodes(writer: PredictionWriter, cases: Sequence[Case], share: Sha
 
     Their paths are absolute; the writer gets rows, lesions and audit.
 
-
     Raises:
         ClusterError: no node can predict; the message names them.
     """

@@ -52,7 +52,6 @@ class Worker:
     Arguments as for ``predict.py``; ``output``: folder for the results; ``model``: SHA-256 of the weights; ``code``:
     what :func:`cluster.nodes.software` said where the run was started.
 
-
     Raises:
         ValueError: weights or software here are others.
     """

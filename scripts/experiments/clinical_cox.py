@@ -126,7 +126,6 @@ def score(risks: Sequence[np.ndarray], tables: Sequence[pd.DataFrame], bootstrap
 
     Pairs are formed, and patients drawn, within a set.
 
-
     Returns:
         The score; for one set the C-index is exactly lifelines'.
     """

@@ -65,7 +65,6 @@ def clinical_risks(run: Run, others: Sequence[Case] | None = None) -> pd.DataFra
 
     They are of the cases that each fold held out, or of those of another cohort.
 
-
     Returns:
         ``PatientID`` and ``clinical_risk``, normalised like the network's; a patient of several folds has the mean.
 

@@ -57,8 +57,6 @@ def evaluate(run: str, compare: str | None, external: str | None, samples: int) 
 
     Arguments as for ``evaluate_folds.py``.
 
-
-
     Raises:
         ExperimentError: the experiment, the other one or the other cohort cannot be read.
     """

@@ -176,7 +176,6 @@ def make_plan(
 
     Arguments as for ``train_folds.py``; ``command`` is recorded.
 
-
     Raises:
         ExperimentError: an id or file that does not exist, a number or a fold out of range.
         CohortError: the cohort cannot be used, or not be split like that.

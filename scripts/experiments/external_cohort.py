@@ -37,7 +37,6 @@ def predict_external(run: Run, dataset_dir: Path, folder: Path) -> Path:
         dataset_dir: folder of the other cohort, in one of HECKTOR's layouts.
         folder: receives ``models/model.pt`` and ``evaluation_all/``.
 
-
     Raises:
         ExperimentError: the cohort cannot be read or shares patients with the experiment's, or the command failed.
     """
@@ -89,7 +88,6 @@ def judge_external(run: Run, path: Path, figures: Path, seed: int, samples: int)
 
     ``metrics`` rank by the mean of the folds' log hazards, as inference gives it; ``survival`` takes them on their
     common scale, where the calibration of the out-of-fold predictions turns them into absolute risk.
-
 
     Raises:
         ExperimentError: as :func:`read_external`, or the table is not of this ensemble.

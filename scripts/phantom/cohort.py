@@ -57,7 +57,6 @@ def write_cohort(folder: Path, cases: int = 300, seed: int = 0, scale: str = "sm
         scale: ``small`` (6 to 7 mm voxels, some tens of kB a case) or ``full`` (voxel sizes and extents of hospitals).
         jobs: processes; 0: one for each core.
 
-
     Raises:
         MakeCohortError: an argument is out of range, or ``folder`` holds anything else.
     """

@@ -290,8 +290,6 @@ def match_columns(header: Sequence[str], feature: str) -> list[int]:
     A remark in brackets, as in ``HPV status (0=-, 1=+)``, is allowed and checked: another coding or unit than the one
     used here is an error, since the values would be misread.
 
-
-
     Raises:
         ClinicalValueError: the remark of a matching column contradicts the feature's coding or unit.
     """
@@ -346,7 +344,6 @@ def code_clinical(values: Mapping[str, object] | None, features: Sequence[str] =
             None: every value is missing.
         features: names of the features, in the order of the network's clinical vector.
 
-
     Raises:
         ClinicalValueError: a value cannot be read.
 
@@ -368,7 +365,6 @@ def clinical_scales(features: Sequence[str]) -> list[tuple[float, float, float]]
     Levels, coded 1, 2, ..., are counted from the lowest one. Numbers are centred on a typical value and divided by a
     typical standard deviation. They are known from four standard deviations below the centre; between that and 0
     (missing) they are partly known, so that the scaling is continuous.
-
 
     Raises:
         ValueError: an unknown feature.

@@ -187,7 +187,6 @@ class Cohort:
             fold: which fold is validated, from 0.
             seed: seed of the shuffle.
 
-
         Raises:
             CohortError: there is no such protocol or fold, or there are too few cases or centres for it.
         """
@@ -225,7 +224,6 @@ def load_cohort(
             folder or, if there is no such file, to ``dataset_dir``.
         clinical_features: names of the clinical values to read, in the network's order.
         require_images: False keeps patients without scans (for models of clinical values only).
-
 
     Raises:
         CohortError: faults in files or tables (all of them are listed), or no usable case.
@@ -399,7 +397,6 @@ def inference_cases(
     (CT or PET missing, a clinical value that cannot be read, two rows); it is empty otherwise. Patients that are only
     in a table are listed if the table is in ``dataset_dir``, and only logged if it is elsewhere: it may be the table of
     a larger cohort.
-
 
     Returns:
         Cases as in :func:`load_cohort`, sorted by patient id, CT or PET None where missing.

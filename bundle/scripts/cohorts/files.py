@@ -29,7 +29,6 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing folders are created. If the block raises, ``path`` is unchanged and the temporary file is removed. Temporary
     files of ``path`` left by a killed process are removed.
 
-
     Raises:
         WriteError: the disk is full, the folder is read-only, or ``path`` is a folder.
     """

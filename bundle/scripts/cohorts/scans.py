@@ -141,7 +141,6 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     files of one folder named as the same scan, two folders of one patient, and a file in another patient's folder are
     that patient's ``contradictions``. Other patients are not affected.
 
-
     Returns:
         Scans by patient key, sorted, and notes on what was ambiguous. A patient found in several places is one
         entry; a place with CT, PET and mask takes precedence.

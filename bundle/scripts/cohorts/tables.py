@@ -109,7 +109,6 @@ def find_tables(dataset_dir: str | Path, patients: Iterable[str] = ()) -> list[P
     Tables called ``hecktor*.csv`` take precedence; of others there must be exactly one with a PatientID column (if
     several have that, with a clinical value or a label).
 
-
     Returns:
         Paths, sorted; empty where there is no table. A table without known columns is ignored with a warning.
 

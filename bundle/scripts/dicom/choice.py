@@ -108,7 +108,6 @@ def choose_pet_ct(series: Sequence[Series]) -> Choice:
     along the body (in steps of 50 mm), soft-tissue kernel rather than lung or bone, original rather than derived, more
     slices, finer pixels, lower series number.
 
-
     Raises:
         DicomError: when there is no such pair, with the reason for each series; or when there are scans of several
             patients or several PET/CT examinations.

@@ -100,7 +100,6 @@ def find_examinations(folder: str | PathLike[str], without: Container[Path] = ()
     part of a CT or PET of no other patient are reported as a patient of their own, with the PatientID of their header
     or, without one, the name of the folder that has only such files. The use of all files is logged.
 
-
     Raises:
         scripts.dicom.tags.DicomError: no DICOM in it.
     """

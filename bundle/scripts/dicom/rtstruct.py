@@ -39,8 +39,6 @@ def write_rtstruct(
     mask's. A hole is joined to its outer contour by a channel without width ("keyhole technique" of PS3.3, C.8.8.6.3),
     which readers that fill polygons need not know about. Without a lesion there is one ROI ``GTV`` without contours.
 
-
-
     Raises:
         scripts.dicom.tags.DicomError: when the numbers are not on the grid of ``source`` or no lesion has them; when
             the CT lacks a UID by which contours refer to it.

@@ -265,7 +265,6 @@ def find_series(*folders: str | PathLike[str], without: Container[Path] = ()) ->
     Patients and series may be mixed in any folder structure, including links. Pixels are read only of files with equal
     SOPInstanceUID and position. Images without a SeriesInstanceUID count as damaged.
 
-
     Returns:
         The series, by patient, study and SeriesInstanceUID, in the order of their numbers, divided where images differ
         in size, spacing, orientation or frame of reference; and the other files. ``damaged`` is set for series that a
@@ -561,7 +560,6 @@ def read_series(series: Series) -> tuple[np.ndarray, np.ndarray]:
 
     Slices are sorted by position along their normal, not by instance number. The rescale slope and intercept of each
     slice are applied (those of PET differ between slices).
-
 
     Returns:
         The (X, Y, Z) array (column, row, slice), int16 for a CT whose rescaled values are whole numbers that fit and

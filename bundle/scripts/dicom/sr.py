@@ -110,7 +110,6 @@ def write_sr(
         remarks: the same for one of the two, by its name ``Tumour`` or ``Prediction``.
         description: series description, 64 characters at most.
 
-
     Raises:
         DicomError: when the lesions are not those of the segmentation, or there is nothing to report.
     """

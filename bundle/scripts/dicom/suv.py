@@ -66,7 +66,6 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     a dose given in parts, and a factor of Philips that differs from that of the public tags. Times that the factor does
     not depend on are checked if they are stated.
 
-
     Raises:
         DicomError: naming the tag that is missing, zero, implausible or differs between slices; for other units
             (PROPCNTS), SUV by another measure than body weight, images without attenuation or decay correction,

@@ -111,7 +111,6 @@ def read_file(path: Path, **options: Any) -> Dataset | None:
     a SOP class. Without a transfer syntax the file is little endian with implicit or explicit VR (PS3.10, 7.1; PS3.5,
     A.1).
 
-
     Raises:
         DicomError: the file cannot be read, or is incomplete DICOM.
     """

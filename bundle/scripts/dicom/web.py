@@ -173,7 +173,6 @@ class DicomWeb:
             folder: receives the files.
             modalities: of the series to download; each must be there.
 
-
         Raises:
             DicomError: as :meth:`series`; a modality is missing; a series did not come whole; or an image of another
             study or series came.

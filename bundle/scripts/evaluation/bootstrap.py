@@ -21,7 +21,6 @@ def bootstrap_interval(
 
     Draws in which the statistic is undefined (no comparable pair, one class) are left out.
 
-
     Returns:
         The 2.5 % and the 97.5 % quantile; NaN if the statistic is undefined in every draw.
 

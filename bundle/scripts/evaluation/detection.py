@@ -23,7 +23,6 @@ def match_lesions(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, i
     with the same true one (and the reverse), the pairs are assigned: as many as possible, and of those assignments the
     one with the greatest sum of IoU. Ties between assignments therefore change no number.
 
-
     Returns:
         (P, T, M): with TP = M, FP = P - M and FN = T - M, F1 is 2 M / (P + T).
 

@@ -182,7 +182,6 @@ def resample(array: np.ndarray, source: Grid, target: Grid, mode: str = "spline"
         fill: value of target voxels outside the source's field of view, which ends half a voxel beyond the
             centres of the outer voxels.
 
-
     Raises:
         ValueError: when the array does not have the source's shape or the mode is unknown.
     """

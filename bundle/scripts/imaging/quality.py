@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import Transform
 
 from scripts import keys
 from scripts.imaging.geometry import Grid, box_grid
@@ -42,6 +41,7 @@ logger = logging.getLogger(__name__)
 OK, WARN, REJECT = "ok", "warn", "reject"
 VERDICTS = (OK, WARN, REJECT)  # from the best to the worst
 RAISE, FLAG = "raise", "flag"  # actions for a rejected case
+SCANS = (keys.CT, keys.PET)
 HEAD_IN_VIEW = "head_in_view"
 HEADERS = "headers"
 VOXEL_SIZES = ("ct_in_plane", "ct_slice", "pet_in_plane", "pet_slice")  # replaced by the range of a training set
@@ -261,7 +261,7 @@ class QualityError(ValueError):
         )
 
 
-class CheckQualityd(MapTransform):
+class CheckQualityd(Transform):
     """Check a case between :class:`.LocaliseBoxd` and :class:`.ResampleToBoxd`.
 
     Sets ``quality``: all checks as a JSON text (see :func:`checks_to_json`), which can be collated. A mask is checked
@@ -274,7 +274,6 @@ class CheckQualityd(MapTransform):
         limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
         advisory: names of checks that warn instead of rejecting, e.g. those on the field of view in training, where
             the box is centred on the mask.
-        keys: CT and PET, as set by :class:`scripts.imaging.transforms.LoadScansd`, like the mask.
 
     Raises:
         QualityError: when a rule rejects the case and ``on_reject`` is ``"raise"``.
@@ -287,9 +286,7 @@ class CheckQualityd(MapTransform):
         on_reject: str = "raise",
         limits: Limits | None = None,
         advisory: Sequence[str] = (),
-        keys: KeysCollection = (keys.CT, keys.PET),
     ) -> None:
-        super().__init__(keys)
         if on_reject not in (RAISE, FLAG):
             raise ValueError(f"on_reject is {RAISE!r} or {FLAG!r}, got {on_reject!r}")
         unknown = sorted(set(advisory) - {*DEFAULT_LIMITS, HEAD_IN_VIEW})
@@ -306,7 +303,7 @@ class CheckQualityd(MapTransform):
         half = (np.broadcast_to(np.asarray(self.roi_size, dtype=float), 3) - 1) / 2
         centre = affine[:3, :3] @ half + affine[:3, 3]
         location = Location(centre, d[keys.CROP_METHOD], d[keys.CROP_FLAG])
-        (ct, ct_grid), (pet, pet_grid) = (array_and_grid(d[key]) for key in self.keys)
+        (ct, ct_grid), (pet, pet_grid) = (array_and_grid(d[key]) for key in SCANS)
         checks = check_case(ct, ct_grid, pet, pet_grid, location, self.roi_size, spacing.tolist(), self.limits)
         if d.get(keys.MASK) is not None:
             body = next(float(check.value or 0) for check in checks if check.name == "pet_body")
@@ -317,7 +314,7 @@ class CheckQualityd(MapTransform):
             raise QualityError(str(d.get(keys.PATIENT_ID, "?")), checks)
         d[keys.QUALITY] = checks_to_json(checks)
         counts = {check.name: check.value for check in checks}
-        for key, name, fill in zip(self.keys, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
+        for key, name, fill in zip(SCANS, ("ct_not_finite", "pet_not_finite"), (CT_FILL, PET_FILL), strict=True):
             if counts[name]:  # a rejected case that is kept
                 d[key] = torch.nan_to_num(d[key], nan=fill, posinf=fill, neginf=fill)
         return d

@@ -196,7 +196,6 @@ def measure_mask(
 
     Arguments as for :func:`scripts.imaging.quality.check_mask`.
 
-
     Returns:
         For an empty mask only ``mask_values``.
     """

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Transform
 
 from scripts import keys
 from scripts.cohorts.clinical import DEFAULT_FEATURES, code_clinical, feature_named, parse_value
@@ -54,15 +54,14 @@ class LoadScansd(MapTransform):
 
     Args:
         keys: what to load. The mask may be absent or None, the others may not.
-        allow_missing_keys: whether the mask's key may be missing from the case.
 
     Raises:
         ValueError: when the CT or the PET is missing, or cannot be a scan of a body by its size, naming the patient.
         scripts.imaging.images.ImageReadError: when a file cannot be used.
     """
 
-    def __init__(self, keys: KeysCollection = (keys.CT, keys.PET, keys.MASK), allow_missing_keys: bool = True) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection = (keys.CT, keys.PET, keys.MASK)) -> None:
+        super().__init__(keys, allow_missing_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load the case's scans."""
@@ -83,7 +82,7 @@ class LoadScansd(MapTransform):
         return d
 
 
-class LocaliseBoxd(MapTransform):
+class LocaliseBoxd(Transform):
     """Determine the position of the network's box.
 
     Sets the box's affine, the CT's shape and affine (plain tensors), and the rule and its doubts as text.
@@ -93,7 +92,6 @@ class LocaliseBoxd(MapTransform):
         spacing_mm: voxel size of the box in mm.
         use_mask: centre on the tumour's mask where there is a non-empty one (training); otherwise on the head and neck.
         proposer: proposes tumours where there is no mask, as :class:`.CoarsePass`; None for the rules only.
-        keys: CT, PET and mask, as set by :class:`LoadScansd`.
     """
 
     def __init__(
@@ -102,9 +100,7 @@ class LocaliseBoxd(MapTransform):
         spacing_mm: float | Sequence[float],
         use_mask: bool = False,
         proposer: Proposer | None = None,
-        keys: KeysCollection = (keys.CT, keys.PET, keys.MASK),
     ) -> None:
-        super().__init__(keys, allow_missing_keys=True)
         self.roi_size, self.spacing_mm, self.use_mask, self.proposer = roi_size, spacing_mm, use_mask, proposer
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -124,7 +120,7 @@ class LocaliseBoxd(MapTransform):
         return d
 
 
-class ResampleToBoxd(MapTransform):
+class ResampleToBoxd(Transform):
     """Resample CT, PET and mask to the network's box, each in one interpolation, and drop the native CT and mask.
 
     Sets ``image`` (2, R, R, R) float32, CT in HU and PET in SUV, by cubic spline; ``seg`` (1, R, R, R) float32, 2
@@ -133,8 +129,7 @@ class ResampleToBoxd(MapTransform):
     nodes apart; and ``seg_inside``, the share of the mask's voxels that lie in the box.
     """
 
-    def __init__(self, roi_size: int | Sequence[int], keys: KeysCollection = (keys.CT, keys.PET, keys.MASK)) -> None:
-        super().__init__(keys, allow_missing_keys=True)
+    def __init__(self, roi_size: int | Sequence[int]) -> None:
         self.roi_size = roi_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -157,8 +152,8 @@ class ResampleToBoxd(MapTransform):
         return d
 
 
-class ScaleIntensityPETCTd(MapTransform):
-    """Scale the two channels of the image to [0, 1].
+class ScaleIntensityPETCTd(Transform):
+    """Scale the two channels of the image (2, R, R, R) to [0, 1].
 
     CT: clipped to the window, then (value - min) / (max - min) over the box, as in the paper. PET: the same without
     clipping, or, with ``pet_window``, the fixed SUV window mapped to [0, 1], which keeps SUV comparable between
@@ -167,19 +162,14 @@ class ScaleIntensityPETCTd(MapTransform):
     Args:
         ct_window: lowest and highest HU kept.
         pet_window: lowest and highest SUV kept, None for the paper's min-max.
-        keys: the image (2, R, R, R).
 
     Raises:
         ValueError: when a channel holds NaN or infinity, naming the patient and the image.
     """
 
     def __init__(
-        self,
-        ct_window: Sequence[float] = (-1000.0, 1000.0),
-        pet_window: Sequence[float] | None = None,
-        keys: KeysCollection = keys.IMAGE,
+        self, ct_window: Sequence[float] = (-1000.0, 1000.0), pet_window: Sequence[float] | None = None
     ) -> None:
-        super().__init__(keys)
         for name, window in (("ct_window", ct_window), ("pet_window", pet_window)):
             if window is not None and not (len(window) == 2 and window[0] < window[1]):
                 raise ValueError(f"{name} must be (lowest, highest), got {window}")
@@ -188,84 +178,78 @@ class ScaleIntensityPETCTd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Scale the image."""
         d = dict(data)
-        for key in self.key_iterator(d):
-            image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
-            for channel, name in zip(image, ("CT", "PET"), strict=True):
-                if not bool(torch.isfinite(channel).all()):
-                    patient = d.get(keys.PATIENT_ID, "?")
-                    raise ValueError(f"patient {patient}: the {name} holds values that are not finite numbers")
-            ct = _min_max(image[0].clamp(*self.ct_window))
-            pet = _min_max(image[1]) if self.pet_window is None else _to_window(image[1], *self.pet_window)
-            scaled = torch.stack([ct, pet])
-            d[key] = MetaTensor(scaled, meta=d[key].meta) if isinstance(d[key], MetaTensor) else scaled
+        given = d[keys.IMAGE]
+        image = given.as_tensor() if isinstance(given, MetaTensor) else given
+        for channel, name in zip(image, ("CT", "PET"), strict=True):
+            if not bool(torch.isfinite(channel).all()):
+                patient = d.get(keys.PATIENT_ID, "?")
+                raise ValueError(f"patient {patient}: the {name} holds values that are not finite numbers")
+        ct = _min_max(image[0].clamp(*self.ct_window))
+        pet = _min_max(image[1]) if self.pet_window is None else _to_window(image[1], *self.pet_window)
+        scaled = torch.stack([ct, pet])
+        d[keys.IMAGE] = MetaTensor(scaled, meta=given.meta) if isinstance(given, MetaTensor) else scaled
         return d
 
 
-class CodeClinicald(MapTransform):
+class CodeClinicald(Transform):
     """Code the clinical values for the network, (F,) float32 in the order of ``features``, by :func:`.code_clinical`.
 
     A dictionary of raw values is coded; None or an absent key means that all are missing; a coded vector is kept. Also
     sets ``clinical_values``: a JSON text, which can be collated, with a list of ``name``, ``value`` (None where
     missing), ``coded`` (None for those in ``clinical_others``, which the network does not read) and ``missing``.
 
-
     Raises:
         ValueError: when a coded vector has another length than ``features``.
     """
 
-    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES, keys: KeysCollection = keys.CLINICAL) -> None:
-        super().__init__(keys, allow_missing_keys=True)
+    def __init__(self, features: Sequence[str] = DEFAULT_FEATURES) -> None:
         self.features = tuple(features)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Code the values."""
         d = dict(data)
-        for key in self.keys:
-            given = d.get(key)
-            raw = given is None or isinstance(given, Mapping)
-            coded = torch.as_tensor(code_clinical(given, self.features) if raw else given, dtype=torch.float32)
-            if coded.shape != (len(self.features),):
-                raise ValueError(
-                    f"patient {d.get(keys.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
-                    f"expected ({len(self.features)},) for {', '.join(self.features)}"
-                )
-            d[key] = coded
-            sources, others = d.get(keys.CLINICAL_SOURCE) or {}, d.get(keys.CLINICAL_OTHERS) or {}
-            rows = _clinical_rows(self.features, coded.tolist(), (given or {}) if raw else None)
-            rows += [{"name": name, "value": value, "coded": None, "missing": False} for name, value in others.items()]
-            rows = [{**row, "source": sources[row["name"]]} if row["name"] in sources else row for row in rows]
-            d[keys.CLINICAL_VALUES] = json.dumps(rows, allow_nan=False)
+        given = d.get(keys.CLINICAL)
+        raw = given is None or isinstance(given, Mapping)
+        coded = torch.as_tensor(code_clinical(given, self.features) if raw else given, dtype=torch.float32)
+        if coded.shape != (len(self.features),):
+            raise ValueError(
+                f"patient {d.get(keys.PATIENT_ID, '?')}: coded clinical values have shape {tuple(coded.shape)}, "
+                f"expected ({len(self.features)},) for {', '.join(self.features)}"
+            )
+        d[keys.CLINICAL] = coded
+        sources, others = d.get(keys.CLINICAL_SOURCE) or {}, d.get(keys.CLINICAL_OTHERS) or {}
+        rows = _clinical_rows(self.features, coded.tolist(), (given or {}) if raw else None)
+        rows += [{"name": name, "value": value, "coded": None, "missing": False} for name, value in others.items()]
+        rows = [{**row, "source": sources[row["name"]]} if row["name"] in sources else row for row in rows]
+        d[keys.CLINICAL_VALUES] = json.dumps(rows, allow_nan=False)
         return d
 
 
 class ToNetworkItemd(MapTransform):
     """Keep only the keys that network, loss and writer need; numbers become float32 tensors, flags bool ones."""
 
-    def __init__(self, keys: KeysCollection = TRAINING_KEYS, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection = TRAINING_KEYS) -> None:
+        super().__init__(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Pick the network's item."""
         return {key: _as_tensor(data[key]) for key in self.key_iterator(dict(data))}
 
 
-class RestoreMaskd(MapTransform):
+class RestoreMaskd(Transform):
     """Convert the tumour probability on the box into a mask on the CT's grid, and measure its volume.
 
-    Sets ``pred`` (1, X, Y, Z) uint8, a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. With
-    the classes' probabilities ``class_prob`` (C, R, R, R) the mask holds k where the k-th class is the most probable on
-    the CT's grid, otherwise 1. A case without the probability (a model without the segmentation task) is unchanged.
+    Reads ``seg_prob`` (1, R, R, R), the box's affine and the CT's shape and affine. Sets ``pred`` (1, X, Y, Z) uint8,
+    a ``MetaTensor`` with the CT's affine, and ``volume_ml``, the mask's volume. With the classes' probabilities
+    ``class_prob`` (C, R, R, R) the mask holds k where the k-th class is the most probable on the CT's grid, otherwise
+    1. A case without the probability (a model without the segmentation task) is unchanged.
 
     Args:
-        keys: the probability (1, R, R, R); the box's affine and the CT's shape and affine are needed too.
         threshold: probability above which a voxel is tumour.
         peak: probability that some voxel of a lesion must exceed (:func:`.without_faint_lesions`).
     """
 
-    def __init__(self, keys: KeysCollection = keys.SEG_PROB, threshold: float = HALF, peak: float = HALF) -> None:
-        super().__init__(keys)
-        if len(self.keys) != 1:
-            raise ValueError(f"one probability map gives one mask, got keys {self.keys}")
+    def __init__(self, threshold: float = HALF, peak: float = HALF) -> None:
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
         if not 0 < peak < 1:
@@ -275,9 +259,9 @@ class RestoreMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore the mask."""
         d = dict(data)
-        if d.get(self.keys[0]) is None:
+        if d.get(keys.SEG_PROB) is None:
             return d
-        prob = _plain(d[self.keys[0]]).float()
+        prob = _plain(d[keys.SEG_PROB]).float()
         prob = torch.from_numpy(without_faint_lesions(prob[0].cpu().numpy(), self.peak, self.threshold))[None]
         if d.get(keys.CLASS_PROB) is not None:
             prob = torch.cat([prob, _plain(d[keys.CLASS_PROB]).float()])

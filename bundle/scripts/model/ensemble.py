@@ -97,7 +97,6 @@ class FoldEnsemble(nn.Module):
             image: (B, 2, R, R, R), channel 0 CT, channel 1 PET.
             clinical: not used by the segmentation; accepted so that both methods have the same arguments.
 
-
         Raises:
             RuntimeError: for networks without the segmentation task.
         """

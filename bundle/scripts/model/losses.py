@@ -55,10 +55,6 @@ class SegmentationLoss(nn.Module):
     In a case whose mask does not, it is that of the union, as of a network of one class. Both have the same scale, so
     a case counts as much either way.
 
-    Args:
-        alpha: focal weight of tumour voxels; background has 1 - alpha.
-        gamma: focal exponent.
-
     Example:
         A case without a mask contributes nothing, even if its logits are NaN:
 
@@ -69,10 +65,8 @@ class SegmentationLoss(nn.Module):
         True
     """
 
-    def __init__(self, alpha: float = ALPHA, gamma: float = GAMMA) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.gamma = gamma
         self.dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
 
     def forward(
@@ -111,7 +105,7 @@ class SegmentationLoss(nn.Module):
         """Dice plus focal loss, each the mean over classes and known cases of (B, C, R, R, R)."""
         mask = mask.to(logits.dtype)
         dice = mean_of_known(self.dice(logits, mask), known, self.training)
-        focal = sigmoid_focal_loss(logits, mask, self.gamma, logits.new_full((), self.alpha))
+        focal = sigmoid_focal_loss(logits, mask, GAMMA, logits.new_full((), ALPHA))
         return dice + mean_of_known(focal, known, self.training)
 
 

@@ -33,6 +33,7 @@ from scripts.model.choices import SURVIVAL_INPUTS, checked_hpv_inputs, checked_i
 from scripts.model.layers import fuse, initialise
 from scripts.model.unet import ROI_FACTOR, Decoder, Encoder, LevelSummaries, ResidualConv
 
+IN_CHANNELS = 2  # CT, PET; the HPV branch reads them in the paper's order, PET first
 MASK_GRADIENTS = ("stop", "flow")
 LEVEL_SCALE = (1.0, 1.0, 1.0)  # of a clinical value that is a level, coded 1, 2, ...; see ClinicalTerm
 
@@ -67,7 +68,6 @@ class MultitaskNet(nn.Module):
         tumour_prior: the tumour probability of every voxel before training, of all classes together: the layer of the
             logits starts with zero weights (Lin et al., "Focal Loss for Dense Object Detection", 2017). None: with
             random weights, as published, for which some seeds start with a probability of 1 everywhere and end with 0.
-        in_channels: image channels, in the order CT, PET. The HPV branch reads them in the paper's order, PET first.
         bn_momentum: momentum of every batch norm, in torch's sense (Keras' 0.99 is 0.01 here).
         bn_eps: epsilon of every batch norm (Keras: 1e-3).
         dropout: dropout of the survival branch.
@@ -103,7 +103,6 @@ class MultitaskNet(nn.Module):
         hpv_inputs: Sequence[str] = ("image",),
         clinical_scales: Sequence[Sequence[float]] | None = None,
         tumour_prior: float | None = None,
-        in_channels: int = 2,
         bn_momentum: float = 0.1,
         bn_eps: float = 1e-5,
         dropout: float = 0.5,
@@ -113,15 +112,14 @@ class MultitaskNet(nn.Module):
         self.tasks = checked_tasks(tasks)
         self.clinical_features = clinical_features
         self.seg_classes = seg_classes
-        self.in_channels = in_channels
         self.mask_gradient = mask_gradient
         bn = (bn_momentum, bn_eps)
         seg, hpv, surv = (task in self.tasks for task in TASKS)
-        self.encoder = Encoder(in_channels, bn) if seg or surv else None
+        self.encoder = Encoder(IN_CHANNELS, bn) if seg or surv else None
         self.decoder = Decoder(bn, seg_classes) if seg else None
         self.survival_inputs = checked_inputs(survival_inputs, self.tasks) if surv else ()
         deep, burden = (name in self.survival_inputs for name in SURVIVAL_INPUTS)
-        self.hpv = HPVBranch(in_channels + int(seg), deep, dense_dropout, bn) if hpv else None
+        self.hpv = HPVBranch(IN_CHANNELS + int(seg), deep, dense_dropout, bn) if hpv else None
         self.hpv_inputs = checked_hpv_inputs(hpv_inputs) if hpv else ()
         scales = checked_scales(clinical_scales, clinical_features)
         self.hpv_clinical = ClinicalTerm(scales) if "clinical" in self.hpv_inputs and scales else None
@@ -283,9 +281,9 @@ class MultitaskNet(nn.Module):
     def check_shapes(self, image: Tensor, clinical: Tensor | None) -> None:
         """Raise ValueError, with the expected shape, for inputs of the wrong shape."""
         edges_fit = all(n and n % ROI_FACTOR == 0 for n in image.shape[2:])
-        if image.ndim != 5 or image.shape[1] != self.in_channels or not edges_fit:
+        if image.ndim != 5 or image.shape[1] != IN_CHANNELS or not edges_fit:
             raise ValueError(
-                f"the image's shape is {tuple(image.shape)}; the network reads (batch, {self.in_channels}, x, y, z) "
+                f"the image's shape is {tuple(image.shape)}; the network reads (batch, {IN_CHANNELS}, x, y, z) "
                 f"with x, y and z multiples of {ROI_FACTOR} (set roi_size accordingly)"
             )
         expected = (image.shape[0], self.clinical_features)

@@ -80,7 +80,6 @@ class CoarsePass:
 
         Scans as for :func:`.locate_head_neck`; the anchor limits the region, None for the whole scan.
 
-
         Raises:
             NoCoarsePass: no weights, no segmentation task, CT and PET do not overlap, or values are not finite.
         """

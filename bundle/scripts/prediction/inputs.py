@@ -99,7 +99,6 @@ def listed_cases(
     Further columns may hold clinical values. Paths are relative to the list's folder, or absolute; a path may also be a
     folder with the DICOM series.
 
-
     Raises:
         CohortError: not such a list, or an error that concerns no single patient.
     """

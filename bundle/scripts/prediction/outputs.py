@@ -133,7 +133,6 @@ class PredictionWriter:
         Args:
             result: the item after the post transforms, without a batch axis.
 
-
         Raises:
             OSError: the patient's folder is a link, or cannot be written to.
         """

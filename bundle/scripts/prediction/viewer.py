@@ -91,8 +91,6 @@ def write_viewer(
     too, where the page stays below 8 MB; else it is resampled (linearly) to the smallest of :data:`CT_VOXELS_MM` with
     which it does. The PET is resampled to voxels of 2 mm, or larger ones where it takes more than 1.6 MB.
 
-
-
     Raises:
         ViewerError: the page would be larger than 8 MB.
     """

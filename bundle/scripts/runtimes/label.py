@@ -60,7 +60,6 @@ class TakeRequestd(MapTransform):
     that a CSV column may have, or else from the CSV of the cohort, by patient id. The request is kept under
     ``request``.
 
-
     Raises:
         scripts.cohorts.cohort.CohortError: there is no such CT or PET, or a table cannot be used; the message says
         what to do.

@@ -59,7 +59,6 @@ def is_own_host(host: str, server: str, hosts: Iterable[str] = ()) -> bool:
 
     It may have the names ``hosts`` besides.
 
-
     Example:
         >>> [is_own_host(host, "10.0.0.5") for host in ("localhost:8000", "10.0.0.5:8000", "evil.example:8000")]
         [True, True, False]

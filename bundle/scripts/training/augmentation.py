@@ -22,21 +22,6 @@ import torch
 from monai.transforms import Compose, Randomizable
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 
-__all__ = [
-    "Affine",
-    "Augmentation",
-    "Blur",
-    "Flip",
-    "Gamma",
-    "Misregistration",
-    "Noise",
-    "PetNoise",
-    "RandomChange",
-    "Scale",
-    "Shift",
-    "Volumes",
-]
-
 CHANNELS = {"both": slice(0, 2), "ct": slice(0, 1), "pet": slice(1, 2)}
 FWHM_PER_SD = 2 * math.sqrt(2 * math.log(2))
 SEEDS = 2**31

@@ -31,17 +31,6 @@ from scripts.model.errors import SettingsMismatch
 from scripts.model.ranks import world_size
 from scripts.model.spec import ModelSpec
 
-__all__ = [
-    "ConfigurationError",
-    "all_ids",
-    "check_ids",
-    "check_run",
-    "describe_run",
-    "load_model",
-    "run_differences",
-    "unknown_id",
-]
-
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATHS = (
     *("bundle_root", "dataset_dir", "ehr_csv", "output_dir", "ckpt_dir", "cache_dir", "checkpoint"),

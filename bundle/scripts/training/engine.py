@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scripts import keys
 from scripts.model.ensemble import FoldEnsemble
+from scripts.model.networks import IN_CHANNELS
 from scripts.model.unet import set_checkpointing
 from scripts.training.augmentation import Augmentation
 from scripts.training.sampling import ERROR, innermost, reason
@@ -111,7 +112,7 @@ def speed_up(
         fold.compile(options={"freezing": True} if inferer is not None else None)
     if inferer is None:
         return
-    image = torch.zeros((1, network.folds[0].in_channels, *network.settings["roi_size"]), device=device)  # type: ignore[arg-type]
+    image = torch.zeros((1, IN_CHANNELS, *network.settings["roi_size"]), device=device)
     clinical = torch.zeros((1, network.folds[0].clinical_features), device=device)  # type: ignore[arg-type]
     try:
         with torch.no_grad():
