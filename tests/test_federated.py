@@ -178,6 +178,13 @@ def test_a_users_overlay_travels_with_the_job(tmp_path: Path, centres: Path) -> 
         ({"norms": "own"}, "--norms shared or local"),
         ({"bath_size": 2}, "is 'batch_size' meant?"),
         ({"start": "models/model.pt"}, "it was not trained federated"),
+        ({"num_folds": 5}, "centre MDA has 4 cases, 5 are needed: 4 cases cannot be divided into 5 folds"),
+        ({"num_folds": 9, "centres": "MDA,CHUM"}, "centre CHUM has 6 cases, 9 are needed"),
+        ({"protocol": "full"}, "centre MDA has 4 cases, 3 are needed: protocol 'full' needs cases with mask and HPV"),
+        ({"protocol": "ablation"}, "centre CHUM has 6 cases, 10 are needed"),
+        ({"protocol": "leave_one_centre_out"}, "no centre can train like that: protocol 'leave_one_centre_out' needs"),
+        ({"sites": "a,b", "batch_size": 1}, "no centre can train like that: batch_size 1 is too small"),
+        ({"sites": "a,b", "num_folds": "two"}, "num_folds is 'two'"),
     ],
     ids=str,
 )
@@ -187,6 +194,28 @@ def test_a_job_that_cannot_be_made(options: dict[str, Any], message: str, centre
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("?", r"\?")):
         federated_job(str(tmp_path / "job"), str(centres), **options)
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [({}, 3), ({"num_folds": 2}, 4), ({"num_folds": 7}, 7), ({"protocol": "full"}, 3), ({"protocol": "ablation"}, 10)],
+    ids=str,
+)
+def test_a_job_says_how_many_cases_a_centre_needs(
+    settings: dict[str, Any], needed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federated_job(str(tmp_path / "job"), "$PET_CT", sites="north,south", **{**SETTINGS, "num_folds": 3, **settings})
+    assert f"a centre needs {needed} cases" in capsys.readouterr().out
+
+
+def test_centres_with_too_few_cases_are_all_named(centres: Path, tmp_path: Path) -> None:
+    with pytest.raises(CohortError) as raised:
+        federated_job(str(tmp_path / "job"), str(centres), **{**SETTINGS, "num_folds": 7})
+    lines = str(raised.value).splitlines()
+    assert [line.strip().partition(",")[0] for line in lines[1:3]] == [
+        "centre CHUM has 6 cases",
+        "centre MDA has 4 cases",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -530,9 +559,12 @@ def test_two_centres_in_the_simulator(centres: Path, tmp_path: Path, run_bundle:
 @FLARE
 @pytest.mark.parametrize(("needed", "rounds"), [(2, 1), (3, 0)], ids=["enough are left", "all are needed"])
 def test_a_centre_that_fails(needed: int, rounds: int, centres: Path, tmp_path: Path) -> None:
-    """Where enough others answer, training goes on without it; else it ends, and nothing of it is taken for a model."""
+    """Where enough others answer, training goes on without it; else it ends, and nothing of it is taken for a model.
+
+    Its failure is no answer: without waiting for more than are needed (0 s), both others are in the average.
+    """
     job, out = tmp_path / "job", tmp_path / "out"
-    federated_job(str(job), str(centres), rounds=1, min_centres=2, wait_s=2, **SETTINGS)
+    federated_job(str(job), str(centres), rounds=1, min_centres=2, wait_s=0, **SETTINGS)
     for file in ("meta.json", "app_server/config/config_fed_server.json"):  # a third client, without a case
         text = (job / file).read_text().replace('"MDA"', '"MDA", "XXX"').replace('"num_clients": 2', '"num_clients": 3')
         (job / file).write_text(text.replace('"min_centres": 2', f'"min_centres": {needed}'))

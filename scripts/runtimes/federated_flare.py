@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from monai.fl.utils.exchange_object import ExchangeObject
+from nvflare.apis.controller_spec import ClientTask
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.bcast_manager import _KEY_MIN_RESPS
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -147,6 +149,13 @@ class GlobalModel(FedAvg):
 
         least, wait = self.min_centres, self.wait_s
         self.broadcast_model(data, task_name, targets, least, timeout, wait, blocking=False, callback=noted)
+
+    def _process_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        """Take an answer; NVIDIA FLARE counts that of a centre that failed too, so that one more is needed then."""
+        failed = client_task.result.get_return_code() != ReturnCode.OK
+        super()._process_result(client_task, fl_ctx)
+        if failed:
+            client_task.task.props[_KEY_MIN_RESPS] += 1
 
     def update_model(self, model: FLModel, aggr_result: FLModel) -> FLModel:
         """The global model after a round."""

@@ -10,15 +10,18 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
 from command_line import BUNDLE, NAME, ROOT, UsageError, run_tool
 
 from experiments.experiment import ExperimentError, as_list, find_config, merge_configs, read_override
-from scripts.cohorts.cohort import CohortError, load_cohort
+from scripts import keys
+from scripts.cohorts.cohort import Cohort, CohortError, load_cohort
 from scripts.model.ensemble import (
     CheckpointError,
     FoldEnsemble,
@@ -28,10 +31,13 @@ from scripts.model.ensemble import (
     saved_provenance,
 )
 from scripts.runtimes.federated import FEDERATED, NORMS
+from scripts.training.configuration import ConfigurationError, check_numbers
+from scripts.training.sampling import EventBatchSampler
 
 FLARE = Path(__file__).with_name("federated_flare.py")
 SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # as NVIDIA FLARE names clients
 FEWEST = 2
+MOST_NEEDED = 100  # cases more than folds: with so many any protocol for one centre can divide them
 SERVER, CLIENT, META = "app_server", "app_client", "meta.json"
 
 
@@ -69,10 +75,15 @@ def federated_job(
     """
     if min(rounds, local_epochs) < 1 or wait_s < 0 or norms not in NORMS:
         raise UsageError("--rounds and --local_epochs are 1 or more, --wait_s 0 or more, --norms shared or local")
-    names = [str(name) for name in as_list(sites)] or centres_of(dataset_dir, overrides, as_list(centres))
-    check_names(names, min_centres)
     overlays = [BUNDLE / find_config(name) for name in as_list(config_file)]
     files = [f"configs/{path.name}" for path in overlays]
+    config, settings = read_settings([str(path) for path in overlays], overrides)
+    cohort = None if sites else load_cohort(Path(dataset_dir).expanduser().resolve(), settings.get("ehr_csv"))
+    names = [str(name) for name in as_list(sites)] if cohort is None else centres_of(cohort, as_list(centres))
+    check_names(names, min_centres)
+    needed = cases_needed(config)
+    if cohort is not None:
+        check_sizes(config, cohort, names, needed)
     done = rounds_of(start) if start else 0
     if done >= rounds:
         raise UsageError(f"{start} has {done} rounds already: --rounds is the number of all rounds, more than that")
@@ -80,7 +91,7 @@ def federated_job(
         raise UsageError(
             "--start needs --norms shared: norms that are local are in the clients' folders of the old job"
         )
-    ensemble, settings = starting_model([str(path) for path in overlays], overrides, start)
+    ensemble = starting_model(config, start)
     folder = Path(out).expanduser().resolve()
     if not is_replaceable(folder):
         raise UsageError(f"{folder} holds something else than a job; name a new folder")
@@ -99,7 +110,8 @@ def federated_job(
     write_app(folder / CLIENT, "config_fed_client.json", {"executors": [executor]}, overlays)
     save_weights(ensemble, folder / SERVER / "custom" / "start.pt")
     write_json(folder / META, {**meta, "deploy_map": {SERVER: ["server"], CLIENT: names}})
-    print(f"{folder}: {len(names)} centres ({', '.join(names)}), rounds {done + 1} to {rounds}")
+    listed = ", ".join(names)
+    print(f"{folder}: {len(names)} centres ({listed}), rounds {done + 1} to {rounds}; a centre needs {needed} cases")
 
 
 def is_replaceable(folder: Path) -> bool:
@@ -114,13 +126,66 @@ def is_replaceable(folder: Path) -> bool:
         return False
 
 
-def centres_of(dataset_dir: str, settings: dict[str, Any], chosen: Sequence[Any]) -> list[str]:
+def read_settings(files: Sequence[str], overrides: dict[str, Any]) -> tuple[ConfigParser, dict[str, Any]]:
+    """The configs of a centre in one parser, and the settings of the training, checked."""
+    parser, settings = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", overrides)
+    parser.update(settings)
+    check_numbers(parser.get())
+    return parser, settings
+
+
+def centres_of(cohort: Cohort, chosen: Sequence[Any]) -> list[str]:
     """The centres of a cohort, or those chosen among them."""
-    found = load_cohort(Path(dataset_dir).expanduser().resolve(), settings.get("ehr_csv")).centres
-    strange = sorted({str(name) for name in chosen} - set(found))
+    strange = sorted({str(name) for name in chosen} - set(cohort.centres))
     if strange:
-        raise UsageError(f"no case of the centre {strange[0]}; the cohort has {', '.join(found)}")
-    return [str(name) for name in chosen] or found
+        raise UsageError(f"no case of the centre {strange[0]}; the cohort has {', '.join(cohort.centres)}")
+    return [str(name) for name in chosen] or cohort.centres
+
+
+def fault_of_division(config: ConfigParser, cohort: Cohort) -> str:
+    """Why a centre with these cases cannot divide them into training and validation, or fill a batch; "" if it can."""
+    names = ("protocol", "num_folds", "fold", "seed")
+    try:
+        split = cohort.split(**{name: config.get_parsed_content(name) for name in names})
+        EventBatchSampler(split.training, config.get_parsed_content("batch_size"), event_fraction=None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def cases_needed(config: ConfigParser) -> int:
+    """The least number of cases, with every label, that a centre can train and validate on.
+
+    Raises:
+        UsageError: none is enough: a number of folds, fold, protocol or batch size is wrong.
+    """
+    case = {keys.PATIENT_ID: "", keys.CENTRE: "", keys.SEG_KNOWN: True, keys.HPV_KNOWN: True, keys.SURV_KNOWN: False}
+    fault = ""
+    for count in range(1, config.get_parsed_content("num_folds") + MOST_NEEDED):
+        fault = fault_of_division(config, Cohort("", [case] * count))
+        if not fault:
+            return count
+    raise UsageError(f"no centre can train like that: {fault}")
+
+
+def check_sizes(config: ConfigParser, cohort: Cohort, names: Sequence[str], needed: int) -> None:
+    """Check that every centre has cases enough.
+
+    Raises:
+        CohortError: one has not; all of them are listed, with how many cases they have and need.
+    """
+    faults = {}
+    for name in names:
+        cases = [case for case in cohort.cases if case[keys.CENTRE] == name]
+        if fault := fault_of_division(config, replace(cohort, cases=cases)):
+            held = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
+            faults[name] = f"centre {name} has {held}, {needed} are needed: {fault}"
+    if faults:
+        others = ",".join(name for name in names if name not in faults)
+        raise CohortError(
+            "\n  ".join(["centres with too few cases:", *faults.values()])
+            + f"\nLower --num_folds, or leave them out{f': --centres {others}' if ',' in others else ''}"
+        )
 
 
 def check_names(names: Sequence[str], min_centres: int) -> None:
@@ -164,15 +229,13 @@ def write_app(app: Path, name: str, config: dict[str, Any], overlays: Sequence[P
         shutil.copy(path, custom / "configs")
 
 
-def starting_model(files: Sequence[str], overrides: dict[str, Any], start: str) -> tuple[FoldEnsemble, dict[str, Any]]:
-    """The model that the training starts from, random weights or those of a checkpoint; and checked settings."""
-    parser, values = merge_configs(["configs/train.json", *files, "configs/federated.json"], "", overrides)
-    parser.update(values)
-    set_determinism(parser.get_parsed_content("seed"))
-    ensemble = parser.get_parsed_content("network_def")
+def starting_model(config: ConfigParser, start: str) -> FoldEnsemble:
+    """The model that the training starts from, random weights or those of a checkpoint."""
+    set_determinism(config.get_parsed_content("seed"))
+    ensemble = config.get_parsed_content("network_def")
     set_determinism(None)
     record(ensemble, trained_on="nothing: random weights")
-    return load_weights(ensemble, start) if start else ensemble, values
+    return load_weights(ensemble, start) if start else ensemble
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,4 +245,5 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(federated_job, ExperimentError, CohortError, CheckpointError, OSError, words=("out",), read=read_override)
+    errors = (ExperimentError, CohortError, CheckpointError, ConfigurationError, OSError)
+    run_tool(federated_job, *errors, words=("out",), read=read_override)
