@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundle"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY = ["--roi_size", "[32,32,32]", "--spacing_mm", "8.0", "--num_workers", "0", "--device", "cpu"]
+SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
 
 COLUMNS = (
     *("PatientID", "CenterID", "Age", "Gender", "Tobacco Consumption", "Alcohol Consumption"),
@@ -66,10 +67,27 @@ def make_tiny_cohort(folder: Path, patients: int = 6, first: int = 1) -> Path:
     return folder
 
 
+def exit_code(command: Callable[..., Any], *arguments: Any, **options: Any) -> int:
+    """Call a command in this process; the code with which it ends the program, 0 where it does not."""
+    try:
+        command(*arguments, **options)
+    except SystemExit as end:
+        return int(str(end.code))
+    return 0
+
+
 @pytest.fixture(scope="session")
 def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six patients of 28 x 28 x 32 voxels of 8 mm; two events in every fold of three is not guaranteed."""
     return make_tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the weights of ``tiny_model.py``; not to be changed."""
+    from tiny_model import write_model  # it imports torch, which some tests do without
+
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +159,6 @@ def trained(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory, run_bun
         "--config_file",
         "configs/train.json",
         *("--dataset_dir", str(tiny_cohort), "--output_dir", str(output)),
-        *("--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2"),
-        *TINY,
+        *SMALL_RUN,
     )
     return output

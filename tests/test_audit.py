@@ -10,17 +10,11 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_study import write_pet_ct
-from tiny_model import write_model
 
 from conftest import make_tiny_cohort
 from predict import predict
 from scripts.prediction.audit import append_line, audit_line
 from scripts.prediction.outputs import PredictionWriter
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import torch
 from dicom_study import write_pet_ct
 from tiny_model import write_model
 
-from conftest import BUNDLE, TINY, make_tiny_cohort, write_image
+from conftest import BUNDLE, SMALL_RUN, TINY, make_tiny_cohort, write_image
 from predict import predict
 from scripts import keys
 from scripts.evaluation.case_metrics import NOT_APART
@@ -55,8 +55,7 @@ def two_classes(mixed: Path, tmp_path_factory: pytest.TempPathFactory, run_bundl
     """Output folder of a training of two classes on the mixed cohort."""
     output = tmp_path_factory.mktemp("two_classes")
     where = ("--dataset_dir", str(mixed), "--output_dir", str(output))
-    short = ("--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2")
-    said = run_bundle("training", "--config_file", "configs/train.json", *where, *short, *TINY, *CLASSES)
+    said = run_bundle("training", "--config_file", "configs/train.json", *where, *SMALL_RUN, *CLASSES)
     (output / "log.txt").write_text(said.stdout + said.stderr)
     return output
 

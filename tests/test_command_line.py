@@ -17,7 +17,7 @@ import pytest
 from command_line import UsageError, read_arguments, run_commands, run_tool
 
 import serve
-from conftest import ROOT
+from conftest import ROOT, exit_code
 from experiments.experiment import read_override, typed
 from scripts.cohorts.clinical import FEATURES
 
@@ -200,11 +200,7 @@ def test_help_of_a_command_of_a_file(command, monkeypatch, capsys):
 )
 def test_a_file_of_commands(typed, code, shown, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scripts/serve.py", *typed])
-    ended = 0
-    try:
-        run_commands(serve.COMMANDS)
-    except SystemExit as end:
-        ended = end.code
+    ended = exit_code(run_commands, serve.COMMANDS)
     said = capsys.readouterr()
     assert ended == code and shown in said.out + said.err
 

@@ -24,7 +24,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data.utils import pickle_hashing
 
-from conftest import BUNDLE, TINY, make_tiny_cohort
+from conftest import BUNDLE, SMALL_RUN, TINY, make_tiny_cohort
 from phantom.cohort import write_cohort
 from scripts import keys
 from scripts.cohorts.cohort import load_cohort
@@ -36,7 +36,6 @@ from scripts.model.spec import ModelSpec
 from scripts.prediction.coarse import CoarsePass
 
 TRAIN, EVALUATE, INFERENCE = "configs/train.json", "configs/evaluate.json", "configs/inference.json"
-SMALL_RUN = ["--epochs", "2", "--val_interval", "1", "--batch_size", "2", "--num_folds", "2", *TINY]
 
 
 def config(name: str) -> dict:

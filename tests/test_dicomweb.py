@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from dicom_study import write_series, write_tiny_study
-from tiny_model import write_model
 
 from predict import UsageError, predict
 from scripts.dicom import web
@@ -204,11 +203,6 @@ def test_results_that_are_not_stored(fault, message, server, phantom):
 
 
 # --- predict.py --------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 def test_predict_from_a_server_and_store(server, model, phantom, tmp_path, caplog):
     options = {"ckpt_dir": str(model), "device": "cpu", "report": False}
     web_options = {"dicomweb": ADDRESS, "study": STUDY, "store": True}

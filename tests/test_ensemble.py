@@ -97,18 +97,6 @@ def test_classes_of_tumour_are_averaged_and_add_up_to_the_tumour(image):
         assert torch.equal(made(image), found[SEG_PROB])
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_weights_older_than_the_classes_have_one(path, stored):
-    old = ensemble()
-    if not stored:
-        del old.settings["seg_classes"]
-    save_weights(old, path)
-    load_weights(ensemble(seed=1), path)
-    assert saved_spec(path).seg_classes == ("GTV",)
-    with pytest.raises(SettingsMismatch, match=r"seg_classes: weights \['GTV'\], config \['GTVp', 'GTVn'\]"):
-        load_weights(ensemble(settings={**SETTINGS, "seg_classes": ["GTVp", "GTVn"]}), path)
-
-
 def test_prediction_is_the_mean_and_the_spread_of_the_members(image):
     made = ensemble(3)
     result = answers(made, image)
@@ -217,12 +205,26 @@ def test_weights_older_than_a_setting_load_as_what_they_were(tmp_path):
         torch.testing.assert_close(new.predict(image), old.eval().predict(image))
 
 
-def test_weights_older_than_a_setting_are_refused_where_it_differs(tmp_path):
-    save_weights(FoldEnsemble(MultitaskNet(2), OLD), tmp_path / "model.pt")
-    settings = {**OLD, "survival_inputs": ["deep"], "hpv_inputs": ["image", "clinical"]}
-    other = FoldEnsemble(MultitaskNet(2, hpv_inputs=["image", "clinical"]), settings)
-    with pytest.raises(SettingsMismatch, match=r"hpv_inputs: weights \['image'\], config \['image', 'clinical'\]"):
-        load_weights(other, tmp_path / "model.pt")
+@pytest.mark.parametrize("settings", [OLD, SETTINGS], ids=["older", "stored"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            {"hpv_inputs": ["image", "clinical"]},
+            r"hpv_inputs: weights \['image'\], config \['image', 'clinical'\]",
+            id="hpv_inputs",
+        ),
+        pytest.param(
+            {"seg_classes": ["GTVp", "GTVn"]},
+            r"seg_classes: weights \['GTV'\], config \['GTVp', 'GTVn'\]",
+            id="seg_classes",
+        ),
+    ],
+)
+def test_weights_older_than_a_setting_are_refused_where_it_differs(path, settings, change, message):
+    save_weights(ensemble(settings=settings), path)
+    with pytest.raises(SettingsMismatch, match=message):
+        load_weights(ensemble(settings={**SETTINGS, **change}), path)
 
 
 def test_folds_older_than_a_setting_join_those_that_say_the_same():
@@ -302,13 +304,6 @@ def test_copies(duplicate, image):
 # --- settings ----------------------------------------------------------------------------------------------
 
 
-def test_settings_are_found_in_a_file_alone(path):
-    with pytest.raises(FileNotFoundError, match="no weights at"):
-        saved_spec(path)
-    save_weights(ensemble(1), path)
-    assert saved_spec(path).to_dict() == SETTINGS
-
-
 def test_tuples_and_whole_floats_are_the_same_settings():
     alike = {**SETTINGS, "spacing_mm": 2, "roi_size": (32, 32, 32), "clinical_features": ("age", "gender")}
     ensemble(1, settings=alike).load_state_dict(ensemble(1).state_dict())
@@ -367,9 +362,10 @@ def test_no_fold_is_refused():
         ensemble(1).resize(0)
 
 
-def test_no_file_says_how_to_get_one(path):
+@pytest.mark.parametrize("read", [saved_spec, lambda path: load_weights(ensemble(1), path)], ids=["spec", "weights"])
+def test_no_file_says_how_to_get_one(read, path):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*model\.pt: train some with") as error:
-        load_weights(ensemble(1), path)
+        read(path)
     assert "\n" not in str(error.value)
 
 

@@ -72,36 +72,20 @@ def outside_of(source: Grid, target: Grid) -> np.ndarray:
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("source_affine", SOURCES)
-class TestAgainstScipy:
-    def test_spline(self, noise, source_affine, shift):
-        source = Grid(SHAPE, source_affine)
-        target = target_near(source, shift)
-        expected = ndimage.map_coordinates(
-            noise.astype(float), np.moveaxis(positions(source, target), -1, 0), order=3, mode="mirror"
-        )
-        outside = outside_of(source, target)
-        expected[outside] = -7.0
-        np.testing.assert_allclose(resample(noise, source, target, "spline", -7.0), expected, atol=2e-5)
-        assert 0 < outside.mean() < 1 or shift == WITHIN
-
-    def test_linear(self, noise, source_affine, shift):
-        source = Grid(SHAPE, source_affine)
-        target = target_near(source, shift)
-        expected = ndimage.map_coordinates(
-            noise.astype(float), np.moveaxis(positions(source, target), -1, 0), order=1, mode="nearest"
-        )
-        expected[outside_of(source, target)] = 2.0
-        np.testing.assert_allclose(resample(noise, source, target, "linear", 2.0), expected, atol=2e-5)
-
-    def test_nearest_is_an_exact_lookup(self, noise, source_affine, shift):
-        labels = (np.abs(noise) * 2).astype(np.uint8)
-        source = Grid(SHAPE, source_affine)
-        target = target_near(source, shift)
-        expected = ndimage.map_coordinates(
-            labels, np.moveaxis(positions(source, target), -1, 0), order=0, mode="nearest"
-        )
-        expected[outside_of(source, target)] = 9
-        assert np.array_equal(resample(labels, source, target, "nearest", 9), expected)
+@pytest.mark.parametrize(
+    ("mode", "order", "beyond", "tolerance"),
+    [("spline", 3, "mirror", 2e-5), ("linear", 1, "nearest", 2e-5), ("nearest", 0, "nearest", 0)],
+    ids=["spline", "linear", "nearest"],
+)
+def test_resampling_is_scipys(noise, source_affine, shift, mode, order, beyond, tolerance):
+    array = (np.abs(noise) * 2).astype(np.uint8) if mode == "nearest" else noise
+    source = Grid(SHAPE, source_affine)
+    target = target_near(source, shift)
+    there, outside = np.moveaxis(positions(source, target), -1, 0), outside_of(source, target)
+    expected = ndimage.map_coordinates(array.astype(float), there, order=order, mode=beyond)
+    expected[outside] = -7.0
+    np.testing.assert_allclose(resample(array, source, target, mode, -7.0), expected, rtol=0, atol=tolerance)
+    assert 0 < outside.mean() < 1 or shift == WITHIN
 
 
 @pytest.mark.parametrize("source_affine", SOURCES)

@@ -35,11 +35,6 @@ MASK_2026 = "images/head-neck-tumor-segmentation/output.mha"
 EHR = {"Age": 61, "Gender": 1.0, "Tobacco Consumption": None, "M-stage": "M0", "CenterID": 3}
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def given(tmp_path) -> Path:
     """An input folder as the challenge has it, CT and PET under names of their own."""

@@ -215,10 +215,15 @@ def test_survival_trains_the_encoder_in_either_case(image):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "burden"), [(("seg", "hpv", "surv"), 4), (("seg", "surv"), 3)], ids=["hpv", "no_hpv"]
+    ("options", "burden"),
+    [
+        pytest.param({}, 4, id="hpv"),
+        pytest.param({"tasks": ("seg", "surv")}, 3, id="no_hpv"),
+        pytest.param({"hpv_inputs": ["image", "clinical"]}, 4, id="hpv_from_clinical_values"),
+    ],
 )
-def test_burden_trains_every_parameter(tasks, burden, image):
-    net = MultitaskNet(tasks=tasks, survival_inputs=["burden"])
+def test_burden_trains_every_parameter(options, burden, image):
+    net = MultitaskNet(survival_inputs=["burden"], **options)
     loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
@@ -248,11 +253,6 @@ def test_mask_gradient_of_the_survival_loss_by_burden(mask_gradient, image):
         assert any(p.grad is not None and bool(p.grad.any()) for p in branch.parameters()) == (mask_gradient == "flow")
 
 
-def test_burden_without_clinical_values(image):
-    net = MultitaskNet(clinical_features=0, survival_inputs=["burden"]).eval()
-    assert net(image)[LOG_HAZARD].shape == (2,)
-
-
 # --- HPV status from clinical values -----------------------------------------------------------------------
 
 
@@ -265,13 +265,6 @@ def test_hpv_from_clinical_values_starts_as_that_of_the_image(image):
     torch.nn.init.ones_(net.hpv_clinical.weight)
     one, none = (net(image, clinical)[HPV_LOGIT] - alone(image)[HPV_LOGIT]).tolist()
     assert (one, none) == (pytest.approx(6 + 2, abs=1e-5), 0)
-
-
-def test_hpv_from_clinical_values_trains_every_parameter(image):
-    net = MultitaskNet(hpv_inputs=["image", "clinical"], survival_inputs=["burden"])
-    loss = sum(value.pow(2).sum() for value in net(image, torch.rand(2, 7)).values() if value.requires_grad)
-    loss.backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize(
@@ -308,8 +301,10 @@ def test_clinical_values_may_be_double_precision(net, image):
     assert torch.equal(net(image, clinical)[LOG_HAZARD], net(image, clinical.float())[LOG_HAZARD])
 
 
-def test_no_clinical_features(image):
-    assert MultitaskNet(clinical_features=0).eval()(image)[LOG_HAZARD].shape == (2,)
+@pytest.mark.parametrize("survival_inputs", ["deep", "burden"])
+def test_no_clinical_features(survival_inputs, image):
+    net = MultitaskNet(clinical_features=0, survival_inputs=[survival_inputs]).eval()
+    assert net(image)[LOG_HAZARD].shape == (2,)
 
 
 def test_tumour_probability_is_the_segmentation_path(net, image):

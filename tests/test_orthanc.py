@@ -14,7 +14,6 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_study import write_pet_ct
-from tiny_model import write_model
 
 from conftest import ROOT, make_tiny_cohort
 
@@ -31,11 +30,6 @@ def orthanc(tmp_path_factory) -> Iterator[Orthanc]:
     assert is_installed()
     with running(tmp_path_factory.mktemp("orthanc")) as archive:
         yield archive
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

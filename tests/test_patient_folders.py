@@ -7,16 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_model import write_model
 
-from conftest import make_tiny_cohort
+from conftest import exit_code, make_tiny_cohort
 from predict import predict
 from runtimes.inference import forget
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -37,12 +31,8 @@ def others(work: Path) -> list[str]:
 
 def run(work: Path, model: Path, code: int = 1) -> dict[str, dict[str, str]]:
     """Predict ``given`` into ``results``; rows of the table."""
-    ended = 0
-    try:
-        predict(str(work / "given"), str(work / "results"), ckpt_dir=str(model), device="cpu", report=False)
-    except SystemExit as end:
-        ended = end.code
-    assert ended == code
+    options = {"ckpt_dir": str(model), "device": "cpu", "report": False}
+    assert exit_code(predict, str(work / "given"), str(work / "results"), **options) == code
     with (work / "results" / "predictions.csv").open(newline="") as file:
         return {row["PatientID"]: row for row in csv.DictReader(file)}
 

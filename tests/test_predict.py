@@ -24,7 +24,7 @@ from tiny_model import TRAINED_ON, write_model
 from command_line import read_arguments
 
 import predict as tool
-from conftest import ROOT, SHARED_DATA, make_tiny_cohort
+from conftest import ROOT, SHARED_DATA, exit_code, make_tiny_cohort
 from predict import UsageError, predict
 from runtimes.inference import is_whole
 from scripts import keys
@@ -38,11 +38,6 @@ from scripts.prediction.inputs import NoScanError, find_cases
 
 hd = pytest.importorskip("highdicom", reason="DICOM needs pip install pydicom highdicom")
 SPACING = 8.0
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +55,7 @@ def options(model) -> dict:
 
 def run(*arguments, code: int = 0, **options) -> None:
     """Run the tool in this process and check its exit code."""
-    ended = 0
-    try:
-        predict(*map(str, arguments), **options)
-    except SystemExit as end:
-        ended = end.code
-    assert ended == code
+    assert exit_code(predict, *map(str, arguments), **options) == code
 
 
 def prediction_of(output: Path, patient: str = "CHUM-001") -> dict:

@@ -22,13 +22,12 @@ import pytest
 import torch
 from dicom_study import write_pet_ct
 from test_train_folds import calls, fake, wait_for  # noqa: F401, the fixture is used by its name
-from tiny_model import write_model
 
 import cluster.patients
 import train_folds
 from cluster.nodes import ClusterError, Share, node_name, places, software
 from cluster.worker import Worker
-from conftest import make_tiny_cohort
+from conftest import exit_code, make_tiny_cohort
 from experiments.experiment import ExperimentError, read_experiment, read_fold
 from phantom.cohort import write_cohort
 from predict import UsageError, predict
@@ -41,11 +40,6 @@ needs_ray = pytest.mark.skipif(
 )
 PHANTOMS = 60
 TIMES = ("created", "seconds")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +99,7 @@ def nodes() -> Iterator[Nodes]:
 
 def run(*arguments: Path, code: int = 0, **options) -> None:
     """Run the command in this process and check its exit code."""
-    ended = 0
-    try:
-        predict(*map(str, arguments), **options)
-    except SystemExit as end:
-        ended = int(str(end.code))
-    assert ended == code
+    assert exit_code(predict, *map(str, arguments), **options) == code
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:

@@ -126,11 +126,6 @@ def test_settings_are_all_there_and_no_others(stored: Any, message: str) -> None
     assert len(str(error.value)) < 400
 
 
-def test_weights_older_than_a_setting_are_what_they_were() -> None:
-    old = {name: value for name, value in GIVEN.items() if name not in ("survival_inputs", "hpv_inputs")}
-    assert (ModelSpec.read(old).survival_inputs, ModelSpec.read(old).hpv_inputs) == (("deep",), ("image",))
-
-
 # --- forged checkpoints -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -163,37 +163,37 @@ def test_a_run_of_another_name_or_cohort_is_refused(cohort, runs, tmp_path):
         tool.run_study(make_study(other, folder), 1, 1)
 
 
-def test_a_run_from_before_an_option_existed_counts_as_long_as_it_is_not_the_variants(cohort, runs, tmp_path):
-    for name in ("base_s0", "flow_s0"):
-        folder = tmp_path / name
-        folder.mkdir()
-        record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-        del record["settings"]["mask_gradient"]
-        (folder / "experiment.json").write_text(json.dumps(record))
-    study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
-    with pytest.raises(ExperimentError, match="mask_gradient 'stop' instead of 'flow'"):
-        study_plan.check_run(make_study(cohort, tmp_path, "flow"), "flow", 0)
+def write_old_run(runs: Path, folder: Path, *options: str) -> None:
+    """The record of a run of the base from before these options existed."""
+    folder.mkdir()
+    record = json.loads((runs / "base_s0" / "experiment.json").read_text())
+    for option in options:
+        del record["settings"][option]
+    (folder / "experiment.json").write_text(json.dumps(record))
 
 
-def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs, tmp_path):
-    """It did not take over a default that came later: survival was read from deep features."""
-    for name in ("base_s0", "burden_s0"):
-        folder = tmp_path / name
-        folder.mkdir()
-        record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-        for option in {*complete({})} - {"lesion_peak"}:
-            del record["settings"][option]
-        (folder / "experiment.json").write_text(json.dumps(record))
+@pytest.mark.parametrize(
+    ("options", "variant", "message"),
+    [
+        pytest.param(["mask_gradient"], "flow", "mask_gradient 'stop' instead of 'flow'", id="not_the_variants_option"),
+        pytest.param(  # it did not take over a default that came later: survival was read from deep features
+            {*complete({})} - {"lesion_peak"},
+            "burden",
+            r"survival_inputs \['deep'\] instead of \['burden'\]",
+            id="not_a_later_default",
+        ),
+    ],
+)
+def test_a_run_from_before_an_option_existed_did_what_was_done_then(cohort, runs, tmp_path, options, variant, message):
+    for name in ("base", variant):
+        write_old_run(runs, tmp_path / f"{name}_s0", *options)
     study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
-    with pytest.raises(ExperimentError, match=r"survival_inputs \['deep'\] instead of \['burden'\]"):
-        study_plan.check_run(make_study(cohort, tmp_path, "burden"), "burden", 0)
+    with pytest.raises(ExperimentError, match=message):
+        study_plan.check_run(make_study(cohort, tmp_path, variant), variant, 0)
 
 
 def test_masks_of_a_run_from_before_lesion_peak_are_not_mixed_with_others(cohort, runs, tmp_path):
-    (tmp_path / "base_s0").mkdir()
-    record = json.loads((runs / "base_s0" / "experiment.json").read_text())
-    del record["settings"]["lesion_peak"]
-    (tmp_path / "base_s0" / "experiment.json").write_text(json.dumps(record))
+    write_old_run(runs, tmp_path / "base_s0", "lesion_peak")
     with pytest.raises(ExperimentError, match=r"lesion_peak 0\.5 instead of 0\.7"):
         study_plan.check_run(make_study(cohort, tmp_path), "base", 0)
 
