@@ -192,6 +192,16 @@ def training_state(folder: Path, metric: str, patience: int, keep: str = "best")
     )
 
 
+def run_epoch(state: TrainingState, trainer: SimpleNamespace, metrics: dict[str, float]) -> None:
+    """An epoch of one batch that ends with these validation metrics."""
+    state.evaluator.state.metrics = metrics
+    trainer.state.output = {"loss": torch.tensor(1.0)}
+    state.begin_epoch(trainer)
+    state.record_loss(trainer)
+    state.parts["optimizer"].step()
+    state.end_epoch(trainer)
+
+
 def test_a_folder_that_takes_no_checkpoint_is_told_before_the_first_epoch(tmp_path):
     (tmp_path / "resume").write_text("somebody's")
     state = training_state(tmp_path, "c_index", 0)
@@ -218,12 +228,7 @@ def test_kept_epoch_and_early_stopping(tmp_path, caplog, metric, values, patienc
     trainer.terminate = lambda: setattr(trainer, "stopped_at", trainer.state.epoch)
     for epoch, value in enumerate(values, start=1):
         trainer.state.epoch = epoch
-        state.evaluator.state.metrics = {metric: value}
-        trainer.state.output = {"loss": torch.tensor(1.0)}
-        state.begin_epoch(trainer)
-        state.record_loss(trainer)
-        state.parts["optimizer"].step()
-        state.end_epoch(trainer)
+        run_epoch(state, trainer, {metric: value})
         if trainer.stopped_at:
             break
     assert state.best_epoch == best_epoch
@@ -240,12 +245,8 @@ def trained_state(folder: Path, epochs: int) -> TrainingState:
     """A run of so many epochs whose validation C-index is 0.1 times the epoch."""
     state = training_state(folder, "c_index", 0)
     for epoch in range(1, epochs + 1):
-        trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch, max_epochs=9, output={"loss": torch.tensor(1.0)}))
-        state.evaluator.state.metrics = {"c_index": 0.1 * epoch}
-        state.begin_epoch(trainer)
-        state.record_loss(trainer)
-        state.parts["optimizer"].step()
-        state.end_epoch(trainer)
+        trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch, max_epochs=9))
+        run_epoch(state, trainer, {"c_index": 0.1 * epoch})
     return state
 
 
@@ -325,12 +326,7 @@ def test_an_epoch_kept_whose_masks_are_of_little_use_is_told(tmp_path, caplog, c
     for epoch in (1, 2):
         trainer.state.epoch = epoch
         metrics = {"c_index": c_index[epoch - 1], "dice": dice[epoch - 1]}
-        state.evaluator.state.metrics = {name: value for name, value in metrics.items() if value is not None}
-        trainer.state.output = {"loss": torch.tensor(1.0)}
-        state.begin_epoch(trainer)
-        state.record_loss(trainer)
-        state.parts["optimizer"].step()
-        state.end_epoch(trainer)
+        run_epoch(state, trainer, {name: value for name, value in metrics.items() if value is not None})
     assert ("of little use" in caplog.text) == bool(warning)
     assert warning in caplog.text
 

@@ -21,7 +21,6 @@ from monai.transforms import Compose, Lambdad, Transform
 
 from scripts import keys
 from scripts.cohorts.cohort import Cohort, Exclusion
-from scripts.training.augmentation import Augmentation, Shift
 from scripts.training.engine import prepare_batch
 from scripts.training.sampling import (
     ERROR,
@@ -121,25 +120,6 @@ class MakeImage(Transform):
 
 def prepared(fails: str = "") -> Compose:
     return Compose([MakeImage(fails)])
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_augmentation_does_not_depend_on_workers(tmp_path: Path, num_workers: int) -> None:
-    def shifts(workers: int) -> list[float]:
-        dataset = CaseDataset(cases(4, 8), prepared(), cache_dir=str(tmp_path))
-        sampler = EventBatchSampler(dataset.data, 4, seed=3)
-        sampler.set_epoch(5)
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
-        augmentation = Augmentation([Shift(prob=1.0, offsets=1.0)], spacing_mm=2.0)
-        return [
-            float(x.flatten()[0])
-            for batch in loader
-            for x in augmentation(batch[keys.IMAGE], batch[keys.IMAGE][:, :1], batch[keys.SEED].tolist())[0]
-        ]
-
-    expected = shifts(0)
-    assert len(set(expected)) == 12
-    assert shifts(num_workers) == expected
 
 
 def test_cache_is_used_and_follows_the_parameters(tmp_path: Path) -> None:

@@ -77,23 +77,14 @@ CENTRES = (
 
 @dataclass(frozen=True)
 class Scanner:
-    """How one patient is scanned.
+    """How one patient is scanned."""
 
-    Attributes:
-        psf_fwhm_mm: Resolution of the PET image: the scanner's own and the post-filter's, in quadrature.
-        pet_noise: SD of the PET at SUV 1, in SUV, before the mean over a voxel; it grows with the root of the uptake.
-        grain_fwhm_mm: Distance over which that noise is correlated.
-        air_suv: Mean of the noise in air, which a reconstruction without negative values leaves.
-        ct_noise_hu: Noise SD of CT at scale ``full``.
-        contrast_hu: Enhancement of vessels; 0 without contrast medium.
-    """
-
-    psf_fwhm_mm: float
-    pet_noise: float
-    grain_fwhm_mm: float
-    air_suv: float
-    ct_noise_hu: float
-    contrast_hu: float
+    psf_fwhm_mm: float  # resolution of the PET image: the scanner's own and the post-filter's, in quadrature
+    pet_noise: float  # SD of the PET at SUV 1, in SUV, before the mean over a voxel; grows with the root of the uptake
+    grain_fwhm_mm: float  # distance over which that noise is correlated
+    air_suv: float  # mean of the noise in air, which a reconstruction without negative values leaves
+    ct_noise_hu: float  # noise SD of CT at scale "full"
+    contrast_hu: float  # enhancement of vessels; 0 without contrast medium
 
 
 def draw_scanner(rng: np.random.Generator, centre: Centre) -> Scanner:

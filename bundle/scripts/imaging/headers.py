@@ -124,31 +124,18 @@ class _Fault(Exception):  # noqa: N818 - raised on as an ImageReadError
 
 @dataclass(frozen=True)
 class Header:
-    """Position of the voxels of a 3-D image in its file and in space.
+    """Position of the voxels of a 3-D image in its file and in space."""
 
-    Args:
-        path: file with the voxels; for ``.mhd`` not that of the header.
-        shape: voxels along x, y, z.
-        dtype: of the stored numbers, byte order included.
-        affine: (4, 4) float64, voxel index to world mm (RAS+).
-        start: first byte of the (compressed) voxels in the file.
-        packed: :data:`GZIP` or :data:`ZLIB` where they are compressed, else None.
-        skip: bytes before the voxels, after decompression.
-        slope: the values are ``slope * stored + inter``.
-        inter: see ``slope``.
-        doubts: inconsistencies in it, as texts.
-    """
-
-    path: Path
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    affine: np.ndarray
-    start: int = 0
-    packed: int | None = None
-    skip: int = 0
-    slope: float = 1.0
+    path: Path  # file with the voxels; for .mhd not that of the header
+    shape: tuple[int, int, int]  # voxels along x, y, z
+    dtype: np.dtype  # of the stored numbers, byte order included
+    affine: np.ndarray  # (4, 4) float64, voxel index to world mm (RAS+)
+    start: int = 0  # first byte of the (compressed) voxels in the file
+    packed: int | None = None  # GZIP or ZLIB where they are compressed
+    skip: int = 0  # bytes before the voxels, after decompression
+    slope: float = 1.0  # the values are slope * stored + inter
     inter: float = 0.0
-    doubts: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()  # inconsistencies in it, as texts
 
     @property
     def slice_bytes(self) -> int:

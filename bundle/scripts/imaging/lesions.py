@@ -30,41 +30,24 @@ COLOURS = {"GTV": (230, 40, 40), "GTVp": (230, 40, 40), "GTVn": (30, 170, 240)} 
 
 @dataclass(frozen=True)
 class Lesion:
-    """A connected component of the mask that is large enough.
+    """A connected component of the mask that is large enough."""
 
-    Args:
-        name: ``GTVp``; with a number where the class has several lesions, the largest first: ``GTVn_01``.
-        label: its class: ``GTV``, ``GTVp`` or ``GTVn``.
-        volume_ml: voxels times voxel volume.
-        centre_mm: (3,) mean position of its voxels, world mm (RAS+).
-        window: of the whole mask, in which it lies.
-    """
-
-    name: str
-    label: str
-    volume_ml: float
-    centre_mm: np.ndarray
-    window: tuple[slice, slice, slice]
+    name: str  # GTVp; with a number where the class has several lesions, the largest first: GTVn_01
+    label: str  # its class: GTV, GTVp or GTVn
+    volume_ml: float  # voxels times voxel volume
+    centre_mm: np.ndarray  # (3,) mean position of its voxels, world mm (RAS+)
+    window: tuple[slice, slice, slice]  # of the whole mask, in which it lies
 
 
 @dataclass(frozen=True, eq=False)
 class Lesions:
-    """What a mask consists of, by volume, largest first.
+    """What a mask consists of, by volume, largest first."""
 
-    Args:
-        window: of the mask, with all that is not zero.
-        numbers: (of the window's shape) 0 for background, k for the k-th component. Those beyond the lesions are too
-            small to be lesions.
-        grid: of ``numbers``; None for an empty mask.
-        found: the lesions: components 1, 2, ...
-        small: components that are too small, with the name "".
-    """
-
-    window: tuple[slice, slice, slice]
-    numbers: np.ndarray
-    grid: Grid | None
-    found: tuple[Lesion, ...]
-    small: tuple[Lesion, ...]
+    window: tuple[slice, slice, slice]  # of the mask, with all that is not zero
+    numbers: np.ndarray  # of the window's shape: 0 for background, k for the k-th component, first the lesions
+    grid: Grid | None  # of ``numbers``; None for an empty mask
+    found: tuple[Lesion, ...]  # the lesions: components 1, 2, ...
+    small: tuple[Lesion, ...]  # components that are too small to be lesions, with the name ""
 
     def on(self, shape: tuple[int, ...]) -> np.ndarray:
         """The lesions' numbers on the whole mask: (X, Y, Z), 0 for background, k for the k-th lesion."""

@@ -77,19 +77,14 @@ HEAD_DEPTH_MM = 50.0  # over which slices must have this area
 class Location:
     """Position of the box, the rule that was used, and doubts.
 
-    Args:
-        centre_mm: (3,) world position of the box's centre in mm.
-        method: one of the ``METHOD_*`` names, with the suffix ``BY_NETWORK`` where a candidate moved the box.
-        flag: doubts, separated by "; ", or ``""``.
-
     Example:
         >>> Location(np.zeros(3), METHOD_PET_BRAIN + BY_NETWORK).rule
         'pet_brain'
     """
 
-    centre_mm: np.ndarray
-    method: str
-    flag: str = ""
+    centre_mm: np.ndarray  # (3,) world position of the box's centre
+    method: str  # one of the METHOD_* names, with the suffix BY_NETWORK where a candidate moved the box
+    flag: str = ""  # doubts, separated by "; "
 
     @property
     def rule(self) -> str:
@@ -116,18 +111,11 @@ def method_words(method: str) -> str:
 
 @dataclass(frozen=True)
 class Anchor:
-    """The anatomical reference point found by a rule, independent of the size of the box.
+    """The anatomical reference point found by a rule, independent of the size of the box."""
 
-    Args:
-        point_mm: (3,) world position of the middle of the box's upper face in mm; with ``METHOD_CENTRE`` of the box's
-            middle.
-        method: the rule, one of the ``METHOD_*`` names.
-        flag: doubts, as of a :class:`Location`.
-    """
-
-    point_mm: np.ndarray
-    method: str
-    flag: str = ""
+    point_mm: np.ndarray  # (3,) world position of the middle of the box's upper face; with METHOD_CENTRE, of the box
+    method: str  # the rule, one of the METHOD_* names
+    flag: str = ""  # doubts, as of a Location
 
     @property
     def doubtful(self) -> bool:
@@ -137,17 +125,11 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A connected region that the network classifies as tumour.
+    """A connected region that the network classifies as tumour."""
 
-    Args:
-        bounds_mm: (2, 3) lowest and highest world coordinate in mm.
-        mass_ml: its volume in ml, weighted by probability.
-        confidence: its highest probability.
-    """
-
-    bounds_mm: np.ndarray
-    mass_ml: float
-    confidence: float
+    bounds_mm: np.ndarray  # (2, 3) lowest and highest world coordinate
+    mass_ml: float  # its volume, weighted by probability
+    confidence: float  # its highest probability
 
     @property
     def centre_mm(self) -> np.ndarray:

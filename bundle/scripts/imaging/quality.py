@@ -222,23 +222,14 @@ _RULES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one rule for one case.
+    """The result of one rule for one case."""
 
-    Args:
-        name: of the rule, a key of :data:`DEFAULT_LIMITS`, or ``head_in_view`` or ``headers``.
-        value: the measured value; a text for categories, None where it cannot be measured.
-        unit: of the value, ``""`` for text.
-        limit: the limits of warning and rejection, as text.
-        verdict: ``ok``, ``warn`` or ``reject``.
-        message: the finding and what to do.
-    """
-
-    name: str
-    value: float | str | None
-    unit: str
-    limit: str
-    verdict: str
-    message: str
+    name: str  # of the rule, a key of DEFAULT_LIMITS, or head_in_view or headers
+    value: float | str | None  # the measured value; a text for categories, None where it cannot be measured
+    unit: str  # of the value, "" for text
+    limit: str  # the limits of warning and rejection, as text
+    verdict: str  # ok, warn or reject
+    message: str  # the finding and what to do
 
 
 class QualityError(ValueError):

@@ -31,17 +31,11 @@ LEAST_GAMMA = 0.01
 
 @dataclass
 class Volumes:
-    """A batch that is augmented in place.
+    """A batch that is augmented in place."""
 
-    Attributes:
-        image: (B, 2, X, Y, Z) float32, CT and PET as the network reads them.
-        seg: (B, 1, X, Y, Z) float32, the mask's values.
-        spacing_mm: voxel size along x, y and z.
-    """
-
-    image: torch.Tensor
-    seg: torch.Tensor
-    spacing_mm: np.ndarray
+    image: torch.Tensor  # (B, 2, X, Y, Z) float32, CT and PET as the network reads them
+    seg: torch.Tensor  # (B, 1, X, Y, Z) float32, the mask's values
+    spacing_mm: np.ndarray  # voxel size along x, y and z
 
     def there(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
         """Integers, or numbers as float32, on the batch's device; nothing waits for the copy."""

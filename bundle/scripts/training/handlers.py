@@ -444,12 +444,9 @@ class RankStatistics:
 
     All ranks then evaluate and save the same network. Attach *before* the validation handler. No effect with a single
     process, nor on norms that are computed over all ranks (``SyncBatchNorm``, on GPUs).
-
-    Args:
-        network: with the batch norms.
     """
 
-    network: torch.nn.Module
+    network: torch.nn.Module  # with the batch norms
 
     def attach(self, engine: Workflow) -> None:
         """Register with the trainer ``engine``."""
