@@ -180,7 +180,7 @@ def test_an_experiment_on_another_cohort_is_refused(runs, tmp_path) -> None:
     (run / "experiment.json").write_text(json.dumps(record))
     with pytest.raises(ExperimentError, match="another cohort"):
         write_page(runs["partial"], run)
-    assert "The cohort has changed since the folds were trained" in write_page(run)
+    assert "no longer the cohort from which the folds were made" in write_page(run)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ COMPARED = (*PAPER_MEASURES, "hpv_auc")
 HPV_COMPARED = ("hpv_auc", "balanced_accuracy")
 
 
-def cohort_of(run: Run) -> Cohort:
-    """The cohort of an experiment.
+def cohort_of(record: Mapping[str, Any]) -> Cohort:
+    """The cohort of an experiment with this record.
 
     Raises:
         CohortError: it is gone or has changed.
     """
-    settings = run.record["settings"]
-    cohort = load_cohort(run.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
-    if cohort.fingerprint != run.record["cohort"]["fingerprint"]:
-        raise CohortError(f"{run.record['dataset_dir']} is no longer the cohort from which the folds were made")
+    settings = record["settings"]
+    cohort = load_cohort(record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
+    if cohort.fingerprint != record["cohort"]["fingerprint"]:
+        raise CohortError(f"{record['dataset_dir']} is no longer the cohort from which the folds were made")
     return cohort
 
 
@@ -47,7 +47,7 @@ def clinical_parts(run: Run, known: str, others: Sequence[Case] | None = None) -
     Raises:
         CohortError: the cohort is gone or has changed, or no held-out case has the label.
     """
-    settings, cohort, found = run.record["settings"], cohort_of(run), []
+    settings, cohort, found = run.record["settings"], cohort_of(run.record), []
     for fold in run.folds:
         split = cohort.split(settings["protocol"], run.record["num_folds"], fold, settings["seed"])
         judged = split.part(run.record["held_out"]) if others is None else others
@@ -144,7 +144,7 @@ def add_shipped(
     """
     try:
         model = shipped()
-        cohort = cohort_of(run).cases if others is None else others
+        cohort = cohort_of(run.record).cases if others is None else others
     except (ClinicalModelError, CohortError, OSError) as error:
         why = str(error).splitlines()[0]
         return {"model": "", "known": {}, "c_index": {"value": None, "reason": why, "patients": 0}}

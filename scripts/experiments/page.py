@@ -16,7 +16,7 @@ from jinja2 import FileSystemLoader
 
 from command_line import BUNDLE
 
-from experiments.comparators import HPV_COMPARED
+from experiments.comparators import HPV_COMPARED, cohort_of
 from experiments.evaluation import SHIPPED_CLINICAL
 from experiments.evidence import CASES_FILE, EVALUATION_FOLDER, METRICS_FILE
 from experiments.experiment import (
@@ -31,7 +31,7 @@ from experiments.experiment import (
 )
 from scripts import keys
 from scripts.cohorts.clinical import feature_named
-from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
+from scripts.cohorts.cohort import Case, Cohort, CohortError
 from scripts.cohorts.files import write_text
 from scripts.evaluation.case_metrics import LESION_COUNTS, LESIONS, MEASURES, NOT_APART, PAPER_MEASURES
 from scripts.evaluation.plots import with_interval
@@ -245,14 +245,10 @@ def difference_row(title: str, row: Mapping[str, Any]) -> list[Any]:
 
 def read_cohort(main: Experiment) -> tuple[Cohort | None, str]:
     """The cohort of the experiment; None, and why, where it can no longer be read or has changed."""
-    settings = main.record["settings"]
     try:
-        cohort = load_cohort(main.record["dataset_dir"], settings.get("ehr_csv"), settings["clinical_features"])
+        return cohort_of(main.record), ""
     except (CohortError, OSError) as error:
-        return None, f"The cohort can no longer be read, so no details are given: {str(error).splitlines()[0]}"
-    if cohort.fingerprint != main.record["cohort"]["fingerprint"]:
-        return None, "The cohort has changed since the folds were trained, so no details are given."
-    return cohort, ""
+        return None, f"No details of the cohort are given: {str(error).splitlines()[0]}"
 
 
 def cohort_table(described: Mapping[str, Any]) -> dict[str, Any]:

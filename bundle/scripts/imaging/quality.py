@@ -233,12 +233,7 @@ class Check:
 
 
 class QualityError(ValueError):
-    """A rejected case: the patient, the findings, and what to do.
-
-    Args:
-        patient: the patient's id.
-        checks: all checks of the case.
-    """
+    """A rejected case: the patient, the findings, and what to do."""
 
     def __init__(self, patient: str = "?", checks: Sequence[Check] = ()) -> None:
         super().__init__(patient, checks)
@@ -330,15 +325,8 @@ def check_case(
 ) -> list[Check]:
     """Apply every rule to a case.
 
-    Args:
-        ct: (X, Y, Z) CT, supposedly in HU.
-        ct_grid: its grid.
-        pet: (X, Y, Z) PET, supposedly in SUV, on a grid of its own.
-        pet_grid: the PET's grid.
-        location: position of the box, of :mod:`scripts.imaging.localise`.
-        roi_size: voxels of the box.
-        spacing_mm: voxel size of the box in mm.
-        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+    The scans and the size of the box as for :func:`.locate_head_neck`, which gives the ``location`` of the box;
+    ``limits``: those that differ from :data:`DEFAULT_LIMITS`, by name.
 
     Returns:
         One check per rule, in the order of :data:`DEFAULT_LIMITS`.
@@ -383,14 +371,16 @@ def check_mask(
 ) -> list[Check]:
     """Apply the rules for a tumour's mask (see :func:`scripts.imaging.quality_measures.measure_mask`).
 
+    The scans and ``limits`` as for :func:`check_case`.
+
     Args:
         mask: (X, Y, Z), supposedly of 0, 1 (GTVp) and 2 (GTVn).
         grid: its grid.
         ct_grid: the CT's.
-        pet: (X, Y, Z) PET.
+        pet: (X, Y, Z).
         pet_grid: its grid.
         body: median PET value of the body, the rule ``pet_body``.
-        limits: limits that differ from :data:`DEFAULT_LIMITS`, by name.
+        limits: see there.
     """
     values, strange = measure_mask(mask, grid, ct_grid, pet, pet_grid, body)
     checks = [_judge(name, value, merge_limits(limits)) for name, value in values.items()]

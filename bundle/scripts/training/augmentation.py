@@ -48,11 +48,7 @@ class Volumes:
 
 
 class RandomChange(Randomizable, ABC):
-    """One kind of random change.
-
-    Args:
-        prob: probability that a case is changed.
-    """
+    """One kind of random change, with the probability ``prob`` that a case is changed."""
 
     def __init__(self, prob: float) -> None:
         (self.prob,) = _checked(self, "prob", prob, most=1)
@@ -144,7 +140,6 @@ class Affine(RandomChange):
     The image is interpolated linearly, the mask has the nearest voxel's value.
 
     Args:
-        prob: probability that a case is changed.
         rotate_range: largest angle about x, y and z in radians.
         translate_mm: largest shift along x, y and z.
         scale_range: largest relative change of size along x, y and z.
@@ -192,7 +187,6 @@ class Misregistration(RandomChange):
     """Shift the CT against the PET and the mask by whole voxels: patients move between the scans.
 
     Args:
-        prob: probability that a case is changed.
         shift_mm: largest shift along each axis.
     """
 
@@ -222,7 +216,6 @@ class IntensityChange(RandomChange):
     """A change of one or both channels of the image by one random number.
 
     Args:
-        prob: probability that a case is changed.
         channel: ``"ct"``, ``"pet"`` or ``"both"``.
         low: smallest number.
         high: largest number.
@@ -252,9 +245,7 @@ class Scale(IntensityChange):
     """Multiply by 1 + factor, as MONAI's ``RandScaleIntensity``. PET: calibration, body weight, uptake time.
 
     Args:
-        prob: probability that a case is changed.
         factors: largest change; the factor lies between -factors and factors.
-        channel: ``"ct"``, ``"pet"`` or ``"both"``.
     """
 
     def __init__(self, prob: float, factors: float, channel: str = "both") -> None:
@@ -270,9 +261,7 @@ class Shift(IntensityChange):
     """Add an offset, as MONAI's ``RandShiftIntensity``.
 
     Args:
-        prob: probability that a case is changed.
         offsets: largest offset; it lies between -offsets and offsets.
-        channel: ``"ct"``, ``"pet"`` or ``"both"``.
     """
 
     def __init__(self, prob: float, offsets: float, channel: str = "both") -> None:
@@ -290,9 +279,7 @@ class Gamma(IntensityChange):
     0 and 1 stay as they are; negative values become 0.
 
     Args:
-        prob: probability that a case is changed.
         gamma: smallest and largest exponent; its logarithm is uniform.
-        channel: ``"ct"``, ``"pet"`` or ``"both"``.
     """
 
     def __init__(self, prob: float, gamma: tuple[float, float], channel: str = "both") -> None:
@@ -310,9 +297,7 @@ class Blur(IntensityChange):
     voxels has less effect than that, one below half a voxel none.
 
     Args:
-        prob: probability that a case is changed.
         fwhm_mm: smallest and largest full width at half maximum.
-        channel: ``"ct"``, ``"pet"`` or ``"both"``.
     """
 
     def __init__(self, prob: float, fwhm_mm: tuple[float, float], channel: str = "both") -> None:
@@ -327,9 +312,7 @@ class Noise(IntensityChange):
     """Add white Gaussian noise; negative values become 0.
 
     Args:
-        prob: probability that a case is changed.
         std: largest standard deviation.
-        channel: ``"ct"``, ``"pet"`` or ``"both"``.
     """
 
     def __init__(self, prob: float, std: float, channel: str = "both") -> None:
@@ -352,7 +335,6 @@ class PetNoise(IntensityChange):
     1 and is white noise smoothed by a Gaussian.
 
     Args:
-        prob: probability that a case is changed.
         cv: largest coefficient of variation at the body's mean uptake.
         fwhm_mm: smallest and largest full width at half maximum of the Gaussian.
     """

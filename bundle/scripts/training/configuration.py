@@ -77,9 +77,6 @@ def check_run(device: Any) -> None:
 
     Paths that were typed on MONAI's command line become text again.
 
-    Args:
-        device: of the run.
-
     Raises:
         ConfigurationError: an unknown id, a path that is no longer text, a value that is not a number, a device that
             is not available.
@@ -159,12 +156,7 @@ def load_model(network: FoldEnsemble, path: str) -> None:
 
 
 def given_settings(config: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a model that were typed, or that are in none of the bundle's own configs.
-
-    Args:
-        config: the merged configuration.
-        typed: options on the command line.
-    """
+    """The settings of a model that were typed (``typed``), or that are in none of the bundle's own configs."""
     own = _own_configs(config)
     return {
         name: config[name]
@@ -249,9 +241,6 @@ def check_ids(config: Mapping[str, Any]) -> None:
 
     A user's overlay may define ids for others to refer to, and lists of expressions to run. With a model from a
     checkpoint, its settings may be given; :func:`load_model` compares them.
-
-    Args:
-        config: the merged configuration.
 
     Raises:
         ConfigurationError: there is one; the message gives the most similar id.
@@ -418,14 +407,10 @@ def _is_list_to_run(value: Any) -> bool:
 def describe_run(training: Sequence[Case], validation: Sequence[Case]) -> dict[str, Any]:
     """What defines the result of a training run; called from a config.
 
-    Args:
-        training: the training cases.
-        validation: the cases that select the epoch.
-
     Returns:
         ``configuration``, the merged one without :data:`FREE` and with the number of processes, as id -> value;
-        ``training`` and ``validation``, each
-        patient id -> fingerprint of labels, clinical values and file sizes.
+        ``training`` and ``validation``, the cases to train on and those that select the epoch, each as patient id ->
+        fingerprint of labels, clinical values and file sizes.
     """
     config = {name: value for name, value in _written(_resolver()).items() if name not in (*FREE, *TRACKING)}
     return {

@@ -464,12 +464,7 @@ class RankStatistics:
 
 
 def tensorboard(output_dir: str, **options: Any) -> TensorBoardStatsHandler | None:
-    """MONAI's TensorBoard handler in ``<output_dir>/tensorboard``; None, so none at all, in a process but the first.
-
-    Args:
-        output_dir: of the run.
-        **options: of ``monai.handlers.TensorBoardStatsHandler``.
-    """
+    """MONAI's TensorBoard handler in ``<output_dir>/tensorboard``; None, so none at all, in a process but the first."""
     return TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", **options) if rank() == 0 else None
 
 
