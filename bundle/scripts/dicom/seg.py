@@ -81,7 +81,6 @@ def write_seg(
     source: Series,
     *,
     model: Model,
-    description: str = "Tumour, automatic; research use only",
 ) -> Dataset:
     """Write lesions as a binary DICOM segmentation of the CT, one segment for each.
 
@@ -100,7 +99,6 @@ def write_seg(
         lesions: of :func:`scripts.imaging.lesions.find_lesions`.
         source: the CT, whose patient, study, frame of reference and images the segmentation refers to.
         model: what made the segmentation.
-        description: series description, 64 characters at most.
 
     Returns:
         The dataset as written, for :func:`write_sr`.
@@ -130,7 +128,7 @@ def write_seg(
             omit_empty_frames=bool(lesions),
             content_label="TUMOUR",
             content_description="Research use only",
-            series_description=description,
+            series_description="Tumour, automatic; research use only",
             specific_character_set=UTF_8,
         )
         save_whole(seg, path)

@@ -89,7 +89,6 @@ def write_sr(
     seg: Dataset | None = None,
     notes: Sequence[str] = (),
     remarks: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    description: str = "PET/CT measurements and prediction (research use only)",
 ) -> Dataset:
     """Write measurements and prediction as a DICOM structured report (Comprehensive SR, template TID 1500).
 
@@ -108,7 +107,6 @@ def write_sr(
         notes: for the reader, e.g. quality flags; each becomes a comment of tumour and prediction. They must not
             identify the patient.
         remarks: the same for one of the two, by its name ``Tumour`` or ``Prediction``.
-        description: series description, 64 characters at most.
 
     Raises:
         DicomError: when the lesions are not those of the segmentation, or there is nothing to report.
@@ -148,7 +146,7 @@ def write_sr(
             instance_number=1,
             **model.equipment,
             is_complete=True,
-            series_description=description,
+            series_description="PET/CT measurements and prediction (research use only)",
             coding_schemes=[_private_scheme()],
             specific_character_set=UTF_8,
         )

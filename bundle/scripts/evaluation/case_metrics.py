@@ -61,11 +61,11 @@ def balanced_accuracy(cases: pd.DataFrame, threshold: float = HALF) -> float:
     return float(balanced_accuracy_score(truth, hpv_calls(cases, threshold))) if _two_classes(truth) else math.nan
 
 
-def confusion(cases: pd.DataFrame, threshold: float = HALF) -> dict[str, int]:
+def confusion(cases: pd.DataFrame) -> dict[str, int]:
     """Numbers of patients by true HPV status and call (columns as :func:`balanced_accuracy`)."""
     from sklearn.metrics import confusion_matrix
 
-    matrix = confusion_matrix(_hpv_status(cases), hpv_calls(cases, threshold), labels=[False, True])
+    matrix = confusion_matrix(_hpv_status(cases), hpv_calls(cases), labels=[False, True])
     (true_negative, false_positive), (false_negative, true_positive) = matrix.tolist()
     return {
         "true_positive": true_positive,

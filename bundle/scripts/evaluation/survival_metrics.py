@@ -52,7 +52,6 @@ def survival_metrics(
     *,
     survival: SurvivalFunction | None = None,
     cuts: Mapping[str, Sequence[float]] | None = None,
-    horizons_years: Sequence[float] = HORIZON_YEARS,
     calibration_years: Sequence[float] = CALIBRATION_YEARS,
     tau: float | None = None,
     seed: int = 0,
@@ -73,10 +72,9 @@ def survival_metrics(
         calibration: gives survival and cut points where these are not given.
         survival: function of days (D,) that returns (N, D).
         cuts: name to cut points, found on training patients.
-        horizons_years: of the AUC.
         calibration_years: of observed against predicted survival.
-        tau: days up to which Uno's C and the Brier score are computed; None = the longest horizon within the follow-up
-            of both sets (without one, the last observed day within it).
+        tau: days up to which Uno's C and the Brier score are computed; None = the longest of the AUC's
+            horizons within the follow-up of both sets (without one, the last observed day within it).
         seed: of the bootstrap.
         samples: number of bootstrap draws.
 
@@ -103,7 +101,7 @@ def survival_metrics(
         survival = partial(calibration.survival, risk)
     if cuts is None:
         cuts = calibration.cut_points if calibration is not None else {}
-    horizons = np.array(sorted(horizons_years), dtype=float) * DAYS_PER_YEAR
+    horizons = np.array(HORIZON_YEARS, dtype=float) * DAYS_PER_YEAR
     tau = _default_tau(train, test, horizons) if tau is None else float(tau)
     judged = _Judged(train, test, risk, tau, _draws(test.patients, samples, seed), survival)
     metrics: dict[str, Any] = {

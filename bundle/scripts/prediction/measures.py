@@ -11,8 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import Transform
 
 from scripts import keys
 from scripts.imaging.geometry import Grid, resample
@@ -34,28 +33,25 @@ MTV_RULE = (
 )
 
 
-class MeasureTumourd(MapTransform):
+class MeasureTumourd(Transform):
     """Measure the predicted mask, and the PET under it (see :func:`measure_tumour`).
 
-    Sets ``measures``. A case without a mask (a model that does not segment) passes.
+    Reads ``pred`` (1, X, Y, Z) and ``pet``, as :class:`scripts.imaging.transforms.RestoreMaskd` and
+    :class:`scripts.imaging.transforms.LoadScansd` leave them; sets ``measures``. A case without a mask (a model that
+    does not segment) passes.
 
     Args:
-        keys: the mask (1, X, Y, Z) and the PET, as :class:`scripts.imaging.transforms.RestoreMaskd` and
-            :class:`scripts.imaging.transforms.LoadScansd` leave them.
         classes: of the mask's values 1, 2, ...: ``("GTV",)`` or ``("GTVp", "GTVn")``.
     """
 
-    def __init__(self, keys: KeysCollection = (keys.PRED, keys.PET), classes: Sequence[str] = MERGED) -> None:
-        super().__init__(keys)
-        if len(self.keys) != 2:
-            raise ValueError(f"a mask and a PET are measured, got keys {self.keys}")
+    def __init__(self, classes: Sequence[str] = MERGED) -> None:
         self.classes = tuple(classes)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Measure the case's tumour."""
         d = dict(data)
-        if d.get(self.keys[0]) is not None:
-            mask, pet = (array_and_grid(d[key]) for key in self.keys)
+        if d.get(keys.PRED) is not None:
+            mask, pet = (array_and_grid(d[key]) for key in (keys.PRED, keys.PET))
             d[keys.MEASURES] = measure_tumour(*mask, *pet, self.classes)
         return d
 
