@@ -60,11 +60,13 @@ def two_classes(mixed: Path, tmp_path_factory: pytest.TempPathFactory, run_bundl
     return output
 
 
-def evaluated(run_bundle: Callable, model: Path, cohort: Path, output: Path) -> tuple[dict, dict[str, dict[str, str]]]:
-    """Metrics and rows of all cases of a cohort by a model."""
+def evaluated(
+    run_bundle: Callable, model: Path, cohort: Path, output: Path, *given: str
+) -> tuple[dict, dict[str, dict[str, str]]]:
+    """Metrics and rows of all cases of a cohort by a model, with options ``given`` in training, too."""
     files = "['configs/train.json','configs/evaluate.json']"
     where = ("--dataset_dir", str(cohort), "--ckpt_dir", str(model / "models"), "--output_dir", str(output))
-    run_bundle("evaluating", "--config_file", files, *where, "--evaluate_on", "all", *TINY)
+    run_bundle("evaluating", "--config_file", files, *where, "--evaluate_on", "all", *TINY, *given)
     folder = output / "evaluation_all"
     rows = csv.DictReader((folder / "cases.csv").read_text().splitlines())
     return json.loads((folder / "metrics.json").read_text()), {row["PatientID"]: row for row in rows}
@@ -80,7 +82,7 @@ def test_training_tells_classes_apart_where_masks_do(two_classes: Path) -> None:
 
 
 def test_evaluation_judges_each_class_where_masks_tell_it(two_classes, mixed, tmp_path, run_bundle) -> None:
-    metrics, rows = evaluated(run_bundle, two_classes, mixed, tmp_path)
+    metrics, rows = evaluated(run_bundle, two_classes, mixed, tmp_path, *CLASSES)
     assert {row["centre"] for row in rows.values()} == {APART, MERGED}
     for row in rows.values():
         told = row["centre"] == APART and row["dice"] != ""

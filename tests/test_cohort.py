@@ -594,6 +594,11 @@ def test_no_usable_case_is_an_error_with_the_reasons(tmp_path):
         pytest.param(
             lambda root: root, r"holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz", id="empty_folder"
         ),
+        pytest.param(
+            lambda root: add_patients(root / "HECKTOR 2025 Training Data").parent,
+            "holds no scan: .*\n  not read, since patients are searched in .*: .*/HECKTOR 2025 Training Data$",
+            id="folder_above",
+        ),
     ],
 )
 def test_folder_without_a_cohort(tmp_path, make, message):
@@ -816,8 +821,8 @@ def test_rows_that_lost_their_zeros_are_noted(tmp_path, caplog):
     for patient in ("0017", "0100", "5"):
         add_scans(tmp_path / patient, patient, "ct pet mask")
     (tmp_path / "clinical.csv").write_text("PatientID,Age\n17,61\n100.0,70\n5,50\n9,40\n")
-    note = "2 rows belong to no patient, perhaps since a spreadsheet dropped the zeros in front of the PatientID: "
-    note += "100.0 (scans: 0100), 17 (scans: 0017); correct the ids"
+    note = "2 rows belong to no patient, perhaps since a spreadsheet dropped zeros in front of the PatientID or added "
+    note += "'.0': 100.0 (scans: 0100), 17 (scans: 0017); correct the ids"
     assert f"note: {note}" in cohort.load_cohort(tmp_path).describe()
     cohort.inference_cases(tmp_path)
     assert note in caplog.text
@@ -834,6 +839,35 @@ def test_copy_of_a_scan_that_differs_is_noted(tmp_path):
     several_tasks(tmp_path)
     (tmp_path / "Task 2" / "CHUM-001" / "CHUM-001__CT.nii.gz").write_bytes(b"another one")
     assert f"which differs: {tmp_path}/Task 2/CHUM-001/CHUM-001__CT.nii.gz" in cohort.load_cohort(tmp_path).describe()
+
+
+@pytest.mark.parametrize("name", ["._clinical.csv", ".~lock.clinical.csv", "~$clinical.csv"])
+@pytest.mark.parametrize("content", [b"\0\5\x16\7", b"PatientID,Age\nCHUM-001,1\n"], ids=["binary", "table"])
+def test_hidden_files_beside_a_table_are_no_tables(tmp_path, name, content):
+    """Left by macOS on disks of other systems, and by spreadsheets while a table is open."""
+    add_patients(tmp_path)
+    table = add_table(tmp_path, name="clinical.csv")
+    (tmp_path / name).write_bytes(content)
+    assert cohort.load_cohort(tmp_path).files == [str(table)]
+
+
+def test_the_file_that_is_expected_is_beside_the_other_scan(tmp_path):
+    add_scans(tmp_path / "imagesTr", "CHUM-001", "ct")
+    add_scans(tmp_path / "imagesTr", "CHUS-002", "ct pet")
+    for patient in ("CHUM-001", "CHUS-002"):
+        add_scans(tmp_path / "labelsTr", patient, "mask")
+    expected = f"expected {tmp_path}/imagesTr/CHUM-001__PT.nii.gz"
+    assert cohort.load_cohort(tmp_path).exclusions == [Exclusion("CHUM-001", "no PET", expected)]
+
+
+def test_dots_between_thousands_are_refused_as_labels(tmp_path, caplog):
+    add_patients(tmp_path)
+    rows = ["CHUM-001,1.240,0", "CHUS-002,300,1", "MDA-003,,"]
+    add_table(tmp_path, rows, "clinical.csv", "PatientID,RFS,Relapse")
+    with pytest.raises(CohortError, match=r"clinical.csv, column 'RFS': dots seem to stand between thousands"):
+        cohort.load_cohort(tmp_path)
+    assert [case[keys.PROBLEM] for case in cohort.inference_cases(tmp_path)] == ["", "", ""]
+    assert "label ignored: clinical.csv, column 'RFS': dots seem to stand" in caplog.text
 
 
 def test_months_are_suspected(tmp_path):

@@ -304,6 +304,15 @@ def test_copies(duplicate, image):
 # --- settings ----------------------------------------------------------------------------------------------
 
 
+def test_settings_given_beside_a_file_must_be_its_own(path):
+    save_weights(ensemble(1), path)
+    own, other = {"seg_classes": ("GTV",)}, {"seg_classes": ("GTVp", "GTVn"), "spacing_mm": SETTINGS["spacing_mm"]}
+    assert saved_spec(path, **own).to_dict() == SETTINGS
+    message = r"whose settings come from the weights: seg_classes: weights \['GTV'\], config \['GTVp', 'GTVn'\]$"
+    with pytest.raises(SettingsMismatch, match=message):
+        saved_spec(path, **other)
+
+
 def test_tuples_and_whole_floats_are_the_same_settings():
     alike = {**SETTINGS, "spacing_mm": 2, "roi_size": (32, 32, 32), "clinical_features": ("age", "gender")}
     ensemble(1, settings=alike).load_state_dict(ensemble(1).state_dict())

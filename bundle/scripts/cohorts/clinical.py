@@ -316,6 +316,26 @@ def counts_from_one(feature: str, cells: Iterable[str]) -> bool:
     return set(feature_named(feature).levels) == {0, 1} and {1.0, 2.0} <= codes and 0.0 not in codes
 
 
+def has_dots_of_thousands(feature: str, cells: Iterable[str]) -> bool:
+    """Whether a column of whole numbers has dots between thousands, so that 1.089 would be read as about 1.
+
+    It is suspected where every fraction has three digits behind 1 to 3 others and every whole number is below 1000, in
+    a column whose values may be large.
+
+    Example:
+        >>> has_dots_of_thousands("rfs", ["1.089", "887", ""]), has_dots_of_thousands("rfs", ["1.089", "88.7"])
+        (True, False)
+        >>> has_dots_of_thousands("rfs", ["887.000", "1.500"]), has_dots_of_thousands("rfs", ["1.089", "1500"])
+        (False, False)
+    """
+    written = [cell for cell in map(_plain, cells) if _plain_number(cell) is not None]
+    dotted = [cell for cell in written if re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", cell)]
+    whole = [cell for cell in written if re.fullmatch(r"\d{1,3}", cell)]
+    known = feature_named(feature)
+    may_be_large = known.kind == NUMBER and math.isinf(known.high)
+    return may_be_large and bool(dotted and whole) and len(dotted) + len(whole) == len(written)
+
+
 def unknown_names(names: Iterable[str]) -> dict[str, str]:
     """Names of no clinical value or label, each with the most similar known name, "" where none is similar.
 

@@ -276,10 +276,11 @@ def _gather(
     if require_images and not any(
         found.ct or found.pet or found.contradiction("ct", "pet") for found in scans.values()
     ):
-        raise CohortError(
+        what = (
             f"{dataset_dir} holds no scan: expected <PatientID>/<PatientID>__CT.nii.gz and __PT.nii.gz (or .nii, .mha, "
             ".nrrd) there, or in images/, Task N/ or imagesTr/ below it"
         )
+        raise CohortError("\n  ".join([what, *notes]))
     if ehr_csv is None:
         paths = find_tables(root, scans)
     else:
@@ -298,7 +299,8 @@ def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | No
     if not tables.files or not there or known & there or tables.faults:
         return
     bare = {_without_zeros(key) for key in there}
-    hint = "; zeros in front are lost, as spreadsheets do" if any(_without_zeros(key) in bare for key in known) else ""
+    as_numbers = any(_without_zeros(key) in bare for key in known)
+    hint = "; zeros in front are lost or '.0' is added, as spreadsheets do" if as_numbers else ""
     raise CohortError(
         f"{', '.join(map(str, tables.files))}: no row belongs to a patient of {place}; PatientID in the table: "
         f"{some(sorted(known)) if known else 'none'}; of the scans: {some(sorted(there))}{hint}; correct the ids, or "
@@ -307,14 +309,14 @@ def require_rows(tables: Tables, patients: Iterable[str], place: str | Path | No
 
 
 def _lost_zeros(tables: Tables, patients: Iterable[str]) -> list[str]:
-    """A note on rows that would belong to a patient with scans if the id had its zeros in front."""
+    """A note on rows that would belong to a patient with scans if the id were not written as a number."""
     there = set(patients)
     bare = {_without_zeros(key): key for key in sorted(there - set(tables.records))}
     lost = {
         key: bare[_without_zeros(key)] for key in sorted(set(tables.records) - there) if _without_zeros(key) in bare
     }
     listed = some([f"{key} (scans: {patient})" for key, patient in lost.items()])
-    message = "belong to no patient, perhaps since a spreadsheet dropped the zeros in front of the PatientID"
+    message = "belong to no patient, perhaps since a spreadsheet dropped zeros in front of the PatientID or added '.0'"
     return [f"{len(lost)} rows {message}: {listed}; correct the ids"] if lost else []
 
 

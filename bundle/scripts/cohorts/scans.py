@@ -319,7 +319,7 @@ def first_files(folder: Path, number: int = 1) -> list[str]:
 
 def _merge_scans(places: list[Scans], remarks: Remarks) -> Scans:
     """One entry for a patient found in several places; the scans of one place are kept together."""
-    best = max(places, key=lambda scans: (bool(scans.ct and scans.pet), bool(scans.mask), bool(scans.ct or scans.pet)))
+    best = max(places, key=lambda scans: (bool(scans.ct and scans.pet), bool(scans.ct or scans.pet), bool(scans.mask)))
     ct, pet, mask = best.ct, best.pet, best.mask
     for other in places:
         ct, pet, mask = ct or other.ct, pet or other.pet, mask or other.mask

@@ -133,7 +133,8 @@ def find_tables(dataset_dir: str | Path, patients: Iterable[str] = ()) -> list[P
 
 def _csv_files(folder: Path) -> list[Path]:
     found = (path for path in folder.iterdir() if path.is_file() and path.suffix.lower() == ".csv")
-    return sorted(path for path in found if path.stat().st_size <= _LARGEST_FILE)
+    # systems and spreadsheets leave hidden files beside a table, such as ._clinical.csv and .~lock.clinical.csv
+    return sorted(p for p in found if not p.name.startswith((".", "~")) and p.stat().st_size <= _LARGEST_FILE)
 
 
 def _choose_tables(paths: list[Path], folder: Path) -> list[Path]:
@@ -366,9 +367,13 @@ def _read_table(path: Path, features: Sequence[str], tables: Tables, besides: fr
         raise CohortError(f"{path}: {_nothing_known(titles)}")
     tables.unknown |= unknown_titles(titles)
     for name, index in ((name, index) for name, indices in header.columns.items() for index in indices):
-        if clinical.counts_from_one(name, [cells[index] for _, cells in records[1:] if index < len(cells)]):
-            accepted = clinical.feature_named(name).accepted
-            message = f"{path.name}, column '{titles[index]}': coded by 1 and 2; accepted: {accepted}; recode it"
+        column, what = [cells[index] for _, cells in records[1:] if index < len(cells)], ""
+        if clinical.counts_from_one(name, column):
+            what = f"coded by 1 and 2; accepted: {clinical.feature_named(name).accepted}; recode it"
+        elif clinical.has_dots_of_thousands(name, column):
+            what = "dots seem to stand between thousands, as 1.089 for 1089: write the numbers without them"
+        if what:
+            message = f"{path.name}, column '{titles[index]}': {what}"
             tables.faults.append(Fault(message, label=name in header.labels))
     others = _other_columns(path, records, features, tables.doubts)
     rows: dict[str, int] = {}

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -366,14 +366,25 @@ def _read_facts(path: str, version: tuple[int, int, int]) -> tuple[Mapping[str, 
     return state[EXTRA_STATE], count_folds(state)
 
 
-def saved_spec(path: str | os.PathLike[str]) -> ModelSpec:
+def saved_spec(path: str | os.PathLike[str], **given: Any) -> ModelSpec:
     """The specification of the model in a checkpoint file.
+
+    Args:
+        path: the file.
+        **given: settings that were given beside the file (``--spec#seg_classes``), which must be those of the model.
 
     Raises:
         FileNotFoundError: there is no such file; the message says how to get one.
         CheckpointError: the file is not such a checkpoint.
+        SettingsMismatch: a setting that was given differs from that of the checkpoint.
     """
-    return ModelSpec.read(read_facts(path)[0][SETTINGS], str(path))
+    saved = ModelSpec.read(read_facts(path)[0][SETTINGS], str(path))
+    if differences := settings_differences(saved.to_dict(), replace(saved, **given).to_dict()):
+        raise SettingsMismatch(
+            f"{path}: the weights do not belong to this configuration, whose settings come from the weights: "
+            + "; ".join(differences)
+        )
+    return saved
 
 
 def saved_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY, MERGE_KEY
 from scripts import keys
 from scripts.cohorts.files import require_writable
 from scripts.keys import Case
-from scripts.model.ensemble import FoldEnsemble, load_weights, settings_differences
-from scripts.model.errors import SettingsMismatch
+from scripts.model.ensemble import FoldEnsemble, load_weights, saved_spec
 from scripts.model.ranks import world_size
 from scripts.model.spec import ModelSpec
 
@@ -144,14 +143,7 @@ def load_model(network: FoldEnsemble, path: str) -> None:
         scripts.model.ensemble.SettingsMismatch: a setting that was given differs from that of the checkpoint.
         scripts.model.ensemble.CheckpointError: the file cannot be used.
     """
-    saved = ModelSpec.read(network.settings, path)
-    given = given_settings(_written(_resolver()), _typed(sys.argv))
-    differences = settings_differences(saved.to_dict(), replace(saved, **given).to_dict())
-    if differences:
-        raise SettingsMismatch(
-            f"{path}: the weights do not belong to this configuration, whose settings come from the weights: "
-            + "; ".join(differences)
-        )
+    saved_spec(path, **given_settings(_written(_resolver()), _typed(sys.argv)))
     load_weights(network, path)
 
 
