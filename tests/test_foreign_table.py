@@ -221,6 +221,41 @@ def test_a_value_that_the_mapping_lacks_is_told(tmp_path):
     assert found.cohort.cases[0][keys.CLINICAL]["gender"] is None
 
 
+@pytest.mark.parametrize(
+    "change, feature, doubt",
+    [
+        pytest.param({"Last FU": "12/31/9999"}, "rfs", "more than 50 years", id="date_that_means_never"),
+        pytest.param({"RT Start": "1/1/1900"}, "rfs", "more than 50 years", id="date_that_means_missing"),
+        pytest.param({"Age": "0"}, "age", "0 years", id="age"),
+    ],
+)
+def test_implausible_values_are_missing_with_a_note_as_in_any_table(tmp_path, change, feature, doubt):
+    (case,) = (found := read_foreign_table(*written(tmp_path, [ROW | change]), FEATURES)).cohort.cases
+    (note,) = found.cohort.notes
+    assert note.startswith(f"{feature} is read as missing where it is implausible (1 x): ")
+    assert note.endswith(f" in table.csv, row 2, patient P-1 ({doubt})")
+    assert case[keys.SURV_KNOWN] is (feature != "rfs")
+    assert case[keys.CLINICAL]["age"] == (None if feature == "age" else 62.6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda lines: [lines[0], lines[1] + ',"x"'], "row 2: 14 cells under 13 column names", id="cell"),
+        pytest.param(
+            lambda lines: [line + f',"{text}"' for line, text in zip(lines, ("Age", "33"), strict=True)],
+            "values.age: several columns of table.csv are called 'Age'",
+            id="column_twice",
+        ),
+    ],
+)
+def test_tables_whose_columns_are_in_doubt(tmp_path, change, message):
+    table, mapping = written(tmp_path, [ROW])
+    table.write_text("\n".join(change(table.read_text().splitlines())) + "\n")
+    with pytest.raises(CohortError, match=message):
+        read_foreign_table(table, mapping, FEATURES)
+
+
 @pytest.fixture
 def radcure() -> Callable[[tuple[str, ...]], Any]:
     if not RADCURE.is_file():

@@ -20,9 +20,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from scripts.cohorts.clinical import ClinicalValueError, feature_named, parse_value
+from scripts.cohorts.clinical import ClinicalValueError, doubt_about, feature_named, parse_value
 from scripts.cohorts.cohort import Cohort, CohortError, Exclusion, make_case
-from scripts.cohorts.scans import clean_id, list_faults, patient_key, printable
+from scripts.cohorts.scans import clean_id, list_faults, patient_key, printable, some
 from scripts.cohorts.tables import Record, read_json, read_records
 
 NOT_POSITIVE = "time to failure or last follow-up is not positive"
@@ -48,6 +48,7 @@ class _Reader:
     mapping: dict[str, Any]
     titles: list[str]
     faults: list[str] = field(default_factory=list)
+    doubts: dict[str, list[str]] = field(default_factory=dict)  # feature -> implausible values, read as missing
     row: str = ""
     cells: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +57,8 @@ class _Reader:
         if not isinstance(name, str) or name.strip() not in self.titles:
             listed = ", ".join(printable(title, 40) for title in self.titles)
             self.faults.append(f"{place}: no column {name!r} in {self.table.name}; its columns are {listed}")
+        elif self.titles.count(name.strip()) > 1:
+            self.faults.append(f"{place}: several columns of {self.table.name} are called {name!r}; rename the others")
         return str(name).strip()
 
     def fault(self, column: str, what: str) -> None:
@@ -74,6 +77,12 @@ class _Reader:
             listed = "; or give it a level (null: missing) in 'levels' of"
             self.fault(column, f"{error}{listed} values.{name} in {self.mapping_file.name}")
             return None
+
+    def plausible(self, name: str, value: float) -> bool:
+        """Whether a value is used; one that is not is in doubt, see :func:`scripts.cohorts.clinical.doubt_about`."""
+        if doubt := doubt_about(name, value):
+            self.doubts.setdefault(name, []).append(f"{value:g} in {self.row} ({doubt})")
+        return not doubt
 
     def date(self, column: str) -> datetime | None:
         """A date, None where the cell is empty or a fault."""
@@ -115,6 +124,10 @@ def read_foreign_table(table: str | Path, mapping: str | Path, features: Sequenc
     found: dict[str, Record] = {}
     years: dict[str, int] = {}
     for row, cells in records[1:]:
+        if any(cells[len(reader.titles) :]):
+            what = f"{len(cells)} cells under {len(reader.titles)} column names (a comma too many?)"
+            reader.faults.append(f"{table.name}, row {row}: {what}")
+            continue
         reader.cells = dict(zip(reader.titles, [*cells, *[""] * len(reader.titles)], strict=False))
         _read_patient(reader, row, found, years)
     _stop_at(reader, f"{table}: cannot be used as it is")
@@ -129,6 +142,8 @@ def read_foreign_table(table: str | Path, mapping: str | Path, features: Sequenc
     columns = {name: [entry["column"]] for name, entry in content["values"].items()}
     absent = [name for name in features if name not in content["values"]]
     notes = [f"no value for {', '.join(absent)} in {mapping.name}: unknown for every case"] if absent else []
+    for name, doubts in reader.doubts.items():
+        notes.append(f"{name} is read as missing where it is implausible ({len(doubts)} x): {some(doubts)}")
     cohort = Cohort(str(table), cases, exclusions, notes, [str(table)], columns)
     return ForeignTable(cohort, years, dict(content.get("about", {})))
 
@@ -251,13 +266,13 @@ def _read_patient(reader: _Reader, row: int, found: dict[str, Record], years: di
     record = found[key] = Record(patient, centre=str(reader.mapping.get("centre", "")), rows=[place])
     for name, entry in reader.mapping["values"].items():
         value = reader.level(name, entry)
-        if value is not None:
+        if value is not None and reader.plausible(name, value):
             record.values[name] = value
             record.places[name] = place
     start, end, relapse = _survival(reader)
     if start is not None:
         years[clean_id(patient)] = start.year
-    if start is not None and end is not None:
+    if start is not None and end is not None and reader.plausible("rfs", float((end - start).days)):
         record.values |= {"rfs": float((end - start).days), "relapse": float(relapse)}
         record.places |= dict.fromkeys(("rfs", "relapse"), place)
 
