@@ -12,7 +12,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
@@ -32,33 +31,17 @@ from scripts.imaging.transforms import (
     ScaleIntensityPETCTd,
     ToNetworkItemd,
 )
+from scripts.model.preprocessing import Preprocessing
+from scripts.model.spec import ModelSpec
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "sts_petct" / "images"
 ROI, SPACING = 16, 4.0
 
-CHAIN = [
-    {"_target_": "scripts.imaging.transforms.LoadScansd"},
-    {
-        "_target_": "scripts.imaging.transforms.LocaliseBoxd",
-        "roi_size": "@roi",
-        "spacing_mm": "@spacing",
-        "use_mask": True,
-    },
-    {"_target_": "scripts.imaging.quality.CheckQualityd", "roi_size": "@roi", "on_reject": "flag"},
-    {"_target_": "scripts.imaging.transforms.ResampleToBoxd", "roi_size": "@roi"},
-    {"_target_": "scripts.imaging.transforms.ScaleIntensityPETCTd", "ct_window": [-1000, 1000]},
-    {"_target_": "scripts.imaging.transforms.CodeClinicald", "features": list(DEFAULT_FEATURES)},
-    {"_target_": "scripts.imaging.transforms.ToNetworkItemd"},
-]
 
-
-def chain(last: int | None = None, **changes) -> Compose:
-    """The chain as a config builds it, up to its ``last`` step."""
-    config = {"roi": ROI, "spacing": SPACING, "chain": {"_target_": "Compose", "transforms": CHAIN[:last]}}
-    parser = ConfigParser(config)
-    for name, value in changes.items():
-        parser[name.replace("__", "::")] = value
-    return parser.get_parsed_content("chain")
+def chain(last: int | None = None, roi: int = ROI, spacing: float = SPACING) -> Compose:
+    """The transforms of a training case, up to the ``last`` step."""
+    spec = ModelSpec(keys.TASKS, DEFAULT_FEATURES, roi, spacing, (-1000, 1000), None, 1e-5)
+    return Compose(Preprocessing(spec, "training", on_reject="flag").transforms[:last])
 
 
 CT_AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
