@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -182,6 +184,19 @@ def test_an_object_that_is_too_large_ends_the_connection(node, queue, monkeypatc
     assert "more than 0 MB" in caplog.text
     association = associate(node)
     assert all(association.send_c_store(one_image()).Status == 0x0000 for _ in range(3))
+    association.release()
+
+
+@pytest.mark.parametrize("kind", [0x01, 0x04], ids=["request", "data"])
+def test_a_message_without_end_is_not_read_into_memory(kind, node, caplog):
+    """Its length is announced before the sender has said who it is."""
+    with socket.create_connection(("127.0.0.1", node), timeout=10) as sent:
+        sent.sendall(struct.pack(">BBL", kind, 0, 2**32 - 1))
+        with contextlib.suppress(ConnectionError):
+            assert sent.recv(100) == b""
+    assert "a message of 4096 MB is announced" in caplog.text
+    association = associate(node)
+    assert association.send_c_echo().Status == 0x0000
     association.release()
 
 

@@ -449,6 +449,37 @@ def test_what_is_allowed_in_the_environment_is_a_list(variable: str, monkeypatch
         label_web.allowed(variable)
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("{", json.JSONDecodeError, "Expecting"),
+        ("[1]", RequestError, "params is an object"),
+        ("5", RequestError, "params is an object"),
+        ("null", RequestError, "params is an object"),
+        ("[" * 200_000, RequestError, "params is an object"),
+        (f'{{"age": {"9" * 5000}}}', RequestError, "params is an object"),
+    ],
+    ids=["no_json", "list", "number", "null", "nested", "long_number"],
+)
+def test_parameters_are_an_object(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        label_web.read_params(text)
+    assert label_web.explain(raised.value)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "accepted"),
+    [(0, "cpu", True), (0, "cuda:3", True), (1, "cuda", True), (1, "cuda:0", True), (1, "cuda:1", False)],
+)
+def test_a_gpu_is_one_of_the_server(gpus: int, device: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    if accepted:
+        assert label_guard.read_prediction({"device": device}) == {"device": device}
+    else:
+        with pytest.raises(RequestError, match=f"or the name of a GPU of the server, got '{device}'"):
+            label_guard.read_prediction({"device": device})
+
+
 def test_only_words_of_the_bundle_are_told() -> None:
     wrapped = RuntimeError("Failed to instantiate /srv/x")
     wrapped.__cause__ = CohortError("no PET beside /srv/a/b.nii.gz")
@@ -933,7 +964,12 @@ ATTACKS: dict[str, tuple[str, str, Any, str]] = {  # method, address, parameters
     "image": ("POST", CT_1, {"image": "/etc/passwd"}, "image is a file of the studies, got 'passwd'"),
     "image_above": ("POST", CT_1, {"image": "../../etc/passwd"}, "image is a file of the studies"),
     "mask": ("POST", CT_1, {"save_label": True, "label_tag": "../../x"}, "label_tag is a plain name"),
+    "image_nul": ("POST", CT_1, {"image": "a\0b"}, "image is the id of a CT in the server's list"),
     "no_json": ("POST", CT_1, "{", "params is no valid JSON"),
+    "a_list": ("POST", CT_1, "[1]", "params is an object"),
+    "null": ("POST", CT_1, "null", "params is an object"),
+    "nested": ("POST", CT_1, "[" * 20000, "params is an object"),
+    "long_number": ("POST", CT_1, f'{{"age": {"9" * 5000}}}', "params is an object"),
     "slide": ("POST", "/infer/wsi/{model}?image={ct}", {"level": 0}, "takes no whole-slide images"),
     "epochs": ("POST", "/train/{model}", {"max_epochs": PYTHON.replace("{value}", "1")}, "max_epochs is a whole"),
     "epochs_at_once": ("POST", "/train/{model}?run_sync=true", {"max_epochs": TARGET}, "max_epochs is a whole"),

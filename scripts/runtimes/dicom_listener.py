@@ -53,6 +53,7 @@ LONGEST_PREDICTION_S = 3600.0
 MOST_ATTEMPTS = 5
 POLL_S = 0.5
 MOST_BYTES = 2**30  # of one object
+MOST_MESSAGE_BYTES = 2**20  # of one message (PDU): requests are shorter, and pieces of an object have 16 kB
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Receiver:
         """Listen; gives the port, which the system chooses where ``port`` is 0."""
         events = pynetdicom().evt
         handlers = [
+            (events.EVT_CONN_OPEN, self.limit_messages),
             (events.EVT_REQUESTED, self.check_peer),
             (events.EVT_PDU_RECV, self.check_size),
             (events.EVT_C_STORE, self.store),
@@ -135,6 +137,23 @@ class Receiver:
         """End listening."""
         if self._server is not None:
             self._server.shutdown()
+
+    def limit_messages(self, event: Any) -> None:
+        """Close a connection on which a longer message is announced than there are.
+
+        The library reads up to 4 GB into memory, from anybody, before it knows who sends.
+        """
+        connection = event.assoc.dul.socket
+        receive = connection.recv
+
+        def limited(size: int) -> bytearray:
+            if size <= MOST_MESSAGE_BYTES:
+                return receive(size)
+            logger.warning("closed a connection: a message of %.0f MB is announced", size / 2**20)
+            connection.close()
+            return bytearray()
+
+        connection.recv = limited
 
     def check_peer(self, event: Any) -> None:
         """Abort an association that comes from another address than that of its AE title."""

@@ -108,11 +108,20 @@ def _patient(value: Any) -> str:
 
 
 def _device(value: Any) -> str:
-    """``cpu``, ``cuda``, ``cuda:N``, or the name of a GPU as MONAI Label lists it."""
+    """``cpu``, ``cuda``, ``cuda:N``, or the name of a GPU as MONAI Label lists it.
+
+    Without any GPU MONAI Label takes the CPU for all of them.
+    """
     name = _text(value)
     generic = sys.modules.get("monailabel.utils.others.generic")
-    if name and name not in (generic.device_map() if generic else {}) and not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
+    listed = re.fullmatch(r"cpu|cuda(?::(\d\d?))?", name)
+    if name and name not in (generic.device_map() if generic else {}) and not listed:
         raise ValueError(value)
+    if listed and listed[1]:
+        import torch  # slow: serve.py reads its options with this module
+
+        if 0 < torch.cuda.device_count() <= int(listed[1]):
+            raise ValueError(value)
     return name
 
 
@@ -142,7 +151,7 @@ def _anything(value: Any) -> None:
 
 TRUE_OR_FALSE = Parameter("true or false", _truth)
 UNREAD = Parameter("anything", _anything)
-_DEVICE = Parameter("'cpu', 'cuda', 'cuda:0', ... or the name of a GPU", _device)
+_DEVICE = Parameter("'cpu', 'cuda', 'cuda:0', ... or the name of a GPU of the server", _device)
 _WEIGHTS = _like("the name of a file in the model's folder models/, such as 'model.pt'", r"\w[\w.-]*\.pt")
 _GPUS = _like("'all' or numbers such as '0,1'", r"all|\d\d?(,\d\d?)*")
 _WORDS = _like("a name of letters and digits", r"\w[\w .-]*")
@@ -472,8 +481,10 @@ def _guard_app(app_class: Any) -> None:
     def guarded(app: Any, request: Any, datastore: Any = None) -> Any:
         image = request.get("image")
         if serves(app, request.get("model")):
-            if not isinstance(image, str):
-                raise RequestError(f"image is {PREDICTION['image'].accepted}, got {_shown(image)}")
+            try:
+                _text(image)
+            except ValueError:
+                raise RequestError(f"image is {PREDICTION['image'].accepted}, got {_shown(image)}") from None
             if image and (address := dicomweb_address()) and not os.path.exists(image):  # noqa: PTH110 - as below
                 DicomWeb(address).study_of(image)  # MONAI Label would not say what is wrong with it
                 _fetch(datastore or app.datastore(), image)

@@ -16,11 +16,12 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from scripts.imaging.images import image_suffix
-from scripts.runtimes.label_guard import NAME, for_client, serves
+from scripts.runtimes.label_guard import NAME, RequestError, for_client, serves
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,28 @@ class Explain:
             await _reply(send, status, text)
 
 
+def read_params(text: str) -> dict[str, Any]:
+    """The parameters of a form, for MONAI Label's endpoints, which would fail at anything but an object.
+
+    Raises:
+        json.JSONDecodeError: the text is no JSON.
+        RequestError: it is no object, or nested or long beyond what Python reads.
+
+    Example:
+        >>> read_params('{"age": 61}')
+        {'age': 61}
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError('params is an object of names and values, such as {"age": 61}')
+    return value
+
+
 async def _reply(send: Send, status: int, text: str) -> None:
     body = json.dumps({"detail": text}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -239,7 +262,7 @@ def install(app: Any) -> None:
     """Put :class:`Guard` and :class:`Explain` into MONAI Label's web application; a second call changes nothing."""
     from fastapi.middleware.cors import CORSMiddleware
     from monailabel.config import settings
-    from monailabel.endpoints import logs
+    from monailabel.endpoints import datastore, infer, logs
     from starlette.middleware import Middleware
 
     if getattr(app.state, "guarded", False):
@@ -255,3 +278,5 @@ def install(app: Any) -> None:
         app.middleware_stack = app.build_middleware_stack()
     app.state.guarded = True
     logs.HTML_TEMPLATE = LOG_PAGE
+    for endpoints in (datastore, infer):
+        endpoints.json = SimpleNamespace(loads=read_params, dumps=json.dumps)
