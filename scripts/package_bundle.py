@@ -154,7 +154,12 @@ def packaged_metadata(source: Path, version: str, changelog: str) -> dict[str, A
         Version(version)  # a number on the command line would be 0.1 where 0.10 was typed
     except (InvalidVersion, TypeError):
         raise PackageError(f"--version {version!r} is no version such as 0.2.0") from None
-    metadata = json.loads((source / METADATA).read_text(encoding="utf-8"))
+    try:
+        metadata = json.loads((source / METADATA).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PackageError(f"{source / METADATA} cannot be read: {error}") from error
+    if not isinstance(metadata, dict):
+        raise PackageError(f"{source / METADATA} is a {type(metadata).__name__}, not an object")
     if changelog:
         known = metadata.get("changelog", {})
         if known.get(version, changelog) != changelog:
@@ -235,10 +240,19 @@ def copy_files(source: Path, files: list[str], metadata: Mapping[str, Any], buil
 
 
 def write_as_the_zoo(building: Path) -> None:
-    """Format configs and code in the zoo's style."""
+    """Format configs and code in the zoo's style.
+
+    Raises:
+        PackageError: a file cannot be read as what it is; the message names it.
+    """
     try:
         for file in sorted((building / "configs").glob("*.json")):
             write_text(file, styled_json(file.read_text(encoding="utf-8")) + "\n")
+        for file in sorted((building / CODE).rglob("*.py")):
+            compile(file.read_bytes(), file.name, "exec")  # the formatters name no file
+    except (ValueError, SyntaxError) as error:
+        raise PackageError(f"{file.relative_to(building)} cannot be read: {error}") from error
+    try:
         style_code(building / CODE)
     except ValueError as error:
         raise PackageError(f"the files cannot be formatted in the zoo's style: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -390,10 +391,28 @@ def write_list(path):
     torch.save([1, 2], path)
 
 
+def write_cut(path):
+    save_weights(ensemble(1), path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_flipped(path):
+    """Weights of which one bit has changed, which torch.load does not notice."""
+    save_weights(ensemble(1), path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda item: item.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         pytest.param(write_garbage, "cannot be read as a checkpoint", id="garbage"),
+        pytest.param(write_cut, "cannot be read as a checkpoint", id="cut"),
+        pytest.param(write_flipped, "is damaged: .*copy or download it again", id="flipped"),
         pytest.param(write_bare_network, "carries no settings", id="bare_network"),
         pytest.param(write_list, "carries no settings", id="list"),
     ],

@@ -226,6 +226,24 @@ def test_what_does_not_agree_is_refused(source, tmp_path, quick, monkeypatch, ar
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("configs/metadata.json", "{", "metadata.json cannot be read: Expecting", id="metadata"),
+        pytest.param("configs/metadata.json", "[]", "metadata.json is a list, not an object", id="metadata_list"),
+        pytest.param("configs/inference.json", "{", "configs/inference.json cannot be read: Expecting", id="config"),
+        pytest.param("scripts/keys.py", "def (", "scripts/keys.py cannot be read: invalid syntax", id="code"),
+        pytest.param("models/model.pt", "weights", "model.pt cannot be read as a checkpoint", id="weights"),
+    ],
+)
+def test_a_damaged_file_is_named(source, tmp_path, quick, name, content, message) -> None:
+    bundle = shutil.copytree(source, tmp_path / "bundle")
+    (bundle / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        package_bundle.package_bundle("9.8.7", str(tmp_path / "out"), bundle=str(bundle))
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_nothing_is_overwritten(source: Path, tmp_path: Path, quick: None) -> None:
     (tmp_path / NAME).mkdir()
     with pytest.raises(PackageError, match="exists: remove it"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -118,7 +119,10 @@ def test_a_whole_bundle_passes_and_is_left_as_it_was(doubling: Bundle, capsys: p
     before = sorted(doubling.root.rglob("*"))
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
     check(doubling, run_code=True)
-    assert capsys.readouterr().out.splitlines() == [*(f"ok       {name}" for name in CHECKS), "0 of 8 checks failed"]
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"ok       {name}" for name in CHECKS),
+        f"0 of {len(CHECKS)} checks failed",
+    ]
     assert sorted(doubling.root.rglob("*")) == before
     assert {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"} == modules
 
@@ -201,6 +205,14 @@ FAILURES: list[tuple[str, str, Spoil, str]] = [
     ("outside", "large files", lambda root: name_large(root, "../x.pt"), "../x.pt is outside the bundle"),
     ("no_list", "large files", lambda root: write(root / "large_files.yml", {}), "holds no list 'large_files'"),
     (
+        "cut_off",
+        "weights",
+        lambda root: (root / "models/model.pt").write_bytes((root / "models/model.pt").read_bytes()[:500]),
+        "models/model.pt is cut off",
+    ),
+    ("other_bytes", "weights", lambda root: write(root / "models/other.pt", "none"), "models/other.pt is cut off, or"),
+    ("one_bit", "weights", lambda root: flip_a_bit(root / "models/model.pt"), "models/model.pt is damaged"),
+    (
         "silent_version",
         "metadata",
         lambda root: change(root / "configs/metadata.json", version="0.0.2"),
@@ -278,7 +290,24 @@ FAILURES: list[tuple[str, str, Spoil, str]] = [
         lambda root: write(root / "models/model.ts", "none"),
         "FAILED: RuntimeError",
     ),
+    (
+        "cause",
+        "TorchScript export",
+        lambda root: write(
+            root / "scripts/double.py", NETWORK_CODE.replace("super()", "raise OSError('why'); super()")
+        ),
+        "FAILED: OSError: why",
+    ),
 ]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one bit of the last tensor in a file of weights."""
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo(next(name for name in archive.namelist() if "/data/" in name)).header_offset
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(2.0).numpy().tobytes(), place)] ^= 1
+    path.write_bytes(content)
 
 
 def interval_of(reference: str) -> dict[str, Any]:
@@ -334,7 +363,7 @@ def test_the_command_ends_with_one_where_a_check_fails(doubling: Bundle, capsys:
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert "FAILED   no stray files: .cache (hidden)" in lines
-    assert lines[-1] == "2 of 8 checks failed"
+    assert lines[-1] == f"2 of {len(CHECKS)} checks failed"
 
 
 def test_no_directory_is_an_error(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import chdir
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ SCHEMAS = ROOT.parent / "shared" / "data" / "schema"
 
 REQUIRED = (METADATA, LICENSE, "configs/inference.json", "docs/README.md", "docs/data_license.txt")
 NETWORK = "network_def"
+PICKLE = b"\x80"  # its first byte
 
 
 class CheckError(Exception):
@@ -79,7 +82,7 @@ def required_files(bundle: Bundle) -> None:
     problems = [
         f"{name} is missing or empty"
         for name in REQUIRED
-        if not (bundle.root / name).is_file() or not (bundle.root / name).read_text(encoding="utf-8").strip()
+        if not (bundle.root / name).is_file() or not (bundle.root / name).read_bytes().strip()
     ]
     if not (bundle.root / WEIGHTS).is_file() and WEIGHTS not in bundle.large_files:
         problems.append(f"{WEIGHTS} is missing")
@@ -112,6 +115,28 @@ def large_files(bundle: Bundle) -> None:
         if (size := path.stat().st_size) > LARGE_BYTES
         and (name := path.relative_to(bundle.root).as_posix()) not in bundle.large_files
     ]
+    _fail_if(problems)
+
+
+def weights(bundle: Bundle) -> None:
+    """Files of weights are those of ``torch.save`` or ``torch.jit.save``, and have the checksums stored in them.
+
+    Files of torch before 1.6, which start with a pickle, hold none.
+    """
+    problems = []
+    for path in sorted(path for path in (bundle.root / "models").rglob("*") if path.suffix in (".pt", ".ts")):
+        name = path.relative_to(bundle.root).as_posix()
+        with path.open("rb") as file:
+            if file.read(1) == PICKLE:
+                continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load compares none
+        except zipfile.BadZipFile as error:
+            problems.append(f"{name} is cut off, or not a file of torch.save: {error}")
+            continue
+        if damaged:
+            problems.append(f"{name} is damaged: {damaged} in it has another checksum")
     _fail_if(problems)
 
 
@@ -184,13 +209,20 @@ def run_monai(bundle: Bundle, command: str, *options: str) -> None:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
     result = subprocess.run(call, cwd=bundle.root, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise CheckError((result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1])
+        raise CheckError(cause_in(result.stderr) or f"exit code {result.returncode}")
+
+
+def cause_in(stderr: str) -> str:
+    """The error that a program ended with: of a chain of tracebacks the first, which caused the others."""
+    found = re.search(r"^Traceback \(most recent call last\):\n(?: .*\n)+(\S.*)", stderr, re.MULTILINE)
+    return found[1] if found else (stderr.strip().splitlines() or [""])[-1]
 
 
 CHECKS: dict[str, Callable[[Bundle], None]] = {
     "required files": required_files,
     "no stray files": stray_files,
     "large files": large_files,
+    "weights": weights,
     "metadata": metadata_schema,
     "properties of the inference config": properties_of("inference"),
     "properties of the train config": properties_of("train"),

@@ -343,11 +343,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull`")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is cut off, or torch.save did not write it")
-    with zipfile.ZipFile(path) as archive:
-        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-            raise CheckpointError(
-                f"{path} cannot be read as a checkpoint: it is compressed, which torch.save never does"
-            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist())
+            damaged = None if packed else archive.testzip()  # torch.load compares no checksums
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}; copy or download it again") from error
+    if packed:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is compressed, which torch.save never does")
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: {damaged} in it has another checksum; copy or download it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
