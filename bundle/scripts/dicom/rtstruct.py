@@ -31,6 +31,7 @@ def write_rtstruct(
     source: Series,
     *,
     model: Model,
+    description: str = "Tumour contours, automatic; research use only",
 ) -> Dataset:
     """Write lesions as a DICOM RT Structure Set with one ROI for each, unapproved.
 
@@ -47,8 +48,7 @@ def write_rtstruct(
     described = [(lesion.name, lesion.label, lesion.volume_ml) for lesion in lesions] or [("GTV", "GTV", 0.0)]
     with lenient():
         dataset = _structure_set(headers, model)
-        dataset.SeriesDescription = "Tumour contours, automatic; research use only"
-        dataset.SeriesNumber = RTSTRUCT_SERIES_NUMBER
+        dataset.SeriesDescription, dataset.SeriesNumber = description, RTSTRUCT_SERIES_NUMBER
         dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
         dataset.RTROIObservationsSequence = []
         for number, (name, label, volume) in enumerate(described, start=1):

@@ -81,6 +81,7 @@ def write_seg(
     source: Series,
     *,
     model: Model,
+    description: str = "Tumour, automatic; research use only",
 ) -> Dataset:
     """Write lesions as a binary DICOM segmentation of the CT, one segment for each.
 
@@ -99,6 +100,7 @@ def write_seg(
         lesions: of :func:`scripts.imaging.lesions.find_lesions`.
         source: the CT, whose patient, study, frame of reference and images the segmentation refers to.
         model: what made the segmentation.
+        description: series description, 64 characters at most.
 
     Returns:
         The dataset as written, for :func:`write_sr`.
@@ -128,7 +130,7 @@ def write_seg(
             omit_empty_frames=bool(lesions),
             content_label="TUMOUR",
             content_description="Research use only",
-            series_description="Tumour, automatic; research use only",
+            series_description=description,
             specific_character_set=UTF_8,
         )
         save_whole(seg, path)
