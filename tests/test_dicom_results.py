@@ -6,10 +6,12 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
+import torch
 from dicom_study import write_series
 from pydicom.config import disable_value_validation
 from report_case import prediction, uncalibrated, without_tasks
 
+from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import find_examinations
 from scripts.dicom.rtstruct import write_rtstruct
@@ -18,7 +20,7 @@ from scripts.dicom.series import find_series
 from scripts.dicom.sr import Findings, write_sr
 from scripts.dicom.tags import DicomError
 from scripts.imaging.lesions import find_lesions
-from scripts.prediction.dicom_results import notes, remarks
+from scripts.prediction.dicom_results import FORCED, notes, remarks, write_dicom_results
 from scripts.prediction.findings import AS_IN_TRAINING
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "cases"
@@ -251,3 +253,18 @@ def test_the_report_says_of_the_scans_what_the_page_says(name, value, verdict, w
     checks = [{"name": name, "value": value, "unit": "", "limit": "", "verdict": verdict, "message": "so it is"}]
     said = notes(prediction(quality={"verdict": verdict, "forced": False, "checks": checks}))
     assert [text for text in said if "so it is" in text] == ([f"Quality control, {word}: so it is"] if word else [])
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_series_of_a_forced_prediction_say_so(tmp_path, forced):
+    choice = choose_pet_ct(find_series(study(tmp_path / "in")))
+    mask = torch.zeros(1, *choice.ct.grid.shape, dtype=torch.uint8)
+    mask[0, 1:4, 2:5, 3:6] = 1
+    said = prediction(quality={"verdict": "reject", "forced": forced, "checks": []})
+    said["tumour"]["lesion_list"] = said["tumour"]["lesion_list"][:1]
+    result = {keys.PREDICTION: said, keys.PRED: mask}
+    written = dict(write_dicom_results({keys.DICOM: choice}, result, tmp_path / "out"))
+    assert set(written) == {"dicom_seg", "dicom_rtstruct", "dicom_sr"}
+    for name in ("dicom_seg", "dicom_rtstruct"):
+        title = pydicom.dcmread(tmp_path / "out" / written[name]).SeriesDescription
+        assert (title == FORCED) == forced and "research use only" in title
