@@ -90,7 +90,7 @@ def make_deploy_environment(folder: Path) -> Path:
 OWN: dict[str, tuple[str, Path, Callable[[Path], Path], list[str], dict[str, str]]] = {
     "label": (
         *("MONAI Label", LABEL_ENVIRONMENT, make_label_environment),
-        *(["-o", "addopts=", "-o", "filterwarnings=default"], {"MAIN_PYTHON": sys.executable}),
+        *(["-q", "-o", "addopts=", "-o", "filterwarnings=default"], {"MAIN_PYTHON": sys.executable}),
     ),
     "deploy": ("MONAI Deploy", ROOT / ".deploy_env", make_deploy_environment, [], {}),
     "federated": ("NVIDIA FLARE", FEDERATED_ENVIRONMENT, make_federated_environment, [], {}),
@@ -98,6 +98,6 @@ OWN: dict[str, tuple[str, Path, Callable[[Path], Path], list[str], dict[str, str
 
 
 def _run_tests(python: Path, options: list[str], file: str, variables: dict[str, str]) -> NoReturn:
-    command = [str(python), "-m", "pytest", "-q", "-rs", *options, "-p", "no:cacheprovider", file]
+    command = [str(python), "-m", "pytest", "-rs", *options, "-p", "no:cacheprovider", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}  # one thread, as run_checks.py has it
     raise SystemExit(1 if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode else 0)
