@@ -65,7 +65,7 @@ def test_p_is_small_as_rarely_as_it_says() -> None:
     [
         pytest.param(lambda t: t.iloc[1:], "1 patients are in one of the two tables only, such as P000", id="missing"),
         pytest.param(lambda t: pd.concat([t, t.iloc[:1]]), "P000 occurs twice", id="twice"),
-        pytest.param(lambda t: t.assign(event=True), "different event", id="labels"),
+        pytest.param(lambda t: t.assign(event=True), "patients a different event, such as P0", id="labels"),
         pytest.param(lambda t: t.iloc[1:].drop(columns="PatientID"), "have 40 and 39 patients", id="no_ids"),
     ],
 )

@@ -12,6 +12,7 @@ from synthetic_run import SAMPLES, make_run
 
 from experiments import comparators, evidence
 from experiments.clinical_cox import evaluate_cox
+from experiments.experiment import ExperimentError
 from scripts import keys
 from scripts.cohorts.clinical import code_indicators
 from scripts.cohorts.cohort import load_cohort
@@ -129,3 +130,14 @@ def test_two_experiments_are_compared_on_the_patients_of_both(evaluated, cohort,
     assert rows["dice"]["reason"] == "not a task of both models"
     same = comparators.compare_runs(first, first, 0, SAMPLES)["differences"]
     assert all(row["value"] == row["low"] == row["high"] == 0 for row in same.values())
+
+
+def test_an_experiment_with_another_outcome_of_a_patient_is_not_compared(evaluated, cohort, tmp_path):
+    other = make_run(tmp_path / "other", cohort, seed=1)
+    table = pd.read_csv(other / "out_of_fold.csv")
+    known = table.index[table["time"].notna()][:2]
+    table.loc[known, "time"] += 100
+    table.to_csv(other / "out_of_fold.csv", index=False)
+    message = rf"other: the two tables give 2 patients a different time, such as {table['PatientID'][known].min()}: its"
+    with pytest.raises(ExperimentError, match=message):
+        comparators.compare_runs(evidence.read_run(evaluated), evidence.read_run(other), 0, SAMPLES)

@@ -30,6 +30,7 @@ from conftest import BUNDLE, ROOT, TINY, make_tiny_cohort
 from experiments import experiment
 from experiments.experiment import ExperimentError, read_experiment, read_fold, read_override
 from experiments.processes import FolderInUseError, last_lines
+from scripts import keys
 from scripts.cohorts.cohort import CohortError
 
 DEMO = tuple(json.loads((BUNDLE / "configs" / "demo.json").read_text())[name] for name in ("epochs", "val_interval"))
@@ -289,6 +290,16 @@ def test_a_failing_fold_does_not_stop_the_others_and_is_all_that_is_repeated(fak
     pooled = pd.read_csv(tmp_path / "run" / "out_of_fold.csv", dtype=str)
     assert pooled["PatientID"].tolist() == ["000_validation", "001_validation", "002_validation"]
     assert "mean                                            0.600" in capsys.readouterr().out
+
+
+def test_counts_of_a_finished_fold_are_of_those_evaluated(tmp_path, centres):
+    """Not of those that quality control left out, beside whose number a metric would seem better founded."""
+    plan = experiment.make_plan(str(centres), "partial", (), None, str(tmp_path / "run"), {}, "")
+    cases = plan.splits[0].part("validation")
+    table = experiment.evaluation_folder(plan.folder, 0) / "cases.csv"
+    table.parent.mkdir(parents=True)
+    pd.DataFrame({"PatientID": [case[keys.PATIENT_ID] for case in cases[1:]]}).to_csv(table, index=False)
+    assert len(cases) == 4 and experiment.evaluated(plan, 0, "validation", cases) == cases[1:]
 
 
 def test_some_folds_and_then_the_others(fake, tmp_path, tiny_cohort):

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from experiments.clinical_cox import code_cohort, fill_missing, fit_cox
 from experiments.evidence import Run, on_one_scale
-from experiments.experiment import TRAINING
+from experiments.experiment import TRAINING, ExperimentError
 from scripts import keys
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.scans import patient_key
@@ -200,9 +200,17 @@ def compare_tables(
 
 
 def compare_runs(run: Run, other: Run, seed: int, samples: int) -> dict[str, Any]:
-    """This experiment less another, measure by measure, on the patients that both hold out."""
+    """This experiment less another, measure by measure, on the patients that both hold out.
+
+    Raises:
+        ExperimentError: the other gives a patient another outcome or HPV status.
+    """
     tables = on_one_scale(run.cases), on_one_scale(other.cases)
-    differences = {name: compare_tables(*tables, seed, samples, name) for name in COMPARED}
+    try:
+        differences = {name: compare_tables(*tables, seed, samples, name) for name in COMPARED}
+    except ValueError as error:
+        why = "its cohort has been changed, so the two cannot be compared; train one of them again"
+        raise ExperimentError(f"{other.folder}: {error}: {why}") from error
     return {"other": str(other.folder), "other_command": other.record["command"], "differences": differences}
 
 

@@ -33,6 +33,7 @@ from scripts import keys
 from scripts.cohorts.cohort import Cohort, Split, load_cohort
 from scripts.cohorts.files import sha256_of, write_text
 from scripts.imaging.images import ImageReadError, read_grid
+from scripts.keys import Case
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -443,13 +444,16 @@ def write_record(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None:
-    """Write ``fold.json``: how a fold ended, on what it was trained, its metrics."""
+    """Write ``fold.json``: how a fold ended, its metrics, and counts of its cases, once finished of those evaluated."""
     import torch
 
+    parts = {part: plan.splits[fold].part(part) for part in plan.parts}
+    if failure is None:
+        parts = {part: evaluated(plan, fold, part, cases) for part, cases in parts.items()}
     outcome: dict[str, Any] = {
         "fold": fold,
         "status": FINISHED if failure is None else FAILED,
-        "cases": {part: counts(plan.splits[fold].part(part)) for part in plan.parts},
+        "cases": {part: counts(cases) for part, cases in parts.items()},
     }
     if plan.config["protocol"] == "leave_one_centre_out":
         outcome["centre"] = plan.cohort.centres[fold]
@@ -462,6 +466,12 @@ def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None
     else:
         outcome["failure"] = dict(failure)
     write_text(folder / FOLD_FILE, json.dumps(outcome, indent=1))
+
+
+def evaluated(plan: Plan, fold: int, part: str, cases: Sequence[Case]) -> list[Case]:
+    """Those of the cases that are in the table of an evaluation; quality control may have left out some."""
+    table = pd.read_csv(evaluation_folder(plan.folder, fold, part) / "cases.csv", converters={"PatientID": str})
+    return [case for case in cases if case[keys.PATIENT_ID] in set(table["PatientID"])]
 
 
 def gather(plan: Plan, record: dict[str, Any]) -> pd.DataFrame:

@@ -112,7 +112,9 @@ def _paired(cases_a: pd.DataFrame, cases_b: pd.DataFrame) -> tuple[pd.DataFrame,
         second = second.set_index("PatientID").loc[first["PatientID"]].reset_index()
     elif len(first) != len(second):
         raise ValueError(f"the tables have {len(first)} and {len(second)} patients")
-    for label in (keys.TIME, keys.EVENT, keys.HPV):
-        if label in first and label in second and not np.allclose(first[label], second[label], equal_nan=True):
-            raise ValueError(f"the two tables give patients a different {label}")
+    for label in (name for name in (keys.TIME, keys.EVENT, keys.HPV) if name in first and name in second):
+        differs = ~np.isclose(first[label], second[label], equal_nan=True)
+        if differs.any():
+            such = f", such as {first['PatientID'][differs].iloc[0]}" if "PatientID" in first else ""
+            raise ValueError(f"the two tables give {differs.sum()} patients a different {label}{such}")
     return first, second
