@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -45,6 +46,17 @@ def test_calibration_cuts_and_thresholds_come_from_the_other_folds(run):
         threshold = judged.cases.loc[judged.cases["fold"] == fold, "hpv_threshold"].unique()
         chosen = choose_hpv_threshold(judged.cases[judged.cases["fold"] != fold])["value"]
         assert threshold == [chosen]
+
+
+def test_folds_of_several_versions_are_noted(copy):
+    """An experiment that was resumed after an update; folds of earlier versions do not say by which they were made."""
+    assert not any("different versions" in note for note in evidence.read_run(copy).notes)
+    record = json.loads((copy / "experiment.json").read_text())
+    record["versions"]["bundle"] = "0.8.0"
+    record["folds"]["2"]["versions"] = record["versions"] | {"bundle": "0.9.1"}
+    (copy / "experiment.json").write_text(json.dumps(record))
+    note = "the folds were made by different versions of bundle: fold 0 by 0.8.0, fold 1 by 0.8.0, fold 2 by 0.9.1"
+    assert note in evidence.read_run(copy).notes
 
 
 @pytest.mark.parametrize(

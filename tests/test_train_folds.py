@@ -185,6 +185,7 @@ def test_the_record_says_what_was_run_on_what(real_run, tiny_cohort):
     fold = record["folds"]["1"]
     assert (fold["status"], fold["epoch"], fold["best_epoch"]) == ("finished", 1, 1)
     assert fold["cases"]["training"]["cases"] == 3
+    assert fold["versions"] == record["versions"]
     report = json.loads((real_run / "fold_1" / "evaluation" / "metrics.json").read_text())
     assert fold["metrics"]["validation"] == report["metrics"]
 

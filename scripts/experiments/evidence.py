@@ -107,6 +107,7 @@ def read_run(folder: str | Path) -> Run:
     unfinished = [fold for fold, outcome in record["folds"].items() if outcome["status"] != FINISHED]
     if unfinished:
         notes.append(f"fold {', '.join(unfinished)} of {record['num_folds']} is not finished and counts nowhere")
+    notes += mixed_versions(record)
     scales, normalisation = fold_scales(folder, tables["cases"], notes)
     tables = {name: merge_shared(add_risk(table, scales), notes) for name, table in tables.items()}
     run = Run(folder, record, tables["cases"], tables.get("reference"), {}, normalisation, notes)
@@ -118,6 +119,25 @@ def read_run(folder: str | Path) -> Run:
     if selection["fitted_to_these_cases"] != []:
         notes.append(selection["statement"])
     return run
+
+
+def mixed_versions(record: Mapping[str, Any]) -> list[str]:
+    """A note for each package of which the finished folds were made by different versions.
+
+    Example:
+        >>> folds = {"0": {"status": "finished"}, "1": {"status": "finished", "versions": {"bundle": "0.9.1"}}}
+        >>> mixed_versions({"versions": {"bundle": "0.8.0"}, "folds": folds})
+        ['the folds were made by different versions of bundle: fold 0 by 0.8.0, fold 1 by 0.9.1']
+    """
+    finished = {fold: outcome for fold, outcome in record["folds"].items() if outcome["status"] == FINISHED}
+    made = {fold: outcome.get("versions", record.get("versions", {})) for fold, outcome in finished.items()}
+    notes = []
+    for name in sorted({name for versions in made.values() for name in versions}):
+        each = {fold: versions.get(name, "unknown") for fold, versions in made.items()}
+        if len(set(each.values())) > 1:
+            listed = ", ".join(f"fold {fold} by {version}" for fold, version in each.items())
+            notes.append(f"the folds were made by different versions of {name}: {listed}")
+    return notes
 
 
 def selection_of(record: Mapping[str, Any], judged: str | None = None) -> dict[str, Any]:

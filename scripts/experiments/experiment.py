@@ -454,6 +454,7 @@ def write_fold(plan: Plan, fold: int, failure: Mapping[str, Any] | None) -> None
         "fold": fold,
         "status": FINISHED if failure is None else FAILED,
         "cases": {part: counts(cases) for part, cases in parts.items()},
+        "versions": versions(),  # those of the folds differ where an experiment is resumed after an update
     }
     if plan.config["protocol"] == "leave_one_centre_out":
         outcome["centre"] = plan.cohort.centres[fold]
