@@ -107,6 +107,7 @@ def test_the_ablation_is_judged_on_its_test_cases_with_what_the_validation_cases
     assert not set(judged.cases["PatientID"]) & set(validation["PatientID"])
     assert judged.calibrations[0].patients == validation["time"].notna().sum()
     assert report["held_out"] == "test"
+    assert report["data"].startswith(f"{len(judged.cases)} of 90 ")
     assert report["figures"]["dice"]["reason"] == "not a task of this model"
     assert report["pooled"]["metrics"]["hpv_auc"]["reason"] == "not a task of this model"
 

@@ -28,6 +28,7 @@ from experiments.experiment import (
     fold_folder,
     read_experiment,
     read_fold,
+    statement_on_part,
 )
 from scripts.cohorts.clinical import feature_named
 from scripts.cohorts.thresholds import HALF
@@ -137,7 +138,7 @@ def statement_on_training(runs: str | Path, folds: Sequence[int], statement: str
     """
     tables = [evaluation_folder(runs, fold, TRAINING) / "cases.csv" for fold in folds]
     used = {patient for path in tables for patient in pd.read_csv(path, converters={"PatientID": str})["PatientID"]}
-    return statement if len(used) >= cases else f"{len(used)} of {statement}"
+    return statement_on_part(statement, cases, len(used))
 
 
 def describe_chosen_on(keep_epoch: str | None) -> str:

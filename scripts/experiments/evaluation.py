@@ -36,7 +36,7 @@ from experiments.evidence import (
     selection_of,
     survival_of,
 )
-from experiments.experiment import ExperimentError, fold_folder
+from experiments.experiment import ExperimentError, fold_folder, statement_on_part
 from experiments.external_cohort import judge_external, predict_external
 from scripts.cohorts.files import write_text
 from scripts.evaluation.case_metrics import MEASURES, SMALL_GROUP, centre_groups, format_summary
@@ -100,7 +100,7 @@ def describe(run: Run, samples: int) -> dict[str, Any]:
     record = run.record
     return {
         "run": run.folder.name,
-        "data": record["cohort"]["trained_on"],
+        "data": statement_on_part(record["cohort"]["trained_on"], record["cohort"]["cases"], len(run.cases)),
         "dataset_dir": record["dataset_dir"],
         "command": record["command"],
         "protocol": record["protocol"],

@@ -359,6 +359,16 @@ def counts(cases: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
+def statement_on_part(statement: str, cases: int, number: int) -> str:
+    """The statement on a cohort's ``cases``, with the ``number`` that it is used for where that is smaller.
+
+    Example:
+        >>> statement_on_part("60 phantoms", 60, 60), statement_on_part("60 phantoms", 60, 43)
+        ('60 phantoms', '43 of 60 phantoms')
+    """
+    return statement if number >= cases else f"{number} of {statement}"
+
+
 def clinical_statistics(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """How many cases have each clinical value, with mean and standard deviation (None if no case has it)."""
     statistics: dict[str, dict[str, Any]] = {}

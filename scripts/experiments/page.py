@@ -52,7 +52,7 @@ PROTOCOL_NAMES = {
     "leave_one_centre_out": "each centre left out in turn",
 }
 SHOWN_SETTINGS = (
-    *("epochs", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
+    *("epochs", "keep_epoch", "batch_size", "learning_rate", "roi_size", "spacing_mm", "ct_window", "pet_window"),
     *("seg_classes", "mask_gradient", "task_weights", "event_fraction", "seed"),
 )
 CENTRE_SURVIVAL = ("C-index (Uno)", "AUC at 2 years", "Brier skill", "observed minus predicted, 2 years")
