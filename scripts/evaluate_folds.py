@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import run_tool
+from command_line import UsageError, run_tool
 
 from experiments.experiment import ExperimentError, as_list
 from scripts.cohorts.cohort import CohortError
@@ -39,6 +39,8 @@ def evaluate_folds(
         examples: predict the masks of the example cases on the page; existing ones are kept.
         samples: draws of the bootstrap.
     """
+    if samples < 1:
+        raise UsageError(f"--samples is the number of draws, 1 or more; got {samples}")
     from experiments.evaluation import evaluate, summary  # imports torch, which takes seconds
     from experiments.page import read_evaluated, write_page
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from command_line import run_tool
+from command_line import UsageError, run_tool
 
 from experiments.clinical_cox import Result, Score, evaluate_cox
 from experiments.clinical_evidence import (
@@ -170,6 +170,8 @@ def fit_clinical(
         external: table of other hospitals to test that model on, read like any cohort.
         output: JSON file for the result.
     """
+    if seed < 0 or bootstrap < 1 or (penalizer or 0.0) < 0:
+        raise UsageError("--seed and --penalizer are 0 or more, --bootstrap is 1 or more")
     if out is not None:
         if train_centres or mapping is None:
             raise CohortError("--out fits all patients of a table read by --mapping: no --train_centres")

@@ -870,6 +870,30 @@ def test_dots_between_thousands_are_refused_as_labels(tmp_path, caplog):
     assert "label ignored: clinical.csv, column 'RFS': dots seem to stand" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kinds", "labels", "expected"),
+    [
+        pytest.param("ct pet mask", ("900,1,1", "800,0,0"), set(), id="all"),
+        pytest.param("ct pet", ("900,1,1", "800,0,0"), {"task seg: no case has a mask"}, id="no_mask"),
+        pytest.param("ct pet mask", ("900,1,1", "800,0,1"), {"task hpv: every known HPV status is"}, id="one_status"),
+        pytest.param(
+            "ct pet mask",
+            ("900,0,", ",1,"),
+            {"task hpv: no case has a known HPV status", "task surv: no case has a relapse with its RFS"},
+            id="masks_only",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_learnt_are_noted(tmp_path, kinds, labels, expected):
+    for patient in ("CHUM-001", "CHUM-002"):
+        add_scans(tmp_path / patient, patient, kinds)
+    rows = [f"CHUM-00{k},{text}" for k, text in enumerate(labels, start=1)]
+    add_table(tmp_path, rows, "clinical.csv", "PatientID,RFS,Relapse,HPV Status")
+    notes = [note for note in cohort.load_cohort(tmp_path).notes if note.startswith("task ")]
+    assert len(notes) == len(expected) and all(any(note.startswith(text) for note in notes) for text in expected)
+    assert all(note.endswith("does not learn this task; choose the others with --tasks") for note in notes)
+
+
 def test_months_are_suspected(tmp_path):
     patients = [f"CHUM-{number:03d}" for number in range(1, 21)]
     add_patients(tmp_path, *patients)

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from synthetic_run import SAMPLES, make_run
 
+from command_line import UsageError
+
 import evaluate_folds as tool
 from experiments.evaluation import case_table
 from experiments.evidence import read_run
@@ -120,3 +122,8 @@ def test_without_survival_its_figures_say_why(cohort, tmp_path, capsys):
     assert report["figures"]["kaplan_meier_median"]["reason"] == "survival is not a task of this model"
     assert report["clinical_only"]["c_index"]["value"] is not None
     assert "not a task of this model" in capsys.readouterr().out
+
+
+def test_a_bootstrap_without_draws_is_refused(evaluated):
+    with pytest.raises(UsageError, match="--samples is the number of draws, 1 or more; got 0"):
+        tool.evaluate_folds(str(evaluated), samples=0)

@@ -270,6 +270,9 @@ def test_data_set_folder_without_images(made_up_csv, tmp_path, capsys):
         pytest.param({"features": "weight"}, "unknown clinical feature 'weight'", id="feature"),
         pytest.param({"features": "t_stage", "num_folds": 2}, "same clinical values", id="no_such_column"),
         pytest.param({"num_folds": 1}, "num_folds is 1; at least 2", id="folds"),
+        pytest.param({"penalizer": -0.1}, "--seed and --penalizer are 0 or more", id="penalizer"),
+        pytest.param({"seed": -1}, "--seed and --penalizer are 0 or more", id="seed"),
+        pytest.param({"bootstrap": 0}, "--bootstrap is 1 or more", id="bootstrap"),
     ],
 )
 def test_options_that_cannot_be_met(made_up_csv, options, message):

@@ -247,6 +247,8 @@ def load_cohort(
     if not cases:
         raise CohortError("\n  ".join([f"{source}: no case can be used", *_by_reason(exclusions)]))
     notes += [*_lost_zeros(tables, scans), *_notes_on_tables(tables, cases, clinical_features)]
+    if require_images:
+        notes += _notes_on_tasks(cases)
     cohort = Cohort(source, cases, exclusions, notes, list(map(str, tables.files)), tables.columns)
     logger.info("%s", cohort.describe())
     return cohort
@@ -386,6 +388,18 @@ def _notes_on_tables(tables: Tables, cases: Sequence[Case], features: Sequence[s
     if len(times) >= 20 and max(times) < 200:
         notes.append(f"the longest RFS is {max(times):g}, read as days: is it in months or years?")
     return notes
+
+
+def _notes_on_tasks(cases: Sequence[Case]) -> list[str]:
+    """Notes on tasks that no network can learn from the cases, since no label tells them apart."""
+    statuses = {case[keys.HPV] for case in cases if case[keys.HPV_KNOWN]}
+    lacking = {
+        keys.TASK_SEG: "" if any(case[keys.SEG_KNOWN] for case in cases) else "no case has a mask",
+        keys.TASK_HPV: ("no case has a known HPV status", "every known HPV status is the same", "")[len(statuses)],
+        keys.TASK_SURV: "" if any(case[keys.EVENT] for case in cases) else "no case has a relapse with its RFS",
+    }
+    message = "a network that is trained on these cases does not learn this task; choose the others with --tasks"
+    return [f"task {task}: {why}; {message}" for task, why in lacking.items() if why]
 
 
 def inference_cases(
