@@ -38,6 +38,7 @@ from scripts import keys
 from scripts.cohorts import clinical
 from scripts.cohorts.cohort import Case, Cohort, CohortError, load_cohort
 from scripts.cohorts.files import write_text
+from scripts.cohorts.scans import counted
 from scripts.cohorts.tables import centre_name
 
 
@@ -107,7 +108,7 @@ def print_report(report: dict[str, Any], result: Result) -> None:
         + ", ".join(f"{name} {count}" for name, count in report["missing"].items())
     )
     for reason, count in report["left_out"].items():
-        print(f"left out: {count} patients, {reason}")
+        print(f"left out: {counted(count, 'patient')}, {reason}")
     for note in report["notes"]:
         print(f"note: {note}")
     print("\nC-index [95 % bootstrap interval over patients, model fixed]")

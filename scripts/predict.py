@@ -132,7 +132,7 @@ def predict(
     options = {"ckpt_dir": ckpt_dir, "force": force, "report": report, "explain": explain, "viewer": viewer}
     with downloaded(dicomweb, study) as folder, other_processes(ray, ray_cores, ray_gpus, options) as elsewhere:
         one = None if ct is None else one_case(ct, str(pet), features, patient_id, clinical, values)
-        cases = one or gather_cases(str(input or folder), features, clinical, values)
+        cases = one or gather_cases(str(input or folder), features, clinical, values, str(output))
         writer = run_cases(parser, cases, report, explain, resume, elsewhere)
     if store:
         store_results(DicomWeb(str(dicomweb)), writer)
@@ -232,11 +232,13 @@ def store_results(web: DicomWeb, writer: PredictionWriter) -> None:
             logger.info("%s: stored: %s", patient, ", ".join(path.name for path in paths))
 
 
-def gather_cases(source: str, features: Sequence[str], clinical: str | None, values: Mapping[str, Any]) -> list[Case]:
-    """The cases of a folder or list with all that is known of them."""
+def gather_cases(
+    source: str, features: Sequence[str], clinical: str | None, values: Mapping[str, Any], output: str
+) -> list[Case]:
+    """The cases of a folder or list with all that is known of them; ``output`` is not searched."""
     own = None if clinical is None else clinical_object(clinical)
     try:
-        cases = find_cases(source, features, None if own is not None else clinical)
+        cases = find_cases(source, features, None if own is not None else clinical, output)
     except NoScanError as error:
         raise UsageError(f"{error}; two files are named with --ct and --pet") from error
     return with_values(cases, clinical, own, values)
@@ -245,7 +247,7 @@ def gather_cases(source: str, features: Sequence[str], clinical: str | None, val
 def one_case(
     ct: str, pet: str, features: Sequence[str], patient_id: str | None, clinical: str | None, values: Mapping[str, Any]
 ) -> list[Case]:
-    """The case of one pair of scans; arguments as for :func:`gather_cases`."""
+    """The case of one pair of scans; other arguments as for :func:`gather_cases`."""
     own = None if clinical is None else clinical_object(clinical)
     case = pair_case(ct, pet, features, patient_id)
     if clinical is not None and own is None:

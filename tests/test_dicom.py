@@ -521,6 +521,27 @@ def test_another_pet_of_the_examination_is_a_doubt(tmp_path, only_pair, modality
     assert [doubt.partition(":")[0] for doubt in choice.doubts] == ([told] if told else [])
 
 
+FURTHER = "another PET of this examination (series 9) shows {} mm of the body beyond series 4"
+
+
+@pytest.mark.parametrize(
+    "depths, tags, told",
+    [
+        pytest.param(LONG[8:16] - 100, {}, [FURTHER.format(100 - int(LONG[8]))], id="below"),
+        pytest.param(LONG[-8:] + 60, {"AcquisitionTime": "115500"}, [FURTHER.format(60)], id="above"),
+        pytest.param(LONG[-8:] + 60, {"AcquisitionTime": None}, [FURTHER.format(60)], id="time_not_stated"),
+        pytest.param(LONG[-8:] + 60, {"AcquisitionTime": "125000"}, [f"{ANOTHER} 60 min later"], id="another_scan"),
+        pytest.param(LONG[-8:] + 40, {}, [], id="little"),
+        pytest.param(LONG[4:14], {}, [], id="a_part"),
+    ],
+)
+def test_a_scan_stored_as_several_series_is_a_doubt(tmp_path, only_pair, depths, tags, told):
+    write_series(tmp_path, "PT", uid="1.2.3.4.5", tags={**pet_tags(**tags), "SeriesNumber": 9}, depths=depths)
+    choice = choose_pet_ct([*only_pair, *find_series(tmp_path)])
+    assert choice.pet.number == 4
+    assert [doubt.partition(":")[0] for doubt in choice.doubts] == told
+
+
 @pytest.mark.parametrize(
     "ct, pet, told",
     [

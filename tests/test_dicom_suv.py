@@ -13,7 +13,7 @@ from scripts import keys
 from scripts.dicom.choice import choose_pet_ct
 from scripts.dicom.examinations import DicomScan, find_examinations
 from scripts.dicom.series import find_series, read_series
-from scripts.dicom.suv import suv_of
+from scripts.dicom.suv import Suv, suv_of
 from scripts.dicom.tags import DicomError
 from scripts.dicom.tracer import FDG, tracer_of
 from scripts.imaging.quality import CheckQualityd, checks_from_json
@@ -321,6 +321,11 @@ PART_1 = {CLOCK: "100000", "RadionuclideTotalDose": 185e6}
 PART_2 = {CLOCK: "104500", "RadionuclideTotalDose": 185e6}
 
 
+def decayed(minutes, **changes):
+    """A PET of 2 min a bed, whose Decay Factor corrects for a decay of so many minutes."""
+    return pet_header(DecayFactor=f"{2 ** (minutes / 110):.6g}", ActualFrameDuration=120_000, **changes)
+
+
 def parts(*items, **changes):
     """A PET with several radiopharmaceutical items."""
     header = pet_header(**changes)
@@ -387,12 +392,61 @@ def parts(*items, **changes):
         pytest.param(
             parts(PART_1, PART_2), 70_000 / (185e6 * (0.5 + 2 ** (-65 / 110))), "given in 2 parts", id="two_injections"
         ),
+        pytest.param(
+            pet_header(PatientWeight=7),
+            ONE_HALF_LIFE / 10,
+            "Weight .* is 7 kg; 30 to 250 kg are usual",
+            id="weight_low",
+        ),
+        pytest.param(pet_header(PatientWeight=280), ONE_HALF_LIFE * 4, "is 280 kg; 30 to 250", id="weight_high"),
+        pytest.param(
+            pet_header(RadionuclideTotalDose=3.7e9),
+            ONE_HALF_LIFE / 10,
+            "Dose .* is 3700 MBq; 20 to 1000",
+            id="dose_high",
+        ),
+        pytest.param(pet_header(RadionuclideTotalDose=3.7e6), ONE_HALF_LIFE * 100, "is 3.7 MBq", id="dose_low"),
+        pytest.param(
+            decayed(110 + 1),
+            ONE_HALF_LIFE,
+            "decay of 111 min, and by the times .* for 1 min",
+            id="start_but_to_injection",
+        ),
+        pytest.param(decayed(15), ONE_HALF_LIFE, "decay of 15 min, and by the times .* for 1 min", id="start_15_min"),
+        pytest.param(
+            decayed(1, DecayCorrection="ADMIN"),
+            *(AT_INJECTION, "decay of 1 min, and by the times .* for 111 min"),
+            id="admin_but_to_start",
+        ),
     ],
 )
 def test_doubts_are_said(header, factor, doubt):
     found = suv_of(header)
     assert found.factor == pytest.approx(factor, rel=1e-9)
     assert len(found.doubts) == 1 and re.search(doubt, found.doubts[0]), found.doubts
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(decayed(1), id="start"),
+        pytest.param(decayed(10), id="start_within_tolerance"),
+        pytest.param(decayed(111, DecayCorrection="ADMIN"), id="admin"),
+        pytest.param(decayed(31, AcquisitionTime="122000"), id="late_bed"),
+        pytest.param(pet_header(DecayFactor=1.0, AcquisitionTime="121000"), id="one_says_nothing"),
+        pytest.param([decayed(9, AcquisitionTime="115800"), decayed(1)], id="first_of_two_beds"),
+        pytest.param(decayed(1, SeriesTime="235900", AcquisitionTime="000000", **{CLOCK: "225900"}), id="midnight"),
+        pytest.param(pet_header(PatientWeight=30, RadionuclideTotalDose=20e6), id="lowest"),
+        pytest.param(pet_header(PatientWeight=250, RadionuclideTotalDose=1e9), id="highest"),
+    ],
+)
+def test_what_is_usual_is_no_doubt(header):
+    assert suv_of(header).doubts == ()
+
+
+def test_a_decay_factor_that_cannot_be_compared_changes_nothing():
+    header = pet_header(DecayFactor="2.5", DecayCorrection="ADMIN", AcquisitionDate=None)
+    assert suv_of(header) == Suv(AT_INJECTION)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_predict_from_a_server_and_store(server, model, phantom, tmp_path, caplo
     server.faults.clear()
     with caplog.at_level(logging.INFO):
         predict(str(tmp_path / "web"), resume=True, **options, **web_options)
-    assert "1 of 1 patients are done already" in caplog.text
+    assert "1 of 1 patient done already" in caplog.text
     stored = {dataset.Modality: dataset for dataset in server.stored}
     assert {"SEG", "SR"} <= set(stored)
     assert {dataset.StudyInstanceUID for dataset in server.stored} == {STUDY}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
+from PIL import Image
 
 from conftest import write_image
 from scripts.imaging.geometry import Grid
@@ -170,6 +172,24 @@ def test_a_class_has_its_colour_in_every_picture(name) -> None:
     draw_view(panel, views, "fusion", 0)
     (contour,) = [c for c in panel.get_children() if isinstance(c, QuadContourSet)]
     assert to_hex(contour.get_edgecolor()[0]) == TUMOUR_COLOURS[name]
+
+
+@pytest.mark.parametrize("row", ["CT", "PET", "fusion"])
+@pytest.mark.parametrize("suv", [0.0, 5.0, 12.0], ids=["cold", "red_in_hot", "white_in_hot"])
+@pytest.mark.parametrize("name", ["GTVp", "GTVn"])
+def test_an_outline_is_seen_on_any_uptake_by_lightness_alone(name, suv, row) -> None:
+    ct, grid, mask = scene()
+    views = cut_views((ct, grid), (np.full(ct.shape, suv, dtype=np.float32), grid), {name: (mask, grid)})
+    plain = cut_views((ct, grid), (np.full(ct.shape, suv, dtype=np.float32), grid), {})
+    outlined, without = (lightness(tile(each, row, 0)) for each in (views, plain))
+    assert (outlined - without).max() > 0.25 or (without - outlined).max() > 0.25
+    line = outlined[np.abs(outlined - without) > 0.05]
+    assert line.max() - line.min() > 0.5, "a light rim beside a dark one"
+
+
+def lightness(png: bytes) -> np.ndarray:
+    """Of a picture, 0 to 1, as a reader sees it who distinguishes no colours."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"), dtype=float) / 255
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,8 @@ def test_a_pet_without_weight_fails_when_it_is_read(tmp_path):
         pytest.param({"PatientBirthDate": "19600102"}, {"age": 60.0, "gender": 0.0}, id="birthday"),
         pytest.param({"PatientAge": "000Y", "PatientSex": "O"}, {}, id="de_identified"),
         pytest.param({"PatientAge": "??", "PatientBirthDate": "", "PatientSex": "M"}, {"gender": 1.0}, id="unreadable"),
+        pytest.param({"PatientAge": "61 y"}, {"age": 61.0, "gender": 0.0}, id="with_a_space"),
+        pytest.param({"PatientAge": "61"}, {"age": 20.0, "gender": 0.0}, id="without_unit_and_a_birth_date"),
     ],
 )
 def test_age_and_sex_of_the_header(tmp_path, tags, expected):
@@ -321,6 +323,57 @@ def test_age_and_sex_of_the_header(tmp_path, tags, expected):
     known = {name: value for name, value in case[keys.CLINICAL].items() if value is not None}
     assert known == expected
     assert case.get(keys.CLINICAL_SOURCE, {}) == dict.fromkeys(expected, "DICOM header")
+
+
+NO_UNIT = ["Patient's Age (0010,1010) has no unit; it is read as years unless the age is known otherwise"]
+
+
+@pytest.mark.parametrize(
+    "ct, pet, age, doubts",
+    [
+        pytest.param("64", "64", 64.0, NO_UNIT, id="years"),
+        pytest.param("064", None, 64.0, NO_UNIT, id="three_digits"),
+        pytest.param("015", "015", 15.0, NO_UNIT, id="youngest"),
+        pytest.param("014", "014", None, [], id="a_child_or_months"),
+        pytest.param("110", "110", 110.0, NO_UNIT, id="oldest"),
+        pytest.param("720", "720", None, [], id="months"),
+        pytest.param("64.5", "64.5", None, [], id="no_whole_number"),
+        pytest.param("64", "065Y", 65.0, [], id="the_pet_has_a_unit"),
+        pytest.param(None, "065Y", 65.0, [], id="the_pet_alone"),
+        pytest.param(None, "65", 65.0, NO_UNIT, id="the_pet_alone_without_unit"),
+    ],
+)
+def test_an_age_without_a_unit_is_read_as_years_with_a_doubt(tmp_path, ct, pet, age, doubts):
+    write_dicom(tmp_path, pet={"PatientAge": pet}, PatientAge=ct, PatientBirthDate="")
+    (case,) = find_cases(tmp_path, FEATURES)
+    assert case[keys.CLINICAL]["age"] == age
+    assert list(case[keys.PET].doubts) == doubts
+
+
+def test_an_age_of_the_table_leaves_no_doubt_about_the_header(tmp_path):
+    write_dicom(tmp_path / "dicom", PatientAge="64", PatientBirthDate="")
+    (tmp_path / "clinical.csv").write_text("PatientID,Age\nP-1,50\n")
+    (case,) = find_cases(tmp_path / "dicom", FEATURES, tmp_path / "clinical.csv")
+    assert (case[keys.CLINICAL]["age"], case[keys.PET].doubts) == (50.0, ())
+
+
+@pytest.mark.parametrize("layout", ["dicom", "images"])
+def test_results_within_the_scans_are_not_searched(tmp_path, layout, caplog):
+    if layout == "dicom":
+        write_dicom(tmp_path / "P-1")
+    else:
+        add_scans(tmp_path / "CHUM-001", "CHUM-001", ".nii.gz")
+    results = tmp_path / "results"
+    results.mkdir()
+    with caplog.at_level("INFO"):
+        expected = find_cases(tmp_path, FEATURES)
+        assert str(results) in caplog.text, "as of any folder without scans"
+        write_dicom(results / "P-2", "P-2", 2)
+        caplog.clear()
+        cases = find_cases(tmp_path, FEATURES, None, results)
+    assert [case[keys.PATIENT_ID] for case in cases] == [case[keys.PATIENT_ID] for case in expected]
+    assert str(results) not in caplog.text and "P-2" not in caplog.text
+    assert set(by_id(find_cases(tmp_path, FEATURES))) == {*by_id(expected), "P-2"}
 
 
 def test_a_table_goes_before_the_header(tmp_path):

@@ -461,14 +461,14 @@ def test_what_is_done_is_done_again_when_something_changed(patients, reference, 
             run(patients, output, **{"ckpt_dir": str(model), **options, **more})
         return next(message for message in caplog.messages if "done already" in message)
 
-    assert done() == "2 of 2 patients are done already"
+    assert done() == "2 of 2 patients done already"
     (tmp_path / "c.csv").write_text("PatientID,Age\nCHUM-001,61\nCHUM-002,\n")
-    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
-    assert done(clinical=str(tmp_path / "c.csv")) == "2 of 2 patients are done already"
+    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients done already"
+    assert done(clinical=str(tmp_path / "c.csv")) == "2 of 2 patients done already"
     (output / "CHUM-002" / "CHUM-002__tumour.nii.gz").unlink()
-    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients are done already"
+    assert done(clinical=str(tmp_path / "c.csv")) == "1 of 2 patients done already"
     other = write_model(tmp_path / "other", seed=1)
-    assert done(ckpt_dir=str(other), clinical=str(tmp_path / "c.csv")) == "0 of 2 patients are done already"
+    assert done(ckpt_dir=str(other), clinical=str(tmp_path / "c.csv")) == "0 of 2 patients done already"
 
 
 def test_an_exchanged_scan_is_noticed_and_leaves_nothing_of_the_old_one(patients, reference, model, tmp_path, caplog):
@@ -479,7 +479,7 @@ def test_an_exchanged_scan_is_noticed_and_leaves_nothing_of_the_old_one(patients
     pet.write_bytes(b"another scan")
     with caplog.at_level(logging.INFO):
         run(cohort, output, code=1, **options)
-    assert "1 of 2 patients are done already" in caplog.messages
+    assert "1 of 2 patients done already" in caplog.messages
     assert {patient: row["status"] for patient, row in rows_of(output).items()} == {
         "CHUM-001": "ok",
         "CHUM-002": "failed",
@@ -495,7 +495,7 @@ def test_an_exchanged_dicom_slice_is_noticed(patients, options, tmp_path, caplog
     os.utime(sorted((source / "PET").iterdir())[5], ns=(1, 1))
     run(source, tmp_path / "out", resume=True, **options)
     said = [message for message in caplog.messages if "done already" in message]
-    assert said == ["1 of 1 patients are done already", "0 of 1 patients are done already"]
+    assert said == ["1 of 1 patient done already", "0 of 1 patient done already"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {}}'])

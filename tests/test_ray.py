@@ -210,7 +210,7 @@ def test_a_cluster_gives_the_same_as_one_process(patients, options, nodes, tmp_p
     caplog.clear()
     with caplog.at_level(logging.INFO):
         run(patients, tmp_path / "there", code=1, ray=nodes.address, resume=True, **options)
-    assert "3 of 4 patients are done already" in caplog.text and "1 processes of" in caplog.text
+    assert "3 of 4 patients done already" in caplog.text and "1 processes of" in caplog.text
     assert rows_of(tmp_path / "here") == rows_of(tmp_path / "there")
 
 

@@ -47,6 +47,8 @@ def pdf_words(path: Path) -> str:
     assert len(reader.pages) == 2
     for page in reader.pages:
         assert [round(float(edge) * 25.4 / 72) for edge in page.mediabox[2:]] == [210, 297]
+        footer = " ".join(page.extract_text().split())[-120:]
+        assert "PET/CT report: " in footer and "Research use only" in footer and "of 2" in footer, footer
     return " ".join(" ".join(page.extract_text() for page in reader.pages).split())
 
 
@@ -88,7 +90,7 @@ EVERYTHING = (
     *("41 % of the lesion's SUVmax", "Age 61 years", "Gender male", "missing Tobacco Consumption"),
     *("WARNINGS (1 of 2 checks passed)", "warning: ct slice CT slice spacing: 6 mm: beyond the training range"),
     *(
-        "Outlines: predicted primary tumour (red) and lymph node (blue)",
+        "Outlines (with white rims): predicted primary tumour (red) and lymph node (blue)",
         "CT window -160 to 240 HU",
         "PET window 0 to 12 SUV",
     ),
@@ -381,7 +383,7 @@ def test_the_page_of_a_cohort(cohort: Path) -> None:
         *("Predictions of 4 patients", NOTICE, "trained on: 300 digital phantoms, not for clinical use"),
         *("4 (2 ok, 1 incomplete, 1 failed)", "2 high", "2 positive, 0 negative, 1 without a class"),
         *("incomplete: no row; no report: no space left", "failed: PET is missing"),
-        *("warning: CT slice spacing: 6 mm", "1 patient(s): B & <b>", FORCED, "reject (forced)"),
+        *("warning: CT slice spacing: 6 mm", "1 patient: B & <b>", FORCED, "reject (forced)"),
     ):
         assert said in text
     assert re.findall(r'href="([^"]*)"', source) == ["B_b/report.html", "A-1/report.html", "predictions.csv"]

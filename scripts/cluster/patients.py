@@ -22,6 +22,7 @@ from command_line import BUNDLE, ROOT
 from cluster.nodes import ClusterError, Share, mark, node_name, places, see_software, software, unseen
 from scripts import keys
 from scripts.cohorts.cohort import Case
+from scripts.cohorts.scans import counted
 from scripts.prediction.description import Model
 from scripts.prediction.outputs import PredictionWriter
 
@@ -123,7 +124,7 @@ def predict_on_nodes(writer: PredictionWriter, cases: Sequence[Case], share: Sha
                 writer.write_partial()
                 written = time.monotonic()
     seconds = time.monotonic() - pool.began
-    logger.info("%d patients in %.1f s: %.2f a second", len(cases), seconds, len(cases) / seconds)
+    logger.info("%s in %.1f s: %.2f a second", counted(len(cases), "patient"), seconds, len(cases) / seconds)
 
 
 class Pool:

@@ -23,6 +23,7 @@ from runtimes.inference import configure_log, load_bundle, named_files, run_case
 from scripts import keys
 from scripts.cohorts.cohort import CohortError, load_cohort
 from scripts.cohorts.files import write_text
+from scripts.cohorts.scans import counted
 from scripts.evaluation.case_metrics import MEASURES, format_summary, summarise
 from scripts.evaluation.case_table import mask_columns
 from scripts.imaging.geometry import Grid, bounding_window, resample
@@ -105,7 +106,10 @@ def write(cases: pd.DataFrame, folder: Path, dataset_dir: str, checkpoint: Path,
     trained_on = saved_provenance(checkpoint).get("trained_on")
     about = {"dataset_dir": str(dataset_dir), "checkpoint": str(checkpoint), "trained_on": trained_on}
     write_text(folder / METRICS, json.dumps({**about, "failed": failed, "metrics": metrics}, indent=2, allow_nan=False))
-    lines = [f"{len(cases)} patients of {dataset_dir}; model trained on {trained_on}", format_summary(metrics)]
+    lines = [
+        f"{counted(len(cases), 'patient')} of {dataset_dir}; model trained on {trained_on}",
+        format_summary(metrics),
+    ]
     lines += [f"no prediction of {patient}: the messages above say why" for patient in failed]
     return "\n".join([*lines, f"written: {folder / TABLE}, {METRICS}"])
 

@@ -29,6 +29,7 @@ from command_line import BUNDLE, ROOT, UsageError
 
 from runtimes.dicom_queue import Status, StudyQueue
 from scripts.cohorts.files import sha256_of
+from scripts.cohorts.scans import counted
 from scripts.dicom.refusal import write_refusal
 from scripts.dicom.seg import Model
 from scripts.dicom.tags import DicomError, needed_module, text_of
@@ -248,7 +249,8 @@ class Worker:
         place = self.queue.work / f"{study}-{time.time_ns()}"
         try:
             status = self.queue.begin(study, place / "study")
-            logger.info("study %s: %d images, attempt %d", study, len(self.queue.images(study)), status.attempts)
+            images = counted(len(self.queue.images(study)), "image")
+            logger.info("study %s: %s, attempt %d", study, images, status.attempts)
             if status.attempts > MOST_ATTEMPTS:
                 files, reason = list[Path](), f"its prediction was begun {MOST_ATTEMPTS} times and never ended"
             else:

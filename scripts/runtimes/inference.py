@@ -17,6 +17,7 @@ from command_line import BUNDLE
 from scripts import keys
 from scripts.cohorts.cohort import Case
 from scripts.cohorts.files import in_config
+from scripts.cohorts.scans import counted
 from scripts.model.ensemble import read_state
 from scripts.prediction.description import Model
 from scripts.prediction.dicom_results import write_dicom_results
@@ -160,7 +161,7 @@ def finished(parser: ConfigParser, writer: PredictionWriter, cases: Sequence[Cas
         if is_whole(writer.folder(case[keys.PATIENT_ID]), case, [*wanted, *dicom_files(case)], force)
         and writer.take_over(case[keys.PATIENT_ID], sha256)
     }
-    logger.info("%d of %d patients are done already", len(done), len(cases))
+    logger.info("%d of %s done already", len(done), counted(len(cases), "patient"))
     return done
 
 

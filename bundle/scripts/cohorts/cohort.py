@@ -25,6 +25,7 @@ from scripts.cohorts.scans import (
     CohortError,
     Scans,
     clean_id,
+    counted,
     find_scans,
     first_files,
     list_faults,
@@ -267,6 +268,7 @@ def _gather(
     ehr_csv: str | Path | Sequence[str | Path] | None,
     features: Sequence[str],
     require_images: bool,
+    without: Sequence[Path] = (),
 ) -> tuple[dict[str, Scans], Tables, list[str]]:
     """Scans and tables of a cohort, before they are merged."""
     for name in features:
@@ -274,7 +276,7 @@ def _gather(
     if dataset_dir is None and (ehr_csv is None or require_images):
         raise CohortError("without a dataset_dir, a table must be named (ehr_csv) and require_images be False")
     root = Path(dataset_dir or ".").expanduser()
-    scans, notes = find_scans(root) if dataset_dir is not None else ({}, [])
+    scans, notes = find_scans(root, without) if dataset_dir is not None else ({}, [])
     if require_images and not any(
         found.ct or found.pet or found.contradiction("ct", "pet") for found in scans.values()
     ):
@@ -430,9 +432,13 @@ def folder_cases(
     dataset_dir: str | Path,
     ehr_csv: str | Path | Sequence[str | Path] | None,
     clinical_features: Sequence[str],
+    without: Sequence[Path] = (),
 ) -> tuple[list[Case], Tables]:
-    """The cases of :func:`inference_cases`, without the check of :func:`require_rows`, and the tables."""
-    scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, require_images=True)
+    """The cases of :func:`inference_cases`, without the check of :func:`require_rows`, and the tables.
+
+    Folders in ``without`` are ignored.
+    """
+    scans, tables, notes = _gather(dataset_dir, ehr_csv, clinical_features, True, without)
     for note in notes:
         logger.warning("%s", note)
     for note in _lost_zeros(tables, scans):
@@ -443,7 +449,8 @@ def folder_cases(
     if not all(root in path.resolve().parents for path in tables.files):
         if rows_only:
             listed = some(sorted(rows_only))
-            logger.info("%d patients of the tables have no scans in %s: %s", len(rows_only), dataset_dir, listed)
+            absent = counted(len(rows_only), "patient")
+            logger.info("without scans in %s: %s of the tables: %s", dataset_dir, absent, listed)
         rows_only = set()
     folders_only = {key for key, found in scans.items() if found.unlike_a_patient}
     left_alone = masks_only - set(tables.records)

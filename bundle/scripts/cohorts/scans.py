@@ -127,8 +127,8 @@ def _visible(text: str) -> str:
     return "".join(sign for sign in composed if unicodedata.category(sign) != "Cf").strip()
 
 
-def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
-    """Files of every patient in a folder, in any layout that HECKTOR has used.
+def find_scans(dataset_dir: str | Path, without: Sequence[Path] = ()) -> tuple[dict[str, Scans], list[str]]:
+    """Files of every patient in a folder, in any layout that HECKTOR has used. Folders in ``without`` are ignored.
 
     The folder holds patient folders (``<PatientID>/<PatientID>__CT.nii.gz``, ``__PT.nii.gz``, mask
     ``<PatientID>.nii.gz``), or the files themselves, or is a single patient's folder; or it has these in
@@ -157,7 +157,7 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
     try:
         below = containers(root)
         for place in [root, *below]:
-            _find_below(place, found, remarks, below)
+            _find_below(place, found, remarks, [*below, *without])
     except OSError as error:
         raise CohortError(f"{place} cannot be read ({error.strerror})") from error
     scans = {key: _merge_scans(found[key], remarks) for key in sorted(found)}
@@ -165,7 +165,7 @@ def find_scans(dataset_dir: str | Path) -> tuple[dict[str, Scans], list[str]]:
 
 
 def _find_below(container: Path, found: dict[str, list[Scans]], remarks: Remarks, others: Sequence[Path]) -> None:
-    """Add the patients of one folder of patients; ``others`` are read as such, too."""
+    """Add the patients of one folder of patients; ``others`` are none of a patient."""
     groups = _group_files(container, remarks, container.name.lower().startswith("labels"))
     folders = _patient_folders(container, remarks, others)
     for key in {*groups, *folders}:
@@ -354,3 +354,13 @@ def some(names: Sequence[str], shown: int = 5) -> str:
         'a, b, and 1 more'
     """
     return ", ".join(names[:shown]) + (f", and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def counted(number: int, name: str) -> str:
+    """A number with what it counts, in the plural unless it is one.
+
+    Example:
+        >>> counted(1, "patient"), counted(2, "patient"), counted(0, "file")
+        ('1 patient', '2 patients', '0 files')
+    """
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from scripts.cohorts.scans import counted
 from scripts.dicom.series import CT_STORAGE, PET_STORAGE, Series, people_differ
 from scripts.dicom.suv import READABLE_UNITS
 from scripts.dicom.tags import DicomError, tag_name
@@ -24,6 +25,7 @@ MIN_SLICES = 8  # fewer are a scout, a test or a biopsy control
 AXIAL_COSINE = math.cos(math.radians(30))  # slice normal to body axis
 SAME_SCAN_MIN = 10  # PETs that start within this time may be reconstructions of one scan
 ONE_DAY = 1  # maximum difference of CT and PET of one examination, which may pass midnight
+FURTHER_MM = 50.0  # of the body, in another PET of the scan: beds stored as series
 MOST_FOUND = 3  # series that a message lists
 OVERLAP_STEP_MM = 50.0  # smaller differences in overlap do not decide between two CTs
 
@@ -42,9 +44,15 @@ class Choice:
         found, apart = [], days_apart(self.ct, self.pet)
         if apart > ONE_DAY:
             found.append(f"CT and PET are {apart} days apart by their dates: are they of one examination?")
-        for other in (series for series, _ in self.rejected if series.modality == "PT"):
-            later = (other.start or 0) - (self.pet.start or 0)
-            if other.start and self.pet.start and abs(later) > SAME_SCAN_MIN and self._could_be(other):
+        for other in (series for series, _ in self.rejected if series.modality == "PT" and self._could_be(series)):
+            later = other.start - self.pet.start if other.start and self.pet.start else 0
+            further = _further_mm(self.pet, other)
+            if abs(later) <= SAME_SCAN_MIN and further > FURTHER_MM:
+                found.append(
+                    f"another PET of this examination (series {other.number}) shows {further:.0f} mm of the body "
+                    f"beyond series {self.pet.number}: is one scan stored as several series? Export it as one"
+                )
+            elif abs(later) > SAME_SCAN_MIN:
                 days = days_apart(self.pet, other)
                 apart_by = f"{days} days" if days > ONE_DAY else f"{abs(later)} min"
                 found.append(
@@ -251,7 +259,7 @@ def _unfit(series: Series) -> str:
     if series.damaged:
         return f"a damaged file may be a slice of it: {series.damaged}"
     if len(series) < MIN_SLICES:
-        return f"only {len(series)} slices"
+        return f"only {counted(len(series), 'slice')}"
     if series.normal is None or series.positions is None or series.pixel_spacing is None:
         return "no position in space in its headers"
     if not series.rows or not series.columns:
@@ -338,6 +346,13 @@ def _overlap_mm(one: Series, other: Series) -> np.ndarray:
     """(3,) overlap in mm along x, y, z of the bounds of two fields of view; negative where they are apart."""
     a, b = one.grid.bounds, other.grid.bounds
     return np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
+
+
+def _further_mm(pet: Series, other: Series) -> float:
+    """How far another PET reaches beyond one along the body, above or below."""
+    (_, _, low), (_, _, high) = pet.grid.bounds
+    (_, _, other_low), (_, _, other_high) = other.grid.bounds
+    return float(max(low - other_low, other_high - high))
 
 
 def _mismatch(ct: Series, pet: Series) -> str:

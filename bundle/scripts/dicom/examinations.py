@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from scripts.dicom.choice import Choice, Study, choose_pet_ct, missing_scans, st
 from scripts.dicom.files import DICOM_ENDING, Damaged, describe
 from scripts.dicom.series import Series, SeriesList, find_series, people_differ, read_headers, read_series
 from scripts.dicom.suv import Suv, suv_of
-from scripts.dicom.tags import DicomError, lenient, read_header, text_of
+from scripts.dicom.tags import DicomError, lenient, read_header, tag_name, text_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 HEADER = "DICOM header"
 DAYS_A_YEAR = 365.25
 AGE_UNITS = {"D": DAYS_A_YEAR, "W": DAYS_A_YEAR / 7, "M": 12.0, "Y": 1.0}
+ADULT_YEARS = 15, 110  # a Patient's Age without a unit is taken for years within these limits
+AGE_TAGS = "PatientAge", "PatientBirthDate", "StudyDate"
 
 
 @dataclass(frozen=True)
@@ -188,20 +191,43 @@ def pair_examination(ct: str | PathLike[str], *pets: str | PathLike[str]) -> Exa
 
 
 def clinical_values(choice: Choice, features: Iterable[str]) -> dict[str, float]:
-    """Age (years) and gender from the CT's header, if stated and wanted.
+    """Age (years) and gender from the header of the CT, or else of the PET, if stated and wanted.
 
-    The age is Patient's Age, or the time from Patient's Birth Date to the study. An age of 0, an artefact of
-    de-identification, and a sex other than M and F count as not stated.
+    The age is Patient's Age, or the time from Patient's Birth Date to the study, or Patient's Age without a unit
+    (``64``, against the standard) if it is that of an adult in years. An age of 0, an artefact of de-identification,
+    and a sex other than M and F count as not stated.
 
     Raises:
-        scripts.dicom.tags.DicomError: the header cannot be read any more.
+        scripts.dicom.tags.DicomError: a header cannot be read any more.
     """
+    headers = _headers_of(choice)
+    ages = [age for of in (_age, _age_without_unit) for header in headers if (age := of(header)) is not None]
+    sexes = [sex for header in headers if (sex := _gender(header)) is not None]
+    values = {name: found[0] for name, found in (("age", ages), ("gender", sexes)) if found}
+    return {name: values[name] for name in features if name in values}
+
+
+def clinical_doubts(choice: Choice) -> dict[str, str]:
+    """Doubts about :func:`clinical_values`, by name.
+
+    Raises:
+        scripts.dicom.tags.DicomError: a header cannot be read any more.
+    """
+    headers = _headers_of(choice)
+    if any(_age(header) is not None for header in headers) or not any(map(_age_without_unit, headers)):
+        return {}
+    return {"age": f"{tag_name('PatientAge')} has no unit; it is read as years unless the age is known otherwise"}
+
+
+def _headers_of(choice: Choice) -> list[Dataset]:
+    """Of the CT and of the PET, what they say of age and sex."""
+    paths = [series.paths[0] for series in (choice.ct, choice.pet)]
     with lenient():
-        header = read_header(choice.ct.paths[0], ("PatientAge", "PatientBirthDate", "StudyDate", "PatientSex"))
-    if header is None:
-        raise DicomError(f"{choice.ct.paths[0].name}: no longer DICOM")
-    values: dict[str, float | None] = {"age": _age(header), "gender": _gender(header)}
-    return {name: value for name in features if (value := values.get(name)) is not None}
+        headers = [read_header(path, (*AGE_TAGS, "PatientSex")) for path in paths]
+    for path, header in zip(paths, headers, strict=True):
+        if header is None:
+            raise DicomError(f"{path.name}: no longer DICOM")
+    return [header for header in headers if header is not None]
 
 
 def _chosen(patient: str, series: Sequence[Series]) -> Examination:
@@ -212,15 +238,21 @@ def _chosen(patient: str, series: Sequence[Series]) -> Examination:
 
 
 def _age(header: Dataset) -> float | None:
-    text = text_of(header, "PatientAge").upper()
-    if text[:-1].isdigit() and text[-1:] in AGE_UNITS:
-        years = float(int(text[:-1]) / AGE_UNITS[text[-1]])
+    stated = re.fullmatch(r"(\d+) ?([DWMY])", text_of(header, "PatientAge").upper(), re.ASCII)
+    if stated:
+        years = float(int(stated[1]) / AGE_UNITS[stated[2]])
     else:
         years = _years_between(text_of(header, "PatientBirthDate"), text_of(header, "StudyDate"))
     try:
         return parse_value("age", float(int(years))) or None
     except ClinicalValueError:
         return None
+
+
+def _age_without_unit(header: Dataset) -> float | None:
+    text = text_of(header, "PatientAge")
+    years = float(text) if re.fullmatch(r"\d+", text, re.ASCII) else 0.0
+    return years if ADULT_YEARS[0] <= years <= ADULT_YEARS[1] else None
 
 
 def _years_between(start: str, end: str) -> float:

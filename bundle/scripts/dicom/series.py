@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.cohorts.scans import clean_id
+from scripts.cohorts.scans import clean_id, counted
 from scripts.dicom.files import (
     CONSTANT_TAGS,
     Damaged,
@@ -170,7 +170,11 @@ class Series:
         """
         part = f", part {self.part}" if self.part else ""
         words = [f"series {self.number}{part} ({self.modality or 'no modality'})"]
-        words.append(f"{len(self)} slices of {self.columns} x {self.rows}" if self.rows else f"{len(self)} files")
+        words.append(
+            f"{counted(len(self), 'slice')} of {self.columns} x {self.rows}"
+            if self.rows
+            else counted(len(self), "file")
+        )
         if self.pixel_spacing is not None:
             sizes = [f"{self.pixel_spacing[1]:.2f}", f"{self.pixel_spacing[0]:.2f}"]
             if self.positions is not None and self.normal is not None and len(self) > 1:
@@ -179,7 +183,7 @@ class Series:
         words += [text for text in (self.units, f"kernel {self.kernel}" if self.kernel else "") if text]
         if self.modality == "PT":
             words += [_AC_WORDS[self.attenuation_corrected], self.tracer.name or "tracer not known"]
-        words += [f"{self.repeated} files repeated"] if self.repeated else []
+        words += [f"{counted(self.repeated, 'file')} repeated"] if self.repeated else []
         words += [f"{self.shared} images with one SOP Instance UID (0008,0018) of several"] if self.shared else []
         return ", ".join(words)
 
@@ -243,7 +247,7 @@ class SeriesList(list[Series]):
         if self.damaged:
             words.append(f"{len(self.damaged)} that cannot be used")
         loops = f"; {self.loops} circular links, not followed" if self.loops else ""
-        return f"{self.files} files: {', '.join(words)}{loops}"
+        return f"{counted(self.files, 'file')}: {', '.join(words)}{loops}"
 
 
 _AC_WORDS = {True: "attenuation corrected", False: "not attenuation corrected", None: "attenuation correction unknown"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +20,14 @@ from scripts.dicom.tags import (
     text_of,
     words_of,
 )
-from scripts.dicom.times import START_DATE_TIME, START_TIME, required, scan_start, uptake_time
+from scripts.dicom.times import (
+    START_DATE_TIME,
+    START_TIME,
+    check_decay_factor,
+    required,
+    scan_start,
+    uptake_time,
+)
 from scripts.dicom.tracer import F18, HALF_LIFE_S, tracer_of
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ T = TypeVar("T")
 READABLE_UNITS = ("BQML", "CNTS", "GML")
 WEIGHT_KG = (2.0, 500.0)
 DOSE_BQ = (1e6, 1e11)  # a dose in MBq, against the standard, is below
+USUAL_WEIGHT_KG, USUAL_DOSE_BQ = (30.0, 250.0), (20e6, 1e9)  # of an adult's FDG scan
 HALF_LIFE_RANGE_S = (60.0, 1e7)
 PHILIPS = (0x7053, "Philips PET Private Group")  # group and private creator
 SUV_OFFSET, ACTIVITY_OFFSET = 0x00, 0x09
@@ -63,8 +72,9 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
     and remain as they are. The tracer must not be known to be another than FDG.
 
     Doubts are: an unknown tracer, an uptake time outside 30 to 240 min, two sources of one time that differ by minutes,
-    a dose given in parts, and a factor of Philips that differs from that of the public tags. Times that the factor does
-    not depend on are checked if they are stated.
+    a dose given in parts, a weight outside 30 to 250 kg, a dose outside 20 MBq to 1 GBq, a Decay Factor that belongs to
+    another moment than that of Decay Correction, and a factor of Philips that differs from that of the public tags.
+    Times that the factor does not depend on are checked if they are stated.
 
     Raises:
         DicomError: naming the tag that is missing, zero, implausible or differs between slices; for other units
@@ -86,6 +96,8 @@ def suv_of(headers: Dataset | Sequence[Dataset]) -> Suv:
             _if_stated(lambda: _uptake_times(slices, doubts), doubts)
             return Suv(1.0, tuple(doubts))
         decay = _check_corrections(slices)
+        with suppress(DicomError):  # times that are needed are errors elsewhere
+            _compare_with_decay_factor(slices, decay, doubts)
         if units == "CNTS":
             return Suv(_counts_factor(slices, decay, doubts), tuple(doubts))
         factor = _activity_factor(slices, decay, doubts)
@@ -98,6 +110,8 @@ def _activity_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -
     weight = _positive(slices, "PatientWeight", WEIGHT_KG, "kg")
     parts = _injections(slices)
     doses = [_positive(items, "RadionuclideTotalDose", DOSE_BQ, "Bq") for items in parts]
+    _say_if_unusual("PatientWeight", weight, USUAL_WEIGHT_KG, 1.0, "kg", doubts)
+    _say_if_unusual("RadionuclideTotalDose", sum(doses), USUAL_DOSE_BQ, 1e6, "MBq", doubts)
     if decay == "ADMIN":
         if len(parts) > 1:
             raise DicomError(
@@ -142,9 +156,19 @@ def _uptake_times(slices: Sequence[Dataset], doubts: list[str]) -> list[timedelt
     for keyword in (START_DATE_TIME, START_TIME):
         for items in parts:
             _agreed(items, keyword, optional=True)
-    half_life = number_of(parts[0][0], "RadionuclideHalfLife", 0.0) or HALF_LIFE_S[F18]
-    start = scan_start(slices, half_life, doubts)
+    start = scan_start(slices, _half_life(parts), doubts)
     return [uptake_time(items[0], slices[0], start, doubts) for items in parts]
+
+
+def _half_life(parts: Sequence[Sequence[Dataset]]) -> float:
+    """Of the first injection, in s; of F-18 where it is not stated."""
+    return number_of(parts[0][0], "RadionuclideHalfLife", 0.0) or HALF_LIFE_S[F18]
+
+
+def _compare_with_decay_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> None:
+    half_life = _half_life(_injections(slices))
+    before = _uptake_times(slices, [])[0] if decay == "ADMIN" else timedelta(0)
+    check_decay_factor(slices, half_life, scan_start(slices, half_life, []), before, doubts)
 
 
 def _counts_factor(slices: Sequence[Dataset], decay: str, doubts: list[str]) -> float:
@@ -165,6 +189,15 @@ def _compare_with_philips(slices: Sequence[Dataset], factor: float, doubts: list
     own, to_activity = _philips_factor(slices, SUV_OFFSET), _philips_factor(slices, ACTIVITY_OFFSET)
     if own > 0 and to_activity > 0:
         _say_if_apart(own / to_activity, factor, doubts)
+
+
+def _say_if_unusual(
+    keyword: str, number: float, usual: tuple[float, float], of: float, unit: str, doubts: list[str]
+) -> None:
+    """``of``: the unit in that of the tag."""
+    if not usual[0] <= number <= usual[1]:
+        low, high = (f"{limit / of:g}" for limit in usual)
+        doubts.append(f"{tag_name(keyword)} is {number / of:g} {unit}; {low} to {high} {unit} are usual: is it right?")
 
 
 def _say_if_apart(own: float, computed: float, doubts: list[str]) -> None:

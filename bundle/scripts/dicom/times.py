@@ -119,6 +119,38 @@ def uptake_time(item: Dataset, header: Dataset, scan: datetime, doubts: list[str
     return uptake
 
 
+def check_decay_factor(
+    slices: Sequence[Dataset], half_life: float, start: datetime, before: timedelta, doubts: list[str]
+) -> None:
+    """A doubt if Decay Factor (0054,1321) does not correct to the moment that Decay Correction states.
+
+    An activity is multiplied by the factor ``2 ** (t / half_life)`` for the time t from the moment to the middle of the
+    acquisition. The first image, that of the lowest factor, is checked; a factor of 1 counts as not stated.
+
+    Args:
+        slices: headers of one series.
+        half_life: of the nuclide in s.
+        start: of the scan, see :func:`scan_start`.
+        before: from the stated moment to the start of the scan.
+        doubts: list to which the doubt is appended.
+
+    Raises:
+        DicomError: a factor, a date or a time cannot be read.
+    """
+    factor, first = min(((number_of(s, "DecayFactor", 0.0), s) for s in slices), key=lambda pair: pair[0])
+    if factor <= 1:
+        return
+    found = timedelta(seconds=half_life * math.log2(factor))
+    acquired = _moment(first, "AcquisitionDate", "AcquisitionTime") - start
+    acquired = (acquired + DAY / 2) % DAY - DAY / 2  # the date may not change at midnight
+    stated = before + acquired + timedelta(milliseconds=number_of(first, "ActualFrameDuration", 0.0)) / 2
+    if abs(found - stated) > NEAR_MOMENT:
+        doubts.append(
+            f"by {tag_name('DecayFactor')} the first image is corrected for a decay of {_minutes(found)}, and by the "
+            f"times and {tag_name('DecayCorrection')} for {_minutes(stated)}: to which moment are the values corrected?"
+        )
+
+
 def _injected(item: Dataset, header: Dataset) -> tuple[datetime | None, time | None]:
     """The time of an injection by its two tags, by the scanner's clock; None where a tag does not state it."""
     text, clock = text_of(item, START_DATE_TIME), None

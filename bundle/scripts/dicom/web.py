@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from scripts.cohorts.scans import printable
+from scripts.cohorts.scans import counted, printable
 from scripts.dicom.tags import DicomError, integer_of, items_of, lenient, needed_module, text_of
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class DicomWeb:
             raise DicomError(
                 f"{self.url}: series {series.uid} did not come whole: {count} of {series.instances} images"
             )
-        logger.info("downloaded: %s, %d images", series.modality, count)
+        logger.info("downloaded: %s, %s", series.modality, counted(count, "image"))
 
     def _require_part(self, image: Any, study: str, series: str) -> None:
         """Refuse an image of another study or series: it may be of another patient."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from scipy import ndimage
@@ -41,7 +43,8 @@ BODY_SUV = 0.2  # a projection is cut where nothing reaches it
 SCALE_MM = 50.0
 TILE_INCH, TILE_DPI = 2.4, 180
 
-HALO = [Stroke(linewidth=2.8, foreground="black"), Normal()]  # an outline is seen on dark and on hot places alike
+OUTLINE_WIDTH, RIM_WIDTHS = 1.5, (4.0, 3.0)  # in points; of both rims, outer and inner
+LIGHT = 0.5  # luminance, from which on a colour is seen on black rather than on white
 
 Scan = tuple[np.ndarray, Grid]  # (X, Y, Z), of CT in HU, of PET in SUV, or label numbers; and its grid
 
@@ -193,9 +196,8 @@ def draw_projection(panel: Axes, projection: Projection) -> None:
             mask,
             levels=[0.5],
             colors=[TUMOUR_COLOURS[name]],
-            linewidths=1.2,
         )
-        drawn.set_path_effects(HALO)
+        _rim(drawn, TUMOUR_COLOURS[name])
     left, right, bottom, top = projection.window
     panel.set(xlim=(left, right), ylim=(bottom, top))
     panel.set_axis_off()
@@ -372,8 +374,18 @@ def _outlines(panel: Axes, views: Views, plane: int) -> None:
     """Draw the outlines of all masks: a tumour class in its colour, other masks by their order."""
     for colour, (name, outline) in zip(OUTLINE_COLOURS, views.outlines.items(), strict=False):
         if outline[plane].min() < 0.5 < outline[plane].max():
-            drawn = panel.contour(
-                outline[plane], levels=[0.5], colors=[TUMOUR_COLOURS.get(name, colour)], linewidths=1.5
-            )
-            drawn.set_path_effects(HALO)
+            line = TUMOUR_COLOURS.get(name, colour)
+            _rim(panel.contour(outline[plane], levels=[0.5], colors=[line]), line)
     panel.set_axis_off()
+
+
+def _rim(drawn: QuadContourSet, colour: str) -> None:
+    """Give an outline two rims, so that it is seen on grey values and on red, yellow and white uptake alike.
+
+    The inner rim is white, of a light colour black; the outer one the other of the two.
+    """
+    luminance = float(np.power(to_rgb(colour), 2.2) @ (0.2126, 0.7152, 0.0722))
+    rims = ("white", "black") if luminance > LIGHT else ("black", "white")
+    drawn.set_linewidth(OUTLINE_WIDTH)
+    strokes = [Stroke(linewidth=w, foreground=c) for w, c in zip(RIM_WIDTHS, rims, strict=True)]
+    drawn.set_path_effects([*strokes, Normal()])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.cohorts.clinical import FEATURES
+from scripts.cohorts.scans import counted
 from scripts.imaging.localise import method_words
 from scripts.imaging.quality import OK, REJECT, WARN
 
@@ -348,7 +349,7 @@ def model_section(prediction: Mapping[str, Any]) -> Section:
     section.rows += [
         (
             "model",
-            f"{model.get('name') or 'unnamed'} {model.get('version') or ''}, {folds} fold{'' if folds == 1 else 's'}",
+            f"{model.get('name') or 'unnamed'} {model.get('version') or ''}, {counted(folds, 'fold')}",
         ),
         ("trained on", model.get("trained_on") or "not recorded"),
         ("SHA-256", model.get("sha256") or NOT_AVAILABLE),
@@ -389,8 +390,8 @@ def explanation_section(explanation: Mapping[str, Any]) -> Section:
 
 
 def years(count: float) -> str:
-    """``1 year``, ``2 years``."""
-    return f"{count:g} year{'s' if count > 1 else ''}"
+    """``1 year``, ``2 years``, ``0.5 years``."""
+    return f"{count:g} year{'' if count == 1 else 's'}"
 
 
 def number(value: float | None, unit: str = "", digits: int = 1) -> str:
@@ -451,7 +452,7 @@ def _lesions_of(tumour: Mapping[str, Any]) -> str:
 
 
 def _counted(count: int, name: str) -> str:
-    return f"{count or 'no'} {name}{'s' if count > 1 else ''}"
+    return counted(count, name) if count else f"no {name}"
 
 
 def _with_spread(value: float | None, spread: float | None, folds: int) -> str:

@@ -17,12 +17,23 @@ from scripts.cohorts import cohort
 from scripts.cohorts import tables as cohort_tables
 from scripts.cohorts.clinical import DEFAULT_FEATURES, FEATURES, ClinicalValueError, parse_clinical
 from scripts.cohorts.cohort import Case, CohortError
-from scripts.cohorts.scans import UNNAMED, Scans, containers, find_scans, first_files, patient_key, printable, some
+from scripts.cohorts.scans import (
+    UNNAMED,
+    Scans,
+    containers,
+    counted,
+    find_scans,
+    first_files,
+    patient_key,
+    printable,
+    some,
+)
 from scripts.cohorts.tables import Tables
 from scripts.dicom.examinations import (
     HEADER,
     DicomScan,
     Examination,
+    clinical_doubts,
     clinical_values,
     find_examinations,
     pair_examination,
@@ -45,7 +56,10 @@ class NoScanError(CohortError):
 
 
 def find_cases(
-    source: str | Path, features: Sequence[str] = DEFAULT_FEATURES, clinical: str | Path | None = None
+    source: str | Path,
+    features: Sequence[str] = DEFAULT_FEATURES,
+    clinical: str | Path | None = None,
+    results: str | Path | None = None,
 ) -> list[Case]:
     """The cases in a folder of images, in a folder of DICOM, or in a list.
 
@@ -54,11 +68,13 @@ def find_cases(
             JSON list of cases (:func:`listed_cases`).
         features: names of the clinical values to read, in the network's order.
         clinical: a table of clinical values (CSV or JSON); None: searched beside the scans.
+        results: folder of the results, which is not searched if it is in ``source``.
 
     Raises:
         CohortError: there is nothing to predict, or a table cannot be read.
     """
-    cases = _find_cases(Path(source).expanduser(), features, clinical)
+    source = Path(source).expanduser()
+    cases = _find_cases(source, features, clinical, _within(results, source))
     twice = sorted(name for name, count in Counter(case[keys.PATIENT_ID] for case in cases).items() if count > 1)
     if twice:
         raise CohortError(f"{source}: several patients are called {', '.join(twice)}; rename them")
@@ -68,19 +84,29 @@ def find_cases(
     return cases
 
 
-def _find_cases(source: Path, features: Sequence[str], clinical: str | Path | None) -> list[Case]:
+def _within(folder: str | Path | None, source: Path) -> list[Path]:
+    """A folder as a path below ``source``; none where it is not below it."""
+    if folder is None:
+        return []
+    root, place = source.resolve(), Path(folder).expanduser().resolve()
+    return [source / place.relative_to(root)] if root in place.parents else []
+
+
+def _find_cases(
+    source: Path, features: Sequence[str], clinical: str | Path | None, without: Sequence[Path]
+) -> list[Case]:
     if source.is_file() and source.suffix.lower() in LISTS:
         return listed_cases(source, features, clinical)
     if not source.is_dir():
         if source.exists():
             raise NoScanError(f"{source} is a single file, neither a folder nor a list of cases (.csv, .json)")
         raise CohortError(f"{source} does not exist")
-    found = find_scans(source)[0].values()
+    found = find_scans(source, without)[0].values()
     if any(scans.ct or scans.pet or scans.contradiction("ct", "pet") for scans in found):
-        cases, _ = cohort.folder_cases(source, clinical, features)
-        return _with_dicom_beside(cases, features, clinical, source)
+        cases, _ = cohort.folder_cases(source, clinical, features, without)
+        return _with_dicom_beside(cases, features, clinical, source, without)
     try:
-        cases = _dicom_cases(find_examinations(source), features, clinical, source)
+        cases = _dicom_cases(find_examinations(source, without), features, clinical, source)
         if empty := [str(scans.folder) for scans in found if scans.folder != source and not first_files(scans.folder)]:
             logger.warning("folders without a file: %s", printable(some(empty)))
         return cases
@@ -250,14 +276,17 @@ def clinical_object(path: str | Path) -> dict[str, Any] | None:
 
 
 def _with_dicom_beside(
-    cases: Sequence[Case], features: Sequence[str], clinical: str | Path | None, folder: Path
+    cases: Sequence[Case], features: Sequence[str], clinical: str | Path | None, folder: Path, without: Sequence[Path]
 ) -> list[Case]:
-    """Cases of image files and those of DICOM in the same folder, except DICOM within a patient's folder."""
+    """Cases of image files and those of DICOM in the same folder, except DICOM within a patient's folder.
+
+    Folders in ``without`` are ignored.
+    """
     files = [Path(case[kind]) for case in cases for kind in (keys.CT, keys.PET) if case[kind]]
     own = {file.parent for file in files} - {folder, *containers(folder)}
     having = {patient_key(case[keys.PATIENT_ID]) for case in cases if case[keys.CT] or case[keys.PET]}
     try:
-        found = find_examinations(folder, own)
+        found = find_examinations(folder, {*own, *without})
     except DicomError:  # there is none
         return list(cases)
     for each in (each for each in found if patient_key(each.patient_id) in having):
@@ -300,7 +329,7 @@ def _dicom_cases(
     if table_alone and absent and all(folder.resolve() in Path(path).resolve().parents for path in tables.files):
         cases += cohort.cases_to_predict(absent, {}, tables, features, str(folder))
     elif absent:
-        logger.info("%d patients of the tables have no DICOM in %s: %s", len(absent), folder, some(absent))
+        logger.info("without DICOM in %s: %s of the tables: %s", folder, counted(len(absent), "patient"), some(absent))
     return cases
 
 
@@ -314,17 +343,19 @@ def _take_dicom(case: Case, examination: Examination, features: Sequence[str]) -
         case[keys.PROBLEM] = "; ".join(filter(None, [examination.problem, case[keys.PROBLEM]]))
         return
     choice = examination.choice
-    case[keys.CT], case[keys.PET] = DicomScan(choice.ct), DicomScan(choice.pet, choice.doubts)
-    case[keys.DICOM] = examination.choice
-    case[keys.FINGERPRINT] = cohort.files_fingerprint([*examination.choice.ct.paths, *examination.choice.pet.paths])
-    for line in examination.choice.describe().splitlines():
+    case[keys.DICOM] = choice
+    case[keys.FINGERPRINT] = cohort.files_fingerprint([*choice.ct.paths, *choice.pet.paths])
+    for line in choice.describe().splitlines():
         logger.info("%s: %s", patient, line)
     if examination.name != examination.patient_id:  # the name alone does not identify the patient
-        logger.info("%s: CT from %s", patient, examination.choice.ct.paths[0].parent)
+        logger.info("%s: CT from %s", patient, choice.ct.paths[0].parent)
     if examination.sharing:
         logger.warning("%s: several people have this PatientID, by %s", patient, examination.sharing)
-    for name, value in clinical_values(examination.choice, FEATURES).items():
+    doubts = list(choice.doubts)
+    for name, value in clinical_values(choice, FEATURES).items():
         values = case[keys.CLINICAL if name in features else keys.CLINICAL_OTHERS]
         if values.get(name) is None:
             values[name] = value
             case.setdefault(keys.CLINICAL_SOURCE, {})[name] = HEADER
+            doubts += [doubt for of, doubt in clinical_doubts(choice).items() if of == name]
+    case[keys.CT], case[keys.PET] = DicomScan(choice.ct), DicomScan(choice.pet, tuple(doubts))

@@ -23,7 +23,7 @@ from monai.engines import IterationEvents, Workflow
 
 from scripts import keys
 from scripts.cohorts.files import WriteError, require_writable, write_text
-from scripts.cohorts.scans import UNNAMED, without_formula
+from scripts.cohorts.scans import UNNAMED, counted, without_formula
 from scripts.imaging.images import ITK_SUFFIXES, image_suffix, write_mask
 from scripts.keys import FAILED, INCOMPLETE, OK
 from scripts.prediction.audit import AUDIT, append_line, audit_line
@@ -263,8 +263,8 @@ class PredictionWriter:
         self._partial.replace(self.output_dir / TABLE)
         counts = {status: sum(r["status"] == status for r in self.rows.values()) for status in (OK, INCOMPLETE, FAILED)}
         logger.info(
-            "%d patients: %s. Written: %s",
-            len(self.rows),
+            "%s: %s. Written: %s",
+            counted(len(self.rows), "patient"),
             ", ".join(f"{n} {status}" for status, n in counts.items()),
             self.output_dir / TABLE,
         )
@@ -284,7 +284,7 @@ class PredictionWriter:
             logger.error("the rows that could not be written:\n%s", self._table())
         bad = [f"{p} ({r['status']}: {r['reason']})" for p, r in self.rows.items() if r["status"] != OK]
         if bad:
-            logger.error("%d of %d patients are not ok: %s", len(bad), len(self.rows), "; ".join(bad))
+            logger.error("patients that are not ok: %d of %d: %s", len(bad), len(self.rows), "; ".join(bad))
         if bad or self.problems:
             raise SystemExit(1)
 

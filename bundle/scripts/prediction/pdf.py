@@ -12,6 +12,7 @@ from fpdf.enums import TableBordersLayout
 from fpdf.fonts import TTFFont
 
 from scripts.cohorts.files import written_whole
+from scripts.keys import RESEARCH_USE_ONLY
 
 if TYPE_CHECKING:
     from scripts.prediction.findings import Section
@@ -65,6 +66,15 @@ class _Pdf(FPDF):
         known = self.current_font.cmap if isinstance(self.current_font, TTFFont) else {}
         signs = (sign if ord(sign) in known or sign.isspace() else ascii(sign)[1:-1] for sign in text)
         return super().normalize_text("".join(signs))
+
+    def footer(self) -> None:
+        """Whose page it is, on each: printed pages get separated."""
+        self.set_y(-MARGIN_MM + 3)
+        self.set_font(FONT, "", 6)
+        self.set_text_color(PALE)
+        self.cell(0, 3, f"{self.title} | {RESEARCH_USE_ONLY}")
+        self.set_x(self.l_margin)
+        self.cell(0, 3, f"page {self.page_no()} of {self.str_alias_nb_pages}", align="R")
 
     def say(self, text: str, size: float, style: str = "", colour: str = INK, fill: str | None = None) -> None:
         """A paragraph."""

@@ -211,7 +211,7 @@ def influence_row(
 def caption_of(masks: Mapping[str, Scan], explained: bool) -> str:
     """How to read the pictures."""
     names = [f"{CLASS_NAMES[name]} ({TUMOUR_COLOUR_NAMES[name]})" for name in masks]
-    outlines = f"Outlines: predicted {' and '.join(names)}. " if names else "No tumour outlined. "
+    outlines = f"Outlines (with white rims): predicted {' and '.join(names)}. " if names else "No tumour outlined. "
     return (
         f"{outlines}The patient's right is on the left. Positions are distances from the scanner's origin. "
         f"CT window {CT_WINDOW_HU[0]:.0f} to {CT_WINDOW_HU[1]:.0f} HU; PET window {PET_WINDOW_SUV[0]:.0f} to "

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts.cohorts.files import write_text
+from scripts.cohorts.scans import counted
 from scripts.evaluation.plots import GREY, GROUP_COLOURS, png_of
 from scripts.imaging.quality import VERDICTS
 from scripts.keys import FAILED, OK, RESEARCH_USE_ONLY
@@ -55,7 +56,7 @@ def write_summary(output_dir: str | Path) -> Path:
     }
     found = [prediction for prediction in predictions.values() if prediction is not None]
     forced = [prediction["patient_id"] for prediction in found if prediction["quality"]["forced"]]
-    warnings = [f"{len(forced)} patient(s): {', '.join(forced)}. {FORCED}"] if forced else []
+    warnings = [f"{counted(len(forced), 'patient')}: {', '.join(forced)}. {FORCED}"] if forced else []
     ordered = sorted(rows, key=lambda row: _urgency(row, predictions.get(row["PatientID"])))
     patients = [_row(folders[row["PatientID"]], row, predictions.get(row["PatientID"])) for row in ordered]
     scans = [_viewer(folders[row["PatientID"]], predictions.get(row["PatientID"])) for row in ordered]
@@ -64,7 +65,7 @@ def write_summary(output_dir: str | Path) -> Path:
         titles, patients = (*TITLES, SCANS), [[*row, cell] for row, cell in zip(patients, scans, strict=True)]
     html = render(
         "index.html",
-        title=f"Predictions of {len(rows)} patient{'' if len(rows) == 1 else 's'}",
+        title=f"Predictions of {counted(len(rows), 'patient')}",
         warnings=warnings,
         notice=f"{RESEARCH_USE_ONLY} {trained_on_of(found)}" if found else RESEARCH_USE_ONLY,
         counts=_counts(rows, found),
