@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from scripts.evaluation.plots import (
     GROUP_COLOURS,
@@ -164,6 +165,18 @@ def test_an_evaluation_writes_below_its_figures_what_the_data_are(tmp_path: Path
     assert drawn["dice"][0].get_supxlabel() == "3 digital phantoms, not for clinical use"
     written = json.loads((tmp_path / "figures" / "dice.json").read_text())
     assert written == {"data": "3 digital phantoms, not for clinical use", "content": [0.5]}
+
+
+@pytest.mark.parametrize("width", [4.0, 6.4])
+def test_what_the_data_are_stays_within_the_figure(tmp_path: Path, width: float) -> None:
+    figure = Figure(figsize=(width, 3.0), layout="constrained")
+    figure.subplots()
+    data = "43 of 59 cases of 7 centres (CHUM, CHUP, CHUS, HGJ, HMR, MDA, USZ); research use only, not for clinical use"
+    save_plots(tmp_path / "figures", {"roc": (figure, [])}, data)
+    (note,) = (text for text in figure.findobj(Text) if text.get_text().startswith("43 of 59"))
+    box = note.get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+    assert " ".join(note.get_text().split()) == data
 
 
 def test_the_curve_of_a_patient_shows_the_years_that_are_given() -> None:

@@ -177,7 +177,7 @@ def write_figures(run: Run, report: Mapping[str, Any], folder: Path) -> dict[str
 
 def summary(report: Mapping[str, Any], run: Path) -> str:
     """The results, to print."""
-    lines = [f"{report['held_out']} cases of {report['data']}; {report['protocol']}, [95 % interval]"]
+    lines = [f"{report['held_out']} cases: {report['data']}; {report['protocol']}, [95 % interval]"]
     lines += [f"  note: {note}" for note in report["notes"]]
     lines += ["pooled out-of-fold", *told(report["pooled"]["metrics"], report)]
     if "external" in report:

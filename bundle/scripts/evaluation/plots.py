@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#9
 GREY = "#8a8a8a"
 GROUP_COLOURS = {"low": COLOURS[0], "intermediate": COLOURS[1], "high": COLOURS[2]}  # of the risk
 DPI = 110
+NOTE_LETTERS = 15  # of the note below a figure on an inch
 CHANCE = 0.5  # C-index of a random order
 Drawn = tuple[Figure | None, Any]  # a picture and the plain data that it shows, or None and the reason
 
@@ -74,7 +76,8 @@ def save_plots(folder: Path, drawn: Mapping[str, Drawn], data: str) -> dict[str,
             old.unlink(missing_ok=True)
         entries[name] = {"reason": content} if figure is None else {"file": f"{folder.name}/{path.name}"}
         if figure is not None:
-            figure.supxlabel(data, x=0.99, ha="right", fontsize=7, color=GREY)
+            lines = textwrap.fill(data, int(NOTE_LETTERS * figure.get_figwidth()))
+            figure.supxlabel(lines, x=0.99, ha="right", fontsize=7, color=GREY)
             save_plot(path, figure, {"data": data, "content": content})
     return entries
 
