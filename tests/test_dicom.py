@@ -527,7 +527,7 @@ FURTHER = "another PET of this examination (series 9) shows {} mm of the body be
 @pytest.mark.parametrize(
     "depths, tags, told",
     [
-        pytest.param(LONG[8:16] - 100, {}, [FURTHER.format(100 - int(LONG[8]))], id="below"),
+        pytest.param(LONG[:10] - 60, {}, [FURTHER.format(60)], id="below"),
         pytest.param(LONG[-8:] + 60, {"AcquisitionTime": "115500"}, [FURTHER.format(60)], id="above"),
         pytest.param(LONG[-8:] + 60, {"AcquisitionTime": None}, [FURTHER.format(60)], id="time_not_stated"),
         pytest.param(LONG[-8:] + 60, {"AcquisitionTime": "125000"}, [f"{ANOTHER} 60 min later"], id="another_scan"),

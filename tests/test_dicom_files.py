@@ -462,7 +462,7 @@ def test_every_file_is_accounted_for(tmp_path, caplog):
         f"{tmp_path.name}: 30 files: 25 in 3 DICOM series, 1 DICOM of no series (DICOMDIR), "
         "4 not DICOM (no ending 2, .txt 1, .db 1)"
     ]
-    assert "ID-4711: rejected: series 5 (RTSTRUCT), 1 slices of 2 x 2, 2.00 x 2.50 mm: modality RTSTRUCT" in caplog.text
+    assert "ID-4711: rejected: series 5 (RTSTRUCT), 1 slice of 2 x 2, 2.00 x 2.50 mm: modality RTSTRUCT" in caplog.text
 
 
 def test_archives_are_told_and_cost_nobody(tmp_path, caplog):

@@ -49,7 +49,7 @@ def dicom_case(folder: Path, ct: dict | None = None, pet: dict | None = None) ->
         ),
         pytest.param(
             {"StudyDate": "", "PatientBirthDate": "", "PatientSex": "O"},
-            {"StudyDate": "", "Manufacturer": ""},
+            {"StudyDate": "", "PatientBirthDate": "", "PatientSex": "O", "Manufacturer": ""},
             [DOSE, UPTAKE],
             id="after de-identification",
         ),

@@ -23,6 +23,7 @@ INK, PALE, ALARM, RULE, WARNING, PASSED = "#1c2530", "#5a6673", "#a33b00", "#007
 FONT, LEADING = "dejavu", 0.44  # millimetres a line, of a point
 MOST_WARNINGS, LONGEST = 6, 250  # on the first page, and letters of one; the quality section has all
 MOST_ROWS, LONGEST_CELL = 12, 200  # of a section
+LONGEST_FOOTER = 90  # letters of the title in it
 
 
 def write_pdf(path: str | Path, report: Report) -> None:
@@ -72,7 +73,7 @@ class _Pdf(FPDF):
         self.set_y(-MARGIN_MM + 3)
         self.set_font(FONT, "", 6)
         self.set_text_color(PALE)
-        self.cell(0, 3, f"{self.title} | {RESEARCH_USE_ONLY}")
+        self.cell(0, 3, f"{_cut(self.title, LONGEST_FOOTER)} | {RESEARCH_USE_ONLY}")
         self.set_x(self.l_margin)
         self.cell(0, 3, f"page {self.page_no()} of {self.str_alias_nb_pages}", align="R")
 
@@ -120,7 +121,11 @@ class _Pdf(FPDF):
             self.say(text, 7, "B", ALARM)
         rows, more = section.rows[:MOST_ROWS], len(section.rows) - MOST_ROWS
         if rows:
-            self._table([[name, _cut(value)] for name, value in rows], (24, 76), headings=False)
+            self._table(
+                [[name, _cut(value, LONGEST_CELL, " (see report.html)")] for name, value in rows],
+                (24, 76),
+                headings=False,
+            )
         if more > 0:
             self.say(f"{more} more: see report.html", 7, "B", ALARM)
         if section.table:
@@ -146,12 +151,12 @@ class _Pdf(FPDF):
         self.ln(0.8)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} ... (see report.html)"
+def _cut(text: str, longest: int, more: str = "") -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ...{more}"
 
 
 def _short(warnings: Sequence[str]) -> list[str]:
     """The first warnings, each cut where it is very long."""
-    shown = [text if len(text) <= LONGEST else f"{text[:LONGEST]} ..." for text in warnings]
+    shown = [_cut(text, LONGEST) for text in warnings]
     more = len(shown) - MOST_WARNINGS
     return shown if more <= 0 else [*shown[:MOST_WARNINGS], f"{more} more: see the next page or report.html"]
