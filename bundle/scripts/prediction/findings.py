@@ -390,7 +390,12 @@ def explanation_section(explanation: Mapping[str, Any]) -> Section:
 
 
 def years(count: float) -> str:
-    """``1 year``, ``2 years``, ``0.5 years``."""
+    """A number of years.
+
+    Example:
+        >>> years(1.0), years(2.0), years(0.5)
+        ('1 year', '2 years', '0.5 years')
+    """
     return f"{count:g} year{'' if count == 1 else 's'}"
 
 

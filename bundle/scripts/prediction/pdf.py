@@ -73,7 +73,7 @@ class _Pdf(FPDF):
         self.set_y(-MARGIN_MM + 3)
         self.set_font(FONT, "", 6)
         self.set_text_color(PALE)
-        self.cell(0, 3, f"{_cut(self.title, LONGEST_FOOTER)} | {RESEARCH_USE_ONLY}")
+        self.cell(0, 3, f"{_cut(str(self.title), LONGEST_FOOTER)} | {RESEARCH_USE_ONLY}")
         self.set_x(self.l_margin)
         self.cell(0, 3, f"page {self.page_no()} of {self.str_alias_nb_pages}", align="R")
 
