@@ -1,11 +1,11 @@
 """Package the bundle for the MONAI model zoo, or check the directory of a bundle.
 
-``python scripts/package_bundle.py --version 0.9.0 --out dist`` writes ::
+``python scripts/package_bundle.py --version 0.10.0 --out dist`` writes ::
 
     dist/head_neck_pet_ct_multitask/               content of a pull request to the zoo
-    dist/head_neck_pet_ct_multitask_v0.9.0.zip     the whole bundle, to unzip anywhere; see its docs/README.md
+    dist/head_neck_pet_ct_multitask_v0.10.0.zip     the whole bundle, to unzip anywhere; see its docs/README.md
 
-(``head_neck_pet_ct_multitask_of_phantoms_v0.9.0.zip`` if the weights were trained on phantoms.)
+(``head_neck_pet_ct_multitask_of_phantoms_v0.10.0.zip`` if the weights were trained on phantoms.)
 
 Files over 25 MB are only in the zip; ``large_files.yml`` in the directory gives their addresses (``--large_files_url``)
 and SHA-256. Configs and code are formatted in the zoo's style. A note is added to guides that describe commands of the
