@@ -9,6 +9,7 @@ import pickle
 import resource
 import threading
 import time
+import zipfile
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -177,11 +178,22 @@ def test_evaluations_share_the_cases_whose_box_needs_no_network(tmp_path: Path) 
     )
 
 
+def flip_voxel(path: Path) -> None:
+    """Change one bit of the largest array in a file of ``torch.save``."""
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda item: item.file_size)
+        data = archive.read(entry)
+    content = bytearray(path.read_bytes())
+    content[content.index(data, entry.header_offset)] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-200]), id="cut_off"),
+        pytest.param(flip_voxel, id="flipped"),
         pytest.param(lambda path: path.write_bytes(b"<html>not found</html>"), id="something_else"),
         pytest.param(lambda path: torch.save([1, 2], path), id="no_case"),
         pytest.param(lambda path: path.write_bytes(pickle.dumps(Path("x"))), id="a_pickle_that_is_not_loaded"),
@@ -245,7 +257,7 @@ def test_a_cached_case_is_opened_once_and_read_from_the_file(tmp_path: Path, mon
     monkeypatch.setattr(torch, "load", lambda path, **options: opened.append(path) or load(path, **options))
     for _ in range(3):
         assert all(torch.equal(dataset[k][keys.IMAGE], image) for k, image in enumerate(first))
-    assert len(opened) == 4 and len(set(opened)) == 2  # each once whole and once mapped
+    assert len(opened) == len(set(opened)) == 2
     again = pickle.loads(pickle.dumps(dataset))  # as a process that is not forked gets it
     assert len(pickle.dumps(dataset)) < first[0].nbytes
     assert torch.equal(again[1][keys.IMAGE], first[1])

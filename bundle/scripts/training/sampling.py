@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -193,12 +194,14 @@ def _version() -> str:
 def _mapped(path: Path) -> Mapping[str, Any]:
     """A cached case, with its arrays mapped from the file.
 
-    The file is read once as a whole, which compares its checksums.
+    The file is read once as a whole to compare its checksums, which torch does not do.
 
     Raises:
-        ValueError: the file holds something else. For a damaged one, torch's own errors.
+        ValueError: the file is damaged or holds something else. For one that is cut off, errors of zipfile and torch.
     """
-    torch.load(path, weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it has another checksum")
     item = torch.load(path, weights_only=True, mmap=True)
     if not isinstance(item, Mapping):
         raise ValueError(f"it holds a {type(item).__name__}, not a case")
