@@ -3,7 +3,7 @@
 ``python scripts/package_bundle.py --version 0.10.0 --out dist`` writes ::
 
     dist/head_neck_pet_ct_multitask/               content of a pull request to the zoo
-    dist/head_neck_pet_ct_multitask_v0.10.0.zip     the whole bundle, to unzip anywhere; see its docs/README.md
+    dist/head_neck_pet_ct_multitask_v0.10.0.zip    the whole bundle, to unzip anywhere; see its docs/README.md
 
 (``head_neck_pet_ct_multitask_of_phantoms_v0.10.0.zip`` if the weights were trained on phantoms.)
 

@@ -28,6 +28,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from command_line import ROOT
 
+from scripts.cohorts.files import damaged_part
 from zoo.contents import LARGE_BYTES, LARGE_FILES, LICENSE, METADATA, TORCHSCRIPT, WEIGHTS, stray_reason
 
 SCHEMAS = ROOT.parent / "shared" / "data" / "schema"
@@ -130,8 +131,7 @@ def weights(bundle: Bundle) -> None:
             if file.read(1) == PICKLE:
                 continue
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load compares none
+            damaged = damaged_part(path)
         except zipfile.BadZipFile as error:
             problems.append(f"{name} is cut off, or not a file of torch.save: {error}")
             continue

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.cohorts.files import written_whole
+from scripts.cohorts.files import damaged_part, written_whole
 from scripts.keys import (
     CLASS_LOGITS,
     CLASS_PROB,
@@ -346,7 +346,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist())
-            damaged = None if packed else archive.testzip()  # torch.load compares no checksums
+        damaged = "" if packed else damaged_part(path)
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}; copy or download it again") from error
     if packed:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import threading
-import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from scripts import keys
 from scripts.cohorts.cohort import Cohort
-from scripts.cohorts.files import written_whole
+from scripts.cohorts.files import damaged_part, written_whole
 from scripts.imaging.localise import Location
 from scripts.imaging.quality import OK, VOXEL_SIZES, Check, checks_from_json
 from scripts.model.ranks import rank, world_size
@@ -194,14 +193,13 @@ def _version() -> str:
 def _mapped(path: Path) -> Mapping[str, Any]:
     """A cached case, with its arrays mapped from the file.
 
-    The file is read once as a whole to compare its checksums, which torch does not do.
+    The file is read once as a whole to compare its checksums.
 
     Raises:
         ValueError: the file is damaged or holds something else. For one that is cut off, errors of zipfile and torch.
     """
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} in it has another checksum")
+    if damaged := damaged_part(path):
+        raise ValueError(f"{damaged} in it has another checksum")
     item = torch.load(path, weights_only=True, mmap=True)
     if not isinstance(item, Mapping):
         raise ValueError(f"it holds a {type(item).__name__}, not a case")
